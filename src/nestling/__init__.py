@@ -1,0 +1,1 @@
+"""nestling: one model, every size."""

@@ -1,0 +1,1 @@
+"""The cache wing: nested bases for keys and values, and a cache that stores their first coordinates."""

@@ -1,0 +1,216 @@
+"""From a budget to ranks: how many coordinates each layer and KV head keeps, of keys and of values.
+
+A budget is a number of elements per token. Both allocations take steps of `STEP` coordinates of one head, the most
+valuable step first, until the next one would not fit, so they end within one step below the budget:
+
+* ``uniform``: every head as even as the steps allow.
+* ``energy``: one global sort of the predicted loss. The energies of all layers must share one unit; `nestling.kv.fit`
+  puts them in nats of KL per token (see `nestling.kv.calibrate`).
+
+Groups: a layer stores its heads in at most `MAX_GROUPS` rank groups. In models with more KV heads, heads with similar
+ranks are tied together and the steps are taken again for the groups, at the group's cost.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEP = 8
+MAX_GROUPS = 4
+CONTEXT = 4096
+
+
+class BudgetError(ValueError):
+    """A budget that no rank table can meet; the message says which budgets can be met."""
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """Ranks of every compressed layer and KV head: ``keys`` and ``values``, int64 ``[L, Hkv]``."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def elements(self) -> int:
+        """Elements stored per token, keys and values of all layers."""
+        return int(self.keys.sum() + self.values.sum())
+
+    def groups(self, row: int) -> list[tuple[list[int], tuple[int, int]]]:
+        """The rank groups of a layer: (heads, (key rank, value rank)), widest first."""
+        pairs = list(zip(self.keys[row].tolist(), self.values[row].tolist()))
+        return [([h for h, p in enumerate(pairs) if p == pair], pair) for pair in sorted(set(pairs), reverse=True)]
+
+    def check(self, layers: int, heads: int, width: int) -> None:
+        """Raise `BudgetError` unless the table fits ``layers`` x ``heads`` heads of ``width`` coordinates."""
+        for name, ranks in (("keys", self.keys), ("values", self.values)):
+            if tuple(ranks.shape) != (layers, heads):
+                raise BudgetError(f"rank table: {name} is {list(ranks.shape)}, expected [{layers}, {heads}]")
+            if ranks.min() < 1 or ranks.max() > width:
+                raise BudgetError(f"rank table: {name} must be in 1..{width}, got {int(ranks.min())}..{int(ranks.max())}")
+
+    def to_dict(self) -> dict[str, list[list[int]]]:
+        return {"keys": self.keys.tolist(), "values": self.values.tolist()}
+
+    @classmethod
+    def from_dict(cls, table: dict) -> "RankTable":
+        try:
+            return cls(torch.tensor(table["keys"], dtype=torch.int64), torch.tensor(table["values"], dtype=torch.int64))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BudgetError(f"a rank table is {{'keys': [L][Hkv], 'values': [L][Hkv]}} of whole numbers ({error})") from error
+
+
+def elements_per_token(
+    full: int,
+    budget: float | None,
+    bytes_per_token: float | None,
+    *,
+    itemsize: int = 2,
+    exact_tokens: int = 0,
+    context: int = CONTEXT,
+) -> float:
+    """The elements per token that compressed tokens may take so that a whole cache meets its budget.
+
+    Args:
+        full: elements per token of the full cache, ``2 L Hkv D``.
+        budget: share of the full cache's bytes at equal precision, in (0, 1]; or None.
+        bytes_per_token: the same in bytes per token; exactly one of the two.
+        itemsize: bytes per stored element.
+        exact_tokens: tokens that are kept in full (sinks and window). They are paid for by the others.
+        context: number of tokens at which the total has to be met.
+
+    Raises:
+        BudgetError: for a budget out of range, or one that the exact tokens alone use up.
+    """
+    if (budget is None) == (bytes_per_token is None):
+        raise BudgetError("give either budget= (share of the full cache) or bytes_per_token=, not both or neither")
+    if budget is None:
+        budget = bytes_per_token / (full * itemsize)
+        if not 0 < budget <= 1:
+            raise BudgetError(f"bytes_per_token={bytes_per_token:g} is out of range: the full cache takes {full * itemsize}")
+    if not 0 < budget <= 1:
+        raise BudgetError(f"budget={budget:g} is out of range: a share of the full cache, above 0 and at most 1")
+    if budget == 1 or not exact_tokens:
+        return budget * full
+    if context <= exact_tokens:
+        raise BudgetError(f"context={context} must be longer than the {exact_tokens} exact tokens (sinks and window)")
+    left = (budget * context - exact_tokens) / (context - exact_tokens) * full
+    if left <= 0:
+        raise BudgetError(
+            f"budget={budget:g} is used up by {exact_tokens} exact tokens at {context} tokens: "
+            "use fewer sinks, a smaller window or a longer context"
+        )
+    return left
+
+
+def uniform(layers: int, heads: int, width: int, elements: float) -> RankTable:
+    """Equal ranks for all heads; what is left below one step for all goes to values first, spread over the layers."""
+    gains = -torch.arange(len(_edges(width)) - 1, dtype=torch.float64).expand(2, layers, heads, -1)
+    # A fixed order among equals that spreads over layers: the golden ratio's multiples modulo one.
+    spread = (torch.arange(layers * heads, dtype=torch.float64) * 0.6180339887498949) % 1
+    order = torch.stack((spread, 1 + spread)).reshape(2, layers, heads, 1) / 2
+    return _take_steps(gains + order * 0.5, elements, width, _single_heads(layers, heads))
+
+
+def by_energy(key_energy: Tensor, value_energy: Tensor, elements: float) -> RankTable:
+    """The ranks that keep the most energy: the optimum of the additive model ``loss = sum of dropped energies``.
+
+    Args:
+        key_energy, value_energy: ``[L, Hkv, D]``, the loss expected from dropping each coordinate, in one unit.
+        elements: elements per token that may be used.
+
+    Raises:
+        BudgetError: if ``elements`` is below the smallest table (one step everywhere), or an energy is not finite.
+    """
+    energy = torch.stack((key_energy, value_energy)).double()
+    if not torch.isfinite(energy).all():
+        raise BudgetError("energies must be finite: calibrate the adapter again")
+    _, layers, heads, width = energy.shape
+    edges = _edges(width)
+    gains = torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in zip(edges, edges[1:])], -1)
+    gains = _decreasing(gains)
+    table = _take_steps(gains, elements, width, _single_heads(layers, heads))
+    if heads > MAX_GROUPS:
+        table = _take_steps(gains, elements, width, [_cluster(table, row) for row in range(layers)])
+    return table
+
+
+def _edges(width: int) -> list[int]:
+    """Ranks a head can take: multiples of `STEP`, and the full width."""
+    return [*range(0, width, STEP), width]
+
+
+def _single_heads(layers: int, heads: int) -> list[list[list[int]]]:
+    return [[[h] for h in range(heads)] for _ in range(layers)]
+
+
+def _take_steps(gains: Tensor, elements: float, width: int, units: list[list[list[int]]]) -> RankTable:
+    """Take steps in order of gain per element until no next step fits.
+
+    Args:
+        gains: ``[2, L, Hkv, steps]``, non-increasing along the steps of a head.
+        units: per layer, the lists of heads that move together.
+    """
+    edges = _edges(width)
+    layers, heads = gains.shape[1:3]
+    smallest = 2 * layers * heads * edges[1]
+    if elements < smallest:
+        full = 2 * layers * heads * width
+        raise BudgetError(
+            f"the budget of {elements / full:.4f} of the full cache is below the smallest possible, {smallest / full:.4f} "
+            f"({edges[1]} of {width} coordinates in every head)"
+        )
+    ranks = torch.full((2, layers, heads), edges[1], dtype=torch.int64)
+    steps = sorted(_steps(gains, units), key=lambda step: -step[0])
+    left = elements - smallest
+    stuck = set()
+    for _, side, layer, unit, index in steps:
+        cost = len(unit) * (edges[index + 1] - edges[index])
+        if cost > left + 1e-9 or (side, layer, unit[0]) in stuck:
+            stuck.add((side, layer, unit[0]))
+            continue
+        ranks[side, layer, unit] = edges[index + 1]
+        left -= cost
+    return RankTable(ranks[0], ranks[1])
+
+
+def _steps(gains: Tensor, units: list[list[list[int]]]) -> Iterator[tuple[float, int, int, list[int], int]]:
+    """Every step beyond the first of every unit: (gain per element, side, layer, heads, step)."""
+    for layer, groups in enumerate(units):
+        for unit in groups:
+            unit_gains = gains[:, layer, unit].mean(1).tolist()
+            for side in (0, 1):
+                for index in range(1, gains.shape[-1]):
+                    yield unit_gains[side][index], side, layer, unit, index
+
+
+def _decreasing(gains: Tensor) -> Tensor:
+    """The closest non-increasing sequence along the last axis (pool adjacent violators): estimates are noisy."""
+    out = gains.clone()
+    for row in out.reshape(-1, out.shape[-1]):
+        pools: list[list[float]] = []
+        for value in row.tolist():
+            pools.append([value, 1])
+            while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
+                value_b, count_b = pools.pop()
+                value_a, count_a = pools.pop()
+                count = count_a + count_b
+                pools.append([(value_a * count_a + value_b * count_b) / count, count])
+        row.copy_(torch.tensor([v for v, count in pools for _ in range(int(count))], dtype=row.dtype))
+    return out
+
+
+def _cluster(table: RankTable, row: int) -> list[list[int]]:
+    """Merge heads of a layer, the nearest ranks first, until `MAX_GROUPS` groups are left."""
+    ranks = torch.stack((table.keys[row], table.values[row]), -1).double()
+    groups = [[h] for h in range(len(ranks))]
+    while len(groups) > MAX_GROUPS:
+        centres = torch.stack([ranks[g].mean(0) for g in groups])
+        sizes = torch.tensor([float(len(g)) for g in groups], dtype=torch.float64)
+        merge_cost = torch.cdist(centres, centres).square() * (sizes[:, None] * sizes / (sizes[:, None] + sizes))
+        merge_cost.fill_diagonal_(torch.inf)
+        a, b = sorted(divmod(int(merge_cost.argmin()), len(groups)))
+        groups[a] = sorted(groups[a] + groups.pop(b))
+    return groups

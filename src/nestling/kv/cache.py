@@ -1,0 +1,398 @@
+"""NestedCache: a transformers cache that stores the first coordinates of keys and values, in really smaller tensors.
+
+A layer sorts its KV heads into rank groups. A group is the unit of storage: it encodes and appends new tokens, and
+attends to what it holds. `NestedLayer.update` returns a handle to both instead of tensors; `nestling.kv.attention`
+calls the handle. The handle carries the bases, so caches of several budgets can serve one model at the same time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from nestling.kv import attention
+from nestling.kv.allocate import RankTable
+
+CHUNK = 256  # tokens by which storage grows
+SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
+
+
+class CacheMismatchError(ValueError):
+    """A cache was used with a model, batch or shape that it was not made for."""
+
+
+class Buffer:
+    """Rows of width w that grow in place: ``[B, heads, capacity, w]``, of which the first ``length`` are in use.
+
+    Growing copies once per `CHUNK` tokens; appending writes in place. The tensor is compact in w: no slice of a wider
+    tensor, which would keep the full width alive.
+    """
+
+    def __init__(self, width: int, chunk: int):
+        self.width, self.chunk = width, chunk
+        self.data: Tensor | None = None
+        self.length = 0
+
+    def append(self, rows: Tensor) -> None:
+        end = self.length + rows.shape[-2]
+        if self.data is None or end > self.data.shape[-2]:
+            capacity = -(-end // self.chunk) * self.chunk
+            grown = rows.new_empty(*rows.shape[:2], capacity, self.width)
+            if self.length:
+                grown[:, :, : self.length] = self.view()
+            self.data = grown
+        self.data[:, :, self.length : end] = rows
+        self.length = end
+
+    def view(self) -> Tensor:
+        """The rows in use, ``[B, heads, length, w]``."""
+        return self.data[:, :, : self.length]
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the storage by ``change(storage)``: batch selection, repetition, a move to another device."""
+        if self.data is not None:
+            self.data = change(self.data)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.data is None else self.data.untyped_storage().nbytes()
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """What one group holds at the time of a call, and how to read it. Shapes for h heads, r_k and r_v coordinates.
+
+    ``keys`` ``[B, h, T, r_k]``, ``values`` ``[B, h, T, r_v]``: coordinates of all tokens but the exact ones.
+    ``first`` and ``last``: exact (keys, values) ``[B, h, t, D]`` before and after them, or None.
+    ``key_decode`` ``[h, r_k, D]``, ``value_decode`` ``[h, r_v, D]``; None where all D are kept as they are.
+    """
+
+    heads: list[int]
+    keys: Tensor
+    values: Tensor
+    first: tuple[Tensor, Tensor] | None
+    last: tuple[Tensor, Tensor] | None
+    key_decode: Tensor | None
+    value_decode: Tensor | None
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention in coordinates: ``[B, h, G * Tq, D]`` from packed queries of that shape.
+
+        Logits are ``(q D_k^T) k'^T`` and the output ``(softmax(...) v') D_v``: the history is never expanded. CPUs
+        are slow at 16-bit products, so coordinates are read as fp32 there.
+        """
+        work = torch.float32 if query.device.type == "cpu" else query.dtype
+        query = query.to(work)
+        coordinates = query if self.key_decode is None else query @ self.key_decode.to(work).mT
+        scores = [coordinates @ self.keys.to(work).mT]
+        if self.first is not None:
+            scores.insert(0, query @ self.first[0].to(work).mT)
+        if self.last is not None:
+            scores.append(query @ self.last[0].to(work).mT)
+        score = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+        score = score * scaling
+        if mask is not None:
+            score = score.masked_fill(~mask, torch.finfo(work).min) if mask.dtype == torch.bool else score + mask
+        weight = score.softmax(-1, dtype=torch.float32).to(work)
+        parts = list(weight.split([s.shape[-1] for s in scores], -1))
+        out = parts[0 if self.first is None else 1] @ self.values.to(work)
+        if self.value_decode is not None:
+            out = out @ self.value_decode.to(work)
+        if self.first is not None:
+            out = out + parts[0] @ self.first[1].to(work)
+        if self.last is not None:
+            out = out + parts[-1] @ self.last[1].to(work)
+        return out
+
+    def expand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Full-width keys and values ``[B, h, T, D]``, decoded: for many query tokens, one layer at a time."""
+        keys, values = self.keys.to(dtype), self.values.to(dtype)
+        if self.key_decode is not None:
+            keys = keys @ self.key_decode.to(dtype)
+        if self.value_decode is not None:
+            values = values @ self.value_decode.to(dtype)
+        parts = [p for p in (self.first, (keys, values), self.last) if p is not None]
+        if len(parts) == 1:
+            return keys, values
+        return torch.cat([p[0].to(dtype) for p in parts], -2), torch.cat([p[1].to(dtype) for p in parts], -2)
+
+
+class RankGroup:
+    """The KV heads of one layer that share a rank for keys and a rank for values."""
+
+    def __init__(self, heads: list[int], bases: dict[str, Tensor], ranks: tuple[int, int], sinks: int, window: int, chunk: int):
+        """``bases``: key_encode, key_decode, value_encode, value_decode of the layer, each ``[Hkv, D, D]``."""
+        self.heads, self.sinks, self.window = heads, sinks, window
+        width = bases["key_encode"].shape[-1]
+        self.encode = [_cut(bases[f"{side}_encode"], heads, rank, -1) for side, rank in zip(("key", "value"), ranks)]
+        self.decode = [_cut(bases[f"{side}_decode"], heads, rank, -2) for side, rank in zip(("key", "value"), ranks)]
+        if ranks == (width, width):
+            self.sinks = self.window = 0  # everything is exact already
+        self.rows = [Buffer(rank, chunk) for rank in ranks]
+        self.first: list[Tensor] | None = None
+        self.last: list[Tensor] | None = None
+
+    def append(self, states: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Store new keys and values of this group's heads, each ``[B, h, t, D]``."""
+        held = 0 if self.first is None else self.first[0].shape[-2]
+        if held < self.sinks:
+            new = [s[:, :, : self.sinks - held].to(dtype) for s in states]
+            self.first = new if self.first is None else [torch.cat(pair, -2) for pair in zip(self.first, new)]
+            self.first = [s.contiguous() for s in self.first]
+            states = [s[:, :, self.sinks - held :] for s in states]
+        if self.window:
+            held = self.last or [s[:, :, :0].to(dtype) for s in states]
+            recent = [torch.cat((h.to(s.dtype), s), -2) for h, s in zip(held, states)]
+            cut = max(recent[0].shape[-2] - self.window, 0)
+            states = [s[:, :, :cut] for s in recent]
+            self.last = [s[:, :, cut:].to(dtype, copy=True) for s in recent]
+        if not states[0].shape[-2] and self.rows[0].data is not None:
+            return
+        for rows, encode, state in zip(self.rows, self.encode, states):
+            rows.append((state if encode is None else state @ encode.to(state.dtype)).to(dtype))
+
+    def view(self) -> GroupView:
+        keys, values = (rows.view() for rows in self.rows)
+        first = None if self.first is None else tuple(self.first)
+        last = None if self.last is None else tuple(self.last)
+        return GroupView(self.heads, keys, values, first, last, *self.decode)
+
+    def crop(self, remove: int) -> None:
+        """Forget the last ``remove`` tokens: of the window first, then of the coordinates, then of the sinks."""
+        if self.last is not None:
+            cut = min(remove, self.last[0].shape[-2])
+            self.last = [s[:, :, : s.shape[-2] - cut].clone() for s in self.last]
+            remove -= cut
+        cut = min(remove, self.rows[0].length)
+        for rows in self.rows:
+            rows.length -= cut
+        if self.first is not None and remove > cut:
+            keep = self.first[0].shape[-2] - (remove - cut)
+            self.first = [s[:, :, :keep].clone() for s in self.first] if keep > 0 else None
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``change`` to every stored tensor."""
+        for rows in self.rows:
+            rows.apply(change)
+        self.first = self.first and [change(s) for s in self.first]
+        self.last = self.last and [change(s) for s in self.last]
+
+    def reset(self) -> None:
+        for rows in self.rows:
+            rows.data, rows.length = None, 0
+        self.first = self.last = None
+
+    @property
+    def nbytes(self) -> int:
+        exact = [*(self.first or ()), *(self.last or ())]
+        return sum(r.nbytes for r in self.rows) + sum(t.untyped_storage().nbytes() for t in exact)
+
+
+@dataclass(frozen=True)
+class NestedHandle:
+    """Stands for keys and values between `NestedLayer.update` and the attention function."""
+
+    groups: list[GroupView]
+    exact: tuple[Tensor, Tensor] | None
+    config: PreTrainedConfig
+
+    def attend(self, module, query: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+        """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, where given, are used in place of stored ones."""
+        if getattr(module, "config", self.config) is not self.config:
+            raise CacheMismatchError("this cache was made for another model: make one with adapter.cache(model, ...)")
+        if self.exact is not None:
+            return attention.sdpa(module, query, *self.exact, mask, **kwargs)
+        uncompressed = all(g.key_decode is None and g.value_decode is None for g in self.groups)
+        if uncompressed or query.shape[2] > SHORT_QUERY:
+            keys, values = self._by_head([g.expand(query.dtype) for g in self.groups])
+            return attention.sdpa(module, query, keys, values, mask, **kwargs)
+        return self._attend_in_coordinates(query, mask, kwargs["scaling"])
+
+    def _attend_in_coordinates(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        batch, query_heads, length, width = query.shape
+        kv_heads = sum(len(g.heads) for g in self.groups)
+        packed = query.reshape(batch, kv_heads, -1, width)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, query_heads // kv_heads, 1)
+        parts = [
+            (g.attend(packed if len(self.groups) == 1 else packed[:, g.heads], mask, scaling),) for g in self.groups
+        ]
+        (out,) = self._by_head(parts)
+        return out.to(query.dtype).reshape(batch, query_heads, length, width).transpose(1, 2).contiguous()
+
+    def _by_head(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Join the groups' tensors ``[B, h, ...]`` in the order of the model's heads."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([h for g in self.groups for h in g.heads]).argsort().tolist()
+        return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*parts))
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"a nested cache layer was read as a tensor ('{name}'): the model's attention implementation is not "
+            f"'{attention.NAME}'. Call nestling.kv.attach(model), or make the cache with adapter.cache(model, ...)."
+        )
+
+
+class NestedLayer(CacheLayerMixin):
+    """The compressed cache of one attention layer; see `NestedCache` for the options."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, groups: list[RankGroup], config: PreTrainedConfig, dtype: torch.dtype | None, exact_prompt: bool):
+        super().__init__()
+        self.groups, self.config, self.storage_dtype, self.exact_prompt = groups, config, dtype, exact_prompt
+        self.length = 0
+        self._shape: tuple[int, int, int] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = self.storage_dtype or key_states.dtype, key_states.device
+        heads = sum(len(g.heads) for g in self.groups)
+        if key_states.shape[1] != heads:
+            raise CacheMismatchError(f"keys have {key_states.shape[1]} heads, this cache was made for {heads}")
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[NestedHandle, NestedHandle]:
+        """Append keys and values ``[B, Hkv, t, D]`` and return a handle (twice) that attends to all tokens so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        shape = (key_states.shape[0], key_states.shape[1], key_states.shape[3])
+        if self._shape is not None and shape != self._shape:
+            raise CacheMismatchError(
+                f"this cache holds [batch, heads, width] = {list(self._shape)} and was given {list(shape)}: "
+                "use a cache per batch, or cache.reset() first"
+            )
+        self._shape = shape
+        for group in self.groups:
+            pick = (lambda s: s) if len(self.groups) == 1 else (lambda s, heads=group.heads: s[:, heads])
+            group.append([pick(key_states), pick(value_states)], self.dtype)
+        exact = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
+        self.length += key_states.shape[2]
+        handle = NestedHandle([g.view() for g in self.groups], exact, self.config)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        remove = min(-tokens_to_remove, self.length)
+        if remove:
+            for group in self.groups:
+                group.crop(remove)
+            self.length -= remove
+
+    def reset(self) -> None:
+        for group in self.groups:
+            group.reset()
+        self.length, self._shape, self.is_initialized = 0, None, False
+
+    def _apply(self, change: Callable[[Tensor], Tensor], batch: int | None = None) -> None:
+        for group in self.groups:
+            group.apply(change)
+        if batch is not None and self._shape is not None:
+            self._shape = (batch, *self._shape[1:])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)), len(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._shape is not None:
+            self._apply(lambda t: t.repeat_interleave(repeats, 0), self._shape[0] * repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self._shape is not None:
+            self._apply(lambda t: t[indices], len(torch.arange(self._shape[0])[indices.cpu()]))
+
+    def offload(self) -> None:
+        self._apply(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._apply(lambda t: t.to(self.device, non_blocking=True))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.nbytes for group in self.groups)
+
+
+class NestedCache(Cache):
+    """A cache for ``model.generate(past_key_values=...)`` that holds a share of the stock cache's bytes.
+
+    Made by `KVAdapter.cache`. Layers with full attention are `NestedLayer`; the others are transformers' own.
+
+    Attributes:
+        ranks: the `RankTable` in use.
+        config: the model's (text) config.
+    """
+
+    def __init__(self, layers: list, ranks: RankTable, config: PreTrainedConfig, **kwargs):
+        super().__init__(layers=layers, **kwargs)
+        self.ranks, self.config = ranks, config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage really held, by all layers: untyped storages, so slack and exact tokens are included."""
+        return sum(_layer_nbytes(layer) for layer in self.layers)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that a stock cache in bf16 would hold for the same tokens and batch, without slack."""
+        _, heads, width = attention.head_shape(self.config)
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, NestedLayer):
+                total += (layer._shape or (0,))[0] * layer.length * heads * width * 2 * 2
+            elif isinstance(getattr(layer, "keys", None), Tensor):
+                total += (layer.keys.numel() + layer.values.numel()) * 2
+        return total
+
+
+def make_cache(
+    bases: dict[int, dict[str, Tensor]],
+    ranks: RankTable,
+    config: PreTrainedConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    sinks: int = 0,
+    window: int = 0,
+    exact_prompt: bool = True,
+    chunk: int = CHUNK,
+    offloading: bool = False,
+) -> NestedCache:
+    """Assemble a cache from bases by layer index and a rank table whose rows follow the same layers."""
+    layers = attention.stock_layers(config)
+    for row, (index, layer_bases) in enumerate(bases.items()):
+        on_device = {name: tensor.to(device) for name, tensor in layer_bases.items()}
+        groups = [
+            RankGroup(heads, on_device, pair, sinks, window, chunk) for heads, pair in ranks.groups(row)
+        ]
+        layers[index] = NestedLayer(groups, config, dtype, exact_prompt)
+    return NestedCache(layers, ranks, config, offloading=offloading)
+
+
+def _cut(matrices: Tensor, heads: list[int], rank: int, dim: int) -> Tensor | None:
+    """The first ``rank`` columns (dim -1) or rows (dim -2) of some heads' matrices; None at full width."""
+    if rank == matrices.shape[-1]:
+        return None
+    return matrices[heads].narrow(dim, 0, rank).contiguous()
+
+
+def _layer_nbytes(layer) -> int:
+    if isinstance(layer, NestedLayer):
+        return layer.nbytes
+    tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    return sum(t.untyped_storage().nbytes() for t in tensors)

@@ -1,0 +1,241 @@
+"""Calibration: statistics of keys, queries, values and head outputs, and the bases and energies made from them.
+
+Two passes over text, both through a cache that transformers itself drives, so that any served model calibrates:
+
+1. moments: second moments per layer and KV head of post-RoPE keys (centred: a key mean cancels in softmax), of the
+   post-RoPE queries of the head's group, of values and of head outputs. Constant memory.
+2. sensitivity: the Fisher information of a mask on each coordinate. With labels y drawn from the model,
+   ``F_i = E[(d log p(y) / d m_i)^2]`` and dropping coordinate i costs about ``F_i / 2`` nats of KL to the full model.
+   Divided by the tokens of a window it is a KL per token, one unit for all layers, keys and values.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from nestling.basis import NestedBasis, balanced, pca
+from nestling.kv import attention
+from nestling.tokens import token_windows
+
+SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
+
+
+class CalibrationError(ValueError):
+    """Statistics that no basis can be made from; the message names the layer."""
+
+
+@dataclass
+class Moments:
+    """Sums over tokens for one layer, fp64: ``keys, queries, values, outputs`` ``[Hkv, D, D]``, ``key_sum`` ``[Hkv, D]``."""
+
+    keys: Tensor
+    queries: Tensor
+    values: Tensor
+    outputs: Tensor
+    key_sum: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, kv_heads: int, width: int) -> "Moments":
+        square = [torch.zeros(kv_heads, width, width, dtype=torch.float64) for _ in range(4)]
+        return cls(*square, torch.zeros(kv_heads, width, dtype=torch.float64))
+
+    def add(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, keep: Tensor) -> None:
+        """Add a batch: query ``[B, Hq, T, D]``, key and value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]``, keep ``[B, T]``."""
+        kv_heads = key.shape[1]
+        self.tokens += int(keep.sum())
+        self.key_sum += _rows(key.transpose(1, 2), keep, kv_heads).sum(1).double().cpu()
+        for total, states in (
+            (self.keys, key.transpose(1, 2)),
+            (self.queries, query.transpose(1, 2)),
+            (self.values, value.transpose(1, 2)),
+            (self.outputs, output),
+        ):
+            rows = _rows(states, keep, kv_heads)
+            total += (rows.mT @ rows).double().cpu()
+
+    @property
+    def key_covariance(self) -> Tensor:
+        mean = self.key_sum / self.tokens
+        return self.keys / self.tokens - mean[:, :, None] * mean[:, None, :]
+
+
+def collect_moments(model, windows: Iterable[Tensor], *, skip: int = SKIP, padding: Iterable[Tensor] | None = None) -> dict[int, Moments]:
+    """One streaming pass: the `Moments` of every compressible layer, by layer index.
+
+    Args:
+        model: a causal LM.
+        windows: batches of token ids ``[B, T]``.
+        skip: leading positions of each row (after its padding) that are left out.
+        padding: attention masks ``[B, T]`` (1 for tokens) in step with ``windows``, or None.
+
+    Raises:
+        CalibrationError: if no token is left, or a statistic is not finite (the layer is named).
+        UnsupportedModelError: if the model's cache cannot be compressed.
+    """
+    config = attention.text_config(model)
+    _, kv_heads, width = attention.head_shape(config)
+    moments = {i: Moments.zeros(kv_heads, width) for i in attention.compressible_layers(config)}
+    masks = iter(padding) if padding is not None else None
+    with _served(model):
+        for ids in windows:
+            ids = ids.to(model.device)
+            mask = torch.ones_like(ids) if masks is None else next(masks).to(ids.device)
+            keep = (mask.cumsum(-1) > skip) & mask.bool()
+            layers = attention.stock_layers(config)
+            for index, moment in moments.items():
+                layers[index] = _MomentsLayer(moment, keep)
+            extra = {} if masks is None else {"attention_mask": mask}
+            attention.logits_of_last(model, ids, past_key_values=Cache(layers=layers), **extra)
+    for index, moment in moments.items():
+        if not moment.tokens:
+            raise CalibrationError(f"no token is left after skipping the first {skip} positions and padding: use longer text")
+        for name in ("keys", "queries", "values", "outputs"):
+            if not torch.isfinite(getattr(moment, name)).all():
+                raise CalibrationError(f"layer {index}: the {name} hold NaN or infinity; check the model's weights and dtype")
+    return moments
+
+
+def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tuple[NestedBasis, NestedBasis]]:
+    """The (key, value) bases ``[Hkv, D, D]`` of every layer.
+
+    ``pca`` uses the covariances of keys and values (arXiv 2410.14731). ``balanced`` weighs key errors by the queries
+    that will read them (arXiv 2512.05916) and value errors by the output projection: what is compressed there is the
+    head output, since a linear map commutes with the attention average.
+    """
+    if basis not in ("pca", "balanced"):
+        raise ValueError(f"basis must be 'pca' or 'balanced', got {basis!r}")
+    if basis == "pca":
+        return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
+    projections = attention.output_projections(model)
+    return {
+        i: (balanced(m.key_covariance, m.queries / m.tokens), balanced(m.outputs / m.tokens, _metric(projections.get(i), m)))
+        for i, m in moments.items()
+    }
+
+
+def sensitivity(
+    model,
+    bases: dict[int, tuple[NestedBasis, NestedBasis]],
+    windows: Iterable[Tensor],
+    *,
+    skip: int = SKIP,
+    seed: int = 0,
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The KL per token expected from dropping each coordinate of keys and of values, ``[Hkv, D]`` each, by layer.
+
+    Half the Fisher information of a mask on the coordinate, over the tokens of a row, with labels sampled from the
+    model. Cross terms between coordinates are left out. One forward and one backward pass without weight gradients.
+
+    Args:
+        windows: batches of token ids ``[B, T]``; every row is one sample of the gradient.
+    """
+    config = attention.text_config(model)
+    total = {i: [torch.zeros_like(b.energy) for b in pair] for i, pair in bases.items()}
+    generator = torch.Generator(model.device).manual_seed(seed)
+    tokens = 0
+    with _served(model), torch.enable_grad():
+        for ids in windows:
+            ids = ids.to(model.device)
+            layers = attention.stock_layers(config)
+            taps = {index: _TapLayer() for index in bases}
+            for index, tap in taps.items():
+                layers[index] = tap
+            logits = model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True).logits
+            log_p = logits.float().log_softmax(-1)
+            with torch.no_grad():
+                labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
+            leaves = [leaf for tap in taps.values() for leaf in tap.leaves]
+            gradients = iter(torch.autograd.grad(log_p.gather(-1, labels).sum(), leaves))
+            tokens += ids.numel()
+            for index, tap in taps.items():
+                for side, basis in enumerate(bases[index]):
+                    states, gradient = (t[:, :, skip:].double().cpu() for t in (tap.states[side], next(gradients)))
+                    effect = (states @ basis.encode * (gradient @ basis.decode.mT)).sum(2)
+                    total[index][side] += effect.square().sum(0) / 2
+    if not tokens:
+        raise CalibrationError("no windows were given to measure the sensitivity")
+    return {i: (pair[0] / tokens, pair[1] / tokens) for i, pair in total.items()}
+
+
+class _PassThroughLayer(CacheLayerMixin):
+    """Holds no history: a calibration forward reads each window once."""
+
+    def lazy_initialization(self, key_states, value_states):
+        self.is_initialized = True
+
+    def get_mask_sizes(self, query_length):
+        return query_length, 0
+
+    def get_seq_length(self):
+        return 0
+
+    def get_max_length(self):
+        return -1
+
+
+class _MomentsLayer(_PassThroughLayer):
+    def __init__(self, moments: Moments, keep: Tensor):
+        super().__init__()
+        self.moments, self.keep = moments, keep
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        handle = _MomentsHandle(self.moments, self.keep, key_states, value_states)
+        return handle, handle
+
+
+@dataclass
+class _MomentsHandle:
+    moments: Moments
+    keep: Tensor
+    key: Tensor
+    value: Tensor
+
+    def attend(self, module, query, mask, **kwargs):
+        output = attention.sdpa(module, query, self.key, self.value, mask, **kwargs)
+        self.moments.add(query, self.key, self.value, output, self.keep)
+        return output
+
+
+class _TapLayer(_PassThroughLayer):
+    """Adds zero leaves to keys and values, to read the gradient of the loss by each of them."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.states = (key_states.detach(), value_states.detach())
+        self.leaves = [torch.zeros_like(s).requires_grad_() for s in self.states]
+        return key_states + self.leaves[0], value_states + self.leaves[1]
+
+
+class _served:
+    """Within it the model is in eval mode and attends through the seam; its mode is restored afterwards."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        attention.attach(self.model)
+        self.training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *exc):
+        self.model.train(self.training)
+
+
+def _rows(states: Tensor, keep: Tensor, kv_heads: int) -> Tensor:
+    """``[B, T, H, D]`` to the kept rows by KV head, ``[Hkv, N * H / Hkv, D]`` fp32: a group's query heads are pooled."""
+    rows = states[keep].float()
+    return rows.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _metric(weight: Tensor | None, moments: Moments) -> Tensor:
+    """Sum over the group of W_O,h W_O,h^T ``[Hkv, D, D]``; the identity where the projection was not found."""
+    kv_heads, width, _ = moments.outputs.shape
+    if weight is None:
+        return torch.eye(width, dtype=torch.float64).expand(kv_heads, width, width)
+    blocks = weight.double().cpu().unflatten(1, (kv_heads, -1, width))
+    return torch.einsum("ohgd,ohge->hde", blocks, blocks)

@@ -1,0 +1,53 @@
+"""Texts to windows of token ids. Shared by both wings."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class TextTooShortError(ValueError):
+    """There is less text than the job needs; the message has both numbers."""
+
+
+def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: int | None = None) -> Iterator[Tensor]:
+    """Windows of exactly ``length`` token ids, ``[length]`` int64 each: texts are packed, with EOS between them.
+
+    Args:
+        tokenizer: a transformers tokenizer; may be None when ``texts`` are token ids.
+        texts: strings, or token ids ``[n, T]``; rows of ids are cut into windows and never joined.
+        length: tokens per window.
+        limit: stop after this many windows.
+
+    Raises:
+        TextTooShortError: if there is not a single whole window.
+        ValueError: if ids are not an integer tensor ``[n, T]``, or ``texts`` is one string.
+    """
+    made = 0
+    for window in _windows(tokenizer, texts, length):
+        yield window
+        made += 1
+        if made == limit:
+            return
+    if not made:
+        raise TextTooShortError(f"the text is shorter than one window of {length} tokens: give more text or a shorter window")
+
+
+def _windows(tokenizer, texts: Iterable[str] | Tensor, length: int) -> Iterator[Tensor]:
+    if isinstance(texts, Tensor):
+        if texts.ndim != 2 or texts.is_floating_point():
+            raise ValueError(f"token ids must be an integer tensor [n, T], got {texts.dtype} {list(texts.shape)}")
+        for row in texts:
+            yield from (w for w in row.long().split(length) if len(w) == length)
+        return
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list (or any iterable) of strings, not one string")
+    if tokenizer is None:
+        raise ValueError("texts are strings, so a tokenizer is needed (it may be None only for token ids)")
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pending: list[int] = []
+    for text in texts:
+        pending += tokenizer(text, verbose=False)["input_ids"] + separator
+        while len(pending) >= length:
+            yield torch.tensor(pending[:length])
+            pending = pending[length:]
