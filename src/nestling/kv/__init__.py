@@ -1,1 +1,20 @@
 """The cache wing: nested bases for keys and values, and a cache that stores their first coordinates."""
+
+from nestling.kv.adapter import AdapterError, KVAdapter
+from nestling.kv.allocate import BudgetError, RankTable
+from nestling.kv.attention import UnsupportedModelError, attach
+from nestling.kv.cache import CacheMismatchError, NestedCache
+from nestling.kv.calibrate import CalibrationError, fit
+
+__all__ = [
+    "AdapterError",
+    "BudgetError",
+    "CacheMismatchError",
+    "CalibrationError",
+    "KVAdapter",
+    "NestedCache",
+    "RankTable",
+    "UnsupportedModelError",
+    "attach",
+    "fit",
+]

@@ -119,6 +119,7 @@ class KVAdapter:
         allocation: str | RankTable | Mapping = "energy",
         sinks: int = SINKS,
         window: int = 0,
+        exact_prompt: bool = True,
         paper: bool = False,
         context: int = CONTEXT,
         dtype: torch.dtype | None = None,
@@ -136,8 +137,8 @@ class KVAdapter:
                 ``{"keys": [L][Hkv], "values": [L][Hkv]}``.
             sinks, window: leading and most recent tokens that are kept exact. They are counted: the ranks are lowered
                 so that the total meets the budget at ``context`` tokens.
-            paper: compress everything from token 0, the first prompt's own attention included, as the paper does.
-                Otherwise the first prompt attends to exact keys and values and only later reads see the compression.
+            exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression.
+            paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
             dtype: of the stored coordinates; None means that of the model's keys and values.
             chunk: tokens by which storage grows.
             offloading: keep layers in host memory between their turns, as transformers' offloaded caches do.
@@ -148,7 +149,7 @@ class KVAdapter:
         """
         self.check(model)
         if paper:
-            sinks = window = 0
+            sinks, window, exact_prompt = 0, 0, False
         if sinks < 0 or window < 0 or chunk < 1:
             raise allocate.BudgetError(f"sinks={sinks} and window={window} must not be negative, chunk={chunk} at least 1")
         elements = 0.0
@@ -169,7 +170,7 @@ class KVAdapter:
             dtype=dtype,
             sinks=sinks,
             window=window,
-            exact_prompt=not paper,
+            exact_prompt=exact_prompt,
             chunk=chunk,
             offloading=offloading,
         )

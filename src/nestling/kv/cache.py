@@ -5,6 +5,7 @@ attends to what it holds. `NestedLayer.update` returns a handle to both instead 
 calls the handle. The handle carries the bases, so caches of several budgets can serve one model at the same time.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -197,12 +198,11 @@ class NestedHandle:
 
     groups: list[GroupView]
     exact: tuple[Tensor, Tensor] | None
-    config: PreTrainedConfig
+    layer: "NestedLayer"
 
     def attend(self, module, query: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
         """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, where given, are used in place of stored ones."""
-        if getattr(module, "config", self.config) is not self.config:
-            raise CacheMismatchError("this cache was made for another model: make one with adapter.cache(model, ...)")
+        self.layer.check_module(module)
         if self.exact is not None:
             return attention.sdpa(module, query, *self.exact, mask, **kwargs)
         uncompressed = all(g.key_decode is None and g.value_decode is None for g in self.groups)
@@ -248,6 +248,14 @@ class NestedLayer(CacheLayerMixin):
         self.groups, self.config, self.storage_dtype, self.exact_prompt = groups, config, dtype, exact_prompt
         self.length = 0
         self._shape: tuple[int, int, int] | None = None
+        self._module: weakref.ref | None = None
+
+    def check_module(self, module) -> None:
+        """Raise `CacheMismatchError` unless ``module`` is the attention module that this layer was made for."""
+        if self._module is None and getattr(module, "config", self.config) == self.config:
+            self._module = weakref.ref(module)
+        if self._module is None or self._module() is not module:
+            raise CacheMismatchError("this cache was made for another model: make one with adapter.cache(model, ...)")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = self.storage_dtype or key_states.dtype, key_states.device
@@ -272,7 +280,7 @@ class NestedLayer(CacheLayerMixin):
             group.append([pick(key_states), pick(value_states)], self.dtype)
         exact = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
         self.length += key_states.shape[2]
-        handle = NestedHandle([g.view() for g in self.groups], exact, self.config)
+        handle = NestedHandle([g.view() for g in self.groups], exact, self)
         return handle, handle
 
     def get_seq_length(self) -> int:

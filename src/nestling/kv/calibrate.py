@@ -10,8 +10,8 @@ Two passes over text, both through a cache that transformers itself drives, so t
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nestling.basis import NestedBasis, balanced, pca
 from nestling.kv import attention
+from nestling.kv.adapter import KVAdapter
 from nestling.tokens import token_windows
 
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
@@ -161,6 +162,74 @@ def sensitivity(
     if not tokens:
         raise CalibrationError("no windows were given to measure the sensitivity")
     return {i: (pair[0] / tokens, pair[1] / tokens) for i, pair in total.items()}
+
+
+def fit(
+    model,
+    tokenizer,
+    texts: Iterable[str] | Tensor,
+    basis: str = "balanced",
+    *,
+    tokens: int = 65536,
+    length: int = 1024,
+    batch_tokens: int = 4096,
+    sensitivity_windows: int = 48,
+    sensitivity_length: int = 128,
+    skip: int = SKIP,
+    seed: int = 0,
+    progress: bool = True,
+) -> KVAdapter:
+    """Calibrate nested bases for a model's KV cache. No training: two passes over text.
+
+    Args:
+        model: a causal LM of transformers; switched to nestling's attention, weights untouched.
+        tokenizer: its tokenizer; None when ``texts`` are ids.
+        texts: strings, or token ids ``[n, T]``. Text like that of the later use, as long as can be had.
+        basis: ``"balanced"`` (query-aware keys, values weighed by the output projection) or ``"pca"`` (the paper's).
+        tokens: tokens for the moments; all of the text is used if it is shorter.
+        length: tokens per window. Post-RoPE statistics depend on the positions that were seen.
+        batch_tokens: tokens per forward pass.
+        sensitivity_windows, sensitivity_length: number and length of the windows on which energies are measured.
+        skip: leading positions of each window that are left out.
+        seed: for the labels that the model draws.
+        progress: show a progress bar with an estimate of the time left.
+
+    Returns:
+        A `KVAdapter` that serves every budget.
+
+    Raises:
+        TextTooShortError: if there is not one window of text.
+        CalibrationError: if a statistic is not finite (the layer is named).
+        UnsupportedModelError: if the model's cache cannot be compressed; the message says why.
+    """
+    config = attention.text_config(model)
+    attention.compressible_layers(config)
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    windows = list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length)))
+    short = torch.stack(windows).flatten()
+    short = short[: len(short) // min(sensitivity_length, length) * min(sensitivity_length, length)]
+    short = short.view(-1, min(sensitivity_length, length))[:sensitivity_windows]
+    batches = torch.stack(windows).split(max(1, batch_tokens // length))
+    # A row of logits for the whole vocabulary is kept with its gradient: small batches for large vocabularies.
+    short_batches = short.split(max(1, min(8, 2**26 // (config.vocab_size * short.shape[1]))))
+    with _progress(progress) as bar:
+        moments = collect_moments(model, bar.track(batches, description="moments"), skip=skip)
+        bases = make_bases(model, moments, basis)
+        energy = sensitivity(model, bases, bar.track(short_batches, description="sensitivity"), skip=skip, seed=seed)
+    info = {
+        "basis": basis,
+        "base_model": Path(config.name_or_path).name if config.name_or_path else None,
+        "tokens": len(windows) * length,
+        "length": length,
+        "skip": skip,
+        "condition": max(float(b.condition.max()) for pair in bases.values() for b in pair),
+    }
+    return KVAdapter.from_bases(config, bases, energy, info)
+
+
+def _progress(show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not show, transient=True)
 
 
 class _PassThroughLayer(CacheLayerMixin):
