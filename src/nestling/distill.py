@@ -12,7 +12,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, chunk: int = 128) -> Tensor:
     if teacher.shape != student.shape or teacher.ndim != 2:
         raise ValueError(f"logits must both be [N, V], got {list(teacher.shape)} and {list(student.shape)}")
     out = []
-    for t, s in zip(teacher.split(chunk), student.split(chunk)):
+    for t, s in zip(teacher.split(chunk), student.split(chunk), strict=True):
         t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
         out.append((t.exp() * (t - s)).sum(-1))
     return torch.cat(out) if out else teacher.new_zeros(0, dtype=torch.float32)

@@ -21,8 +21,10 @@ def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: 
 
     Raises:
         TextTooShortError: if there is not a single whole window.
-        ValueError: if ids are not an integer tensor ``[n, T]``, or ``texts`` is one string.
+        ValueError: if ids are not an integer tensor ``[n, T]``, or ``texts`` is one string, or ``length`` is below 1.
     """
+    if length < 1:
+        raise ValueError(f"length must be at least 1 token, got {length}")
     made = 0
     for window in _windows(tokenizer, texts, length):
         yield window
@@ -30,7 +32,9 @@ def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: 
         if made == limit:
             return
     if not made:
-        raise TextTooShortError(f"the text is shorter than one window of {length} tokens: give more text or a shorter window")
+        raise TextTooShortError(
+            f"the text is shorter than one window of {length} tokens: give more text or a shorter window"
+        )
 
 
 def _windows(tokenizer, texts: Iterable[str] | Tensor, length: int) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """Tiny random models of every supported family, made in milliseconds."""
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 BASE = dict(
     vocab_size=97,
@@ -33,7 +33,10 @@ FAMILIES = {
         },
     ),
     "phi3": ("phi3", {}),
-    "partial-rotary": ("stablelm", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}}),
+    "partial-rotary": (
+        "stablelm",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
+    ),
     "moe": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
 }
 

@@ -5,16 +5,20 @@ from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.attention import UnsupportedModelError, attach
 from nestling.kv.cache import CacheMismatchError, NestedCache
 from nestling.kv.calibrate import CalibrationError, fit
+from nestling.kv.evaluate import Contender, compare, evaluate
 
 __all__ = [
     "AdapterError",
     "BudgetError",
     "CacheMismatchError",
     "CalibrationError",
+    "Contender",
     "KVAdapter",
     "NestedCache",
     "RankTable",
     "UnsupportedModelError",
     "attach",
+    "compare",
+    "evaluate",
     "fit",
 ]

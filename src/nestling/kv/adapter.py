@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -70,7 +70,9 @@ class KVAdapter:
         self.decode = {side: inverse.float() for side, (inverse, _) in inverses.items()}
 
     @classmethod
-    def from_bases(cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], energy: Mapping, info: dict) -> "KVAdapter":
+    def from_bases(
+        cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], energy: Mapping, info: dict
+    ) -> "KVAdapter":
         """From per-layer (key, value) bases and (key, value) energies, in the order of the model's layers."""
         pairs = {side: [bases[i][s] for i in sorted(bases)] for s, side in enumerate(SIDES)}
         return cls(
@@ -151,12 +153,19 @@ class KVAdapter:
         if paper:
             sinks, window, exact_prompt = 0, 0, False
         if sinks < 0 or window < 0 or chunk < 1:
-            raise allocate.BudgetError(f"sinks={sinks} and window={window} must not be negative, chunk={chunk} at least 1")
+            raise allocate.BudgetError(
+                f"sinks={sinks} and window={window} must not be negative, chunk={chunk} at least 1"
+            )
         elements = 0.0
         if not isinstance(allocation, RankTable | Mapping):
             itemsize = (dtype or model.dtype).itemsize
             elements = allocate.elements_per_token(
-                self.full_elements, budget, bytes_per_token, itemsize=itemsize, exact_tokens=sinks + window, context=context
+                self.full_elements,
+                budget,
+                bytes_per_token,
+                itemsize=itemsize,
+                exact_tokens=sinks + window,
+                context=context,
             )
         elif budget is not None or bytes_per_token is not None:
             raise allocate.BudgetError("a rank table is a budget by itself: leave out budget and bytes_per_token")
@@ -196,21 +205,26 @@ class KVAdapter:
             for side in SIDES
             for name, values in (("encode", self.encode), ("energy", self.energy))
         }
-        config = {"format": FORMAT, "kind": "nestling-kv", "nestling": version("nestling"), "model": self.fingerprint, **self.info}
+        head = {"format": FORMAT, "kind": "nestling-kv", "nestling": _library_version()}
+        config = {**head, "model": self.fingerprint, **self.info}
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        new, old = work / "new", work.with_name(f"{work.name}.old")
         try:
-            save_file(tensors, work / WEIGHTS_FILE)
-            (work / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            (work / "README.md").write_text(self.card or _default_card(config), encoding="utf-8")
+            new.mkdir()  # with the permissions of any folder; those of a temporary one are private
+            save_file(tensors, new / WEIGHTS_FILE)
+            (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (new / "README.md").write_text(self.card or _default_card(config), encoding="utf-8")
             if folder.exists():
-                if any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+                if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
                     raise AdapterError(f"{folder} exists and is not an adapter: choose another folder")
-                old = work.with_name(work.name + ".old")
                 folder.rename(old)
-                work.rename(folder)
-                shutil.rmtree(old)
-            else:
-                work.rename(folder)
+            try:
+                new.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -233,9 +247,16 @@ class KVAdapter:
             raise AdapterError(f"{weights} is missing") from None
         except SafetensorError as error:
             raise AdapterError(f"{weights} is truncated or not a safetensors file ({error})") from error
-        names = [f"layers.{i}.{side}.{name}" for i in fingerprint["layers"] for side in SIDES for name in ("encode", "energy")]
+        names = [
+            f"layers.{i}.{side}.{name}"
+            for i in fingerprint["layers"]
+            for side in SIDES
+            for name in ("encode", "energy")
+        ]
         if missing := sorted(set(names) - set(tensors)):
-            raise AdapterError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}: not an adapter of this model")
+            raise AdapterError(
+                f"{weights} lacks {len(missing)} tensors, first {missing[0]}: not an adapter of this model"
+            )
         if foreign := sorted(set(tensors) - set(names)):
             raise AdapterError(f"{weights} holds {len(foreign)} unknown tensors, first {foreign[0]}: not an adapter")
         heads, width = fingerprint["num_key_value_heads"], fingerprint["head_dim"]
@@ -245,11 +266,16 @@ class KVAdapter:
                 raise AdapterError(f"{weights}: {name} has shape {list(tensors[name].shape)}, expected {shape}")
 
         def stack(name: str) -> dict[str, Tensor]:
-            return {s: torch.stack([tensors[f"layers.{i}.{s}.{name}"] for i in fingerprint["layers"]]).float() for s in SIDES}
+            return {
+                s: torch.stack([tensors[f"layers.{i}.{s}.{name}"] for i in fingerprint["layers"]]).float()
+                for s in SIDES
+            }
 
         card = path / "README.md"
         info = {k: v for k, v in config.items() if k not in ("format", "kind", "nestling")}
-        return cls(fingerprint, stack("encode"), stack("energy"), info, card.read_text("utf-8") if card.is_file() else "")
+        return cls(
+            fingerprint, stack("encode"), stack("energy"), info, card.read_text("utf-8") if card.is_file() else ""
+        )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the adapter to the hub and return its address."""
@@ -259,8 +285,17 @@ class KVAdapter:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
             self.save_pretrained(Path(work) / "adapter")
-            api.upload_folder(repo_id=repo_id, folder_path=Path(work) / "adapter", commit_message="nestling KV adapter")
+            api.upload_folder(
+                repo_id=repo_id, folder_path=Path(work) / "adapter", commit_message="nestling KV adapter"
+            )
         return str(address)
+
+
+def _library_version() -> str | None:
+    try:
+        return version("nestling")
+    except PackageNotFoundError:  # run from a checkout
+        return None
 
 
 def _read_config(path: Path) -> dict:
@@ -268,12 +303,14 @@ def _read_config(path: Path) -> dict:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: not an adapter folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("kind") != "nestling-kv":
         raise AdapterError(f"{path} is not a nestling KV adapter's (kind is not 'nestling-kv')")
     if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
-        raise AdapterError(f"{path} has format {config.get('format')}, this version reads up to {FORMAT}: upgrade nestling")
+        raise AdapterError(
+            f"{path} has format {config.get('format')}, this version reads up to {FORMAT}: upgrade nestling"
+        )
     model = config.get("model")
     sizes = ("num_key_value_heads", "head_dim")
     if (
@@ -294,7 +331,9 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, "README.md"]))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise AdapterError(f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})") from error
+        raise AdapterError(
+            f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
+        ) from error
 
 
 def _default_card(config: dict) -> str:
@@ -306,6 +345,6 @@ def _default_card(config: dict) -> str:
         f"For a `{model['model_type']}` model with {len(model['layers'])} compressed layers, "
         f"{model['num_key_value_heads']} KV heads of width {model['head_dim']}. "
         f"Basis: {config.get('basis', 'unknown')}, calibrated on {config.get('tokens', 'unknown')} tokens.\n\n"
-        "```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained(\"this folder\")\n"
+        '```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained("this folder")\n'
         "cache = adapter.cache(model, budget=0.5)\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
     )

@@ -13,6 +13,7 @@ ranks are tied together and the steps are taken again for the groups, at the gro
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class RankTable:
 
     def groups(self, row: int) -> list[tuple[list[int], tuple[int, int]]]:
         """The rank groups of a layer: (heads, (key rank, value rank)), widest first."""
-        pairs = list(zip(self.keys[row].tolist(), self.values[row].tolist()))
+        pairs = list(zip(self.keys[row].tolist(), self.values[row].tolist(), strict=True))
         return [([h for h, p in enumerate(pairs) if p == pair], pair) for pair in sorted(set(pairs), reverse=True)]
 
     def check(self, layers: int, heads: int, width: int) -> None:
@@ -49,7 +50,9 @@ class RankTable:
             if tuple(ranks.shape) != (layers, heads):
                 raise BudgetError(f"rank table: {name} is {list(ranks.shape)}, expected [{layers}, {heads}]")
             if ranks.min() < 1 or ranks.max() > width:
-                raise BudgetError(f"rank table: {name} must be in 1..{width}, got {int(ranks.min())}..{int(ranks.max())}")
+                raise BudgetError(
+                    f"rank table: {name} must be in 1..{width}, got {int(ranks.min())}..{int(ranks.max())}"
+                )
 
     def to_dict(self) -> dict[str, list[list[int]]]:
         return {"keys": self.keys.tolist(), "values": self.values.tolist()}
@@ -57,9 +60,14 @@ class RankTable:
     @classmethod
     def from_dict(cls, table: dict) -> "RankTable":
         try:
-            return cls(torch.tensor(table["keys"], dtype=torch.int64), torch.tensor(table["values"], dtype=torch.int64))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BudgetError(f"a rank table is {{'keys': [L][Hkv], 'values': [L][Hkv]}} of whole numbers ({error})") from error
+            keys, values = (torch.tensor(table[side]) for side in ("keys", "values"))
+            if not keys.dtype == values.dtype == torch.int64:
+                raise TypeError("not whole numbers")  # a fraction is not rounded in silence
+            return cls(keys, values)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BudgetError(
+                f"a rank table is {{'keys': [L][Hkv], 'values': [L][Hkv]}} of whole numbers ({error})"
+            ) from error
 
 
 def elements_per_token(
@@ -89,7 +97,9 @@ def elements_per_token(
     if budget is None:
         budget = bytes_per_token / (full * itemsize)
         if not 0 < budget <= 1:
-            raise BudgetError(f"bytes_per_token={bytes_per_token:g} is out of range: the full cache takes {full * itemsize}")
+            raise BudgetError(
+                f"bytes_per_token={bytes_per_token:g} is out of range: the full cache takes {full * itemsize}"
+            )
     if not 0 < budget <= 1:
         raise BudgetError(f"budget={budget:g} is out of range: a share of the full cache, above 0 and at most 1")
     if budget == 1 or not exact_tokens:
@@ -129,7 +139,7 @@ def by_energy(key_energy: Tensor, value_energy: Tensor, elements: float) -> Rank
         raise BudgetError("energies must be finite: calibrate the adapter again")
     _, layers, heads, width = energy.shape
     edges = _edges(width)
-    gains = torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in zip(edges, edges[1:])], -1)
+    gains = torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in pairwise(edges)], -1)
     gains = _decreasing(gains)
     table = _take_steps(gains, elements, width, _single_heads(layers, heads))
     if heads > MAX_GROUPS:
@@ -159,8 +169,8 @@ def _take_steps(gains: Tensor, elements: float, width: int, units: list[list[lis
     if elements < smallest:
         full = 2 * layers * heads * width
         raise BudgetError(
-            f"the budget of {elements / full:.4f} of the full cache is below the smallest possible, {smallest / full:.4f} "
-            f"({edges[1]} of {width} coordinates in every head)"
+            f"the budget of {elements / full:.4f} of the full cache is below the smallest possible, "
+            f"{smallest / full:.4f} ({edges[1]} of {width} coordinates in every head)"
         )
     ranks = torch.full((2, layers, heads), edges[1], dtype=torch.int64)
     steps = sorted(_steps(gains, units), key=lambda step: -step[0])

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 NAME = "nestling"
+EXTRAS = ("s_aux", "sinks", "softcap", "position_bias", "indices")  # what SDPA or a handle would leave out in silence
 
 
 class UnsupportedModelError(ValueError):
@@ -34,7 +36,13 @@ def sdpa(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 
 
 def attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """The registered attention function: a handle attends by itself, plain tensors go to SDPA."""
+    """The registered attention function: a handle attends by itself, plain tensors go to SDPA.
+
+    Raises:
+        UnsupportedModelError: if the model's attention is more than a softmax of scaled products.
+    """
+    if extra := [name for name in EXTRAS if kwargs.get(name) is not None]:
+        raise UnsupportedModelError(f"{type(module).__name__} passes {', '.join(extra)} to its attention: not tested")
     if isinstance(key, Tensor):
         return sdpa(module, query, key, value, attention_mask, **kwargs), None
     return key.attend(module, query, attention_mask, **kwargs), None
@@ -55,7 +63,7 @@ def attach(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
     if text_config(model)._attn_implementation != NAME:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be switched"
+            f"{type(model).__name__} does not use transformers' attention interface: its attention cannot be switched"
         )
 
 
@@ -91,7 +99,9 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
         raise UnsupportedModelError(f"{name} shares keys and values between layers: not tested")
     layers = [i for i, layer in enumerate(stock_layers(config)) if type(layer) is DynamicLayer]
     if not layers:
-        raise UnsupportedModelError(f"{name} has no full-attention layer: its cache does not grow, nothing to compress")
+        raise UnsupportedModelError(
+            f"{name} has no full-attention layer: its cache does not grow, nothing to compress"
+        )
     return layers
 
 
@@ -132,7 +142,10 @@ def output_projections(model: PreTrainedModel) -> dict[int, Tensor]:
         if index is None or not hasattr(module, "scaling"):
             continue
         for name in ("o_proj", "dense", "out_proj", "wo", "c_proj"):
-            weight = getattr(getattr(module, name, None), "weight", None)
+            projection = getattr(module, name, None)
+            weight = getattr(projection, "weight", None)
+            if isinstance(projection, Conv1D) and weight is not None:
+                weight = weight.mT  # GPT-2 keeps [in, out]
             if isinstance(weight, Tensor) and weight.shape[-1] == heads * head_dim:
                 found[index] = weight.detach()
     return found

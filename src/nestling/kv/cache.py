@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from nestling.kv import attention
 from nestling.kv.allocate import RankTable
 
+SIDES = ("key", "value")
 CHUNK = 256  # tokens by which storage grows
 SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
 
@@ -82,10 +83,9 @@ class GroupView:
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention in coordinates: ``[B, h, G * Tq, D]`` from packed queries of that shape.
 
-        Logits are ``(q D_k^T) k'^T`` and the output ``(softmax(...) v') D_v``: the history is never expanded. CPUs
-        are slow at 16-bit products, so coordinates are read as fp32 there.
+        Logits are ``(q D_k^T) k'^T`` and the output ``(softmax(...) v') D_v``: the history is never expanded.
         """
-        work = torch.float32 if query.device.type == "cpu" else query.dtype
+        work = _work_dtype(query.device, query.dtype)
         query = query.to(work)
         coordinates = query if self.key_decode is None else query @ self.key_decode.to(work).mT
         scores = [coordinates @ self.keys.to(work).mT]
@@ -110,11 +110,11 @@ class GroupView:
 
     def expand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Full-width keys and values ``[B, h, T, D]``, decoded: for many query tokens, one layer at a time."""
-        keys, values = self.keys.to(dtype), self.values.to(dtype)
-        if self.key_decode is not None:
-            keys = keys @ self.key_decode.to(dtype)
-        if self.value_decode is not None:
-            values = values @ self.value_decode.to(dtype)
+        work = _work_dtype(self.keys.device, dtype)
+        keys, values = (
+            (rows if decode is None else rows.to(work) @ decode.to(work)).to(dtype)
+            for rows, decode in ((self.keys, self.key_decode), (self.values, self.value_decode))
+        )
         parts = [p for p in (self.first, (keys, values), self.last) if p is not None]
         if len(parts) == 1:
             return keys, values
@@ -124,12 +124,14 @@ class GroupView:
 class RankGroup:
     """The KV heads of one layer that share a rank for keys and a rank for values."""
 
-    def __init__(self, heads: list[int], bases: dict[str, Tensor], ranks: tuple[int, int], sinks: int, window: int, chunk: int):
+    def __init__(
+        self, heads: list[int], bases: dict[str, Tensor], ranks: tuple[int, int], sinks: int, window: int, chunk: int
+    ):
         """``bases``: key_encode, key_decode, value_encode, value_decode of the layer, each ``[Hkv, D, D]``."""
         self.heads, self.sinks, self.window = heads, sinks, window
         width = bases["key_encode"].shape[-1]
-        self.encode = [_cut(bases[f"{side}_encode"], heads, rank, -1) for side, rank in zip(("key", "value"), ranks)]
-        self.decode = [_cut(bases[f"{side}_decode"], heads, rank, -2) for side, rank in zip(("key", "value"), ranks)]
+        self.encode = [_cut(bases[f"{side}_encode"], heads, rank, -1) for side, rank in zip(SIDES, ranks, strict=True)]
+        self.decode = [_cut(bases[f"{side}_decode"], heads, rank, -2) for side, rank in zip(SIDES, ranks, strict=True)]
         if ranks == (width, width):
             self.sinks = self.window = 0  # everything is exact already
         self.rows = [Buffer(rank, chunk) for rank in ranks]
@@ -140,20 +142,24 @@ class RankGroup:
         """Store new keys and values of this group's heads, each ``[B, h, t, D]``."""
         held = 0 if self.first is None else self.first[0].shape[-2]
         if held < self.sinks:
-            new = [s[:, :, : self.sinks - held].to(dtype) for s in states]
-            self.first = new if self.first is None else [torch.cat(pair, -2) for pair in zip(self.first, new)]
-            self.first = [s.contiguous() for s in self.first]
+            new = [s[:, :, : self.sinks - held].to(dtype, copy=True) for s in states]  # a slice would keep them all
+            self.first = (
+                new if self.first is None else [torch.cat(pair, -2) for pair in zip(self.first, new, strict=True)]
+            )
             states = [s[:, :, self.sinks - held :] for s in states]
         if self.window:
             held = self.last or [s[:, :, :0].to(dtype) for s in states]
-            recent = [torch.cat((h.to(s.dtype), s), -2) for h, s in zip(held, states)]
+            recent = [torch.cat((h.to(s.dtype), s), -2) for h, s in zip(held, states, strict=True)]
             cut = max(recent[0].shape[-2] - self.window, 0)
             states = [s[:, :, :cut] for s in recent]
             self.last = [s[:, :, cut:].to(dtype, copy=True) for s in recent]
         if not states[0].shape[-2] and self.rows[0].data is not None:
             return
-        for rows, encode, state in zip(self.rows, self.encode, states):
-            rows.append((state if encode is None else state @ encode.to(state.dtype)).to(dtype))
+        for rows, encode, state in zip(self.rows, self.encode, states, strict=True):
+            if encode is not None:
+                work = _work_dtype(state.device, state.dtype)
+                state = state.to(work) @ encode.to(work)
+            rows.append(state.to(dtype))
 
     def view(self) -> GroupView:
         keys, values = (rows.view() for rows in self.rows)
@@ -201,12 +207,13 @@ class NestedHandle:
     layer: "NestedLayer"
 
     def attend(self, module, query: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
-        """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, where given, are used in place of stored ones."""
+        """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, if given, replace the stored ones."""
         self.layer.check_module(module)
         if self.exact is not None:
             return attention.sdpa(module, query, *self.exact, mask, **kwargs)
         uncompressed = all(g.key_decode is None and g.value_decode is None for g in self.groups)
-        if uncompressed or query.shape[2] > SHORT_QUERY:
+        causal = mask is None and query.shape[2] > 1  # no mask for several tokens: SDPA is told to be causal
+        if uncompressed or causal or query.shape[2] > SHORT_QUERY:
             keys, values = self._by_head([g.expand(query.dtype) for g in self.groups])
             return attention.sdpa(module, query, keys, values, mask, **kwargs)
         return self._attend_in_coordinates(query, mask, kwargs["scaling"])
@@ -228,7 +235,7 @@ class NestedHandle:
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([h for g in self.groups for h in g.heads]).argsort().tolist()
-        return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*parts))
+        return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*parts, strict=True))
 
     def __getattr__(self, name: str):
         raise AttributeError(
@@ -243,7 +250,9 @@ class NestedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, groups: list[RankGroup], config: PreTrainedConfig, dtype: torch.dtype | None, exact_prompt: bool):
+    def __init__(
+        self, groups: list[RankGroup], config: PreTrainedConfig, dtype: torch.dtype | None, exact_prompt: bool
+    ):
         super().__init__()
         self.groups, self.config, self.storage_dtype, self.exact_prompt = groups, config, dtype, exact_prompt
         self.length = 0
@@ -385,18 +394,21 @@ def make_cache(
     layers = attention.stock_layers(config)
     for row, (index, layer_bases) in enumerate(bases.items()):
         on_device = {name: tensor.to(device) for name, tensor in layer_bases.items()}
-        groups = [
-            RankGroup(heads, on_device, pair, sinks, window, chunk) for heads, pair in ranks.groups(row)
-        ]
+        groups = [RankGroup(heads, on_device, pair, sinks, window, chunk) for heads, pair in ranks.groups(row)]
         layers[index] = NestedLayer(groups, config, dtype, exact_prompt)
     return NestedCache(layers, ranks, config, offloading=offloading)
+
+
+def _work_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products: CPUs are slow at 16 bits, up to 20 times, so at least fp32 there."""
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 def _cut(matrices: Tensor, heads: list[int], rank: int, dim: int) -> Tensor | None:
     """The first ``rank`` columns (dim -1) or rows (dim -2) of some heads' matrices; None at full width."""
     if rank == matrices.shape[-1]:
         return None
-    return matrices[heads].narrow(dim, 0, rank).contiguous()
+    return matrices.narrow(dim, 0, rank)[heads]  # indexing by a list copies, so the full width can be freed
 
 
 def _layer_nbytes(layer) -> int:

@@ -3,7 +3,8 @@
 Two passes over text, both through a cache that transformers itself drives, so that any served model calibrates:
 
 1. moments: second moments per layer and KV head of post-RoPE keys (centred: a key mean cancels in softmax), of the
-   post-RoPE queries of the head's group, of values and of head outputs. Constant memory.
+   post-RoPE queries of the head's group, of values and of head outputs; and the covariance of keys as attention sees
+   them, within what one query attends to. Constant memory.
 2. sensitivity: the Fisher information of a mask on each coordinate. With labels y drawn from the model,
    ``F_i = E[(d log p(y) / d m_i)^2]`` and dropping coordinate i costs about ``F_i / 2`` nats of KL to the full model.
    Divided by the tokens of a window it is a KL per token, one unit for all layers, keys and values.
@@ -11,18 +12,20 @@ Two passes over text, both through a cache that transformers itself drives, so t
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nestling.basis import NestedBasis, balanced, pca
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
+from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
+QUERY_STRIDE = 8  # one query in so many is read for the attended keys: their attention weights are explicit
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
 
 
@@ -32,19 +35,29 @@ class CalibrationError(ValueError):
 
 @dataclass
 class Moments:
-    """Sums over tokens for one layer, fp64: ``keys, queries, values, outputs`` ``[Hkv, D, D]``, ``key_sum`` ``[Hkv, D]``."""
+    """Sums for one layer, fp64.
+
+    Attributes:
+        keys, queries, values, outputs: over tokens, ``[Hkv, D, D]``.
+        attended: over queries, the covariance of the keys under the query's attention weights, ``[Hkv, D, D]``.
+        key_sum: over tokens, ``[Hkv, D]``.
+        mass: the attention mass behind ``attended``, ``[Hkv]``.
+        tokens: how many tokens were added.
+    """
 
     keys: Tensor
     queries: Tensor
     values: Tensor
     outputs: Tensor
+    attended: Tensor
     key_sum: Tensor
+    mass: Tensor
     tokens: int = 0
 
     @classmethod
     def zeros(cls, kv_heads: int, width: int) -> "Moments":
-        square = [torch.zeros(kv_heads, width, width, dtype=torch.float64) for _ in range(4)]
-        return cls(*square, torch.zeros(kv_heads, width, dtype=torch.float64))
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        return cls(*(zeros(kv_heads, width, width) for _ in range(5)), zeros(kv_heads, width), zeros(kv_heads))
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, keep: Tensor) -> None:
         """Add a batch: query ``[B, Hq, T, D]``, key and value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]``, keep ``[B, T]``."""
@@ -60,13 +73,37 @@ class Moments:
             rows = _rows(states, keep, kv_heads)
             total += (rows.mT @ rows).double().cpu()
 
+    def add_attended(self, query: Tensor, key: Tensor, mask: Tensor | None, keep: Tensor, scaling: float) -> None:
+        """Add what a sample of the queries attend to; shapes as in `add`, ``mask`` as SDPA takes it.
+
+        A change of the keys by an error e_j moves the output of query i, to second order, by the variance of q_i e_j
+        under its attention weights a_ij: keys that nobody reads do not matter, nor does what all keys of a query
+        share. Weights on keys that are left out (sinks, padding) are dropped.
+        """
+        length, kv_heads = key.shape[2], key.shape[1]
+        rows = torch.arange(length - 1, -1, -QUERY_STRIDE, device=key.device)
+        if mask is None:
+            mask = (torch.arange(length, device=key.device) <= rows[:, None])[None, None]
+        else:
+            mask = mask[:, :, rows]
+        packed, key = query[:, :, rows].float().unflatten(1, (kv_heads, -1)), key.float()
+        weights = (packed @ key[:, :, None].mT * scaling).masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
+        weights = weights.nan_to_num() * keep[:, None, None, rows, None] * keep[:, None, None, None]
+        weights = weights.flatten(2, 3)
+        by_key, by_query = weights.sum(2)[..., None], weights.sum(-1, keepdim=True)
+        means = (weights @ key) / by_query.clamp_min(1e-12).sqrt()
+        self.attended += ((by_key * key).mT @ key - means.mT @ means).sum(0).double().cpu()
+        self.mass += by_key.sum((0, 2, 3)).double().cpu()
+
     @property
     def key_covariance(self) -> Tensor:
         mean = self.key_sum / self.tokens
         return self.keys / self.tokens - mean[:, :, None] * mean[:, None, :]
 
 
-def collect_moments(model, windows: Iterable[Tensor], *, skip: int = SKIP, padding: Iterable[Tensor] | None = None) -> dict[int, Moments]:
+def collect_moments(
+    model, windows: Iterable[Tensor], *, skip: int = SKIP, padding: Iterable[Tensor] | None = None
+) -> dict[int, Moments]:
     """One streaming pass: the `Moments` of every compressible layer, by layer index.
 
     Args:
@@ -95,10 +132,14 @@ def collect_moments(model, windows: Iterable[Tensor], *, skip: int = SKIP, paddi
             attention.logits_of_last(model, ids, past_key_values=Cache(layers=layers), **extra)
     for index, moment in moments.items():
         if not moment.tokens:
-            raise CalibrationError(f"no token is left after skipping the first {skip} positions and padding: use longer text")
-        for name in ("keys", "queries", "values", "outputs"):
+            raise CalibrationError(
+                f"no token is left after skipping the first {skip} positions and padding: use longer text"
+            )
+        for name in ("keys", "queries", "values", "outputs", "attended"):
             if not torch.isfinite(getattr(moment, name)).all():
-                raise CalibrationError(f"layer {index}: the {name} hold NaN or infinity; check the model's weights and dtype")
+                raise CalibrationError(
+                    f"layer {index}: the {name} hold NaN or infinity; check the model's weights and dtype"
+                )
     return moments
 
 
@@ -106,8 +147,8 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
     """The (key, value) bases ``[Hkv, D, D]`` of every layer.
 
     ``pca`` uses the covariances of keys and values (arXiv 2410.14731). ``balanced`` weighs key errors by the queries
-    that will read them (arXiv 2512.05916) and value errors by the output projection: what is compressed there is the
-    head output, since a linear map commutes with the attention average.
+    that will read them (arXiv 2512.05916), over the keys as attention weighs them, and value errors by the output
+    projection: what is compressed there is the head output, since a linear map commutes with the attention average.
     """
     if basis not in ("pca", "balanced"):
         raise ValueError(f"basis must be 'pca' or 'balanced', got {basis!r}")
@@ -115,7 +156,10 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
         return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
     projections = attention.output_projections(model)
     return {
-        i: (balanced(m.key_covariance, m.queries / m.tokens), balanced(m.outputs / m.tokens, _metric(projections.get(i), m)))
+        i: (
+            balanced(m.attended / m.mass.clamp_min(1e-12)[:, None, None], m.queries / m.tokens),
+            balanced(m.outputs / m.tokens, _metric(projections.get(i), m)),
+        )
         for i, m in moments.items()
     }
 
@@ -212,10 +256,12 @@ def fit(
     batches = torch.stack(windows).split(max(1, batch_tokens // length))
     # A row of logits for the whole vocabulary is kept with its gradient: small batches for large vocabularies.
     short_batches = short.split(max(1, min(8, 2**26 // (config.vocab_size * short.shape[1]))))
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"), skip=skip)
         bases = make_bases(model, moments, basis)
         energy = sensitivity(model, bases, bar.track(short_batches, description="sensitivity"), skip=skip, seed=seed)
+    if basis == "balanced":
+        bases, energy = order_by_energy(bases, energy)
     info = {
         "basis": basis,
         "base_model": Path(config.name_or_path).name if config.name_or_path else None,
@@ -227,9 +273,15 @@ def fit(
     return KVAdapter.from_bases(config, bases, energy, info)
 
 
-def _progress(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not show, transient=True)
+def order_by_energy(bases: dict, energy: dict) -> tuple[dict, dict]:
+    """Sort the coordinates of every head by measured energy, largest first, in place of the closed form's order.
+
+    The closed forms order by the error of logits and of the output, the energies by what it does to the predictions.
+    """
+    orders = {i: [e.argsort(-1, descending=True) for e in pair] for i, pair in energy.items()}
+    sorted_bases = {i: tuple(b.permuted(o) for b, o in zip(bases[i], orders[i], strict=True)) for i in bases}
+    sorted_energy = {i: tuple(e.gather(-1, o) for e, o in zip(energy[i], orders[i], strict=True)) for i in energy}
+    return sorted_bases, sorted_energy
 
 
 class _PassThroughLayer(CacheLayerMixin):
@@ -268,6 +320,7 @@ class _MomentsHandle:
     def attend(self, module, query, mask, **kwargs):
         output = attention.sdpa(module, query, self.key, self.value, mask, **kwargs)
         self.moments.add(query, self.key, self.value, output, self.keep)
+        self.moments.add_attended(query, self.key, mask, self.keep, kwargs["scaling"])
         return output
 
 

@@ -1,0 +1,201 @@
+"""Quality of nested caches and of quantised ones, by bytes: KL, perplexity, agreement and multiple choice.
+
+    python benchmarks/kv_quality.py --data FOLDER                        # everything; hours on two cores
+    python benchmarks/kv_quality.py --data FOLDER --only kl              # the curves alone
+    python benchmarks/kv_quality.py --data FOLDER --only tasks --task-budgets 0.75,0.5 --rows 100
+
+Bases are calibrated on the Brown corpus, text is WikiText's valid articles, tasks are HellaSwag, PIQA, ARC-easy and
+WinoGrande. Without --data, help pages of Python that were not calibrated on, and no tasks. All caches store bf16 or
+less, on a model that computes in its own dtype. A killed run goes on where it stopped; rows of separate runs with the
+same settings meet in one results file.
+"""
+
+import json
+import random
+import re
+import time
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from functools import partial as bind
+from pathlib import Path
+
+import rivals
+import torch
+import typer
+from rich.console import Console
+
+from nestling import kv
+from nestling.data import read_multiple_choice, read_texts
+from nestling.kv import attention
+from nestling.kv.evaluate import Contender, Partial, compare
+from nestling.models import load_model
+from nestling.report import run_meta, table, write_json
+from nestling.tokens import token_windows
+
+SEED = 0
+METHODS: dict[str, tuple[str, dict]] = {  # name: basis, options of adapter.cache
+    "pca-uniform": ("pca", {"allocation": "uniform", "paper": True}),
+    "balanced-uniform": ("balanced", {"allocation": "uniform", "paper": True}),
+    "balanced-energy": ("balanced", {"allocation": "energy", "paper": True}),
+    "balanced-energy-sinks": ("balanced", {"allocation": "energy", "exact_prompt": False}),
+}
+RIVALS = {
+    "int8": bind(rivals.int_cache, bits=8),
+    "int4": bind(rivals.int_cache, bits=4),
+    "quanto-int4": bind(rivals.quanto_cache, bits=4),
+}
+ASKED = "Question: {}\nAnswer:"
+TASKS = {  # name: file, prompt
+    "hellaswag": ("mc/hellaswag_val.jsonl.gz", "{}"),
+    "piqa": ("mc/piqa_valid.jsonl.gz", ASKED),
+    "arc_easy": ("mc/arc_easy_test.jsonl.gz", ASKED),
+    "winogrande": ("mc/winogrande_dev.jsonl.gz", "{}"),
+}
+
+
+class Part(StrEnum):
+    kl = "kl"
+    tasks = "tasks"
+    both = "both"
+
+
+def shuffled(items: Iterable) -> list:
+    return random.Random(SEED).sample(items := list(items), len(items))
+
+
+def articles(paragraphs: Iterable[str]) -> Iterator[str]:
+    """WikiText's articles, each from one `= Title =` to the next, paragraphs apart by a blank line."""
+    article: list[str] = []
+    for paragraph in paragraphs:
+        if re.fullmatch(r"= [^=]+ =", paragraph) and article:
+            yield "\n\n".join(article)
+            article = []
+        article.append(paragraph)
+    if article:
+        yield "\n\n".join(article)
+
+
+def texts(data: Path | None) -> tuple[list[str], list[str]]:
+    """Documents to calibrate on, and to measure on."""
+    if data is not None:
+        wiki = articles(read_texts(data / "lm/wikitext103_valid.detok.txt.gz"))
+        return shuffled(read_texts(data / "lm/brown.jsonl.gz")), list(wiki)
+    pages = shuffled(read_texts(None))
+    return pages[::2], pages[1::2]
+
+
+def spread_windows(tokenizer, documents: Iterable[str], length: int, count: int) -> torch.Tensor:
+    """``count`` windows of ids ``[count, length]`` at even distances over the documents; all there are, if fewer."""
+    windows = list(token_windows(tokenizer, documents, length))
+    places = torch.linspace(0, len(windows) - 1, min(count, len(windows))).round().long().tolist()
+    return torch.stack([windows[place] for place in places])
+
+
+def questions(data: Path, rows: int) -> dict[str, list[dict]]:
+    found = {}
+    for task, (file, prompt) in TASKS.items():
+        chosen = shuffled(read_multiple_choice(data / file))[:rows]
+        found[task] = [{**row, "question": prompt.format(row["question"])} for row in chosen]
+    return found
+
+
+def fit(model, tokenizer, basis: str, documents: list[str], tokens: int, folder: Path | None) -> kv.KVAdapter:
+    """Calibrate, or read what was calibrated before into ``folder``."""
+    place = None if folder is None else folder / f"{basis}-{tokens}"
+    if place is not None and place.is_dir():
+        return kv.KVAdapter.from_pretrained(place)
+    adapter = kv.fit(model, tokenizer, documents, basis, tokens=tokens)
+    if place is not None:
+        adapter.save_pretrained(place)
+    return adapter
+
+
+def contenders(lm, adapters: dict[str, kv.KVAdapter], methods: list[str], sizes: list[float], context: int) -> list:
+    found = []
+    for name in methods:
+        if name in RIVALS:
+            found.append(Contender(name, None, bind(RIVALS[name], attention.text_config(lm))))
+            continue
+        basis, options = METHODS[name]
+        make = bind(adapters[basis].cache, lm, context=context, dtype=torch.bfloat16, **options)
+        found += [Contender(name, size, bind(make, budget=size)) for size in sizes]
+    return found
+
+
+def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
+    """Rows joined by model, method and budget: what is newer and not missing counts. In the order of METHODS."""
+    rows: dict[tuple, dict] = {}
+    for row in (*old, *new):
+        key = row["model"], row["method"], row["budget"]
+        rows[key] = rows.get(key, {}) | {k: v for k, v in row.items() if v is not None or k not in rows.get(key, {})}
+    order = ["full", *METHODS, *RIVALS]
+    return sorted(rows.values(), key=lambda row: (order.index(row["method"]), -(row["budget"] or 0)))
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part.strip()]
+
+
+def main(
+    data: Path | None = typer.Option(None, help="Folder with lm/ and mc/; the built-in text and no tasks without it."),
+    model: str = typer.Option("smollm2", help="Model: alias, folder, GGUF file or hub id."),
+    windows: int = typer.Option(8, help="Windows of text."),
+    length: int = typer.Option(1024, help="Tokens a window."),
+    chunk: int = typer.Option(64, help="Tokens that go through a cache at once."),
+    rows: int = typer.Option(200, help="Questions a task."),
+    budgets: str = typer.Option("1,0.875,0.75,0.625,0.5,0.4,0.375,0.25", help="Shares of the full cache."),
+    task_budgets: str | None = typer.Option(None, help="Those on which tasks are run; by default all."),
+    methods: str = typer.Option(",".join([*METHODS, *RIVALS]), help="What is measured."),
+    passkey: str = typer.Option("", help="Prompt lengths for hidden passkeys, with the tasks."),
+    tokens: int = typer.Option(65536, help="Tokens to calibrate on."),
+    adapters: Path | None = typer.Option(None, help="Folder that keeps calibrations for the next time."),
+    only: Part = typer.Option(Part.both, help="KL, perplexity and agreement, or the tasks."),
+    out: Path = typer.Option(Path("benchmarks/results/kv_quality.json"), help="Results; joined with what is there."),
+):
+    start, chosen = time.monotonic(), methods.split(",")
+    if unknown := set(chosen) - {*METHODS, *RIVALS}:
+        raise typer.BadParameter(f"unknown methods {sorted(unknown)}; known: {', '.join([*METHODS, *RIVALS])}")
+    measured, calibrated = ("wikitext103", "brown") if data else ("built-in", "built-in")
+    settings = {"model": Path(model).name, "text": measured, "calibrated_on": calibrated, "tokens": tokens}
+    settings |= {"length": length, "storage": "bf16", "seed": SEED}
+    old = {"rows": [], "meta": {"settings": settings, "runs": []}}
+    if out.exists():
+        old = json.loads(out.read_text("utf-8"))
+    if (theirs := old["meta"].get("settings")) != settings:
+        raise typer.BadParameter(f"{out.name} has other settings, {theirs} and not {settings}: choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    side_file = out.with_suffix(".partial.json")
+    partial = Partial(side_file, settings)
+
+    lm, tokenizer = load_model(model)
+    calibration, documents = texts(data)
+    bases = sorted({METHODS[name][0] for name in chosen if name in METHODS})
+    fitted = {basis: fit(lm, tokenizer, basis, calibration, tokens, adapters) for basis in bases}
+    measure = bind(compare, lm, tokenizer, chunk=chunk, partial=partial)
+    found, run = old["rows"], {"part": only.value, "chunk": chunk}
+    if only != Part.tasks:
+        ids = spread_windows(tokenizer, documents, length, windows)
+        run["windows"] = len(ids)
+        entrants = contenders(lm, fitted, chosen, numbers(budgets), length)
+        found = merged(found, measure(entrants, texts=ids, windows=len(ids), length=length))
+    if only != Part.kl and (data is not None or passkey):
+        tasks = {} if data is None else questions(data, rows)
+        run["rows"] = rows
+        entrants = contenders(lm, fitted, chosen, numbers(task_budgets or budgets), length)
+        new = measure(entrants, windows=0, tasks=tasks, passkey=[int(n) for n in numbers(passkey)])
+        found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new])
+    for row in found:  # all shares are of the full model's bf16 cache, whatever it computes in
+        if row["method"] == "full" and row.get("bytes_share"):
+            row.update(bytes_share=1.0, bytes_per_token=row["bytes_per_token"] / row["bytes_share"])
+    meta = run_meta(time.monotonic() - start)
+    run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
+    write_json(out, found, {**meta, "settings": settings, "runs": [*old["meta"]["runs"], run]})
+    side_file.unlink(missing_ok=True)
+    console = Console()
+    console.width = max(console.width, 180)  # a table cut to 80 columns says nothing, least of all in a log
+    console.print(table([{k: v for k, v in row.items() if k != "model"} for row in found]))
+    console.print(f"written to {out.name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

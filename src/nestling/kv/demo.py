@@ -1,0 +1,171 @@
+"""What the command line shows: streamed generation, rank tables and maps, the report, and the demo end to end."""
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import TextStreamer
+
+from nestling import report
+from nestling.data import read_texts
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.allocate import RankTable
+from nestling.kv.cache import NestedCache
+from nestling.kv.calibrate import fit
+from nestling.kv.evaluate import evaluate
+from nestling.models import load_model
+
+BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
+ANSWERS = (1.0, 0.5, 0.4)
+PROMPT = "Explain in a few sentences why the sky is blue."
+COLUMNS = {
+    "method": "method", "budget": "budget", "bytes_per_token": "bytes/token", "bytes_share": "share of bf16",
+    "kl": "KL (nats/token)", "ppl": "perplexity", "top1": "top-1 agreement",
+}  # fmt: skip
+
+
+def stream(
+    model,
+    tokenizer,
+    prompt: str,
+    cache: NestedCache,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    streamer=None,
+) -> str:
+    """Generate to the terminal and return one line: cache bytes, full bytes, tokens per second.
+
+    The tokenizer's chat template is applied if it has one. ``streamer`` replaces the terminal.
+    """
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].shape[-1]:
+        raise ValueError("the prompt is empty")
+    inputs = inputs.to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = streamer or TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    seconds = time.perf_counter() - start
+    new = out.shape[-1] - inputs["input_ids"].shape[-1]
+    return (
+        f"cache {cache.nbytes / 2**20:.2f} MiB held for {cache.get_seq_length()} tokens, full bf16 cache "
+        f"{cache.full_nbytes / 2**20:.2f} MiB, {new} tokens at {new / seconds:.1f} tokens/s"
+    )
+
+
+def rank_rows(adapter: KVAdapter, ranks: RankTable) -> list[dict]:
+    """One row a compressed layer: its index, the ranks of its heads, and the number of rank groups it is stored in."""
+    keys, values = ranks.keys.tolist(), ranks.values.tolist()
+    return [
+        {"layer": layer, "keys": keys[row], "values": values[row], "groups": len(ranks.groups(row))}
+        for row, layer in enumerate(adapter.fingerprint["layers"])
+    ]
+
+
+def rank_maps(adapter: KVAdapter, ranks: RankTable, title: str):
+    """Heat maps of the ranks of keys and of values, layers downwards (a matplotlib Figure)."""
+    panels = {"keys": ranks.keys, "values": ranks.values}
+    return report.heat_maps(panels, title=title, row_label="layer", col_label="KV head", vmax=adapter.shape[2])
+
+
+def shade(share: float) -> str:
+    """A background colour for the terminal, darker green for a larger share."""
+    return f"rgb({int(40 * (1 - share))},{int(40 + 90 * share)},{int(60 * (1 - share))})"
+
+
+def write_report(
+    path: Path,
+    adapter: KVAdapter,
+    rows: list[dict],
+    budgets,
+    *,
+    title: str,
+    answers: dict[float, tuple[str, str]] | None = None,
+) -> None:
+    """One HTML page: the table of budgets, KL against bytes, the answers if there are any, and the rank maps."""
+    measured = [r for r in rows if r["method"] != "full"]
+    curve = report.curve(
+        measured, "bytes_share", "kl", "method", title="What a smaller cache costs", percent_x=True,
+        xlabel="bytes held, share of the full bf16 cache", ylabel="KL to the full model (nats per token)",
+    )  # fmt: skip
+    sections = [
+        report.Section(
+            "Quality against bytes",
+            "KL is the distance of the predictions to those of the full cache, on text that was not calibrated on; the "
+            "history is read compressed, as in decoding. Bytes are those of the storage really held.",
+            rows=rows, columns=COLUMNS, figure=curve,
+        )
+    ]  # fmt: skip
+    for budget, (answer, note) in (answers or {}).items():
+        sections.append(report.Section(f"The same prompt at {budget:.0%}", note, pre=answer))
+    for budget in [b for b in budgets if b < 1 and b in (0.75, 0.5, 0.4, 0.25)]:
+        ranks = adapter.ranks(budget * adapter.full_elements)
+        sections.append(
+            report.Section(
+                f"Ranks at {budget:.0%}",
+                f"Coordinates kept of {adapter.shape[2]}, per layer and KV head. Where more are kept, dropping them "
+                "would cost more KL.",
+                figure=rank_maps(adapter, ranks, f"Ranks at {budget:.0%} of the full cache"),
+            )
+        )
+    intro = (
+        "One set of nested bases serves every budget: the cache keeps the first coordinates of keys and values, and how "
+        "many is chosen per layer and head when a cache is made. Nothing was trained."
+    )
+    report.write_html(path, title, intro, sections, report.run_meta())
+
+
+def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
+    """The demo: calibrate, measure budgets on held-out text, answer a prompt at three sizes, write the report."""
+    with console.status(f"loading {model}"):
+        language_model, tokenizer = load_model(model)
+    texts = list(read_texts(None))
+    held_out = texts[::8]
+    start = time.perf_counter()
+    adapter = fit(language_model, tokenizer, [t for i, t in enumerate(texts) if i % 8], tokens=tokens)
+    console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
+    rows = evaluate(
+        language_model,
+        tokenizer,
+        adapter,
+        BUDGETS,
+        texts=held_out,
+        windows=2,
+        length=512,
+        chunk=128,
+        dtype=torch.bfloat16,
+    )
+    console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
+    console.print(f"\nPrompt: {PROMPT}", markup=False)
+    answers = {}
+    for budget in ANSWERS:
+        console.rule(f"{budget:.0%} of the full cache")
+        kept: list[str] = []
+        note = stream(
+            language_model, tokenizer, PROMPT, adapter.cache(language_model, budget, dtype=torch.bfloat16),
+            max_new_tokens=60, streamer=_Keeping(tokenizer, kept),
+        )  # fmt: skip
+        console.print(note, style="dim")
+        answers[budget] = ("".join(kept), note)
+    write_report(out, adapter, rows, BUDGETS, title=f"nestling: {model} with a smaller KV cache", answers=answers)
+    console.print(f"\nReport: {out}")
+    return rows
+
+
+class _Keeping(TextStreamer):
+    """Streams to the terminal and keeps the text."""
+
+    def __init__(self, tokenizer, kept: list[str]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.kept = kept
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.kept.append(text)
+        super().on_finalized_text(text, stream_end)

@@ -1,0 +1,335 @@
+"""Quality of compressed caches: KL, perplexity and top-1 agreement with the full model, multiple choice, passkeys.
+
+Every method is measured in the same way. It is a `Contender`, which makes empty caches; text goes through its cache in
+chunks, so that a history is read as it is stored; and its bytes are those of the storage that it really holds.
+Multiple choice hides damage to a cache (it can keep its accuracy while the KL is past 1): read KL and agreement first.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial as bind
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache
+
+from nestling.data import read_texts
+from nestling.distill import kl_divergence
+from nestling.kv import attention
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.probes import (
+    EvaluationError,
+    choice_scores,
+    encode_question,
+    forward,
+    held_bytes,
+    passkey_answer,
+    passkey_prompts,
+    read,
+)
+from nestling.progress import progress_bar
+from nestling.tokens import token_windows
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method that is measured.
+
+    Attributes:
+        method: its name in the results, such as ``"balanced-energy"`` or ``"int4"``.
+        budget: the share of a full cache that it was asked to take; None if it has no such setting.
+        make: gives a fresh, empty cache for one sequence.
+    """
+
+    method: str
+    budget: float | None
+    make: Callable[[], Cache]
+
+    @property
+    def name(self) -> str:
+        return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
+
+
+class Partial:
+    """What has been measured so far. With a file, a killed job goes on where it stopped.
+
+    Entries are lists of sums by a text key that holds the contender, the chunk and a checksum of what was read.
+
+    Args:
+        path: a JSON file, read now if it exists and replaced atomically by `save`; None keeps everything in memory.
+        job: what else the numbers depend on (model, calibration, ...), plain JSON values.
+
+    Raises:
+        EvaluationError: if the file is damaged, or was written by a job with another ``job``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, job: Mapping[str, Any] | None = None):
+        self.path, self.job = None if path is None else Path(path), json.loads(json.dumps(job or {}))
+        self.sums: dict[str, list[float]] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                stored = json.loads(self.path.read_text("utf-8"))
+                theirs, self.sums = stored["job"], dict(stored["sums"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError(f"{self.path.name} is damaged ({error}): delete it to start again") from error
+            if theirs != self.job:
+                raise EvaluationError(f"{self.path.name} is of another job: {theirs}, not {self.job}; delete it")
+
+    def save(self) -> None:
+        if self.path is not None:
+            part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+            part.write_text(json.dumps({"job": self.job, "sums": self.sums}), "utf-8")
+            os.replace(part, self.path)
+
+
+def evaluate(
+    model,
+    tokenizer,
+    adapter: KVAdapter,
+    budgets: Sequence[float] = (1.0, 0.75, 0.5, 0.4),
+    *,
+    allocation="energy",
+    texts: Iterable[str] | Tensor | None = None,
+    windows: int = 8,
+    length: int = 1024,
+    chunk: int = 64,
+    tasks: Mapping[str, Sequence[dict]] | None = None,
+    passkey: Sequence[int] = (),
+    progress: bool = True,
+    partial: Partial | None = None,
+    **cache_options,
+) -> list[dict[str, Any]]:
+    """Measure an adapter's caches at several budgets against the full model.
+
+    Prompts are read compressed too (``exact_prompt=False``): what is measured is what a decode reads.
+
+    Args:
+        model: the causal LM of the adapter; switched to nestling's attention.
+        budgets: shares of the full cache; not used if ``allocation`` is a rank table.
+        allocation, cache_options: as in `KVAdapter.cache` (sinks, window, paper, dtype, ...).
+        texts, windows, length, chunk, tasks, passkey, progress, partial: see `compare`. Without ``texts``, the
+            built-in English pages are read.
+
+    Returns:
+        Flat rows as from `compare`, the full model's first.
+
+    Raises:
+        AdapterError, BudgetError, TextTooShortError, EvaluationError.
+    """
+    adapter.check(model)
+    attention.attach(model)
+    named = isinstance(allocation, str)
+    method = f"{adapter.info.get('basis', 'nested')}-{allocation if named else 'ranks'}"
+    options = {"allocation": allocation, "exact_prompt": False, **cache_options}
+    sizes = budgets if named else [None]
+    contenders = [Contender(method, budget, bind(adapter.cache, model, budget, **options)) for budget in sizes]
+    return compare(
+        model, tokenizer, contenders, texts=texts, windows=windows, length=length, chunk=chunk, tasks=tasks,
+        passkey=passkey, progress=progress, partial=partial,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def compare(
+    model,
+    tokenizer,
+    contenders: Sequence[Contender],
+    *,
+    texts: Iterable[str] | Tensor | None = None,
+    windows: int = 8,
+    length: int = 1024,
+    chunk: int = 64,
+    tasks: Mapping[str, Sequence[dict]] | None = None,
+    passkey: Sequence[int] = (),
+    progress: bool = True,
+    partial: Partial | None = None,
+) -> list[dict[str, Any]]:
+    """Measure caches of any kind against the full model, all on the same tokens.
+
+    The logits of a window are held once, ``[length, vocabulary]``, while each contender reads it.
+
+    Args:
+        tokenizer: None will do for ``texts`` of token ids without ``tasks`` and ``passkey``.
+        contenders: methods; pairs of method and budget must differ. The full model is added in front.
+        texts: strings or token ids ``[n, T]``, packed into windows; None: the built-in English pages.
+        windows, length: how many windows are read, of how many tokens (at most what the model's positions allow).
+            0 windows leave out KL, perplexity and agreement.
+        chunk: tokens that go through a cache at once, in windows, contexts and prompts. Caches with an exact window
+            look worse in large chunks than in true decoding.
+        tasks: multiple-choice questions by task, as from `nestling.data.read_multiple_choice`.
+        passkey: prompt lengths in tokens; in each, a 5-digit key is hidden at several depths and asked for.
+        progress: show progress bars with an estimate of the time left.
+        partial: where sums are kept, after each window and each task and contender. Give one with a file to resume.
+
+    Returns:
+        A row a contender: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, both on
+        the longest window or passkey prompt), ``bytes_per_token, kl`` (mean nats per token to the full model),
+        ``ppl, top1`` (share of positions with the full model's first choice), ``acc_<task>, above_chance`` (mean over
+        tasks of (acc - chance) / (acc of full - chance), tasks on which full is not above chance left out) and
+        ``passkey_<n>``. What was not measured is absent or None.
+
+    Raises:
+        TextTooShortError: if there is not one window of text.
+        EvaluationError: for logits that are not finite, naming the contender; for questions, passkey lengths or
+            contenders that cannot be measured.
+    """
+    config, tasks = attention.text_config(model), dict(tasks or {})
+    contenders = [Contender("full", None, lambda: Cache(layers=attention.stock_layers(config))), *contenders]
+    names = [c.name for c in contenders]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise EvaluationError(f"method and budget must differ between contenders, repeated: {sorted(repeated)}")
+    if (tasks or passkey) and tokenizer is None:
+        raise EvaluationError("tasks and passkeys are text, so a tokenizer is needed")
+    if chunk < 1 or windows < 0 or not all(tasks.values()):
+        raise EvaluationError(f"chunk={chunk} must be positive, windows={windows} not negative, and no task empty")
+    for contender in contenders:
+        contender.make()  # a budget out of reach fails now, not after an hour
+    ids = []
+    if windows:
+        length = min(length, getattr(config, "max_position_embeddings", None) or length)
+        ids = list(token_windows(tokenizer, read_texts(None) if texts is None else texts, length, limit=windows))
+    questions = {task: [encode_question(tokenizer, row) for row in rows] for task, rows in tasks.items()}
+    prompts = {n: passkey_prompts(tokenizer, n) for n in passkey}
+    run = _Run(model, tokenizer, contenders, chunk, partial or Partial())
+    training = model.training
+    model.eval()
+    try:
+        with progress_bar(progress) as bar:
+            jobs = [(f"text, {len(ids)} windows", len(ids), bind(run.windows, ids))] if ids else []
+            jobs += [(task, len(rows), bind(run.task, task, tasks[task], rows)) for task, rows in questions.items()]
+            jobs += [(f"passkey in {n}", len(rows), bind(run.passkey, n, rows)) for n, rows in prompts.items()]
+            bars = [bar.add_task(name, total=total * len(contenders)) for name, total, _ in jobs]
+            for task_id, (_, _, job) in zip(bars, jobs, strict=True):
+                job(bind(bar.advance, task_id))
+    finally:
+        model.train(training)
+    name = Path(config.name_or_path).name if config.name_or_path else config.model_type
+    return [{"model": name, "method": c.method, "budget": c.budget, **run.row(c)} for c in contenders]
+
+
+class _Run:
+    """One comparison: ``results[contender]`` gathers the columns of its row."""
+
+    def __init__(self, model, tokenizer, contenders: list[Contender], chunk: int, partial: Partial):
+        self.model, self.tokenizer, self.contenders = model, tokenizer, contenders
+        self.chunk, self.partial = chunk, partial
+        self.results: dict[str, dict[str, Any]] = {
+            c.name: {"bytes_share": None, "bytes_per_token": None} for c in contenders
+        }
+        self.chance: dict[str, float] = {}
+        self.longest = 0
+
+    def key(self, contender: Contender, what: str, data) -> str:
+        return f"{contender.name} | {what} | {zlib.crc32(repr(data).encode()):08x} | chunk {self.chunk}"
+
+    def check(self, contender: Contender, where: str, values: Iterable[float]) -> None:
+        if not all(map(math.isfinite, values)):
+            raise EvaluationError(f"{contender.name}: the logits are not finite (NaN or infinity) in {where}")
+
+    def stock_bytes(self, ids: Tensor) -> list[float]:
+        """What a stock cache of ``ids`` ``[n]`` holds: bytes of storage, and bytes in bf16 without slack."""
+        key = f"stock cache of {len(ids)} tokens"
+        if key not in self.partial.sums:
+            cache = self.contenders[0].make()
+            read(self.model, ids[None].to(self.model.device), cache, self.chunk)
+            states = [getattr(layer, side, None) for layer in cache.layers for side in ("keys", "values")]
+            self.partial.sums[key] = [held_bytes(cache), 2 * sum(s.numel() for s in states if isinstance(s, Tensor))]
+        return self.partial.sums[key]
+
+    def set_bytes(self, contender: Contender, ids: Tensor, held: float) -> None:
+        """Bytes of a cache that has read ``ids`` ``[n]``, unless those of a longer text are known."""
+        if len(ids) > self.longest:
+            share = held / self.stock_bytes(ids)[1]
+            self.results[contender.name].update(bytes_share=share, bytes_per_token=held / len(ids))
+
+    def windows(self, windows: list[Tensor], advance: Callable[[int], None]) -> None:
+        sums, totals = self.partial.sums, {c.name: torch.zeros(5, dtype=torch.float64) for c in self.contenders}
+        for number, window in enumerate(windows):
+            keys = {c.name: self.key(c, "text", window.tolist()) for c in self.contenders}
+            ids, todo = window.to(self.model.device), [c for c in self.contenders if keys[c.name] not in sums]
+            advance(len(self.contenders) - len(todo))
+            teacher = self.model(input_ids=ids[None], use_cache=False).logits[0] if todo else ids
+            for c in todo:
+                sums[keys[c.name]] = self.window(c, ids, teacher, f"window {number + 1}")
+                advance(1)
+            if todo:
+                self.partial.save()
+            for c in self.contenders:
+                totals[c.name] += torch.tensor(sums[keys[c.name]], dtype=torch.float64)
+        positions = sum(map(len, windows))
+        for c in self.contenders:
+            kl, nll, hits, labels, held = totals[c.name].tolist()
+            self.set_bytes(c, windows[0], held / len(windows))
+            ppl = math.exp(min(nll / max(labels, 1), 700))
+            self.results[c.name].update(kl=kl / positions, ppl=ppl, top1=hits / positions)
+        self.longest = max(self.longest, len(windows[0]))
+
+    def window(self, contender: Contender, ids: Tensor, teacher: Tensor, where: str) -> list[float]:
+        """Sums over a window ``[n]``: KL, negative log-likelihood, agreements, labels; and bytes held at its end."""
+        cache, sums, start = contender.make(), torch.zeros(4, dtype=torch.float64), 0
+        full = contender is self.contenders[0]  # it reads without a cache
+        parts = () if full else ids[None].split(self.chunk, 1)
+        chunks = [teacher] if full else (forward(self.model, part, cache)[0] for part in parts)
+        for logits in chunks:
+            end = start + len(logits)
+            expected, labels = teacher[start:end], ids[start + 1 : end + 1]
+            kl = float(kl_divergence(expected, logits).double().sum())
+            nll = float(cross_entropy(logits[: len(labels)].float(), labels, reduction="none").double().sum())
+            hits = int((logits.argmax(-1) == expected.argmax(-1)).sum())
+            self.check(contender, f"{where}, tokens {start} to {end - 1}", (kl, nll))
+            sums += torch.tensor([kl, nll, hits, len(labels)], dtype=torch.float64)
+            start = end
+        return [*sums.tolist(), self.stock_bytes(ids)[0] if full else held_bytes(cache)]
+
+    def task(self, task: str, rows: Sequence[dict], encoded: list, advance: Callable[[int], None]) -> None:
+        answers = [row["answer"] for row in rows]
+        self.chance[task] = sum(1 / len(pairs) for pairs in encoded) / len(rows)
+        for c in self.contenders:
+            key = self.key(c, task, (encoded, answers))
+            if key in self.partial.sums:
+                advance(len(rows))
+            else:
+                right = 0
+                for number, (pairs, answer) in enumerate(zip(encoded, answers, strict=True)):
+                    scores = choice_scores(self.model, c.make, pairs, self.chunk)
+                    self.check(c, f"{task}, question {number + 1}", scores)
+                    right += scores.index(max(scores)) == answer
+                    advance(1)
+                self.partial.sums[key] = [right]
+                self.partial.save()
+            self.results[c.name][f"acc_{task}"] = self.partial.sums[key][0] / len(rows)
+
+    def passkey(self, n: int, prompts: list[tuple[Tensor, str]], advance: Callable[[int], None]) -> None:
+        for c in self.contenders:
+            key = self.key(c, f"passkey {n}", [(ids.tolist(), digits) for ids, digits in prompts])
+            if key in self.partial.sums:
+                advance(len(prompts))
+            else:
+                right, check = 0, bind(self.check, c, f"passkey in {n} tokens")
+                for ids, digits in prompts:
+                    answer, held = passkey_answer(self.model, self.tokenizer, ids, c.make(), self.chunk, check)
+                    right += answer == digits
+                    advance(1)
+                self.partial.sums[key] = [right, held]
+                self.partial.save()
+            self.results[c.name][f"passkey_{n}"] = self.partial.sums[key][0] / len(prompts)
+            self.set_bytes(c, prompts[0][0], self.partial.sums[key][1])
+        self.longest = max(self.longest, n)
+
+    def row(self, contender: Contender) -> dict[str, Any]:
+        """The columns of a contender, with ``above_chance`` after the tasks."""
+        row, full = self.results[contender.name], self.results[self.contenders[0].name]
+        if not self.chance:
+            return row
+        above = {t: full[f"acc_{t}"] - chance for t, chance in self.chance.items() if full[f"acc_{t}"] > chance}
+        kept = [(row[f"acc_{t}"] - self.chance[t]) / gain for t, gain in above.items()]
+        keys = [k for k in row if not k.startswith("passkey_")]
+        late = {k: v for k, v in row.items() if k not in keys}
+        return {k: row[k] for k in keys} | {"above_chance": sum(kept) / len(kept) if kept else None} | late

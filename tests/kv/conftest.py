@@ -1,0 +1,28 @@
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nestling import kv
+
+from .families import BASE, tiny_model
+
+
+@pytest.fixture(scope="session")
+def ids() -> torch.Tensor:
+    """Random token ids ``[8, 64]``, none of them special."""
+    return torch.randint(3, BASE["vocab_size"], (8, 64), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def fitted(ids):
+    """``fitted(family)``: the served ``model``, its ``adapter``, and an equal ``stock`` model that is left alone."""
+
+    @cache
+    def make(family: str) -> SimpleNamespace:
+        model = tiny_model(family)
+        options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, progress=False)
+        return SimpleNamespace(model=model, stock=tiny_model(family), adapter=kv.fit(model, None, ids, **options))
+
+    return make

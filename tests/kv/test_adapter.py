@@ -1,0 +1,394 @@
+"""Adapters on disk: what is written is what is read, whole or not at all, and nothing else is accepted."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nestling import kv
+from nestling.kv import adapter as adapter_module
+from nestling.kv.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, KVAdapter
+
+from .families import tiny_model
+
+
+@pytest.fixture(scope="module")
+def made(fitted):
+    return fitted("llama-gqa")
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    made.adapter.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit(folder: Path, **changes) -> None:
+    """Change the config; dotted names (with __) reach into ``model``."""
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text("utf-8"))
+    for name, value in changes.items():
+        place, key = (config["model"], name[7:]) if name.startswith("model__") else (config, name)
+        place.pop(key, None) if value is None else place.__setitem__(key, value)
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def same(a: KVAdapter, b: KVAdapter) -> bool:
+    tensors = all(
+        torch.equal(getattr(a, n)[s], getattr(b, n)[s]) for n in ("encode", "energy") for s in ("key", "value")
+    )
+    return tensors and (a.fingerprint, a.info) == (b.fingerprint, b.info)
+
+
+# Round trip
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3", "partial-rotary"])
+def test_what_is_saved_is_what_is_loaded(fitted, ids, tmp_path, family):
+    made = fitted(family)
+    made.adapter.save_pretrained(tmp_path / "deep" / "adapter")
+    again = KVAdapter.from_pretrained(str(tmp_path / "deep" / "adapter"))
+    assert same(again, made.adapter)
+    with torch.no_grad():
+        for budget in (0.6, 0.9):
+            out = []
+            for adapter in (made.adapter, again):
+                cache = adapter.cache(made.model, budget, paper=True)
+                out.append(made.model(input_ids=ids[:1, :24], past_key_values=cache).logits)
+            assert torch.equal(*out)
+
+
+def test_an_adapter_is_two_files_and_a_card(made, folder):
+    assert sorted(os.listdir(folder)) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    assert (config["format"], config["kind"], config["basis"]) == (1, "nestling-kv", "balanced")
+    assert config["model"] == made.adapter.fingerprint
+    tensors = load_file(folder / WEIGHTS_FILE)
+    assert len(tensors) == 3 * 2 * 2
+    assert tensors["layers.2.value.encode"].shape == (2, 16, 16) and tensors["layers.0.key.energy"].shape == (2, 16)
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    card = (folder / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: nestling") and "`llama` model with 3 compressed layers" in card
+
+
+def test_a_card_is_kept(folder):
+    (folder / "README.md").write_text("measured: ½\n", encoding="utf-8")
+    adapter = KVAdapter.from_pretrained(folder)
+    adapter.save_pretrained(folder)
+    assert (folder / "README.md").read_text("utf-8") == "measured: ½\n"
+    (folder / "README.md").unlink()
+    assert KVAdapter.from_pretrained(folder).card == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_others_can_read_it(made, tmp_path):
+    """A folder made by mkdtemp is private; an adapter has the permissions of any other folder."""
+    made.adapter.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "adapter").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+# Writing
+
+
+def other(made) -> KVAdapter:
+    return KVAdapter(made.adapter.fingerprint, made.adapter.encode, {s: e * 2 for s, e in made.adapter.energy.items()})
+
+
+def test_saving_replaces_an_adapter(made, folder):
+    new = other(made)
+    new.save_pretrained(folder)
+    assert same(KVAdapter.from_pretrained(folder), new)
+    assert os.listdir(folder.parent) == ["adapter"]
+    (folder.parent / "empty").mkdir()
+    new.save_pretrained(folder.parent / "empty")
+    assert same(KVAdapter.from_pretrained(folder.parent / "empty"), new)
+
+
+@pytest.mark.parametrize("when", ["weights", "card", "first rename", "second rename"])
+def test_a_failed_save_leaves_the_old_adapter_whole(made, folder, monkeypatch, when):
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    if when == "weights":
+        monkeypatch.setattr(adapter_module, "save_file", fail)
+    elif when == "card":
+        monkeypatch.setattr(adapter_module, "_default_card", fail)
+    else:
+        rename, calls = Path.rename, []
+
+        def failing(self, target):
+            calls.append(target)
+            return fail() if len(calls) == 1 + (when == "second rename") else rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space"):
+        other(made).save_pretrained(folder)
+    monkeypatch.undo()
+    assert same(KVAdapter.from_pretrained(folder), made.adapter)
+    assert os.listdir(folder.parent) == ["adapter"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(made, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("thesis", "file"):
+        with pytest.raises(AdapterError, match="is not an adapter: choose another"):
+            made.adapter.save_pretrained(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "thesis"]
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == (tmp_path / "file").read_text() == "x"
+
+
+def test_pushing_uploads_the_saved_files(made, monkeypatch):
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            uploaded[repo_id] = KVAdapter.from_pretrained(folder_path)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert made.adapter.push_to_hub("me/mine", token="secret") == "https://hub/me/mine"
+    assert same(uploaded["me/mine"], made.adapter)
+
+
+# Reading
+
+
+def test_a_missing_folder_or_file_is_named(folder, tmp_path):
+    with pytest.raises(AdapterError, match="nowhere is neither an adapter folder nor a hub id"):
+        KVAdapter.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterError, match=f"{CONFIG_FILE} is missing"):
+        KVAdapter.from_pretrained(tmp_path / "empty")
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(AdapterError, match=f"{WEIGHTS_FILE} is missing"):
+        KVAdapter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"kind": "peft"}', b"[" * 100_000, b'{"kind": "nestling-kv"}'],
+)
+def test_what_is_no_config_is_refused(folder, content):
+    (folder / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(AdapterError, match=CONFIG_FILE):
+        KVAdapter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"format": 2}, "has format 2, this version reads up to 1: upgrade"),
+        ({"format": None}, "has format None"),
+        ({"format": "1"}, "has format 1"),
+        ({"kind": "lora"}, "kind is not 'nestling-kv'"),
+        ({"model": None}, "must hold layers"),
+        ({"model": []}, "must hold layers"),
+        ({"model__layers": []}, "must hold layers"),
+        ({"model__layers": [0, "1"]}, "must hold layers"),
+        ({"model__layers": [0, -1]}, "must hold layers"),
+        ({"model__head_dim": 0}, "must hold layers"),
+        ({"model__head_dim": 10**12}, "must hold layers"),
+        ({"model__head_dim": "16"}, "must hold layers"),
+        ({"model__num_key_value_heads": None}, "must hold layers"),
+        ({"model__layers": [0, 1, 7]}, "lacks 4 tensors, first layers.7.key.encode"),
+        ({"model__layers": [0, 1]}, "holds 4 unknown tensors, first layers.2.key.encode"),
+        ({"model__head_dim": 8}, r"layers.0.key.encode has shape \[2, 16, 16\], expected \[2, 8, 8\]"),
+        ({"model__num_key_value_heads": 4}, r"has shape \[2, 16, 16\], expected \[4, 16, 16\]"),
+    ],
+)
+def test_wrong_configs_are_refused(folder, changes, message):
+    edit(folder, **changes)
+    with pytest.raises(AdapterError, match=message):
+        KVAdapter.from_pretrained(folder)
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+HOSTILE = {
+    "empty": b"",
+    "short": b"\x01",
+    "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    "pickle": pickle.dumps({"a": 1}),
+    "endless header": header(b"{}", 2**63),
+    "header beyond the file": header(b"{}", 1000),
+    "no json": header(b"{{{{"),
+    "data beyond the file": header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'),
+    "huge shape": header(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}') + b"\0" * 4,
+    "backwards": header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}') + b"\0" * 4,
+    "overlap": header(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
+    + b"\0" * 4,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_weights_are_refused(folder, kind):
+    (folder / WEIGHTS_FILE).write_bytes(HOSTILE[kind])
+    with pytest.raises(AdapterError, match=f"{WEIGHTS_FILE} is truncated or not a safetensors file"):
+        KVAdapter.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_weights_are_refused(folder, share):
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(AdapterError, match="is truncated"):
+        KVAdapter.from_pretrained(folder)
+
+
+def broken(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t["layers.1.key.encode"][0, 0].fill_(torch.nan), "key encode: holds NaN"),
+        (lambda t: t["layers.1.value.energy"][0].fill_(torch.inf), "value energy: holds NaN or infinity"),
+        (lambda t: t["layers.1.value.encode"][1, :, 3].zero_(), "value encode: a basis is singular"),
+        (lambda t: t["layers.1.key.encode"].zero_(), "key encode: a basis is singular"),
+        (lambda t: t.pop("layers.1.key.encode"), "lacks 1 tensors, first layers.1.key.encode"),
+        (lambda t: t.update(extra=torch.zeros(1)), "holds 1 unknown tensors, first extra"),
+        (lambda t: t.update({"layers.0.key.encode": torch.zeros(2, 16, 8)}), r"has shape \[2, 16, 8\]"),
+        (lambda t: t.update({"layers.0.key.energy": torch.zeros(16)}), r"has shape \[16\], expected \[2, 16\]"),
+    ],
+)
+def test_wrong_tensors_are_refused(folder, change, message):
+    broken(folder, change)
+    with pytest.raises(AdapterError, match=message):
+        KVAdapter.from_pretrained(folder)
+
+
+def test_weights_of_a_peft_adapter_are_foreign(folder):
+    save_file({"base_model.lora_A.weight": torch.zeros(2, 2)}, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterError, match="lacks 12 tensors"):
+        KVAdapter.from_pretrained(folder)
+
+
+def test_tensors_in_memory_are_checked_too(made):
+    encode = dict(made.adapter.encode, key=made.adapter.encode["key"][:, :1])
+    with pytest.raises(AdapterError, match=r"key encode: shape \[3, 1, 16, 16\], expected \[3, 2, 16, 16\]"):
+        KVAdapter(made.adapter.fingerprint, encode, made.adapter.energy)
+
+
+def test_decode_is_the_inverse(made):
+    for side in ("key", "value"):
+        product = made.adapter.encode[side] @ made.adapter.decode[side]
+        torch.testing.assert_close(product, torch.eye(16).expand_as(product), rtol=0, atol=1e-5)
+
+
+# Use
+
+
+@pytest.mark.parametrize(
+    "family, overrides, differs",
+    [
+        ("qwen2", {}, "model_type: adapter llama, model qwen2"),
+        ("llama-mha", {}, "num_key_value_heads: adapter 2, model 4"),
+        ("llama-gqa", {"num_hidden_layers": 2}, "num_hidden_layers: adapter 3, model 2"),
+        ("llama-gqa", {"head_dim": 8}, "head_dim: adapter 16, model 8"),
+        ("llama-gqa", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope: "),
+    ],
+)
+def test_another_model_is_refused_and_left_alone(made, family, overrides, differs):
+    model = tiny_model(family, **overrides)
+    with pytest.raises(AdapterError, match=f"another model .*{differs}"):
+        made.adapter.cache(model, 0.5)
+    assert model.config._attn_implementation != "nestling"
+
+
+def test_the_same_architecture_with_other_weights_is_served(made):
+    made.adapter.cache(tiny_model("llama-gqa", seed=1), 0.6)  # a fine-tuned model
+
+
+@pytest.mark.parametrize("dtype, itemsize", [(None, 4), (torch.float32, 4), (torch.bfloat16, 2)])
+def test_bytes_per_token_count_the_stored_precision(made, ids, dtype, itemsize):
+    full = made.adapter.full_elements
+    assert full == 2 * 3 * 2 * 16
+    options = dict(dtype=dtype, sinks=0, chunk=1)
+    for share in (0.55, 0.8, 1.0):
+        cache = made.adapter.cache(made.model, bytes_per_token=share * full * itemsize, **options)
+        assert share * full - 8 < cache.ranks.elements <= share * full
+        assert cache.ranks.to_dict() == made.adapter.cache(made.model, share, **options).ranks.to_dict()
+        with torch.no_grad():
+            made.model(input_ids=ids[:1, :40], past_key_values=cache)
+        assert cache.nbytes == cache.ranks.elements * itemsize * 40 <= share * full * itemsize * 40
+    with pytest.raises(kv.BudgetError, match=f"the full cache takes {full * itemsize}"):
+        made.adapter.cache(made.model, bytes_per_token=full * itemsize + 1, dtype=dtype)
+
+
+def test_one_adapter_makes_caches_of_every_budget(made):
+    before = {s: made.adapter.encode[s].clone() for s in ("key", "value")}
+    caches = [made.adapter.cache(made.model, b, sinks=0) for b in (0.5, 0.6, 0.75, 1.0)]
+    tables = [c.ranks for c in caches]
+    for small, large in zip(tables, tables[1:], strict=False):
+        assert small.elements < large.elements
+        assert (small.keys <= large.keys).all() and (small.values <= large.values).all()
+    assert tables[-1].elements == made.adapter.full_elements
+    assert all(torch.equal(before[s], made.adapter.encode[s]) for s in before)
+
+
+def test_sinks_and_window_are_paid_for(made):
+    elements = [
+        made.adapter.cache(made.model, 0.8, context=200, **o).ranks.elements
+        for o in ({"sinks": 0}, {"sinks": 4}, {"sinks": 4, "window": 40})
+    ]
+    assert elements[0] >= elements[1] > elements[2]
+    for count, exact in zip(elements, (0, 4, 44), strict=True):
+        assert exact * 192 + (200 - exact) * count <= 0.8 * 200 * 192
+
+
+def test_paper_compresses_everything(made):
+    cache = made.adapter.cache(made.model, 0.6, sinks=9, window=9, paper=True)
+    assert {(g.sinks, g.window) for layer in cache.layers for g in layer.groups} == {(0, 0)}
+    assert not any(layer.exact_prompt for layer in cache.layers)
+    assert cache.ranks.elements == made.adapter.cache(made.model, 0.6, sinks=0).ranks.elements
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "not both or neither"),
+        ({"budget": 0.5, "bytes_per_token": 100}, "not both or neither"),
+        ({"budget": 0.2}, r"smallest possible, 0\.5000"),
+        ({"budget": 0.7, "sinks": -1}, "must not be negative"),
+        ({"budget": 0.7, "window": -1}, "must not be negative"),
+        ({"budget": 0.7, "chunk": 0}, "chunk=0 at least 1"),
+        ({"budget": 0.7, "allocation": "best"}, "must be 'energy', 'uniform' or a rank table, got 'best'"),
+        ({"budget": 0.7, "allocation": {"keys": [[8]], "values": [[8]]}}, "a rank table is a budget by itself"),
+        ({"allocation": {"keys": [[8]], "values": [[8]]}}, r"keys is \[1, 1\], expected \[3, 2\]"),
+        ({"allocation": {"keys": [[8, 17]] * 3, "values": [[8, 8]] * 3}}, r"keys must be in 1\.\.16, got 8\.\.17"),
+        ({"budget": 0.7, "window": 4096}, "must be longer than the 4100 exact tokens"),
+    ],
+)
+def test_impossible_caches_are_refused(made, options, message):
+    with pytest.raises(kv.BudgetError, match=message):
+        made.adapter.cache(made.model, **options)
+
+
+def test_a_rank_table_is_used_as_it_is(made, ids):
+    table = {"keys": [[1, 16], [3, 3], [16, 16]], "values": [[5, 5], [16, 2], [16, 16]]}
+    cache = made.adapter.cache(made.model, allocation=table, sinks=0)
+    with torch.no_grad():
+        made.model(input_ids=ids[:1, :24], past_key_values=cache)
+    assert cache.ranks.to_dict() == table
+    stored = [sorted(tuple(r.data.shape[1::2]) for g in layer.groups for r in g.rows) for layer in cache.layers]
+    assert stored == [[(1, 1), (1, 5), (1, 5), (1, 16)], [(1, 2), (1, 3), (1, 3), (1, 16)], [(2, 16), (2, 16)]]

@@ -1,0 +1,332 @@
+"""Statistics against brute force: stock eager models that record, and explicit per-sample gradients."""
+
+import importlib
+
+import pytest
+import torch
+
+from nestling import kv
+from nestling.basis import pca
+from nestling.kv import attention, calibrate
+from nestling.kv.calibrate import SKIP, collect_moments, make_bases, sensitivity
+from nestling.tokens import TextTooShortError
+
+from .families import FAMILIES, tiny_model
+
+RECORDED = ["llama-gqa", "llama-mha", "qwen3", "gemma3", "partial-rotary"]
+
+
+@torch.no_grad()
+def record(monkeypatch, family: str, ids, mask=None) -> dict[int, tuple[torch.Tensor, ...]]:
+    """Query, key, value ``[B, H, T, D]`` and output ``[B, T, Hq, D]`` of every layer of a stock eager model."""
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    modelling = importlib.import_module(type(model).__module__)
+    stock, found = modelling.eager_attention_forward, {}
+
+    def recording(module, query, key, value, *args, **kwargs):
+        out = stock(module, query, key, value, *args, **kwargs)
+        found[module.layer_idx] = tuple(t.clone() for t in (query, key, value, out[0]))
+        return out
+
+    monkeypatch.setattr(modelling, "eager_attention_forward", recording)
+    model(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert sorted(found) == [0, 1, 2]
+    return found
+
+
+def brute_force(states, keep) -> dict[str, torch.Tensor]:
+    """Second moments ``[Hkv, D, D]``, summed token by token and head by head."""
+    query, key, value, output = (t.double() for t in states)
+    heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    names = ("keys", "queries", "values", "outputs")
+    total = {name: torch.zeros(heads, key.shape[-1], key.shape[-1], dtype=torch.float64) for name in names}
+    for b, t in keep.nonzero().tolist():
+        for h in range(heads):
+            total["keys"][h] += torch.outer(key[b, h, t], key[b, h, t])
+            total["values"][h] += torch.outer(value[b, h, t], value[b, h, t])
+            for g in range(h * group, (h + 1) * group):
+                total["queries"][h] += torch.outer(query[b, g, t], query[b, g, t])
+                total["outputs"][h] += torch.outer(output[b, t, g], output[b, t, g])
+    return total
+
+
+# Moments
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", RECORDED)
+def test_moments_are_sums_over_the_kept_tokens(monkeypatch, ids, family, padded):
+    ids, mask = ids[:3, :20], torch.ones(3, 20, dtype=torch.long)
+    keep = mask.bool().clone()
+    keep[:, :4] = False
+    if padded:
+        for row, pad in ((1, 5), (2, 18)):  # the last row is shorter than what is skipped
+            mask[row, :pad] = 0
+            keep[row, : pad + 4] = False
+    states = record(monkeypatch, family, ids, mask)
+    model = tiny_model(family)
+    moments = collect_moments(model, [ids], skip=4, padding=[mask] if padded else None)
+    assert list(moments) == attention.compressible_layers(model.config)
+    for layer, moment in moments.items():
+        assert moment.tokens == int(keep.sum())
+        for name, expected in brute_force(states[layer], keep).items():
+            got = getattr(moment, name)
+            assert got.dtype == torch.float64
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        rows = states[layer][1].transpose(1, 2)[keep].double()
+        for head in range(rows.shape[1]):
+            covariance = torch.cov(rows[:, head].mT, correction=0)
+            torch.testing.assert_close(moment.key_covariance[head], covariance, rtol=1e-3, atol=1e-3)
+
+
+def test_skipped_positions_leave_no_trace(ids):
+    model = tiny_model("llama-gqa")
+    few, all_ = (collect_moments(model, [ids[:2, :20]], skip=skip) for skip in (19, 0))
+    assert (few[0].tokens, all_[0].tokens) == (2, 40)
+    assert torch.linalg.matrix_rank(few[0].keys[0], rtol=1e-5) == 2
+    assert collect_moments(model, [ids[:2, :20]])[0].tokens == 2 * (20 - SKIP)
+
+
+def test_moments_do_not_depend_on_the_batches(ids):
+    model = tiny_model("llama-gqa")
+    whole = collect_moments(model, [ids])
+    for size in (1, 3):
+        parts = collect_moments(model, ids.split(size))
+        for layer, moment in whole.items():
+            assert parts[layer].tokens == moment.tokens
+            for name in ("keys", "queries", "values", "outputs", "key_sum"):
+                torch.testing.assert_close(getattr(parts[layer], name), getattr(moment, name), rtol=1e-4, atol=1e-3)
+
+
+def test_no_token_is_an_error(ids):
+    with pytest.raises(kv.CalibrationError, match="no token is left after skipping the first 4"):
+        collect_moments(tiny_model("llama-gqa"), [ids[:, :4]])
+    with pytest.raises(kv.CalibrationError, match="no windows"):
+        sensitivity(tiny_model("llama-gqa"), {}, [])
+
+
+@pytest.mark.parametrize(
+    "layer, name, said", [(1, "k_proj", "layer 1: the keys"), (2, "v_proj", "layer 2: the values")]
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_broken_weights_are_named(ids, layer, name, said, bad):
+    model = tiny_model("llama-gqa")
+    getattr(model.model.layers[layer].self_attn, name).weight.data[3, 3] = bad
+    with pytest.raises(kv.CalibrationError, match=f"{said} hold NaN or infinity"):
+        kv.fit(model, None, ids, length=64, progress=False)
+
+
+# Bases
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
+def test_balanced_bases_balance_what_they_should(ids, family):
+    """Keys: key covariance against queries. Values: outputs against the group's W_O, also for H * D != hidden."""
+    model = tiny_model(family)
+    moments = collect_moments(model, [ids])
+    heads, kv_heads, width = attention.head_shape(model.config)
+    bases = make_bases(model, moments, "balanced")
+    for layer, (key, value) in bases.items():
+        moment, weight = moments[layer], model.model.layers[layer].self_attn.o_proj.weight.detach().double()
+        assert weight.shape == (64, heads * width)
+        metric = torch.zeros(kv_heads, width, width, dtype=torch.float64)
+        for head in range(heads):
+            block = weight[:, head * width : (head + 1) * width]
+            metric[head // (heads // kv_heads)] += block.mT @ block
+        for basis, c, m in (
+            (key, moment.key_covariance, moment.queries / moment.tokens),
+            (value, moment.outputs / moment.tokens, metric),
+        ):
+            assert basis.encode.shape == (kv_heads, width, width)
+            diagonal = torch.diag_embed(basis.energy.sqrt())
+            atol = 1e-3 * float(diagonal.max())
+            torch.testing.assert_close(basis.encode.mT @ c @ basis.encode, diagonal, rtol=0, atol=atol)
+            torch.testing.assert_close(basis.decode @ m @ basis.decode.mT, diagonal, rtol=0, atol=atol)
+
+
+def test_pca_bases_are_those_of_keys_and_values(ids):
+    model = tiny_model("llama-gqa")
+    moments = collect_moments(model, [ids])
+    for layer, (key, value) in make_bases(model, moments, "pca").items():
+        for basis, c in ((key, moments[layer].key_covariance), (value, moments[layer].values / moments[layer].tokens)):
+            torch.testing.assert_close(basis.energy, pca(c).energy)
+            torch.testing.assert_close(
+                basis.encode.mT @ basis.encode, torch.eye(16, dtype=torch.float64).expand(2, 16, 16)
+            )
+    with pytest.raises(ValueError, match="'pca' or 'balanced', got 'svd'"):
+        make_bases(model, moments, "svd")
+
+
+# Sensitivity
+
+
+def masked_log_p(model, bases, masks, ids, skip: int) -> torch.Tensor:
+    """Log-probabilities ``[1, T, V]`` of one row when coordinates are multiplied by masks ``[Hkv, D]``."""
+
+    class Masked(calibrate._PassThroughLayer):
+        def __init__(self, index):
+            super().__init__()
+            self.index = index
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            out = []
+            for state, basis, mask in zip(
+                (key_states, value_states), bases[self.index], masks[self.index], strict=True
+            ):
+                read = (state @ basis.encode.to(state.dtype) * mask[:, None]) @ basis.decode.to(state.dtype)
+                out.append(torch.cat((state[:, :, :skip], read[:, :, skip:]), 2))
+            return tuple(out)
+
+    layers = attention.stock_layers(model.config)
+    for index in bases:
+        layers[index] = Masked(index)
+    cache = calibrate.Cache(layers=layers)
+    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits.log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """An fp64 model, its bases and eight rows of twelve tokens."""
+    model = tiny_model("llama-gqa", dtype=torch.float64, num_hidden_layers=2, vocab_size=31)
+    ids = torch.randint(3, 31, (8, 12), generator=torch.Generator().manual_seed(1))
+    return model, make_bases(model, collect_moments(model, [ids]), "balanced"), ids
+
+
+@pytest.mark.parametrize("skip", [0, 4])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, small, skip, rows):
+    model, bases, ids = small
+    draw, drawn = torch.multinomial, []
+    monkeypatch.setattr(torch, "multinomial", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    got = sensitivity(model, bases, ids.split(rows), skip=skip, seed=3)
+    labels = torch.cat(drawn).view(8, 12, 1)
+    total = {i: [torch.zeros(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
+    for row in range(8):
+        masks = {i: [torch.ones(2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)] for i in bases}
+        log_p = masked_log_p(model, bases, masks, ids[row : row + 1], skip)
+        log_p.gather(-1, labels[row : row + 1]).sum().backward()
+        for index, pair in masks.items():
+            for side, mask in enumerate(pair):
+                total[index][side] += mask.grad.square() / 2 / ids.numel()
+    for index, pair in total.items():
+        for side, expected in enumerate(pair):
+            torch.testing.assert_close(got[index][side], expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+@torch.no_grad()
+def test_sensitivity_predicts_the_kl_of_a_small_change(small):
+    """Averaged over label draws, ``eps^2 F / 2`` is the KL per token of shrinking a coordinate by eps."""
+    model, bases, ids = small
+    draws = 150
+    mean = {i: [torch.zeros(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
+    for seed in range(draws):
+        for index, pair in sensitivity(model, bases, [ids], seed=seed).items():
+            for side in (0, 1):
+                mean[index][side] += pair[side] / draws
+    ones = {i: [torch.ones(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
+    full, eps = masked_log_p(model, bases, ones, ids, SKIP), 1e-3
+    predicted, measured = [], []
+    for index, side, head, coordinate in [
+        (i, s, h, c) for i in bases for s in (0, 1) for h in (0, 1) for c in (0, 3, 8)
+    ]:
+        masks = {i: [m.clone() for m in pair] for i, pair in ones.items()}
+        masks[index][side][head, coordinate] -= eps
+        less = masked_log_p(model, bases, masks, ids, SKIP)
+        measured.append(float((full.exp() * (full - less)).sum()) / ids.numel() / eps**2)
+        predicted.append(float(mean[index][side][head, coordinate]))
+    predicted, measured = torch.tensor(predicted), torch.tensor(measured)
+    # 1,200 squared gradients a coordinate: a standard error of 4 % and more where they have heavy tails
+    torch.testing.assert_close(predicted, measured, rtol=0.3, atol=1e-4)
+    assert float((predicted / measured).log().mean().abs()) < 0.05
+
+
+def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
+    model = tiny_model("llama-gqa")
+    bases = make_bases(model, collect_moments(model, [ids]), "pca")
+    live = sensitivity(model, bases, [ids[:2, :16]])
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    frozen = sensitivity(model.requires_grad_(False), bases, [ids[:2, :16]])
+    for index in live:
+        assert all(torch.equal(a, b) for a, b in zip(live[index], frozen[index], strict=True))
+    assert not torch.equal(live[0][0], sensitivity(model, bases, [ids[:2, :16]], seed=1)[0][0])
+
+
+# Fit
+
+
+@pytest.mark.parametrize("basis", ["balanced", "pca"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_fits(ids, family, basis):
+    model = tiny_model(family)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adapter = kv.fit(
+        model, None, ids, basis, length=32, tokens=256, sensitivity_windows=4, sensitivity_length=16, progress=False
+    )
+    layers, heads, width = adapter.shape
+    assert (heads, width) == attention.head_shape(model.config)[1:]
+    for side in ("key", "value"):
+        energy = adapter.energy[side]
+        assert energy.shape == (layers, heads, width) and (energy >= 0).all() and (energy.sum(-1) > 0).all()
+        if basis == "pca":
+            eye = torch.eye(width).expand(layers, heads, width, width)
+            torch.testing.assert_close(adapter.encode[side].mT @ adapter.encode[side], eye, rtol=0, atol=1e-5)
+    assert (adapter.info["basis"], adapter.info["tokens"], adapter.info["length"]) == (basis, 256, 32)
+    assert adapter.info["condition"] == 1 if basis == "pca" else adapter.info["condition"] > 1
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert model.config._attn_implementation == "nestling"
+
+
+@pytest.mark.parametrize("basis", ["balanced", "pca"])
+def test_fit_is_the_sum_of_its_parts(ids, basis):
+    """And orders the balanced coordinates by what they were measured to be worth; PCA keeps the paper's order."""
+    options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, seed=5, progress=False)
+    adapter = kv.fit(tiny_model("llama-gqa"), None, ids, basis, **options)
+    model = tiny_model("llama-gqa")
+    bases = make_bases(model, collect_moments(model, [ids]), basis)
+    energy = sensitivity(model, bases, [ids.view(16, 32)[:8]], seed=5)
+    for row, layer in enumerate(bases):
+        for side, name in enumerate(("key", "value")):
+            worth, encode = energy[layer][side], bases[layer][side].encode
+            if basis == "balanced":
+                worth, order = worth.sort(-1, descending=True)
+                encode = torch.stack([e[:, o] for e, o in zip(encode, order, strict=True)])
+            torch.testing.assert_close(adapter.energy[name][row], worth.float(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(adapter.encode[name][row], encode.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_ids_and_strings_are_the_same_text(ids):
+    class Numbers:
+        eos_token_id = None
+
+        def __call__(self, text, **options):
+            return {"input_ids": [int(i) for i in text.split()]}
+
+    texts = [" ".join(map(str, row)) for row in ids.tolist()]
+    options = dict(length=64, sensitivity_windows=2, sensitivity_length=16, progress=False)
+    one, other = (kv.fit(tiny_model("llama-gqa"), t, x, **options) for t, x in ((None, ids), (Numbers(), texts)))
+    assert torch.equal(one.encode["key"], other.encode["key"]) and torch.equal(one.energy["key"], other.energy["key"])
+    with pytest.raises(ValueError, match="a tokenizer is needed"):
+        kv.fit(tiny_model("llama-gqa"), None, texts, **options)
+
+
+def test_too_little_text_and_wrong_ids_are_refused(ids):
+    model = tiny_model("llama-gqa")
+    with pytest.raises(TextTooShortError, match="shorter than one window of 65 tokens"):
+        kv.fit(model, None, ids, length=65, progress=False)
+    with pytest.raises(ValueError, match="integer tensor"):
+        kv.fit(model, None, ids.float(), length=32, progress=False)
+
+
+def test_windows_are_no_longer_than_the_model(ids):
+    model = tiny_model("llama-gqa", max_position_embeddings=32)
+    assert kv.fit(model, None, ids, sensitivity_windows=2, progress=False).info["length"] == 32
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_restored(ids, training):
+    model = tiny_model("llama-gqa", attention_dropout=0.5).train(training)
+    options = dict(length=32, sensitivity_windows=2, sensitivity_length=16, progress=False)
+    one, other = (kv.fit(model, None, ids, **options) for _ in range(2))
+    assert model.training is training
+    assert torch.equal(one.encode["key"], other.encode["key"])  # no dropout in it

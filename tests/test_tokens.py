@@ -1,0 +1,70 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nestling.tokens import TextTooShortError, token_windows
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def __init__(self, eos: int | None = 0):
+        self.eos_token_id = eos
+
+    def __call__(self, text: str, **options):
+        return {"input_ids": [ord(c) for c in text]}
+
+
+texts = st.lists(st.text("abc", max_size=9), max_size=9)
+
+
+@given(texts, st.integers(1, 12), st.sampled_from([None, 0, 7]))
+def test_texts_are_packed_with_eos_between_them(texts, length, eos):
+    stream = [i for text in texts for i in (*map(ord, text), *([] if eos is None else [eos]))]
+    expected = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    if not expected:
+        with pytest.raises(TextTooShortError, match=f"one window of {length} tokens"):
+            list(token_windows(Letters(eos), texts, length))
+        return
+    windows = list(token_windows(Letters(eos), iter(texts), length))
+    assert [w.tolist() for w in windows] == expected
+    assert {w.dtype for w in windows} == {torch.int64} and {w.shape for w in windows} == {(length,)}
+    assert [w.tolist() for w in token_windows(Letters(eos), texts, length, limit=2)] == expected[:2]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_rows_of_ids_are_cut_and_never_joined(dtype):
+    ids = torch.arange(14).view(2, 7).to(dtype)
+    windows = list(token_windows(None, ids, 3))
+    assert [w.tolist() for w in windows] == [[0, 1, 2], [3, 4, 5], [7, 8, 9], [10, 11, 12]]
+    assert {w.dtype for w in windows} == {torch.int64}
+    assert len(list(token_windows(None, ids, 3, limit=3))) == 3
+
+
+def test_texts_are_read_no_further_than_needed():
+    read = []
+
+    def source():
+        for i in range(100):
+            read.append(i)
+            yield "abcd"
+
+    assert len(list(token_windows(Letters(), source(), 5, limit=3))) == 3
+    assert len(read) == 3
+
+
+def test_errors():
+    with pytest.raises(TextTooShortError):
+        list(token_windows(None, torch.zeros(3, 4, dtype=torch.long), 5))
+    with pytest.raises(ValueError, match=r"integer tensor \[n, T\], got torch.float32"):
+        list(token_windows(None, torch.zeros(3, 4), 2))
+    with pytest.raises(ValueError, match=r"\[4\]"):
+        list(token_windows(None, torch.zeros(4, dtype=torch.long), 2))
+    with pytest.raises(ValueError, match="not one string"):
+        list(token_windows(Letters(), "abc", 2))
+    with pytest.raises(ValueError, match="a tokenizer is needed"):
+        list(token_windows(None, ["abc"], 2))
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        list(token_windows(Letters(), ["abc"], 0))
+    assert issubclass(TextTooShortError, ValueError)
