@@ -37,7 +37,9 @@ METHODS: dict[str, tuple[str, dict]] = {  # name: basis, options of adapter.cach
     "pca-uniform": ("pca", {"allocation": "uniform", "paper": True}),
     "balanced-uniform": ("balanced", {"allocation": "uniform", "paper": True}),
     "balanced-energy": ("balanced", {"allocation": "energy", "paper": True}),
-    "balanced-energy-sinks": ("balanced", {"allocation": "energy", "exact_prompt": False}),
+    # With 4 sinks and 64 recent tokens exact, as KVAdapter.cache makes them; "balanced-window" is its default.
+    "pca-uniform-window": ("pca", {"allocation": "uniform", "exact_prompt": False}),
+    "balanced-window": ("balanced", {"allocation": "energy", "exact_prompt": False}),
 }
 RIVALS = {
     "int8": bind(rivals.int_cache, bits=8),

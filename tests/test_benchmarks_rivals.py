@@ -188,15 +188,15 @@ def test_the_script(tmp_path, monkeypatch):
     monkeypatch.setattr("nestling.kv.adapter.version", lambda name: "0", raising=False)  # a checkout has none
     app, out, base = kv_quality.typer.Typer(), tmp_path / "new" / "quality.json", ["--model", str(tmp_path / "toy")]
     app.command()(kv_quality.main)
-    base += ["--tokens", "256", "--length", "64", "--windows", "2", "--budgets", "1,0.6", "--out", str(out)]
-    base += ["--methods", "pca-uniform,balanced-energy-sinks,int4", "--adapters", str(tmp_path / "fitted")]
-    base += ["--passkey", "200", "--task-budgets", "0.6"]
+    base += ["--tokens", "256", "--length", "128", "--windows", "2", "--budgets", "1,0.9", "--out", str(out)]
+    base += ["--methods", "pca-uniform,balanced-window,int4", "--adapters", str(tmp_path / "fitted")]
+    base += ["--passkey", "200", "--task-budgets", "0.9"]
 
     result = CliRunner().invoke(app, [*base, "--only", "kl"], catch_exceptions=False)
     assert result.exit_code == 0 and "pca-uniform" in result.output
     results = json.loads(out.read_text())
     names = [(r["method"], r["budget"]) for r in results["rows"]]
-    nested = [(method, size) for method in ("pca-uniform", "balanced-energy-sinks") for size in (1.0, 0.6)]
+    nested = [(method, size) for method in ("pca-uniform", "balanced-window") for size in (1.0, 0.9)]
     assert names == [("full", None), *nested, ("int4", None)]
     assert results["rows"][0]["bytes_share"] == 1 and results["rows"][-1]["bytes_share"] == pytest.approx(12 / 32)
     assert not (tmp_path / "new" / "quality.partial.json").exists()

@@ -95,7 +95,7 @@ def evaluate(
         list[int] | None, typer.Option(help="Prompt length of a passkey test; may be repeated.")
     ] = None,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 0,
+    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 64,
     cache_dtype: CacheDtype = "bfloat16",
     json: Json = None,
     html: Annotated[Path | None, typer.Option(help="Write a report page to this file.")] = None,
@@ -136,7 +136,7 @@ def generate(
     allocation: Allocation = "energy",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 0,
+    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     cache_dtype: CacheDtype = "bfloat16",
 ) -> None:
@@ -184,7 +184,7 @@ def inspect(
     console.print(table)
     kept = {side: int(getattr(ranks, side).sum()) / (nested.full_elements / 2) for side in ("keys", "values")}
     console.print(
-        f"{ranks.elements:,} of {nested.full_elements:,} elements per token ({ranks.elements / nested.full_elements:.4f}); "
+        f"{ranks.elements:,} of {nested.full_elements:,} elements per token, {ranks.elements / nested.full_elements:.4f}; "
         f"keys keep {kept['keys']:.3f}, values {kept['values']:.3f}; {ranks.elements * 2:,} bytes per token in bf16"
     )
     _write(json, rows)

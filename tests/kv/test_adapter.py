@@ -323,7 +323,7 @@ def test_the_same_architecture_with_other_weights_is_served(made):
 def test_bytes_per_token_count_the_stored_precision(made, ids, dtype, itemsize):
     full = made.adapter.full_elements
     assert full == 2 * 3 * 2 * 16
-    options = dict(dtype=dtype, sinks=0, chunk=1)
+    options = dict(dtype=dtype, sinks=0, window=0, chunk=1)
     for share in (0.55, 0.8, 1.0):
         cache = made.adapter.cache(made.model, bytes_per_token=share * full * itemsize, **options)
         assert share * full - 8 < cache.ranks.elements <= share * full
@@ -337,7 +337,7 @@ def test_bytes_per_token_count_the_stored_precision(made, ids, dtype, itemsize):
 
 def test_one_adapter_makes_caches_of_every_budget(made):
     before = {s: made.adapter.encode[s].clone() for s in ("key", "value")}
-    caches = [made.adapter.cache(made.model, b, sinks=0) for b in (0.5, 0.6, 0.75, 1.0)]
+    caches = [made.adapter.cache(made.model, b, sinks=0, window=0) for b in (0.5, 0.6, 0.75, 1.0)]
     tables = [c.ranks for c in caches]
     for small, large in zip(tables, tables[1:], strict=False):
         assert small.elements < large.elements
@@ -349,7 +349,7 @@ def test_one_adapter_makes_caches_of_every_budget(made):
 def test_sinks_and_window_are_paid_for(made):
     elements = [
         made.adapter.cache(made.model, 0.8, context=200, **o).ranks.elements
-        for o in ({"sinks": 0}, {"sinks": 4}, {"sinks": 4, "window": 40})
+        for o in ({"sinks": 0, "window": 0}, {"sinks": 4, "window": 0}, {"sinks": 4, "window": 40})
     ]
     assert elements[0] >= elements[1] > elements[2]
     for count, exact in zip(elements, (0, 4, 44), strict=True):
@@ -360,7 +360,7 @@ def test_paper_compresses_everything(made):
     cache = made.adapter.cache(made.model, 0.6, sinks=9, window=9, paper=True)
     assert {(g.sinks, g.window) for layer in cache.layers for g in layer.groups} == {(0, 0)}
     assert not any(layer.exact_prompt for layer in cache.layers)
-    assert cache.ranks.elements == made.adapter.cache(made.model, 0.6, sinks=0).ranks.elements
+    assert cache.ranks.elements == made.adapter.cache(made.model, 0.6, sinks=0, window=0).ranks.elements
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_impossible_caches_are_refused(made, options, message):
 
 def test_a_rank_table_is_used_as_it_is(made, ids):
     table = {"keys": [[1, 16], [3, 3], [16, 16]], "values": [[5, 5], [16, 2], [16, 16]]}
-    cache = made.adapter.cache(made.model, allocation=table, sinks=0)
+    cache = made.adapter.cache(made.model, allocation=table, sinks=0, window=0)
     with torch.no_grad():
         made.model(input_ids=ids[:1, :24], past_key_values=cache)
     assert cache.ranks.to_dict() == table

@@ -338,7 +338,7 @@ BUDGETS = (0.55, 0.75, 0.9)
 def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, family, budget, sinks):
     """The whole path against stock eager attention whose keys and values are replaced by ``k E_r D_r``."""
     made = fitted(family)
-    options = dict(sinks=sinks, exact_prompt=False, context=4096)
+    options = dict(sinks=sinks, window=0, exact_prompt=False, context=4096)
     cache = made.adapter.cache(made.model, budget, **options)
     rows = {layer: row for row, layer in enumerate(made.adapter.fingerprint["layers"])}
 
@@ -384,7 +384,7 @@ def test_the_first_prompt_is_exact_and_later_reads_are_not(fitted, ids):
     made = fitted("llama-gqa")
     with torch.no_grad():
         stock = made.stock(input_ids=ids[:1, :30]).logits
-    out = run(made.model, ids[:1], made.adapter.cache(made.model, 0.6), [29, 1])
+    out = run(made.model, ids[:1], made.adapter.cache(made.model, 0.6, window=0), [29, 1])
     torch.testing.assert_close(out[:, :29], stock[:, :29])
     assert (out[:, 29] - stock[:, 29]).abs().max() > 1e-2
 
@@ -436,7 +436,9 @@ def test_padding_does_not_change_a_row(fitted, ids, budget):
 
 def test_caches_of_several_budgets_serve_one_model_at_once(fitted, ids):
     made = fitted("llama-gqa")
-    make = [lambda b=b: made.adapter.cache(made.model, b) for b in (0.55, 0.75, 1.0)] + [lambda: DynamicCache()]
+    make = [lambda b=b: made.adapter.cache(made.model, b, window=0) for b in (0.55, 0.75, 1.0)] + [
+        lambda: DynamicCache()
+    ]
     alone = [run(made.model, ids[:2, :24], new(), [20, 1, 1, 1, 1]) for new in make]
     caches = [new() for new in make]
     steps = [
@@ -470,7 +472,7 @@ def test_other_caches_still_work_after_attaching(fitted, ids, family):
 def test_crop_forgets(fitted, ids, sinks):
     """Also back into the sinks: 18 tokens less 8 leaves 10 of 12."""
     made = fitted("llama-gqa")
-    new = lambda: made.adapter.cache(made.model, 0.7, sinks=sinks, exact_prompt=False, context=999)  # noqa: E731
+    new = lambda: made.adapter.cache(made.model, 0.7, sinks=sinks, window=0, exact_prompt=False, context=999)  # noqa: E731
     cache = new()
     run(made.model, ids[:1, :18], cache, [15, 3])
     cache.crop(-8)
@@ -498,7 +500,7 @@ def test_reset_is_a_new_cache(fitted, ids):
 
 def test_a_prefilled_cache_can_be_copied_and_used_twice(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.6)
+    cache = made.adapter.cache(made.model, 0.6, window=0)
     run(made.model, ids[:1, :20], cache, [20])
     twin = copy.deepcopy(cache)
     one = run(made.model, ids[1:2, :4], cache, [1, 3])
@@ -526,7 +528,7 @@ def test_rows_are_chosen_and_repeated_with_their_history(fitted, ids):
 
 def test_verbs_on_an_empty_cache_do_nothing(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.6)
+    cache = made.adapter.cache(made.model, 0.6, window=0)
     cache.crop(0)
     for layer in cache.layers:
         layer.batch_repeat_interleave(2)
@@ -534,13 +536,13 @@ def test_verbs_on_an_empty_cache_do_nothing(fitted, ids):
         layer.reorder_cache(torch.tensor([0]))
         layer.offload()
         layer.prefetch()
-    fresh = run(made.model, ids[:2, :9], made.adapter.cache(made.model, 0.6), [9])
+    fresh = run(made.model, ids[:2, :9], made.adapter.cache(made.model, 0.6, window=0), [9])
     assert torch.equal(run(made.model, ids[:2, :9], cache, [9]), fresh)
 
 
 def test_misuse_is_refused(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.6)
+    cache = made.adapter.cache(made.model, 0.6, window=0)
     run(made.model, ids[:2, :9], cache, [9])
     with pytest.raises(kv.CacheMismatchError, match=r"\[2, 2, 16\] and was given \[3, 2, 16\]"):
         run(made.model, ids[:3, :1], cache, [1])
@@ -551,18 +553,18 @@ def test_misuse_is_refused(fitted, ids):
     wider = tiny_model("llama-mha")
     attention.attach(wider)
     with pytest.raises(kv.CacheMismatchError, match="4 heads"):
-        run(wider, ids[:2, :9], made.adapter.cache(made.model, 0.6), [9])
+        run(wider, ids[:2, :9], made.adapter.cache(made.model, 0.6, window=0), [9])
     other = tiny_model("qwen2")
     attention.attach(other)
     with pytest.raises(kv.CacheMismatchError, match="another model"):
-        run(other, ids[:2, :9], made.adapter.cache(made.model, 0.6), [9])
+        run(other, ids[:2, :9], made.adapter.cache(made.model, 0.6, window=0), [9])
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mha"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_model_switched_back_says_so(fitted, ids, family, implementation):
     made, model = fitted(family), tiny_model(family)
-    cache = made.adapter.cache(model, 0.6)
+    cache = made.adapter.cache(model, 0.6, window=0)
     model.set_attn_implementation(implementation)
     with pytest.raises(AttributeError, match="attention implementation is not 'nestling'"):
         run(model, ids[:2, :9], cache, [9])
@@ -616,7 +618,13 @@ def fill(cache, tokens: int, batch: int = 1, piece: int = 512):
 
 
 @pytest.mark.parametrize(
-    "budget, options", [(0.25, {}), (0.5, {"window": 64}), (0.75, {"sinks": 0, "allocation": "uniform"}), (1.0, {})]
+    "budget, options",
+    [
+        (0.25, {"window": 0}),
+        (0.5, {"window": 64}),
+        (0.75, {"sinks": 0, "window": 0, "allocation": "uniform"}),
+        (1.0, {}),
+    ],
 )
 def test_bytes_meet_the_budget(smol, budget, options):
     model, adapter = smol
@@ -629,7 +637,7 @@ def test_bytes_meet_the_budget(smol, budget, options):
     assert cache.full_nbytes == full
     slack = cache.ranks.elements * 2 * CHUNK
     assert 0.97 * budget * full <= cache.nbytes <= budget * full + slack
-    exact = options.get("window", 0) + options.get("sinks", 4)
+    exact = options.get("window", 64) + options.get("sinks", 4)
     stored = (CONTEXT - exact) * cache.ranks.elements * 2 + (exact * 30 * 3 * 64 * 4 if budget < 1 else 0)
     assert stored <= 1.001 * budget * full
     # no basis keeps more alive than its ranks need
@@ -656,8 +664,8 @@ def test_every_storage_is_compact_and_in_the_precision_of_the_model(smol):
 
 def test_a_stated_dtype_is_kept(fitted, ids):
     made = fitted("llama-gqa")
-    half = made.adapter.cache(made.model, 0.7, dtype=torch.bfloat16)
-    same = made.adapter.cache(made.model, 0.7)
+    half = made.adapter.cache(made.model, 0.7, window=0, dtype=torch.bfloat16)
+    same = made.adapter.cache(made.model, 0.7, window=0)
     a, b = (run(made.model, ids[:1, :24], c, [20, 4]) for c in (half, same))
     assert {r.data.dtype for layer in half.layers for g in layer.groups for r in g.rows} == {torch.bfloat16}
     assert half.nbytes * 2 == same.nbytes

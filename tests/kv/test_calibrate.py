@@ -8,7 +8,7 @@ import torch
 from nestling import kv
 from nestling.basis import pca
 from nestling.kv import attention, calibrate
-from nestling.kv.calibrate import SKIP, collect_moments, make_bases, sensitivity
+from nestling.kv.calibrate import QUERY_STRIDE, SKIP, collect_moments, make_bases, sensitivity
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -18,7 +18,7 @@ RECORDED = ["llama-gqa", "llama-mha", "qwen3", "gemma3", "partial-rotary"]
 
 @torch.no_grad()
 def record(monkeypatch, family: str, ids, mask=None) -> dict[int, tuple[torch.Tensor, ...]]:
-    """Query, key, value ``[B, H, T, D]`` and output ``[B, T, Hq, D]`` of every layer of a stock eager model."""
+    """Query, key, value ``[B, H, T, D]``, output ``[B, T, Hq, D]`` and attention weights of a stock eager model."""
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     modelling = importlib.import_module(type(model).__module__)
@@ -26,7 +26,7 @@ def record(monkeypatch, family: str, ids, mask=None) -> dict[int, tuple[torch.Te
 
     def recording(module, query, key, value, *args, **kwargs):
         out = stock(module, query, key, value, *args, **kwargs)
-        found[module.layer_idx] = tuple(t.clone() for t in (query, key, value, out[0]))
+        found[module.layer_idx] = tuple(t.clone() for t in (query, key, value, *out))
         return out
 
     monkeypatch.setattr(modelling, "eager_attention_forward", recording)
@@ -37,7 +37,7 @@ def record(monkeypatch, family: str, ids, mask=None) -> dict[int, tuple[torch.Te
 
 def brute_force(states, keep) -> dict[str, torch.Tensor]:
     """Second moments ``[Hkv, D, D]``, summed token by token and head by head."""
-    query, key, value, output = (t.double() for t in states)
+    query, key, value, output, weights = (t.double() for t in states)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     names = ("keys", "queries", "values", "outputs")
     total = {name: torch.zeros(heads, key.shape[-1], key.shape[-1], dtype=torch.float64) for name in names}
@@ -48,6 +48,15 @@ def brute_force(states, keep) -> dict[str, torch.Tensor]:
             for g in range(h * group, (h + 1) * group):
                 total["queries"][h] += torch.outer(query[b, g, t], query[b, g, t])
                 total["outputs"][h] += torch.outer(output[b, t, g], output[b, t, g])
+    total["mass"], total["attended"] = torch.zeros(heads, dtype=torch.float64), torch.zeros_like(total["keys"])
+    for b, t in keep.nonzero().tolist():
+        for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % QUERY_STRIDE == 0 else 0):
+            read, rows = weights[b, g, t] * keep[b], key[b, g // group]
+            mass, mean = read.sum(), read @ rows / read.sum()
+            total["mass"][g // group] += mass
+            total["attended"][g // group] += sum(
+                a * torch.outer(k - mean, k - mean) for a, k in zip(read, rows, strict=True)
+            )
     return total
 
 
@@ -64,6 +73,7 @@ def test_moments_are_sums_over_the_kept_tokens(monkeypatch, ids, family, padded)
         for row, pad in ((1, 5), (2, 18)):  # the last row is shorter than what is skipped
             mask[row, :pad] = 0
             keep[row, : pad + 4] = False
+        mask[0, -3:] = keep[0, -3:] = False  # and one is padded on the right
     states = record(monkeypatch, family, ids, mask)
     model = tiny_model(family)
     moments = collect_moments(model, [ids], skip=4, padding=[mask] if padded else None)
@@ -95,12 +105,12 @@ def test_moments_do_not_depend_on_the_batches(ids):
         parts = collect_moments(model, ids.split(size))
         for layer, moment in whole.items():
             assert parts[layer].tokens == moment.tokens
-            for name in ("keys", "queries", "values", "outputs", "key_sum"):
+            for name in ("keys", "queries", "values", "outputs", "attended", "key_sum", "mass"):
                 torch.testing.assert_close(getattr(parts[layer], name), getattr(moment, name), rtol=1e-4, atol=1e-3)
 
 
 def test_no_token_is_an_error(ids):
-    with pytest.raises(kv.CalibrationError, match="no token is left after skipping the first 4"):
+    with pytest.raises(kv.CalibrationError, match="no token is left after the first 4 positions"):
         collect_moments(tiny_model("llama-gqa"), [ids[:, :4]])
     with pytest.raises(kv.CalibrationError, match="no windows"):
         sensitivity(tiny_model("llama-gqa"), {}, [])
@@ -122,7 +132,7 @@ def test_broken_weights_are_named(ids, layer, name, said, bad):
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
 def test_balanced_bases_balance_what_they_should(ids, family):
-    """Keys: key covariance against queries. Values: outputs against the group's W_O, also for H * D != hidden."""
+    """Keys: attended keys against queries. Values: outputs against the group's W_O, also for H * D != hidden."""
     model = tiny_model(family)
     moments = collect_moments(model, [ids])
     heads, kv_heads, width = attention.head_shape(model.config)
@@ -135,7 +145,7 @@ def test_balanced_bases_balance_what_they_should(ids, family):
             block = weight[:, head * width : (head + 1) * width]
             metric[head // (heads // kv_heads)] += block.mT @ block
         for basis, c, m in (
-            (key, moment.key_covariance, moment.queries / moment.tokens),
+            (key, moment.attended / moment.mass[:, None, None], moment.queries / moment.tokens),
             (value, moment.outputs / moment.tokens, metric),
         ):
             assert basis.encode.shape == (kv_heads, width, width)

@@ -26,7 +26,7 @@ from nestling.kv.cache import CHUNK, NestedCache, make_cache
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
 SIDES = ("key", "value")
-SINKS = 4
+SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
 
 
 class AdapterError(ValueError):
@@ -120,7 +120,7 @@ class KVAdapter:
         bytes_per_token: float | None = None,
         allocation: str | RankTable | Mapping = "energy",
         sinks: int = SINKS,
-        window: int = 0,
+        window: int = WINDOW,
         exact_prompt: bool = True,
         paper: bool = False,
         context: int = CONTEXT,

@@ -60,7 +60,7 @@ class Moments:
         return cls(*(zeros(kv_heads, width, width) for _ in range(5)), zeros(kv_heads, width), zeros(kv_heads))
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, keep: Tensor) -> None:
-        """Add a batch: query ``[B, Hq, T, D]``, key and value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]``, keep ``[B, T]``."""
+        """Add query ``[B, Hq, T, D]``, key, value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]`` where keep ``[B, T]``."""
         kv_heads = key.shape[1]
         self.tokens += int(keep.sum())
         self.key_sum += _rows(key.transpose(1, 2), keep, kv_heads).sum(1).double().cpu()
@@ -132,14 +132,10 @@ def collect_moments(
             attention.logits_of_last(model, ids, past_key_values=Cache(layers=layers), **extra)
     for index, moment in moments.items():
         if not moment.tokens:
-            raise CalibrationError(
-                f"no token is left after skipping the first {skip} positions and padding: use longer text"
-            )
+            raise CalibrationError(f"no token is left after the first {skip} positions and padding: use longer text")
         for name in ("keys", "queries", "values", "outputs", "attended"):
             if not torch.isfinite(getattr(moment, name)).all():
-                raise CalibrationError(
-                    f"layer {index}: the {name} hold NaN or infinity; check the model's weights and dtype"
-                )
+                raise CalibrationError(f"layer {index}: the {name} hold NaN or infinity; check weights and dtype")
     return moments
 
 
@@ -349,7 +345,7 @@ class _served:
 
 
 def _rows(states: Tensor, keep: Tensor, kv_heads: int) -> Tensor:
-    """``[B, T, H, D]`` to the kept rows by KV head, ``[Hkv, N * H / Hkv, D]`` fp32: a group's query heads are pooled."""
+    """The kept rows of ``[B, T, H, D]`` by KV head, ``[Hkv, N * H / Hkv, D]`` fp32: a group's heads are pooled."""
     rows = states[keep].float()
     return rows.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
 

@@ -18,7 +18,22 @@ from nestling.models import load_model
 
 BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
 ANSWERS = (1.0, 0.5, 0.4)
-PROMPT = "Explain in a few sentences why the sky is blue."
+STORY = """\
+The lighthouse on Skerry Point was built of grey granite and stood forty metres high. For thirty-one years it had been
+kept by a woman called Marit Olsen, who had come to the island as a girl with her father's fishing boat and never quite
+managed to leave. Every evening she climbed the two hundred and twelve steps with a can of oil and a clean cloth, and
+every morning she wrote the weather into a green notebook: the wind, the height of the waves, the ships that passed.
+In the winter of the great storm the supply boat did not come for six weeks. Marit ate dried fish and potatoes, burned
+the old furniture in the stove, and kept the lamp alight with the last of the oil. On the fortieth night a cargo ship,
+the Halcyon, lost her engine in the channel and drifted towards the rocks. Her captain saw the beam, dropped both
+anchors at the last moment, and saved all nineteen of his crew. When the sea grew calm, the sailors rowed to the island
+with a gift. It was the ship's brass bell. It still hangs beside the door of the lighthouse, and children who visit the
+island in summer are allowed to ring it once, for luck.
+
+The light is electric now, and no one lives in the tower. But the green notebooks are in the museum in the harbour
+town, forty-four of them on a shelf behind glass, and the last line of the last one reads: wind from the west, sea
+quiet, nothing to report."""
+PROMPT = f"{STORY}\n\nWhat did the sailors give to the keeper of the lighthouse, and why?"
 COLUMNS = {
     "method": "method", "budget": "budget", "bytes_per_token": "bytes/token", "bytes_share": "share of bf16",
     "kl": "KL (nats/token)", "ppl": "perplexity", "top1": "top-1 agreement",
@@ -143,7 +158,7 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
         dtype=torch.bfloat16,
     )
     console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
-    console.print(f"\nPrompt: {PROMPT}", markup=False)
+    console.print(f"\nPrompt, with a story before it: {PROMPT.splitlines()[-1]}", markup=False)
     answers = {}
     for budget in ANSWERS:
         console.rule(f"{budget:.0%} of the full cache")

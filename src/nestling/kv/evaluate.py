@@ -108,7 +108,8 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Measure an adapter's caches at several budgets against the full model.
 
-    Prompts are read compressed too (``exact_prompt=False``): what is measured is what a decode reads.
+    Prompts are read compressed too (``exact_prompt=False``): what is measured is what a decode reads. Budgets are met
+    at ``length`` tokens unless ``context`` says otherwise.
 
     Args:
         model: the causal LM of the adapter; switched to nestling's attention.
@@ -127,7 +128,7 @@ def evaluate(
     attention.attach(model)
     named = isinstance(allocation, str)
     method = f"{adapter.info.get('basis', 'nested')}-{allocation if named else 'ranks'}"
-    options = {"allocation": allocation, "exact_prompt": False, **cache_options}
+    options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
     sizes = budgets if named else [None]
     contenders = [Contender(method, budget, bind(adapter.cache, model, budget, **options)) for budget in sizes]
     return compare(

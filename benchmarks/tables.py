@@ -1,0 +1,67 @@
+"""Puts the committed results into the README, between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    python benchmarks/tables.py [--check]
+"""
+
+import json
+import re
+from pathlib import Path
+
+import typer
+
+from nestling.report import markdown_table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> list[dict]:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
+
+
+def kv_quality() -> str:
+    """KL at each budget, a column per method, and the quantised caches in a table of their own."""
+    rows = load("kv_quality")
+    nested = [r for r in rows if r["budget"] is not None]
+    methods = list(dict.fromkeys(r["method"] for r in nested))
+    by_budget = {
+        b: {r["method"]: r["kl"] for r in nested if r["budget"] == b} for b in dict.fromkeys(r["budget"] for r in nested)
+    }
+    kl = [{"budget": f"{b:.1%}".replace(".0%", "%"), **cells} for b, cells in by_budget.items()]
+    others = [r for r in rows if r["budget"] is None]
+    columns = {"method": "cache", "bytes_share": "share of bf16 bytes", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
+    return markdown_table(kl, {"budget": "budget", **{m: m for m in methods}}) + "\n" + markdown_table(others, columns)
+
+
+def kv_tasks() -> str:
+    rows = [r for r in load("kv_quality") if any(k.startswith("acc_") for k in r)]
+    tasks = list(dict.fromkeys(k for r in rows for k in r if k.startswith("acc_")))
+    columns = {"method": "method", "budget": "budget", **{t: t.removeprefix("acc_") for t in tasks}}
+    return markdown_table(rows, {**columns, "above_chance": "above chance, kept"})
+
+
+def kv_speed() -> str:
+    columns = {
+        "context": "tokens", "method": "cache", "cache_mib": "MiB", "attention_ms": "attention ms",
+        "attention_gb_s": "GB/s", "decode_ms": "step ms", "attention_same_storage_over_this": "attention speed-up",
+        "decode_same_storage_over_this": "step speed-up", "decode_dynamic_over_this": "step, over DynamicCache",
+    }  # fmt: skip
+    return markdown_table([r for r in load("kv_speed") if not r["method"].endswith("again")], columns)
+
+
+def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
+    readme = ROOT / "README.md"
+    text = old = readme.read_text("utf-8")
+    for table in (kv_quality, kv_tasks, kv_speed):
+        name = table.__name__
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no <!-- {name} --> section")
+        text = pattern.sub(lambda m, body=table(): f"{m[1]}\n{body}\n{m[2]}", text)
+    if check and text != old:
+        raise SystemExit("README.md is out of date: run python benchmarks/tables.py")
+    readme.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
