@@ -1,6 +1,6 @@
 """Puts the committed results into the README, between `<!-- NAME -->` and `<!-- /NAME -->`.
 
-    python benchmarks/tables.py [--check]
+python benchmarks/tables.py [--check]
 """
 
 import json
@@ -24,12 +24,12 @@ def kv_quality() -> str:
     rows = load("kv_quality")
     nested = [r for r in rows if r["budget"] is not None]
     methods = list(dict.fromkeys(r["method"] for r in nested))
-    by_budget = {
-        b: {r["method"]: r["kl"] for r in nested if r["budget"] == b} for b in dict.fromkeys(r["budget"] for r in nested)
-    }
+    by_budget: dict[float, dict] = {}
+    for row in nested:
+        by_budget.setdefault(row["budget"], {})[row["method"]] = row["kl"]
     kl = [{"budget": f"{b:.1%}".replace(".0%", "%"), **cells} for b, cells in by_budget.items()]
     others = [r for r in rows if r["budget"] is None]
-    columns = {"method": "cache", "bytes_share": "share of bf16 bytes", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
+    columns = {"method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
     return markdown_table(kl, {"budget": "budget", **{m: m for m in methods}}) + "\n" + markdown_table(others, columns)
 
 
@@ -52,12 +52,12 @@ def kv_speed() -> str:
 def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
-    for table in (kv_quality, kv_tasks, kv_speed):
-        name = table.__name__
+    for make in (kv_quality, kv_tasks, kv_speed):
+        name, table = make.__name__, make()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"README.md has no <!-- {name} --> section")
-        text = pattern.sub(lambda m, body=table(): f"{m[1]}\n{body}\n{m[2]}", text)
+        text = pattern.sub(lambda m, body=table: f"{m[1]}\n{body}\n{m[2]}", text)
     if check and text != old:
         raise SystemExit("README.md is out of date: run python benchmarks/tables.py")
     readme.write_text(text, "utf-8")

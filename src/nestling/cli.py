@@ -183,8 +183,9 @@ def inspect(
         table.add_row(str(row["layer"]), *cells, str(row["groups"]))
     console.print(table)
     kept = {side: int(getattr(ranks, side).sum()) / (nested.full_elements / 2) for side in ("keys", "values")}
+    share = ranks.elements / nested.full_elements
     console.print(
-        f"{ranks.elements:,} of {nested.full_elements:,} elements per token, {ranks.elements / nested.full_elements:.4f}; "
+        f"{ranks.elements:,} of {nested.full_elements:,} elements per token ({share:.4f}); "
         f"keys keep {kept['keys']:.3f}, values {kept['values']:.3f}; {ranks.elements * 2:,} bytes per token in bf16"
     )
     _write(json, rows)

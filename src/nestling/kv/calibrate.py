@@ -60,7 +60,7 @@ class Moments:
         return cls(*(zeros(kv_heads, width, width) for _ in range(5)), zeros(kv_heads, width), zeros(kv_heads))
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, keep: Tensor) -> None:
-        """Add query ``[B, Hq, T, D]``, key, value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]`` where keep ``[B, T]``."""
+        """Add query ``[B, Hq, T, D]``, key, value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]``, keep ``[B, T]``."""
         kv_heads = key.shape[1]
         self.tokens += int(keep.sum())
         self.key_sum += _rows(key.transpose(1, 2), keep, kv_heads).sum(1).double().cpu()

@@ -113,7 +113,7 @@ def write_report(
     sections = [
         report.Section(
             "Quality against bytes",
-            "KL is the distance of the predictions to those of the full cache, on text that was not calibrated on; the "
+            "KL is the distance of the predictions to those of the full cache, on text not calibrated on; the "
             "history is read compressed, as in decoding. Bytes are those of the storage really held.",
             rows=rows, columns=COLUMNS, figure=curve,
         )
@@ -131,8 +131,8 @@ def write_report(
             )
         )
     intro = (
-        "One set of nested bases serves every budget: the cache keeps the first coordinates of keys and values, and how "
-        "many is chosen per layer and head when a cache is made. Nothing was trained."
+        "One set of nested bases serves every budget: the cache keeps the first coordinates of keys and values, and "
+        "how many is chosen per layer and head when a cache is made. Nothing was trained."
     )
     report.write_html(path, title, intro, sections, report.run_meta())
 

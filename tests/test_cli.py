@@ -1,0 +1,135 @@
+"""The command line, end to end on a tiny random model: what it prints, writes and refuses."""
+
+import json
+import re
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from nestling import kv
+from nestling.cli import app, parse_budgets
+
+from .kv.families import tiny_model
+
+TEXT = "The quick brown fox jumps over the lazy dog while it rains. " * 80
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model of one token a character, a text and a fitted adapter."""
+    folder = tmp_path_factory.mktemp("cli")
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(string.printable[:90])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>").save_pretrained(folder / "lm")
+    tiny_model("llama-gqa").save_pretrained(folder / "lm")
+    (folder / "text.txt").write_text(TEXT)
+    result = run(
+        "kv", "fit", folder / "lm", "--text", folder / "text.txt", "--out", folder / "adapter",
+        "--tokens", 1024, "--length", 128, "--json", folder / "fit.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_fit_writes_an_adapter_and_results(place):
+    assert kv.KVAdapter.from_pretrained(place / "adapter").info["tokens"] == 1024
+    row = json.loads((place / "fit.json").read_text())["rows"][0]
+    assert row["basis"] == "balanced" and row["seconds"] > 0
+
+
+def test_eval_measures_the_budgets(place):
+    result = run(
+        "kv", "eval", place / "lm", place / "adapter", "--text", place / "text.txt", "--budgets", "100,75%,0.6",
+        "--windows", 2, "--length", 256, "--json", place / "eval.json", "--html", place / "eval.html",
+        "--cache-dtype", "float32", "--window", 8,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((place / "eval.json").read_text())["rows"]
+    assert [r["budget"] for r in rows] == [None, 1.0, 0.75, 0.6]
+    assert rows[1]["kl"] < 1e-5 < rows[3]["kl"] and rows[1]["top1"] == 1
+    assert rows[2]["bytes_share"] == pytest.approx(0.75 * 2, rel=0.15)  # fp32 storage, shares are of bf16
+    page = (place / "eval.html").read_text()
+    assert "<svg" in page and "75%" in page
+
+
+def test_generate_streams_and_reports_bytes(place):
+    """A prompt of 400 tokens in the tiny model's bf16 cache: 3 layers, 2 heads, width 16, rows of 256 tokens."""
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 0.75, "--prompt", TEXT[:400],
+        "--max-new-tokens", 8, "--window", 0, "--sinks", 0,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    line = re.sub(r"\s+", " ", result.output)
+    found = re.search(r"cache ([\d.]+) MiB held for (\d+) tokens, full bf16 cache ([\d.]+) MiB, (\d+) tokens at", line)
+    held, tokens, full, new = map(float, found.groups())
+    per_token = 3 * 2 * 2 * 16 * 2
+    assert full == pytest.approx(tokens * per_token / 2**20, abs=0.006) and 1 <= new <= 8
+    assert held == pytest.approx(512 * per_token * 0.75 / 2**20, abs=0.012)
+
+
+def test_generate_at_full_budget_prints_what_the_stock_model_says(place):
+    from nestling.models import load_model
+
+    model, tokenizer = load_model(str(place / "lm"))
+    ids = tokenizer("The quick brown", return_tensors="pt")["input_ids"]
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", "The quick brown",
+        "--max-new-tokens", 8, "--cache-dtype", "float32",
+    )  # fmt: skip
+    assert expected.strip() and expected.strip() in result.output
+
+
+def test_inspect_shows_the_ranks(place):
+    result = run(
+        "kv", "inspect", place / "adapter", "--budget", 0.75, "--json", place / "ranks.json", "--png", place / "r.png"
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((place / "ranks.json").read_text())["rows"]
+    kept = sum(sum(r["keys"]) + sum(r["values"]) for r in rows)
+    adapter = kv.KVAdapter.from_pretrained(place / "adapter")
+    assert adapter.full_elements * 0.75 - 8 < kept <= adapter.full_elements * 0.75
+    assert (place / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("kv", "inspect", "adapter", "--budget", 0), "budget=0 is out of range"),
+        (("kv", "inspect", "adapter", "--budget", 0.01), "below the smallest possible"),
+        (("kv", "inspect", "adapter", "--budget", 0.5, "--allocation", "magic"), "magic"),
+        (("kv", "inspect", "nowhere"), "nowhere"),
+        (("kv", "inspect", "lm"), "adapter_config.json is missing"),
+        (("kv", "eval", "lm", "adapter", "--budgets", "half"), "'half' is not a number"),
+        (("kv", "eval", "lm", "adapter", "--json", "no/where.json"), "does not exist"),
+        (("kv", "eval", "lm", "adapter", "--cache-dtype", "int3"), "int3"),
+        (("kv", "generate", "lm", "adapter", "--prompt", "", "--budget", 0.8), "the prompt is empty"),
+        (("kv", "fit", "lm", "--out", "new", "--text", "missing.txt"), "missing.txt"),
+        (("kv", "fit", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
+        (("kv", "fit", "nowhere/model", "--out", "new"), "nowhere/model"),
+    ],
+)
+def test_errors_are_one_clear_line(place, monkeypatch, arguments, words):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("short.txt").write_text("too short")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert words in re.sub(r"\s+", " ", result.output)
+    assert "Traceback" not in result.output
+    assert not Path("new").exists()
+
+
+def test_parse_budgets():
+    assert parse_budgets("100, 75%,0.5,1") == [1.0, 0.75, 0.5, 1.0]
