@@ -22,8 +22,8 @@ class NestedBasis:
     Attributes:
         encode: ``[..., d, d]`` fp64, x to coordinates, most valuable coordinate first.
         decode: ``[..., d, d]`` fp64, the inverse of ``encode``.
-        energy: ``[..., d]`` fp64, non-increasing: the loss expected from dropping each coordinate, in the unit of
-            the metric (``E ||x - x E_r D_r||^2_M = energy[r:].sum()``, up to the ridge).
+        energy: ``[..., d]`` fp64, the loss expected from dropping each coordinate, largest first as made, in the unit
+            of the metric (``E ||x - x E_r D_r||^2_M = energy[r:].sum()``, up to the ridge).
         condition: ``[...]`` fp64, the 2-norm condition number of ``encode`` (1 for an orthogonal basis). Oblique
             bases with a large one amplify rounding in stored coordinates.
     """

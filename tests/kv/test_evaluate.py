@@ -76,7 +76,7 @@ def adapter(model, ids):
 
 def run(model, adapter, ids=None, budgets=(1.0,), **options):
     options = {"windows": 3, "length": 48, "chunk": 16, "progress": False, **options}
-    return evaluate(model, options.pop("tokenizer", None), adapter, budgets, texts=ids, **options)
+    return evaluate(model, options.pop("tokenizer", None), adapter, budgets, texts=ids, **{"window": 0, **options})
 
 
 def test_the_full_budget_is_the_full_model(model, adapter, stock, ids):
@@ -348,7 +348,7 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
         made += 1
         if made > 3:  # the third window
             raise KeyboardInterrupt
-        return adapter.cache(model, 0.6, exact_prompt=False)
+        return adapter.cache(model, 0.6, window=0, exact_prompt=False)
 
     setting = dict(texts=ids, windows=3, length=48, chunk=16, progress=False)
     with pytest.raises(KeyboardInterrupt):
@@ -361,7 +361,7 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
     def counting():
         nonlocal calls
         calls += 1
-        return adapter.cache(model, 0.6, exact_prompt=False)
+        return adapter.cache(model, 0.6, window=0, exact_prompt=False)
 
     contender = Contender("balanced-energy", 0.6, counting)
     resumed = compare(model, None, [contender], **setting, partial=Partial(file, job))
@@ -434,5 +434,5 @@ def test_rank_tables_and_defaults(model, adapter, ids, tokenizer):
     table = adapter.ranks(96, "uniform")
     rows = run(model, adapter, ids, allocation=table)
     assert [(r["method"], r["budget"]) for r in rows] == [("full", None), ("balanced-ranks", None)]
-    built_in = evaluate(model, tokenizer, adapter, [0.6], windows=1, length=64, progress=False)
+    built_in = evaluate(model, tokenizer, adapter, [0.6], windows=1, length=64, window=0, progress=False)
     assert built_in[1]["kl"] > 0

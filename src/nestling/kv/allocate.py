@@ -94,13 +94,13 @@ def elements_per_token(
     """
     if (budget is None) == (bytes_per_token is None):
         raise BudgetError("give either budget= (share of the full cache) or bytes_per_token=, not both or neither")
-    if budget is None:
+    if bytes_per_token is not None:
         budget = bytes_per_token / (full * itemsize)
         if not 0 < budget <= 1:
             raise BudgetError(
                 f"bytes_per_token={bytes_per_token:g} is out of range: the full cache takes {full * itemsize}"
             )
-    if not 0 < budget <= 1:
+    if budget is None or not 0 < budget <= 1:
         raise BudgetError(f"budget={budget:g} is out of range: a share of the full cache, above 0 and at most 1")
     if budget == 1 or not exact_tokens:
         return budget * full

@@ -69,7 +69,7 @@ def attach(model: PreTrainedModel) -> None:
 
 def text_config(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
     """The decoder's config of a model (the text part of a multimodal one)."""
-    config = getattr(model_or_config, "config", model_or_config)
+    config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
     return config.get_text_config(decoder=True)
 
 

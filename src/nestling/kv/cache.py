@@ -6,7 +6,7 @@ calls the handle. The handle carries the bases, so caches of several budgets can
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,7 @@ class Buffer:
 
     def view(self) -> Tensor:
         """The rows in use, ``[B, heads, length, w]``."""
+        assert self.data is not None, "nothing was appended"
         return self.data[:, :, : self.length]
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -81,12 +82,12 @@ class GroupView:
     value_decode: Tensor | None
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention in coordinates: ``[B, h, G * Tq, D]`` from packed queries of that shape.
+        """Attention in coordinates: ``[B, h, G * Tq, D]`` from the layer's packed queries ``[B, Hkv, G * Tq, D]``.
 
         Logits are ``(q D_k^T) k'^T`` and the output ``(softmax(...) v') D_v``: the history is never expanded.
         """
         work = _work_dtype(query.device, query.dtype)
-        query = query.to(work)
+        query = (query if len(self.heads) == query.shape[1] else query[:, self.heads]).to(work)
         coordinates = query if self.key_decode is None else query @ self.key_decode.to(work).mT
         scores = [coordinates @ self.keys.to(work).mT]
         if self.first is not None:
@@ -135,24 +136,22 @@ class RankGroup:
         if ranks == (width, width):
             self.sinks = self.window = 0  # everything is exact already
         self.rows = [Buffer(rank, chunk) for rank in ranks]
-        self.first: list[Tensor] | None = None
-        self.last: list[Tensor] | None = None
+        self.first: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
 
-    def append(self, states: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Store new keys and values of this group's heads, each ``[B, h, t, D]``."""
-        held = 0 if self.first is None else self.first[0].shape[-2]
-        if held < self.sinks:
-            new = [s[:, :, : self.sinks - held].to(dtype, copy=True) for s in states]  # a slice would keep them all
-            self.first = (
-                new if self.first is None else [torch.cat(pair, -2) for pair in zip(self.first, new, strict=True)]
-            )
-            states = [s[:, :, self.sinks - held :] for s in states]
+    def append(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
+        """Store new keys and values of the layer, ``[B, Hkv, t, D]``, as far as they are of this group's heads."""
+        states = [s if len(self.heads) == s.shape[1] else s[:, self.heads] for s in (keys, values)]
+        kept = 0 if self.first is None else self.first[0].shape[-2]
+        if kept < self.sinks:
+            new = [s[:, :, : self.sinks - kept].to(dtype, copy=True) for s in states]  # a slice would keep them all
+            self.first = _joined(self.first, new)
+            states = [s[:, :, self.sinks - kept :] for s in states]
         if self.window:
-            held = self.last or [s[:, :, :0].to(dtype) for s in states]
-            recent = [torch.cat((h.to(s.dtype), s), -2) for h, s in zip(held, states, strict=True)]
+            recent = _joined(self.last, states)
             cut = max(recent[0].shape[-2] - self.window, 0)
             states = [s[:, :, :cut] for s in recent]
-            self.last = [s[:, :, cut:].to(dtype, copy=True) for s in recent]
+            self.last = _pair(s[:, :, cut:].to(dtype, copy=True) for s in recent)
         if not states[0].shape[-2] and self.rows[0].data is not None:
             return
         for rows, encode, state in zip(self.rows, self.encode, states, strict=True):
@@ -163,29 +162,27 @@ class RankGroup:
 
     def view(self) -> GroupView:
         keys, values = (rows.view() for rows in self.rows)
-        first = None if self.first is None else tuple(self.first)
-        last = None if self.last is None else tuple(self.last)
-        return GroupView(self.heads, keys, values, first, last, *self.decode)
+        return GroupView(self.heads, keys, values, self.first, self.last, *self.decode)
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` tokens: of the window first, then of the coordinates, then of the sinks."""
         if self.last is not None:
             cut = min(remove, self.last[0].shape[-2])
-            self.last = [s[:, :, : s.shape[-2] - cut].clone() for s in self.last]
+            self.last = _pair(s[:, :, : s.shape[-2] - cut].clone() for s in self.last)
             remove -= cut
         cut = min(remove, self.rows[0].length)
         for rows in self.rows:
             rows.length -= cut
         if self.first is not None and remove > cut:
             keep = self.first[0].shape[-2] - (remove - cut)
-            self.first = [s[:, :, :keep].clone() for s in self.first] if keep > 0 else None
+            self.first = _pair(s[:, :, :keep].clone() for s in self.first) if keep > 0 else None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to every stored tensor."""
         for rows in self.rows:
             rows.apply(change)
-        self.first = self.first and [change(s) for s in self.first]
-        self.last = self.last and [change(s) for s in self.last]
+        self.first = self.first and _pair(map(change, self.first))
+        self.last = self.last and _pair(map(change, self.last))
 
     def reset(self) -> None:
         for rows in self.rows:
@@ -224,13 +221,10 @@ class NestedHandle:
         packed = query.reshape(batch, kv_heads, -1, width)
         if mask is not None and mask.shape[2] > 1:
             mask = mask.repeat(1, 1, query_heads // kv_heads, 1)
-        parts = [
-            (g.attend(packed if len(self.groups) == 1 else packed[:, g.heads], mask, scaling),) for g in self.groups
-        ]
-        (out,) = self._by_head(parts)
+        (out,) = self._by_head([(group.attend(packed, mask, scaling),) for group in self.groups])
         return out.to(query.dtype).reshape(batch, query_heads, length, width).transpose(1, 2).contiguous()
 
-    def _by_head(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def _by_head(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Join the groups' tensors ``[B, h, ...]`` in the order of the model's heads."""
         if len(parts) == 1:
             return parts[0]
@@ -273,7 +267,7 @@ class NestedLayer(CacheLayerMixin):
             raise CacheMismatchError(f"keys have {key_states.shape[1]} heads, this cache was made for {heads}")
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[NestedHandle, NestedHandle]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Append keys and values ``[B, Hkv, t, D]`` and return a handle (twice) that attends to all tokens so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -285,8 +279,7 @@ class NestedLayer(CacheLayerMixin):
             )
         self._shape = shape
         for group in self.groups:
-            pick = (lambda s: s) if len(self.groups) == 1 else (lambda s, heads=group.heads: s[:, heads])
-            group.append([pick(key_states), pick(value_states)], self.dtype)
+            group.append(key_states, value_states, self.dtype)
         exact = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
         self.length += key_states.shape[2]
         handle = NestedHandle([g.view() for g in self.groups], exact, self)
@@ -344,6 +337,12 @@ class NestedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         return sum(group.nbytes for group in self.groups)
 
+    @property
+    def full_elements(self) -> int:
+        """Elements of full keys and values for the tokens and batch held."""
+        batch, heads, width = self._shape or (0, 0, 0)
+        return 2 * batch * heads * self.length * width
+
 
 class NestedCache(Cache):
     """A cache for ``model.generate(past_key_values=...)`` that holds a share of the stock cache's bytes.
@@ -367,14 +366,7 @@ class NestedCache(Cache):
     @property
     def full_nbytes(self) -> int:
         """Bytes that a stock cache in bf16 would hold for the same tokens and batch, without slack."""
-        _, heads, width = attention.head_shape(self.config)
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, NestedLayer):
-                total += (layer._shape or (0,))[0] * layer.length * heads * width * 2 * 2
-            elif isinstance(getattr(layer, "keys", None), Tensor):
-                total += (layer.keys.numel() + layer.values.numel()) * 2
-        return total
+        return sum(_layer_elements(layer) for layer in self.layers) * 2
 
 
 def make_cache(
@@ -411,8 +403,31 @@ def _cut(matrices: Tensor, heads: list[int], rank: int, dim: int) -> Tensor | No
     return matrices.narrow(dim, 0, rank)[heads]  # indexing by a list copies, so the full width can be freed
 
 
+def _pair(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    keys, values = tensors
+    return keys, values
+
+
+def _joined(held: tuple[Tensor, Tensor] | None, new: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values, what is held in front of what is new, in the precision of what is new."""
+    if held is None:
+        return _pair(new)
+    return _pair(torch.cat((h.to(n.dtype), n), -2) for h, n in zip(held, new, strict=True))
+
+
+def _stored(layer) -> list[Tensor]:
+    """Keys and values of a stock layer, if it has any yet."""
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+
+
 def _layer_nbytes(layer) -> int:
     if isinstance(layer, NestedLayer):
         return layer.nbytes
-    tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
-    return sum(t.untyped_storage().nbytes() for t in tensors)
+    return sum(t.untyped_storage().nbytes() for t in _stored(layer))
+
+
+def _layer_elements(layer) -> int:
+    """Elements that a stock layer holds for the same tokens."""
+    if isinstance(layer, NestedLayer):
+        return layer.full_elements
+    return sum(t.numel() for t in _stored(layer))

@@ -57,7 +57,8 @@ class Moments:
     @classmethod
     def zeros(cls, kv_heads: int, width: int) -> "Moments":
         zeros = partial(torch.zeros, dtype=torch.float64)
-        return cls(*(zeros(kv_heads, width, width) for _ in range(5)), zeros(kv_heads, width), zeros(kv_heads))
+        keys, queries, values, outputs, attended = (zeros(kv_heads, width, width) for _ in range(5))
+        return cls(keys, queries, values, outputs, attended, zeros(kv_heads, width), zeros(kv_heads))
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, keep: Tensor) -> None:
         """Add query ``[B, Hq, T, D]``, key, value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]``, keep ``[B, T]``."""
