@@ -1,8 +1,8 @@
 """KVAdapter: the nested bases of one model, small enough to share, from which caches of every budget are made.
 
 On disk it is two files beside a card: ``adapter_config.json`` (format version, the model's fingerprint) and
-``adapter_model.safetensors`` with, for each layer l, ``layers.l.{key,value}.encode`` ``[Hkv, D, D]`` fp32 and
-``layers.l.{key,value}.energy`` ``[Hkv, D]`` fp32. ``decode`` is not stored: it is the inverse of ``encode``.
+``adapter_model.safetensors`` with, for each layer l, ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.energy``
+``[Hkv, D]``, all fp32. ``decode`` is not stored: it is the inverse of ``encode``.
 """
 
 import json
@@ -40,6 +40,7 @@ class KVAdapter:
     Attributes:
         fingerprint: what the model must agree on, see `nestling.kv.attention.fingerprint`.
         encode: ``{"key": ..., "value": ...}``, fp32 ``[L, Hkv, D, D]``.
+        mean: likewise, fp32 ``[L, Hkv, D]``: what coordinates that are not stored are taken to be at.
         energy: likewise, fp32 ``[L, Hkv, D]``: KL to the full model in nats per token expected from dropping each
             coordinate.
         info: how it was made (basis, tokens, base model name): plain JSON values.
@@ -48,6 +49,7 @@ class KVAdapter:
 
     fingerprint: dict
     encode: dict[str, Tensor]
+    mean: dict[str, Tensor]
     energy: dict[str, Tensor]
     info: dict = field(default_factory=dict)
     card: str = ""
@@ -57,6 +59,7 @@ class KVAdapter:
         for side in SIDES:
             for name, tensor, shape in (
                 ("encode", self.encode[side], (layers, heads, width, width)),
+                ("mean", self.mean[side], (layers, heads, width)),
                 ("energy", self.energy[side], (layers, heads, width)),
             ):
                 if tuple(tensor.shape) != shape:
@@ -71,16 +74,17 @@ class KVAdapter:
 
     @classmethod
     def from_bases(
-        cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], energy: Mapping, info: dict
+        cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], means: Mapping, energy: Mapping, info: dict
     ) -> "KVAdapter":
-        """From per-layer (key, value) bases and (key, value) energies, in the order of the model's layers."""
-        pairs = {side: [bases[i][s] for i in sorted(bases)] for s, side in enumerate(SIDES)}
-        return cls(
-            attention.fingerprint(config),
-            {side: torch.stack([b.encode for b in pairs[side]]).float() for side in SIDES},
-            {side: torch.stack([energy[i][s] for i in sorted(energy)]).float() for s, side in enumerate(SIDES)},
-            info,
-        )
+        """From (key, value) bases, means and energies by layer index."""
+
+        def stacked(by_layer: Mapping) -> dict[str, Tensor]:
+            return {
+                side: torch.stack([by_layer[i][s] for i in sorted(by_layer)]).float() for s, side in enumerate(SIDES)
+            }
+
+        encode = stacked({i: tuple(basis.encode for basis in pair) for i, pair in bases.items()})
+        return cls(attention.fingerprint(config), encode, stacked(means), stacked(energy), info)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -185,7 +189,7 @@ class KVAdapter:
         )
 
     def _layer_bases(self, row: int) -> dict[str, Tensor]:
-        tensors = {"encode": self.encode, "decode": self.decode}
+        tensors = {"encode": self.encode, "decode": self.decode, "mean": self.mean}
         return {f"{side}_{name}": tensors[name][side][row] for side in SIDES for name in tensors}
 
     def check(self, model) -> None:
@@ -203,7 +207,7 @@ class KVAdapter:
             f"layers.{layer}.{side}.{name}": values[side][row].contiguous()
             for row, layer in enumerate(self.fingerprint["layers"])
             for side in SIDES
-            for name, values in (("encode", self.encode), ("energy", self.energy))
+            for name, values in (("encode", self.encode), ("mean", self.mean), ("energy", self.energy))
         }
         head = {"format": FORMAT, "kind": "nestling-kv", "nestling": _library_version()}
         config = {**head, "model": self.fingerprint, **self.info}
@@ -251,7 +255,7 @@ class KVAdapter:
             f"layers.{i}.{side}.{name}"
             for i in fingerprint["layers"]
             for side in SIDES
-            for name in ("encode", "energy")
+            for name in ("encode", "mean", "energy")
         ]
         if missing := sorted(set(names) - set(tensors)):
             raise AdapterError(
@@ -274,7 +278,12 @@ class KVAdapter:
         card = path / "README.md"
         info = {k: v for k, v in config.items() if k not in ("format", "kind", "nestling")}
         return cls(
-            fingerprint, stack("encode"), stack("energy"), info, card.read_text("utf-8") if card.is_file() else ""
+            fingerprint,
+            stack("encode"),
+            stack("mean"),
+            stack("energy"),
+            info,
+            card.read_text("utf-8") if card.is_file() else "",
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

@@ -71,6 +71,8 @@ class GroupView:
     ``keys`` ``[B, h, T, r_k]``, ``values`` ``[B, h, T, r_v]``: coordinates of all tokens but the exact ones.
     ``first`` and ``last``: exact (keys, values) ``[B, h, t, D]`` before and after them, or None.
     ``key_decode`` ``[h, r_k, D]``, ``value_decode`` ``[h, r_v, D]``; None where all D are kept as they are.
+    ``key_bias``, ``value_bias`` ``[h, 1, D]``: the part of the mean that the dropped coordinates held, or None. That of
+    keys only matters beside exact keys: among compressed ones it shifts all logits of a query alike.
     """
 
     heads: list[int]
@@ -80,6 +82,8 @@ class GroupView:
     last: tuple[Tensor, Tensor] | None
     key_decode: Tensor | None
     value_decode: Tensor | None
+    key_bias: Tensor | None
+    value_bias: Tensor | None
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention in coordinates: ``[B, h, G * Tq, D]`` from the layer's packed queries ``[B, Hkv, G * Tq, D]``.
@@ -90,6 +94,8 @@ class GroupView:
         query = (query if len(self.heads) == query.shape[1] else query[:, self.heads]).to(work)
         coordinates = query if self.key_decode is None else query @ self.key_decode.to(work).mT
         scores = [coordinates @ self.keys.to(work).mT]
+        if self.key_bias is not None and (self.first is not None or self.last is not None):
+            scores[0] = scores[0] + query @ self.key_bias.to(work).mT
         if self.first is not None:
             scores.insert(0, query @ self.first[0].to(work).mT)
         if self.last is not None:
@@ -100,9 +106,12 @@ class GroupView:
             score = score.masked_fill(~mask, torch.finfo(work).min) if mask.dtype == torch.bool else score + mask
         weight = score.softmax(-1, dtype=torch.float32).to(work)
         parts = list(weight.split([s.shape[-1] for s in scores], -1))
-        out = parts[0 if self.first is None else 1] @ self.values.to(work)
+        compressed = parts[0 if self.first is None else 1]
+        out = compressed @ self.values.to(work)
         if self.value_decode is not None:
             out = out @ self.value_decode.to(work)
+        if self.value_bias is not None:
+            out = out + compressed.sum(-1, keepdim=True) * self.value_bias.to(work)
         if self.first is not None:
             out = out + parts[0] @ self.first[1].to(work)
         if self.last is not None:
@@ -113,8 +122,13 @@ class GroupView:
         """Full-width keys and values ``[B, h, T, D]``, decoded: for many query tokens, one layer at a time."""
         work = _work_dtype(self.keys.device, dtype)
         keys, values = (
-            (rows if decode is None else rows.to(work) @ decode.to(work)).to(dtype)
-            for rows, decode in ((self.keys, self.key_decode), (self.values, self.value_decode))
+            (rows if decode is None else rows.to(work) @ decode.to(work) + (0 if bias is None else bias.to(work))).to(
+                dtype
+            )
+            for rows, decode, bias in (
+                (self.keys, self.key_decode, self.key_bias),
+                (self.values, self.value_decode, self.value_bias),
+            )
         )
         parts = [p for p in (self.first, (keys, values), self.last) if p is not None]
         if len(parts) == 1:
@@ -128,11 +142,16 @@ class RankGroup:
     def __init__(
         self, heads: list[int], bases: dict[str, Tensor], ranks: tuple[int, int], sinks: int, window: int, chunk: int
     ):
-        """``bases``: key_encode, key_decode, value_encode, value_decode of the layer, each ``[Hkv, D, D]``."""
+        """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``, and {key,value}_mean ``[Hkv, D]``
+        (optional): what the coordinates that are not stored are taken to be at.
+        """
         self.heads, self.sinks, self.window = heads, sinks, window
         width = bases["key_encode"].shape[-1]
         self.encode = [_cut(bases[f"{side}_encode"], heads, rank, -1) for side, rank in zip(SIDES, ranks, strict=True)]
         self.decode = [_cut(bases[f"{side}_decode"], heads, rank, -2) for side, rank in zip(SIDES, ranks, strict=True)]
+        self.bias = [
+            _rest(bases.get(f"{side}_mean"), heads, *pair) for side, *pair in zip(SIDES, self.encode, self.decode)
+        ]
         if ranks == (width, width):
             self.sinks = self.window = 0  # everything is exact already
         self.rows = [Buffer(rank, chunk) for rank in ranks]
@@ -162,7 +181,7 @@ class RankGroup:
 
     def view(self) -> GroupView:
         keys, values = (rows.view() for rows in self.rows)
-        return GroupView(self.heads, keys, values, self.first, self.last, *self.decode)
+        return GroupView(self.heads, keys, values, self.first, self.last, *self.decode, *self.bias)
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` tokens: of the window first, then of the coordinates, then of the sinks."""
@@ -401,6 +420,13 @@ def _cut(matrices: Tensor, heads: list[int], rank: int, dim: int) -> Tensor | No
     if rank == matrices.shape[-1]:
         return None
     return matrices.narrow(dim, 0, rank)[heads]  # indexing by a list copies, so the full width can be freed
+
+
+def _rest(mean: Tensor | None, heads: list[int], encode: Tensor | None, decode: Tensor | None) -> Tensor | None:
+    """The part of some heads' mean ``[Hkv, D]`` outside of the coordinates that are kept, ``[h, 1, D]``; None if none."""
+    if mean is None or encode is None or decode is None:
+        return None
+    return mean[heads, None] - mean[heads, None] @ encode @ decode
 
 
 def _pair(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 Two passes over text, both through a cache that transformers itself drives, so that any served model calibrates:
 
-1. moments: second moments per layer and KV head of post-RoPE keys (centred: a key mean cancels in softmax), of the
+1. moments: second moments per layer and KV head of post-RoPE keys, of the
    post-RoPE queries of the head's group, of values and of head outputs; and the covariance of keys as attention sees
-   them, within what one query attends to. Constant memory.
+   them, within what one query attends to. With the means, at which dropped coordinates are fixed. Constant memory.
 2. sensitivity: the Fisher information of a mask on each coordinate. With labels y drawn from the model,
    ``F_i = E[(d log p(y) / d m_i)^2]`` and dropping coordinate i costs about ``F_i / 2`` nats of KL to the full model.
    Divided by the tokens of a window it is a KL per token, one unit for all layers, keys and values.
@@ -38,11 +38,13 @@ class Moments:
     """Sums for one layer, fp64.
 
     Attributes:
-        keys, queries, values, outputs: over tokens, ``[Hkv, D, D]``.
+        keys, queries, values, outputs: over tokens (and over the group's heads, where they have some), ``[Hkv, D, D]``.
         attended: over queries, the covariance of the keys under the query's attention weights, ``[Hkv, D, D]``.
-        key_sum: over tokens, ``[Hkv, D]``.
+        key_sum, value_sum, output_sum: over tokens, ``[Hkv, D]``.
+        attended_sum: over queries, the mean key under the attention weights, ``[Hkv, D]``.
         mass: the attention mass behind ``attended``, ``[Hkv]``.
         tokens: how many tokens were added.
+        group: query heads per KV head.
     """
 
     keys: Tensor
@@ -51,28 +53,37 @@ class Moments:
     outputs: Tensor
     attended: Tensor
     key_sum: Tensor
+    value_sum: Tensor
+    output_sum: Tensor
+    attended_sum: Tensor
     mass: Tensor
     tokens: int = 0
+    group: int = 1
 
     @classmethod
     def zeros(cls, kv_heads: int, width: int) -> "Moments":
         zeros = partial(torch.zeros, dtype=torch.float64)
         keys, queries, values, outputs, attended = (zeros(kv_heads, width, width) for _ in range(5))
-        return cls(keys, queries, values, outputs, attended, zeros(kv_heads, width), zeros(kv_heads))
+        key_sum, value_sum, output_sum, attended_sum = (zeros(kv_heads, width) for _ in range(4))
+        return cls(
+            keys, queries, values, outputs, attended, key_sum, value_sum, output_sum, attended_sum, zeros(kv_heads)
+        )
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, keep: Tensor) -> None:
         """Add query ``[B, Hq, T, D]``, key, value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]``, keep ``[B, T]``."""
         kv_heads = key.shape[1]
         self.tokens += int(keep.sum())
-        self.key_sum += _rows(key.transpose(1, 2), keep, kv_heads).sum(1).double().cpu()
-        for total, states in (
-            (self.keys, key.transpose(1, 2)),
-            (self.queries, query.transpose(1, 2)),
-            (self.values, value.transpose(1, 2)),
-            (self.outputs, output),
+        self.group = query.shape[1] // kv_heads
+        for total, mean, states in (
+            (self.keys, self.key_sum, key.transpose(1, 2)),
+            (self.queries, None, query.transpose(1, 2)),
+            (self.values, self.value_sum, value.transpose(1, 2)),
+            (self.outputs, self.output_sum, output),
         ):
             rows = _rows(states, keep, kv_heads)
             total += (rows.mT @ rows).double().cpu()
+            if mean is not None:
+                mean += rows.sum(1).double().cpu()
 
     def add_attended(self, query: Tensor, key: Tensor, mask: Tensor | None, keep: Tensor, scaling: float) -> None:
         """Add what a sample of the queries attend to; shapes as in `add`, ``mask`` as SDPA takes it.
@@ -94,12 +105,18 @@ class Moments:
         by_key, by_query = weights.sum(2)[..., None], weights.sum(-1, keepdim=True)
         means = (weights @ key) / by_query.clamp_min(1e-12).sqrt()
         self.attended += ((by_key * key).mT @ key - means.mT @ means).sum(0).double().cpu()
+        self.attended_sum += (by_key * key).sum((0, 2)).double().cpu()
         self.mass += by_key.sum((0, 2, 3)).double().cpu()
 
     @property
     def key_covariance(self) -> Tensor:
-        mean = self.key_sum / self.tokens
-        return self.keys / self.tokens - mean[:, :, None] * mean[:, None, :]
+        return _covariance(self.keys, self.key_sum, self.tokens)
+
+    def means(self, basis: str) -> tuple[Tensor, Tensor]:
+        """What dropped coordinates of keys and of values are taken to be at, ``[Hkv, D]`` each."""
+        if basis == "pca":
+            return self.key_sum / self.tokens, self.value_sum / self.tokens
+        return self.attended_sum / self.mass.clamp_min(1e-12)[:, None], self.output_sum / (self.tokens * self.group)
 
 
 def collect_moments(
@@ -150,12 +167,14 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
     if basis not in ("pca", "balanced"):
         raise ValueError(f"basis must be 'pca' or 'balanced', got {basis!r}")
     if basis == "pca":
-        return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
+        return {
+            i: (pca(m.key_covariance), pca(_covariance(m.values, m.value_sum, m.tokens))) for i, m in moments.items()
+        }
     projections = attention.output_projections(model)
     return {
         i: (
             balanced(m.attended / m.mass.clamp_min(1e-12)[:, None, None], m.queries / m.tokens),
-            balanced(m.outputs / m.tokens, _metric(projections.get(i), m)),
+            balanced(_covariance(m.outputs, m.output_sum, m.tokens * m.group), _metric(projections.get(i), m)),
         )
         for i, m in moments.items()
     }
@@ -164,12 +183,13 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
 def sensitivity(
     model,
     bases: dict[int, tuple[NestedBasis, NestedBasis]],
+    means: dict[int, tuple[Tensor, Tensor]],
     windows: Iterable[Tensor],
     *,
     skip: int = SKIP,
     seed: int = 0,
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """The KL per token expected from dropping each coordinate of keys and of values, ``[Hkv, D]`` each, by layer.
+    """The KL per token expected from fixing each coordinate of keys and of values at its mean, ``[Hkv, D]``, by layer.
 
     Half the Fisher information of a mask on the coordinate, over the tokens of a row, with labels sampled from the
     model. Cross terms between coordinates are left out. One forward and one backward pass without weight gradients.
@@ -198,7 +218,8 @@ def sensitivity(
             for index, tap in taps.items():
                 for side, basis in enumerate(bases[index]):
                     states, gradient = (t[:, :, skip:].double().cpu() for t in (tap.states[side], next(gradients)))
-                    effect = (states @ basis.encode * (gradient @ basis.decode.mT)).sum(2)
+                    deviation = (states - means[index][side][:, None]) @ basis.encode
+                    effect = (deviation * (gradient @ basis.decode.mT)).sum(2)
                     total[index][side] += effect.square().sum(0) / 2
     if not tokens:
         raise CalibrationError("no windows were given to measure the sensitivity")
@@ -256,7 +277,10 @@ def fit(
     with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"), skip=skip)
         bases = make_bases(model, moments, basis)
-        energy = sensitivity(model, bases, bar.track(short_batches, description="sensitivity"), skip=skip, seed=seed)
+        means = {i: m.means(basis) for i, m in moments.items()}
+        energy = sensitivity(
+            model, bases, means, bar.track(short_batches, description="sensitivity"), skip=skip, seed=seed
+        )
     if basis == "balanced":
         bases, energy = order_by_energy(bases, energy)
     info = {
@@ -267,7 +291,7 @@ def fit(
         "skip": skip,
         "condition": max(float(b.condition.max()) for pair in bases.values() for b in pair),
     }
-    return KVAdapter.from_bases(config, bases, energy, info)
+    return KVAdapter.from_bases(config, bases, means, energy, info)
 
 
 def order_by_energy(bases: dict, energy: dict) -> tuple[dict, dict]:
@@ -343,6 +367,12 @@ class _served:
 
     def __exit__(self, *exc):
         self.model.train(self.training)
+
+
+def _covariance(squares: Tensor, sums: Tensor, count: int) -> Tensor:
+    """Covariance ``[Hkv, D, D]`` from sums of outer products and of vectors over ``count`` vectors."""
+    mean = sums / count
+    return squares / count - mean[:, :, None] * mean[:, None, :]
 
 
 def _rows(states: Tensor, keep: Tensor, kv_heads: int) -> Tensor:
