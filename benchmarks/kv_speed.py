@@ -42,8 +42,8 @@ def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
     }
     for budget in (0.5, 0.25):
         for name in ("uniform", "energy"):
-            found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: adapter.cache(lm, b, allocation=a, sinks=0)
-    found["nested-energy-50%-bf16"] = lambda: adapter.cache(lm, 0.5, sinks=0, dtype=torch.bfloat16)
+            found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: adapter.cache(lm, b, allocation=a)
+    found["nested-energy-50%-bf16"] = lambda: adapter.cache(lm, 0.5, dtype=torch.bfloat16)
     return found
 
 

@@ -40,7 +40,7 @@ def edit(folder: Path, **changes) -> None:
 
 def same(a: KVAdapter, b: KVAdapter) -> bool:
     tensors = all(
-        torch.equal(getattr(a, n)[s], getattr(b, n)[s]) for n in ("encode", "energy") for s in ("key", "value")
+        torch.equal(getattr(a, n)[s], getattr(b, n)[s]) for n in ("encode", "mean", "energy") for s in ("key", "value")
     )
     return tensors and (a.fingerprint, a.info) == (b.fingerprint, b.info)
 
@@ -55,10 +55,11 @@ def test_what_is_saved_is_what_is_loaded(fitted, ids, tmp_path, family):
     again = KVAdapter.from_pretrained(str(tmp_path / "deep" / "adapter"))
     assert same(again, made.adapter)
     with torch.no_grad():
-        for budget in (0.6, 0.9):
+        exact = dict(sinks=2, window=6, exact_prompt=False)  # the mean of keys matters beside exact tokens
+        for budget, options in ((0.6, {"paper": True}), (0.9, {"paper": True}), (0.6, exact), (0.9, exact)):
             out = []
             for adapter in (made.adapter, again):
-                cache = adapter.cache(made.model, budget, paper=True)
+                cache = adapter.cache(made.model, budget, **options)
                 out.append(made.model(input_ids=ids[:1, :24], past_key_values=cache).logits)
             assert torch.equal(*out)
 
@@ -69,9 +70,15 @@ def test_an_adapter_is_two_files_and_a_card(made, folder):
     assert (config["format"], config["kind"], config["basis"]) == (1, "nestling-kv", "balanced")
     assert config["model"] == made.adapter.fingerprint
     tensors = load_file(folder / WEIGHTS_FILE)
-    assert len(tensors) == 3 * 2 * 2
-    assert tensors["layers.2.value.encode"].shape == (2, 16, 16) and tensors["layers.0.key.energy"].shape == (2, 16)
-    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert len(tensors) == 3 * 2 * 3
+    shapes = {"encode": (2, 16, 16), "mean": (2, 16), "energy": (2, 16)}
+    for row, layer in enumerate(made.adapter.fingerprint["layers"]):
+        for side in ("key", "value"):
+            for name, shape in shapes.items():
+                tensor = tensors.pop(f"layers.{layer}.{side}.{name}")
+                assert tensor.shape == shape and tensor.dtype == torch.float32
+                assert torch.equal(tensor, getattr(made.adapter, name)[side][row])
+    assert not tensors
     card = (folder / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: nestling") and "`llama` model with 3 compressed layers" in card
 
@@ -97,7 +104,8 @@ def test_others_can_read_it(made, tmp_path):
 
 
 def other(made) -> KVAdapter:
-    return KVAdapter(made.adapter.fingerprint, made.adapter.encode, {s: e * 2 for s, e in made.adapter.energy.items()})
+    mean, energy = ({s: t * 2 for s, t in tensors.items()} for tensors in (made.adapter.mean, made.adapter.energy))
+    return KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, energy)
 
 
 def test_saving_replaces_an_adapter(made, folder):
@@ -203,8 +211,8 @@ def test_what_is_no_config_is_refused(folder, content):
         ({"model__head_dim": 10**12}, "must hold layers"),
         ({"model__head_dim": "16"}, "must hold layers"),
         ({"model__num_key_value_heads": None}, "must hold layers"),
-        ({"model__layers": [0, 1, 7]}, "lacks 4 tensors, first layers.7.key.encode"),
-        ({"model__layers": [0, 1]}, "holds 4 unknown tensors, first layers.2.key.encode"),
+        ({"model__layers": [0, 1, 7]}, "lacks 6 tensors, first layers.7.key.encode"),
+        ({"model__layers": [0, 1]}, "holds 6 unknown tensors, first layers.2.key.encode"),
         ({"model__head_dim": 8}, r"layers.0.key.encode has shape \[2, 16, 16\], expected \[2, 8, 8\]"),
         ({"model__num_key_value_heads": 4}, r"has shape \[2, 16, 16\], expected \[4, 16, 16\]"),
     ],
@@ -265,10 +273,17 @@ def broken(folder: Path, change) -> None:
         (lambda t: t["layers.1.value.energy"][0].fill_(torch.inf), "value energy: holds NaN or infinity"),
         (lambda t: t["layers.1.value.encode"][1, :, 3].zero_(), "value encode: a basis is singular"),
         (lambda t: t["layers.1.key.encode"].zero_(), "key encode: a basis is singular"),
+        (lambda t: t["layers.2.key.mean"][1, 3:4].fill_(torch.nan), "key mean: holds NaN or infinity"),
+        (lambda t: t["layers.0.value.mean"][0, :1].fill_(-torch.inf), "value mean: holds NaN or infinity"),
         (lambda t: t.pop("layers.1.key.encode"), "lacks 1 tensors, first layers.1.key.encode"),
+        (lambda t: t.pop("layers.2.value.mean"), "lacks 1 tensors, first layers.2.value.mean"),
+        (lambda t: [t.pop(n) for n in list(t) if n.endswith("mean")], "lacks 6 tensors, first layers.0.key.mean"),
         (lambda t: t.update(extra=torch.zeros(1)), "holds 1 unknown tensors, first extra"),
         (lambda t: t.update({"layers.0.key.encode": torch.zeros(2, 16, 8)}), r"has shape \[2, 16, 8\]"),
         (lambda t: t.update({"layers.0.key.energy": torch.zeros(16)}), r"has shape \[16\], expected \[2, 16\]"),
+        (lambda t: t.update({"layers.0.key.mean": torch.zeros(16)}), r"key.mean has shape \[16\], expected \[2, 16\]"),
+        (lambda t: t.update({"layers.1.value.mean": torch.zeros(2, 1, 16)}), r"value.mean has shape \[2, 1, 16\]"),
+        (lambda t: t.update({"layers.1.value.mean": torch.zeros(1, 16)}), r"value.mean has shape \[1, 16\]"),
     ],
 )
 def test_wrong_tensors_are_refused(folder, change, message):
@@ -279,14 +294,20 @@ def test_wrong_tensors_are_refused(folder, change, message):
 
 def test_weights_of_a_peft_adapter_are_foreign(folder):
     save_file({"base_model.lora_A.weight": torch.zeros(2, 2)}, folder / WEIGHTS_FILE)
-    with pytest.raises(AdapterError, match="lacks 12 tensors"):
+    with pytest.raises(AdapterError, match="lacks 18 tensors"):
         KVAdapter.from_pretrained(folder)
 
 
 def test_tensors_in_memory_are_checked_too(made):
     encode = dict(made.adapter.encode, key=made.adapter.encode["key"][:, :1])
     with pytest.raises(AdapterError, match=r"key encode: shape \[3, 1, 16, 16\], expected \[3, 2, 16, 16\]"):
-        KVAdapter(made.adapter.fingerprint, encode, made.adapter.energy)
+        KVAdapter(made.adapter.fingerprint, encode, made.adapter.mean, made.adapter.energy)
+    mean = dict(made.adapter.mean, value=made.adapter.mean["value"][..., :8])
+    with pytest.raises(AdapterError, match=r"value mean: shape \[3, 2, 8\], expected \[3, 2, 16\]"):
+        KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, made.adapter.energy)
+    mean = dict(made.adapter.mean, key=made.adapter.mean["key"] / 0)
+    with pytest.raises(AdapterError, match="key mean: holds NaN or infinity"):
+        KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, made.adapter.energy)
 
 
 def test_decode_is_the_inverse(made):

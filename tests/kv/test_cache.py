@@ -113,13 +113,15 @@ def llama_config(heads: int, groups: int, width: int) -> LlamaConfig:
     )
 
 
-def random_bases(heads: int, width: int, generator) -> dict[str, torch.Tensor]:
-    """Oblique bases with condition numbers like those of real keys and values."""
+def random_bases(heads: int, width: int, generator, mean: float | None = None) -> dict[str, torch.Tensor]:
+    """Oblique bases with condition numbers like those of real keys and values, and means of a size, or none."""
     made = {}
     for side in ("key", "value"):
         c, m = (torch.randn(heads, 4 * width, width, generator=generator, dtype=torch.float64) for _ in range(2))
         basis = balanced(c.mT @ c, m.mT @ m)
         made |= {f"{side}_encode": basis.encode.float(), f"{side}_decode": basis.decode.float()}
+        if mean is not None:
+            made[f"{side}_mean"] = mean * torch.randn(heads, width, generator=generator)
     return made
 
 
@@ -159,7 +161,8 @@ class Reference:
 
     def _head(self, state, side: str, head: int, rank: int):
         encode, decode = self.bases[f"{side}_encode"][head, :, :rank], self.bases[f"{side}_decode"][head, :rank]
-        read = state @ encode @ decode
+        mean = self.bases[f"{side}_mean"][head] if f"{side}_mean" in self.bases else torch.zeros_like(state[0, 0])
+        read = mean + (state - mean) @ encode @ decode
         exact = torch.arange(state.shape[1])
         exact = (exact < self.sinks) | (exact >= state.shape[1] - self.recent)
         full = rank == state.shape[-1]
@@ -196,12 +199,12 @@ def layers(draw):
         chunk=draw(st.sampled_from([1, 5, 16])),
         exact_prompt=draw(st.booleans()),
     )
-    return heads, groups, width, ranks, options
+    return heads, groups, width, ranks, options, draw(st.sampled_from([None, 0.0, 1.0, 2.0]))
 
 
-def one_layer(heads, groups, width, ranks, options, generator) -> tuple[NestedLayer, Attention, Reference]:
+def one_layer(heads, groups, width, ranks, options, mean, generator) -> tuple[NestedLayer, Attention, Reference]:
     config = llama_config(heads, groups, width)
-    bases = random_bases(heads, width, generator)
+    bases = random_bases(heads, width, generator, mean)
     cache = make_cache({0: bases}, ranks, config, device=torch.device("cpu"), **options)
     return cache.layers[0], Attention(config), Reference(bases, ranks, groups, options["sinks"], options["window"])
 
@@ -211,7 +214,7 @@ def one_layer(heads, groups, width, ranks, options, generator) -> tuple[NestedLa
 def test_a_layer_is_full_width_attention_to_truncated_states(shape, operations, padded, seed):
     """After any sequence of verbs, in every path (exact, in coordinates, expanded), with and without padding."""
     generator = torch.Generator().manual_seed(seed)
-    heads, groups, width, ranks, options = shape
+    heads, groups, width, ranks, options, _ = shape
     layer, module, reference = one_layer(*shape, generator)
     batch = 2
     pad = torch.randint(0, 3, (batch,), generator=generator) if padded else torch.zeros(batch, dtype=torch.long)
@@ -275,16 +278,18 @@ def test_the_state_does_not_depend_on_the_chunks(shape, lengths, seed):
                 assert torch.equal(x, y)
 
 
-@given(st.integers(0, 2**16), st.integers(2, 12))
-@settings(deadline=None, max_examples=25)
-def test_attending_in_coordinates_is_attending_to_decoded_states(seed, count):
+@given(st.integers(0, 2**16), st.integers(2, 12), st.sampled_from([None, 1.0, 2.0]))
+@settings(deadline=None, max_examples=40)
+def test_attending_in_coordinates_is_attending_to_decoded_states(seed, count, mean):
     generator = torch.Generator().manual_seed(seed)
-    ranks = RankTable(torch.tensor([[4, 8, 16]]), torch.tensor([[8, 8, 4]]))
+    ranks = RankTable(torch.tensor([[4, 8, 16, 16]]), torch.tensor([[8, 8, 4, 16]]))
     options = dict(sinks=2, window=3, chunk=8, exact_prompt=False)
-    layer, module, _ = one_layer(3, 2, 16, ranks, options, generator)
+    layer, module, reference = one_layer(4, 2, 16, ranks, options, mean, generator)
     for n in (30, count):
-        handle, _ = layer.update(*(torch.randn(2, 3, n, 16, generator=generator) for _ in range(2)))
-    query = torch.randn(2, 6, count, 16, generator=generator)
+        states = [torch.randn(2, 4, n, 16, generator=generator) for _ in range(2)]
+        reference.append(*states)
+        handle, _ = layer.update(*states)
+    query = torch.randn(2, 8, count, 16, generator=generator)
     position = torch.arange(30 + count)
     mask = (position <= position[-count:, None])[None, None].expand(2, 1, -1, -1)
     outs = []
@@ -292,9 +297,93 @@ def test_attending_in_coordinates_is_attending_to_decoded_states(seed, count):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cache_module, "SHORT_QUERY", limit)
             outs.append(handle.attend(module, query, mask, scaling=0.25))
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=3e-5)
+    for out in outs:  # exact tokens beside compressed ones, in coordinates and expanded
+        torch.testing.assert_close(out.double(), reference.attend(query, mask, 0.25), rtol=1e-3, atol=1e-4)
     bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)  # an additive mask is as good
     torch.testing.assert_close(outs[1], handle.attend(module, query, bias, scaling=0.25), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def read_with(bases, states, query, sinks: int, window: int, rank: int) -> dict[str, torch.Tensor]:
+    """What a cache of one layer gives to some queries at its end, in coordinates and expanded."""
+    heads, width = states[0].shape[1], states[0].shape[3]
+    config, table = llama_config(heads, 2, width), RankTable(*(torch.full((1, heads), rank) for _ in range(2)))
+    options = dict(device=torch.device("cpu"), sinks=sinks, window=window, exact_prompt=False)
+    layer = make_cache({0: bases}, table, config, **options).layers[0]
+    handle, _ = layer.update(*states)
+    module, position, outs = Attention(config), torch.arange(states[0].shape[2]), {}
+    mask = (position <= position[-query.shape[2] :, None])[None, None]
+    for path, limit in (("in coordinates", 99), ("expanded", 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache_module, "SHORT_QUERY", limit)
+            outs[path] = handle.attend(module, query, mask, scaling=0.25)
+    return outs
+
+
+def with_means(seed: int) -> tuple[dict, list, torch.Tensor]:
+    """Bases of rank 6, and states whose dropped coordinates are at a large mean, but for noise."""
+    generator = torch.Generator().manual_seed(seed)
+    bases, states = random_bases(2, 16, generator, mean=3.0), []
+    for side in ("key", "value"):
+        held = torch.randn(1, 2, 40, 6, generator=generator) @ bases[f"{side}_decode"][:, :6]
+        held = held / held.std() + 0.01 * torch.randn(1, 2, 40, 16, generator=generator)
+        states.append(held + bases[f"{side}_mean"][:, None])
+    return bases, states, torch.randn(1, 4, 5, 16, generator=generator)
+
+
+@pytest.mark.parametrize("sinks, window", [(4, 0), (0, 8), (4, 8)])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_beside_exact_tokens_dropped_coordinates_must_be_at_their_mean(side, sinks, window):
+    """At zero, compressed keys would be on another scale than the exact ones: full of error, and no reference's."""
+    for seed in range(5):
+        bases, states, query = with_means(seed)
+        zero = {name: tensor for name, tensor in bases.items() if name != f"{side}_mean"}
+        table = RankTable(*(torch.full((1, 2), 6) for _ in range(2)))
+        reference = Reference(bases, table, 2, sinks, window)
+        reference.append(*states)
+        visible = (torch.arange(40) <= torch.arange(35, 40)[:, None])[None, None]
+        expected, full = (reference.attend(query, visible, 0.25, exact=exact) for exact in (False, True))
+        good, bad = (read_with(b, states, query, sinks, window, 6) for b in (bases, zero))
+        for path in good:
+            torch.testing.assert_close(good[path].double(), expected, rtol=1e-3, atol=1e-4)
+            error, worse = (float((out[path].double() - full).norm()) for out in (good, bad))
+            assert worse > 0.1 * float(full.norm()) and worse > 10 * error, (path, error, worse)
+            assert float((bad[path].double() - expected).norm()) > 0.1 * float(expected.norm())
+
+
+def test_among_compressed_tokens_only_the_mean_of_values_matters():
+    for seed in range(5):
+        bases, states, query = with_means(seed)
+        both, no_key, none = (
+            read_with({n: t for n, t in bases.items() if n not in left_out}, states, query, 0, 0, 6)
+            for left_out in ((), ("key_mean",), ("key_mean", "value_mean"))
+        )
+        for path in both:
+            torch.testing.assert_close(no_key[path], both[path], rtol=1e-3, atol=1e-4)
+            assert float((none[path] - both[path]).norm()) > 0.1 * float(both[path].norm())
+
+
+def test_means_cost_no_storage_and_full_ranks_have_none():
+    bases = random_bases(3, 16, torch.Generator().manual_seed(0), mean=1.0)
+    plain = {name: tensor for name, tensor in bases.items() if not name.endswith("mean")}
+    table = RankTable(torch.tensor([[4, 16, 16]]), torch.tensor([[16, 8, 16]]))
+    made = [
+        make_cache({0: b}, table, llama_config(3, 1, 16), device=torch.device("cpu"), sinks=2, window=3)
+        for b in (bases, plain)
+    ]
+    for cache in made:
+        cache.layers[0].update(*(torch.randn(1, 3, 30, 16) for _ in range(2)))
+    assert made[0].nbytes == made[1].nbytes
+    assert all(group.bias == [None, None] for group in made[1].layers[0].groups)
+    found = {h: g.bias for g in made[0].layers[0].groups for h in g.heads}
+    assert [[b is not None for b in found[h]] for h in range(3)] == [[True, False], [False, True], [False, False]]
+    for head, side, rank in ((0, "key", 4), (1, "value", 8)):
+        encode, decode, mean = (bases[f"{side}_{n}"][head].double() for n in ("encode", "decode", "mean"))
+        rest = mean @ encode[:, rank:] @ decode[rank:]  # what is not kept of the mean
+        got = found[head][0 if side == "key" else 1]
+        torch.testing.assert_close(got.double(), rest[None, None], rtol=1e-4, atol=1e-4)
+        assert got.untyped_storage().nbytes() == 16 * 4
 
 
 def test_caches_are_nested():
@@ -334,35 +423,42 @@ BUDGETS = (0.55, 0.75, 0.9)
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, family, budget, sinks):
-    """The whole path against stock eager attention whose keys and values are replaced by ``k E_r D_r``."""
+@pytest.mark.parametrize("sinks, window", [(0, 0), (4, 0), (4, 6)])
+def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, family, budget, sinks, window):
+    """The whole path against stock eager attention whose keys and values are ``mean + (k - mean) E_r D_r``.
+
+    All but the sinks, and the window before the end of the piece that a query came with.
+    """
     made = fitted(family)
-    options = dict(sinks=sinks, window=0, exact_prompt=False, context=4096)
+    options = dict(sinks=sinks, window=window, exact_prompt=False, context=4096)
     cache = made.adapter.cache(made.model, budget, **options)
     rows = {layer: row for row, layer in enumerate(made.adapter.fingerprint["layers"])}
+    exact = torch.zeros(40, 40, dtype=torch.bool)  # by query and key
 
     def truncated(module, query, key, value, mask, **kwargs):
         row = rows.get(module.layer_idx)
-        states = []
+        whole, states = [], []
         for side, state, ranks in (("key", key, cache.ranks.keys), ("value", value, cache.ranks.values)):
+            read = state.clone()
             for head in range(state.shape[1] if row is not None else 0):
-                r = ranks[row, head]
+                r, mean = ranks[row, head], made.adapter.mean[side][row, head]
                 encode, decode = made.adapter.encode[side][row, head], made.adapter.decode[side][row, head]
-                read = state[:, head] @ encode[:, :r] @ decode[:r]
-                state = state.clone()
-                state[:, head, sinks:] = read[:, sinks:]
-            states.append(state.repeat_interleave(query.shape[1] // state.shape[1], 1))
-        weight = (query @ states[0].mT * kwargs["scaling"] + mask).softmax(-1)
-        return (weight @ states[1]).transpose(1, 2), None
+                read[:, head] = mean + (state[:, head] - mean) @ encode[:, :r] @ decode[:r]
+            for held, kept in ((whole, state), (states, read)):
+                held.append(kept.repeat_interleave(query.shape[1] // state.shape[1], 1))
+        logits = torch.where(exact, query @ whole[0].mT, query @ states[0].mT)
+        weight = (logits * kwargs["scaling"] + mask).softmax(-1)
+        return ((weight * exact) @ whole[1] + (weight * ~exact) @ states[1]).transpose(1, 2), None
 
     AttentionInterface.register("truncated", truncated)
     AttentionMaskInterface.register("truncated", AttentionMaskInterface()["eager"])
     stock = tiny_model(family)
     stock.set_attn_implementation("truncated")
-    with torch.no_grad():
-        expected = stock(input_ids=ids[:2, :40], use_cache=False).logits
     for lengths in ([40], [10, 30], [24, 5, *[1] * 11], [1] * 40):  # every path of attend
+        ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor(lengths))
+        exact[:] = (torch.arange(40) < sinks) | (torch.arange(40) >= ends[:, None] - window)
+        with torch.no_grad():
+            expected = stock(input_ids=ids[:2, :40], use_cache=False).logits
         cache.reset()
         got = run(made.model, ids[:2, :40], cache, lengths)
         torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
@@ -607,7 +703,8 @@ def smol():
     model = tiny_model("llama-gqa", dtype=torch.bfloat16, **SMOL)
     encode = {s: torch.linalg.qr(torch.randn(30, 3, 64, 64, generator=generator))[0] for s in ("key", "value")}
     energy = {s: torch.rand(30, 3, 64, generator=generator).sort(-1, descending=True)[0] ** 3 for s in encode}
-    return model, kv.KVAdapter(attention.fingerprint(model.config), encode, energy)
+    mean = {s: torch.randn(30, 3, 64, generator=generator) for s in encode}
+    return model, kv.KVAdapter(attention.fingerprint(model.config), encode, mean, energy)
 
 
 def fill(cache, tokens: int, batch: int = 1, piece: int = 512):
@@ -630,9 +727,10 @@ def test_bytes_meet_the_budget(smol, budget, options):
     model, adapter = smol
     cache = adapter.cache(model, budget, **options)
     bases = storages([[g.encode, g.decode] for layer in cache.layers for g in layer.groups])
+    means = storages([g.bias for layer in cache.layers for g in layer.groups])
     fill(cache, CONTEXT)
     full = 30 * 3 * 64 * 2 * 2 * CONTEXT
-    held = {a: n for a, n in storages(cache).items() if a not in bases}
+    held = {a: n for a, n in storages(cache).items() if a not in bases | means}
     assert cache.nbytes == sum(held.values())
     assert cache.full_nbytes == full
     slack = cache.ranks.elements * 2 * CHUNK
@@ -642,6 +740,7 @@ def test_bytes_meet_the_budget(smol, budget, options):
     assert stored <= 1.001 * budget * full
     # no basis keeps more alive than its ranks need
     assert sum(bases.values()) <= 2 * 64 * cache.ranks.elements * 4
+    assert sum(means.values()) <= 2 * 30 * 3 * 64 * 4 and bool(means) == (budget < 1)
 
 
 def test_every_storage_is_compact_and_in_the_precision_of_the_model(smol):

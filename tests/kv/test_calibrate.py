@@ -36,24 +36,30 @@ def record(monkeypatch, family: str, ids, mask=None) -> dict[int, tuple[torch.Te
 
 
 def brute_force(states, keep) -> dict[str, torch.Tensor]:
-    """Second moments ``[Hkv, D, D]``, summed token by token and head by head."""
+    """First and second moments ``[Hkv, D(, D)]``, summed token by token and head by head."""
     query, key, value, output, weights = (t.double() for t in states)
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
     names = ("keys", "queries", "values", "outputs")
     total = {name: torch.zeros(heads, key.shape[-1], key.shape[-1], dtype=torch.float64) for name in names}
+    sums = ("key_sum", "value_sum", "output_sum", "attended_sum")
+    total |= {name: torch.zeros(heads, key.shape[-1], dtype=torch.float64) for name in sums}
     for b, t in keep.nonzero().tolist():
         for h in range(heads):
             total["keys"][h] += torch.outer(key[b, h, t], key[b, h, t])
             total["values"][h] += torch.outer(value[b, h, t], value[b, h, t])
+            total["key_sum"][h] += key[b, h, t]
+            total["value_sum"][h] += value[b, h, t]
             for g in range(h * group, (h + 1) * group):
                 total["queries"][h] += torch.outer(query[b, g, t], query[b, g, t])
                 total["outputs"][h] += torch.outer(output[b, t, g], output[b, t, g])
+                total["output_sum"][h] += output[b, t, g]
     total["mass"], total["attended"] = torch.zeros(heads, dtype=torch.float64), torch.zeros_like(total["keys"])
     for b, t in keep.nonzero().tolist():
         for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % QUERY_STRIDE == 0 else 0):
             read, rows = weights[b, g, t] * keep[b], key[b, g // group]
             mass, mean = read.sum(), read @ rows / read.sum()
             total["mass"][g // group] += mass
+            total["attended_sum"][g // group] += read @ rows
             total["attended"][g // group] += sum(
                 a * torch.outer(k - mean, k - mean) for a, k in zip(read, rows, strict=True)
             )
@@ -90,6 +96,82 @@ def test_moments_are_sums_over_the_kept_tokens(monkeypatch, ids, family, padded)
             torch.testing.assert_close(moment.key_covariance[head], covariance, rtol=1e-3, atol=1e-3)
 
 
+def softmax_by_hand(query, key, visible, scaling: float) -> torch.Tensor:
+    """The attention weights ``[T]`` of one query ``[D]`` over keys ``[T, D]``, in fp64."""
+    powers = torch.tensor([float(query @ k) * scaling for k in key], dtype=torch.float64).exp() * visible
+    return powers / powers.sum()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen3", "gemma3"])
+def test_attended_keys_are_those_of_one_query_in_eight(monkeypatch, ids, family, padded):
+    """From weights that are made here, out of logits: variances, means and mass of what queries 20, 12 and 4 read."""
+    ids, mask = ids[:4, :21], torch.ones(4, 21, dtype=torch.long)
+    if padded:
+        mask[1, :5] = mask[2, :15] = 0
+        mask[3, -3:] = 0  # the last query is none
+    keep = [[t for t in range(21) if mask[b, t] and int(mask[b, :t].sum()) >= 4] for b in range(4)]
+    assert [len(row) for row in keep] == ([17, 12, 2, 14] if padded else [17] * 4)
+    states = record(monkeypatch, family, ids, mask)
+    moments = collect_moments(tiny_model(family), ids.split(2), skip=4, padding=mask.split(2) if padded else None)
+    for layer, moment in moments.items():
+        query, key, value, output, _ = (t.double() for t in states[layer])
+        heads, width = key.shape[1], key.shape[-1]
+        group = query.shape[1] // heads
+        for head in range(heads):
+            mass, total, scatter, reads = 0.0, torch.zeros(width).double(), torch.zeros(width, width).double(), 0
+            for b, t in [(b, t) for b in range(4) for t in (20, 12, 4) if t in keep[b]]:
+                visible = mask[b].bool() & (torch.arange(21) <= t)
+                for g in range(head * group, (head + 1) * group):
+                    weight = softmax_by_hand(query[b, g, t], key[b, head], visible, width**-0.5)[keep[b]]
+                    rows = key[b, head, keep[b]]
+                    mean = (weight[:, None] * rows).sum(0) / weight.sum()
+                    deviation = (rows - mean) * weight.sqrt()[:, None]
+                    mass, total, reads = mass + weight.sum(), total + weight @ rows, reads + 1
+                    scatter += deviation.mT @ deviation
+            assert reads == group * (6 if padded else 12)
+            assert 0 < mass < reads  # the first four hold some of it
+            close = lambda got, expected: torch.testing.assert_close(  # noqa: E731
+                got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+            )
+            close(moment.mass[head], mass)
+            close(moment.attended_sum[head], total)
+            close(moment.attended[head], scatter)
+            key_mean, value_mean = moment.means("balanced")
+            assert key_mean.shape == value_mean.shape == (heads, width)
+            close(key_mean[head], total / mass)
+            own = range(head * group, (head + 1) * group)
+            outs = torch.stack([output[b, t, g] for b in range(4) for t in keep[b] for g in own])
+            close(value_mean[head], outs.mean(0))
+            for got, state in zip(moment.means("pca"), (key, value), strict=True):
+                rows = torch.cat([state[b, head, keep[b]] for b in range(4)])
+                close(got[head], rows.mean(0))
+
+
+def test_queries_are_counted_from_the_last_and_padding_reads_nothing():
+    """A query that reads one key has no variance; sampled positions of another count than those change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, 18, 8, generator=generator) for _ in range(2))
+    keep = torch.arange(18)[None] >= 4
+    found = []
+    for changed in (None, 16, 10, 17, 9):  # of 18, queries 17, 9 and 1 are read, and 1 is left out
+        moment, other = calibrate.Moments.zeros(1, 8), query.clone()
+        if changed is not None:
+            other[:, :, changed] += 3
+        moment.add_attended(other, key, None, keep, 0.5)
+        found.append(moment)
+    for same in found[1:3]:
+        assert torch.equal(same.attended, found[0].attended) and torch.equal(same.mass, found[0].mass)
+    for different in found[3:]:
+        assert not torch.allclose(different.attended, found[0].attended, rtol=1e-2)
+    alone, mask = calibrate.Moments.zeros(1, 8), torch.eye(18, dtype=torch.bool)[None, None].clone()
+    mask[:, :, 9] = False  # a query that sees nothing, as padding does
+    alone.add_attended(query, key, mask, keep, 0.5)
+    torch.testing.assert_close(alone.mass, torch.ones(1).double())
+    torch.testing.assert_close(alone.attended_sum[0], key[0, 0, 17].double())
+    torch.testing.assert_close(alone.attended, torch.zeros(1, 8, 8).double(), rtol=0, atol=1e-5)
+
+
 def test_skipped_positions_leave_no_trace(ids):
     model = tiny_model("llama-gqa")
     few, all_ = (collect_moments(model, [ids[:2, :20]], skip=skip) for skip in (19, 0))
@@ -105,7 +187,9 @@ def test_moments_do_not_depend_on_the_batches(ids):
         parts = collect_moments(model, ids.split(size))
         for layer, moment in whole.items():
             assert parts[layer].tokens == moment.tokens
-            for name in ("keys", "queries", "values", "outputs", "attended", "key_sum", "mass"):
+            for name in ("keys", "queries", "values", "outputs", "attended", "mass"):
+                torch.testing.assert_close(getattr(parts[layer], name), getattr(moment, name), rtol=1e-4, atol=1e-3)
+            for name in ("key_sum", "value_sum", "output_sum", "attended_sum"):
                 torch.testing.assert_close(getattr(parts[layer], name), getattr(moment, name), rtol=1e-4, atol=1e-3)
 
 
@@ -113,7 +197,7 @@ def test_no_token_is_an_error(ids):
     with pytest.raises(kv.CalibrationError, match="no token is left after the first 4 positions"):
         collect_moments(tiny_model("llama-gqa"), [ids[:, :4]])
     with pytest.raises(kv.CalibrationError, match="no windows"):
-        sensitivity(tiny_model("llama-gqa"), {}, [])
+        sensitivity(tiny_model("llama-gqa"), {}, {}, [])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +216,7 @@ def test_broken_weights_are_named(ids, layer, name, said, bad):
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3"])
 def test_balanced_bases_balance_what_they_should(ids, family):
-    """Keys: attended keys against queries. Values: outputs against the group's W_O, also for H * D != hidden."""
+    """Keys: attended keys against queries. Values: centred outputs against the group's W_O; also H * D != hidden."""
     model = tiny_model(family)
     moments = collect_moments(model, [ids])
     heads, kv_heads, width = attention.head_shape(model.config)
@@ -144,9 +228,12 @@ def test_balanced_bases_balance_what_they_should(ids, family):
         for head in range(heads):
             block = weight[:, head * width : (head + 1) * width]
             metric[head // (heads // kv_heads)] += block.mT @ block
+        count = moment.tokens * heads // kv_heads
+        mean = moment.output_sum / count
+        outputs = torch.stack([s / count - torch.outer(x, x) for s, x in zip(moment.outputs, mean, strict=True)])
         for basis, c, m in (
             (key, moment.attended / moment.mass[:, None, None], moment.queries / moment.tokens),
-            (value, moment.outputs / moment.tokens, metric),
+            (value, outputs, metric),
         ):
             assert basis.encode.shape == (kv_heads, width, width)
             diagonal = torch.diag_embed(basis.energy.sqrt())
@@ -155,12 +242,18 @@ def test_balanced_bases_balance_what_they_should(ids, family):
             torch.testing.assert_close(basis.decode @ m @ basis.decode.mT, diagonal, rtol=0, atol=atol)
 
 
-def test_pca_bases_are_those_of_keys_and_values(ids):
+def test_pca_bases_are_those_of_keys_and_values(monkeypatch, ids):
     model = tiny_model("llama-gqa")
     moments = collect_moments(model, [ids])
+    states = record(monkeypatch, "llama-gqa", ids)
     for layer, (key, value) in make_bases(model, moments, "pca").items():
-        for basis, c in ((key, moments[layer].key_covariance), (value, moments[layer].values / moments[layer].tokens)):
-            torch.testing.assert_close(basis.energy, pca(c).energy)
+        for basis, state in zip((key, value), states[layer][1:3], strict=True):
+            rows = state[:, :, SKIP:].transpose(0, 1).flatten(1, 2).double()
+            c = torch.stack([torch.cov(r.mT, correction=0) for r in rows])  # centred, both
+            torch.testing.assert_close(basis.energy, pca(c).energy, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                basis.encode.mT @ c @ basis.encode, torch.diag_embed(basis.energy), rtol=0, atol=1e-4
+            )
             torch.testing.assert_close(
                 basis.encode.mT @ basis.encode, torch.eye(16, dtype=torch.float64).expand(2, 16, 16)
             )
@@ -171,8 +264,8 @@ def test_pca_bases_are_those_of_keys_and_values(ids):
 # Sensitivity
 
 
-def masked_log_p(model, bases, masks, ids, skip: int) -> torch.Tensor:
-    """Log-probabilities ``[1, T, V]`` of one row when coordinates are multiplied by masks ``[Hkv, D]``."""
+def masked_log_p(model, bases, means, masks, ids, skip: int) -> torch.Tensor:
+    """Log-probabilities ``[1, T, V]`` when masks ``[Hkv, D]`` shrink coordinates towards those of the means."""
 
     class Masked(calibrate._PassThroughLayer):
         def __init__(self, index):
@@ -181,10 +274,12 @@ def masked_log_p(model, bases, masks, ids, skip: int) -> torch.Tensor:
 
         def update(self, key_states, value_states, *args, **kwargs):
             out = []
-            for state, basis, mask in zip(
-                (key_states, value_states), bases[self.index], masks[self.index], strict=True
+            for state, basis, mean, mask in zip(
+                (key_states, value_states), bases[self.index], means[self.index], masks[self.index], strict=True
             ):
-                read = (state @ basis.encode.to(state.dtype) * mask[:, None]) @ basis.decode.to(state.dtype)
+                coordinates, rest = (x @ basis.encode.to(state.dtype) for x in (state, mean[:, None].to(state.dtype)))
+                mask = mask[:, None]
+                read = (mask * coordinates + (1 - mask) * rest) @ basis.decode.to(state.dtype)
                 out.append(torch.cat((state[:, :, :skip], read[:, :, skip:]), 2))
             return tuple(out)
 
@@ -197,24 +292,25 @@ def masked_log_p(model, bases, masks, ids, skip: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def small():
-    """An fp64 model, its bases and eight rows of twelve tokens."""
+    """An fp64 model, its bases and means, and eight rows of twelve tokens."""
     model = tiny_model("llama-gqa", dtype=torch.float64, num_hidden_layers=2, vocab_size=31)
     ids = torch.randint(3, 31, (8, 12), generator=torch.Generator().manual_seed(1))
-    return model, make_bases(model, collect_moments(model, [ids]), "balanced"), ids
+    moments = collect_moments(model, [ids])
+    return model, make_bases(model, moments, "balanced"), {i: m.means("balanced") for i, m in moments.items()}, ids
 
 
 @pytest.mark.parametrize("skip", [0, 4])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, small, skip, rows):
-    model, bases, ids = small
+    model, bases, means, ids = small
     draw, drawn = torch.multinomial, []
     monkeypatch.setattr(torch, "multinomial", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
-    got = sensitivity(model, bases, ids.split(rows), skip=skip, seed=3)
+    got = sensitivity(model, bases, means, ids.split(rows), skip=skip, seed=3)
     labels = torch.cat(drawn).view(8, 12, 1)
     total = {i: [torch.zeros(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
     for row in range(8):
         masks = {i: [torch.ones(2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)] for i in bases}
-        log_p = masked_log_p(model, bases, masks, ids[row : row + 1], skip)
+        log_p = masked_log_p(model, bases, means, masks, ids[row : row + 1], skip)
         log_p.gather(-1, labels[row : row + 1]).sum().backward()
         for index, pair in masks.items():
             for side, mask in enumerate(pair):
@@ -222,27 +318,32 @@ def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, smal
     for index, pair in total.items():
         for side, expected in enumerate(pair):
             torch.testing.assert_close(got[index][side], expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    zero = {i: tuple(torch.zeros_like(m) for m in pair) for i, pair in means.items()}
+    other = sensitivity(model, bases, zero, ids.split(rows), skip=skip, seed=3)
+    for index, pair in got.items():  # the means matter, but for a shift that all keys share
+        assert torch.allclose(other[index][0], pair[0], rtol=1e-4) == (skip == 0)
+        assert not torch.allclose(other[index][1], pair[1], rtol=0.05)
 
 
 @torch.no_grad()
 def test_sensitivity_predicts_the_kl_of_a_small_change(small):
-    """Averaged over label draws, ``eps^2 F / 2`` is the KL per token of shrinking a coordinate by eps."""
-    model, bases, ids = small
+    """Averaged over label draws, ``eps^2 F / 2`` is the KL per token of moving a coordinate to its mean by eps."""
+    model, bases, means, ids = small
     draws = 150
     mean = {i: [torch.zeros(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
     for seed in range(draws):
-        for index, pair in sensitivity(model, bases, [ids], seed=seed).items():
+        for index, pair in sensitivity(model, bases, means, [ids], seed=seed).items():
             for side in (0, 1):
                 mean[index][side] += pair[side] / draws
     ones = {i: [torch.ones(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
-    full, eps = masked_log_p(model, bases, ones, ids, SKIP), 1e-3
+    full, eps = masked_log_p(model, bases, means, ones, ids, SKIP), 1e-3
     predicted, measured = [], []
     for index, side, head, coordinate in [
         (i, s, h, c) for i in bases for s in (0, 1) for h in (0, 1) for c in (0, 3, 8)
     ]:
         masks = {i: [m.clone() for m in pair] for i, pair in ones.items()}
         masks[index][side][head, coordinate] -= eps
-        less = masked_log_p(model, bases, masks, ids, SKIP)
+        less = masked_log_p(model, bases, means, masks, ids, SKIP)
         measured.append(float((full.exp() * (full - less)).sum()) / ids.numel() / eps**2)
         predicted.append(float(mean[index][side][head, coordinate]))
     predicted, measured = torch.tensor(predicted), torch.tensor(measured)
@@ -253,13 +354,14 @@ def test_sensitivity_predicts_the_kl_of_a_small_change(small):
 
 def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
     model = tiny_model("llama-gqa")
-    bases = make_bases(model, collect_moments(model, [ids]), "pca")
-    live = sensitivity(model, bases, [ids[:2, :16]])
+    moments = collect_moments(model, [ids])
+    bases, means = make_bases(model, moments, "pca"), {i: m.means("pca") for i, m in moments.items()}
+    live = sensitivity(model, bases, means, [ids[:2, :16]])
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    frozen = sensitivity(model.requires_grad_(False), bases, [ids[:2, :16]])
+    frozen = sensitivity(model.requires_grad_(False), bases, means, [ids[:2, :16]])
     for index in live:
         assert all(torch.equal(a, b) for a, b in zip(live[index], frozen[index], strict=True))
-    assert not torch.equal(live[0][0], sensitivity(model, bases, [ids[:2, :16]], seed=1)[0][0])
+    assert not torch.equal(live[0][0], sensitivity(model, bases, means, [ids[:2, :16]], seed=1)[0][0])
 
 
 # Fit
@@ -278,6 +380,7 @@ def test_every_family_fits(ids, family, basis):
     for side in ("key", "value"):
         energy = adapter.energy[side]
         assert energy.shape == (layers, heads, width) and (energy >= 0).all() and (energy.sum(-1) > 0).all()
+        assert adapter.mean[side].shape == energy.shape and adapter.mean[side].dtype == torch.float32
         if basis == "pca":
             eye = torch.eye(width).expand(layers, heads, width, width)
             torch.testing.assert_close(adapter.encode[side].mT @ adapter.encode[side], eye, rtol=0, atol=1e-5)
@@ -293,8 +396,9 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
     options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, seed=5, progress=False)
     adapter = kv.fit(tiny_model("llama-gqa"), None, ids, basis, **options)
     model = tiny_model("llama-gqa")
-    bases = make_bases(model, collect_moments(model, [ids]), basis)
-    energy = sensitivity(model, bases, [ids.view(16, 32)[:8]], seed=5)
+    moments = collect_moments(model, [ids])
+    bases, means = make_bases(model, moments, basis), {i: m.means(basis) for i, m in moments.items()}
+    energy = sensitivity(model, bases, means, [ids.view(16, 32)[:8]], seed=5)
     for row, layer in enumerate(bases):
         for side, name in enumerate(("key", "value")):
             worth, encode = energy[layer][side], bases[layer][side].encode
@@ -302,6 +406,7 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
                 worth, order = worth.sort(-1, descending=True)
                 encode = torch.stack([e[:, o] for e, o in zip(encode, order, strict=True)])
             torch.testing.assert_close(adapter.energy[name][row], worth.float(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(adapter.mean[name][row], means[layer][side].float(), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(adapter.encode[name][row], encode.float(), rtol=1e-4, atol=1e-5)
 
 

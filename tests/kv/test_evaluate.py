@@ -146,6 +146,7 @@ def test_bytes_are_those_of_storage(model, adapter, ids):
             model(input_ids=ids[:2, :80], past_key_values=c)
     elements = 2 * 80 * 3 * 2 * 2 * 16  # batch, tokens, layers, keys and values, heads, width
     assert held_bytes(cache) == cache.nbytes > 0
+    assert any(b is not None for layer in cache.layers for g in layer.groups for b in g.bias), "means are not counted"
     assert held_bytes(stock_cache) == elements * 4
     assert held_bytes(quantised) == elements // 2 + 2 * elements // 16 * 4  # half a byte; scale and shift in fp32
     assert held_bytes(DynamicCache(config=model.config)) == 0
@@ -348,7 +349,7 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
         made += 1
         if made > 3:  # the third window
             raise KeyboardInterrupt
-        return adapter.cache(model, 0.6, window=0, exact_prompt=False)
+        return adapter.cache(model, 0.6, window=0, exact_prompt=False, context=48)
 
     setting = dict(texts=ids, windows=3, length=48, chunk=16, progress=False)
     with pytest.raises(KeyboardInterrupt):
@@ -361,7 +362,7 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
     def counting():
         nonlocal calls
         calls += 1
-        return adapter.cache(model, 0.6, window=0, exact_prompt=False)
+        return adapter.cache(model, 0.6, window=0, exact_prompt=False, context=48)
 
     contender = Contender("balanced-energy", 0.6, counting)
     resumed = compare(model, None, [contender], **setting, partial=Partial(file, job))

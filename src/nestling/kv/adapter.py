@@ -1,8 +1,8 @@
 """KVAdapter: the nested bases of one model, small enough to share, from which caches of every budget are made.
 
 On disk it is two files beside a card: ``adapter_config.json`` (format version, the model's fingerprint) and
-``adapter_model.safetensors`` with, for each layer l, ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.energy``
-``[Hkv, D]``, all fp32. ``decode`` is not stored: it is the inverse of ``encode``.
+``adapter_model.safetensors`` with, for each layer l, ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and
+``.energy`` ``[Hkv, D]``, all fp32. ``decode`` is not stored: it is the inverse of ``encode``.
 """
 
 import json

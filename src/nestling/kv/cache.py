@@ -71,8 +71,8 @@ class GroupView:
     ``keys`` ``[B, h, T, r_k]``, ``values`` ``[B, h, T, r_v]``: coordinates of all tokens but the exact ones.
     ``first`` and ``last``: exact (keys, values) ``[B, h, t, D]`` before and after them, or None.
     ``key_decode`` ``[h, r_k, D]``, ``value_decode`` ``[h, r_v, D]``; None where all D are kept as they are.
-    ``key_bias``, ``value_bias`` ``[h, 1, D]``: the part of the mean that the dropped coordinates held, or None. That of
-    keys only matters beside exact keys: among compressed ones it shifts all logits of a query alike.
+    ``key_bias``, ``value_bias`` ``[h, 1, D]``: the part of the mean that the dropped coordinates held, or None. That
+    of keys only matters beside exact keys: among compressed ones it shifts all logits of a query alike.
     """
 
     heads: list[int]
@@ -149,9 +149,8 @@ class RankGroup:
         width = bases["key_encode"].shape[-1]
         self.encode = [_cut(bases[f"{side}_encode"], heads, rank, -1) for side, rank in zip(SIDES, ranks, strict=True)]
         self.decode = [_cut(bases[f"{side}_decode"], heads, rank, -2) for side, rank in zip(SIDES, ranks, strict=True)]
-        self.bias = [
-            _rest(bases.get(f"{side}_mean"), heads, *pair) for side, *pair in zip(SIDES, self.encode, self.decode)
-        ]
+        pairs = zip(SIDES, self.encode, self.decode, strict=True)
+        self.bias = [_rest(bases.get(f"{side}_mean"), heads, *pair) for side, *pair in pairs]
         if ranks == (width, width):
             self.sinks = self.window = 0  # everything is exact already
         self.rows = [Buffer(rank, chunk) for rank in ranks]
@@ -423,7 +422,7 @@ def _cut(matrices: Tensor, heads: list[int], rank: int, dim: int) -> Tensor | No
 
 
 def _rest(mean: Tensor | None, heads: list[int], encode: Tensor | None, decode: Tensor | None) -> Tensor | None:
-    """The part of some heads' mean ``[Hkv, D]`` outside of the coordinates that are kept, ``[h, 1, D]``; None if none."""
+    """The part of some heads' mean ``[Hkv, D]`` outside of the coordinates that are kept, ``[h, 1, D]``."""
     if mean is None or encode is None or decode is None:
         return None
     return mean[heads, None] - mean[heads, None] @ encode @ decode

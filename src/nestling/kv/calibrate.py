@@ -25,7 +25,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
-QUERY_STRIDE = 8  # one query in so many is read for the attended keys: their attention weights are explicit
+QUERY_STRIDE = 16  # one query in so many is read for the attended keys: their attention weights are explicit
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
 
 
@@ -38,7 +38,7 @@ class Moments:
     """Sums for one layer, fp64.
 
     Attributes:
-        keys, queries, values, outputs: over tokens (and over the group's heads, where they have some), ``[Hkv, D, D]``.
+        keys, queries, values, outputs: over tokens, and over the heads of the group, ``[Hkv, D, D]``.
         attended: over queries, the covariance of the keys under the query's attention weights, ``[Hkv, D, D]``.
         key_sum, value_sum, output_sum: over tokens, ``[Hkv, D]``.
         attended_sum: over queries, the mean key under the attention weights, ``[Hkv, D]``.
@@ -98,9 +98,10 @@ class Moments:
             mask = (torch.arange(length, device=key.device) <= rows[:, None])[None, None]
         else:
             mask = mask[:, :, rows]
-        packed, key = query[:, :, rows].float().unflatten(1, (kv_heads, -1)), key.float()
-        weights = (packed @ key[:, :, None].mT * scaling).masked_fill(~mask[:, :, None], -torch.inf).softmax(-1)
-        weights = weights.nan_to_num() * keep[:, None, None, rows, None] * keep[:, None, None, None]
+        packed, key = query[:, :, rows].float().unflatten(1, (kv_heads, -1)).flatten(2, 3), key.float()
+        logits = (packed * scaling @ key.mT).unflatten(2, (-1, len(rows)))
+        weights = logits.masked_fill(~mask[:, :, None], torch.finfo(logits.dtype).min).softmax(-1)
+        weights *= (keep[:, rows, None] & keep[:, None])[:, None, None]
         weights = weights.flatten(2, 3)
         by_key, by_query = weights.sum(2)[..., None], weights.sum(-1, keepdim=True)
         means = (weights @ key) / by_query.clamp_min(1e-12).sqrt()
