@@ -8,7 +8,7 @@ import torch
 from nestling import kv
 from nestling.basis import pca
 from nestling.kv import attention, calibrate
-from nestling.kv.calibrate import QUERY_STRIDE, SKIP, collect_moments, make_bases, sensitivity
+from nestling.kv.calibrate import SKIP, collect_moments, make_bases, sensitivity
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -55,7 +55,7 @@ def brute_force(states, keep) -> dict[str, torch.Tensor]:
                 total["output_sum"][h] += output[b, t, g]
     total["mass"], total["attended"] = torch.zeros(heads, dtype=torch.float64), torch.zeros_like(total["keys"])
     for b, t in keep.nonzero().tolist():
-        for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % QUERY_STRIDE == 0 else 0):
+        for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % calibrate.QUERY_STRIDE == 0 else 0):
             read, rows = weights[b, g, t] * keep[b], key[b, g // group]
             mass, mean = read.sum(), read @ rows / read.sum()
             total["mass"][g // group] += mass
@@ -72,6 +72,7 @@ def brute_force(states, keep) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", RECORDED)
 def test_moments_are_sums_over_the_kept_tokens(monkeypatch, ids, family, padded):
+    monkeypatch.setattr(calibrate, "QUERY_STRIDE", 3)
     ids, mask = ids[:3, :20], torch.ones(3, 20, dtype=torch.long)
     keep = mask.bool().clone()
     keep[:, :4] = False
@@ -104,8 +105,9 @@ def softmax_by_hand(query, key, visible, scaling: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen3", "gemma3"])
-def test_attended_keys_are_those_of_one_query_in_eight(monkeypatch, ids, family, padded):
+def test_attended_keys_are_what_a_sample_of_queries_reads(monkeypatch, ids, family, padded):
     """From weights that are made here, out of logits: variances, means and mass of what queries 20, 12 and 4 read."""
+    monkeypatch.setattr(calibrate, "QUERY_STRIDE", 8)
     ids, mask = ids[:4, :21], torch.ones(4, 21, dtype=torch.long)
     if padded:
         mask[1, :5] = mask[2, :15] = 0
@@ -129,7 +131,7 @@ def test_attended_keys_are_those_of_one_query_in_eight(monkeypatch, ids, family,
                     deviation = (rows - mean) * weight.sqrt()[:, None]
                     mass, total, reads = mass + weight.sum(), total + weight @ rows, reads + 1
                     scatter += deviation.mT @ deviation
-            assert reads == group * (6 if padded else 12)
+            assert reads == group * (8 if padded else 12)
             assert 0 < mass < reads  # the first four hold some of it
             close = lambda got, expected: torch.testing.assert_close(  # noqa: E731
                 got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
@@ -148,8 +150,9 @@ def test_attended_keys_are_those_of_one_query_in_eight(monkeypatch, ids, family,
                 close(got[head], rows.mean(0))
 
 
-def test_queries_are_counted_from_the_last_and_padding_reads_nothing():
-    """A query that reads one key has no variance; sampled positions of another count than those change nothing."""
+def test_queries_are_counted_from_the_last_and_padding_reads_nothing(monkeypatch):
+    """A query that reads one key has no variance, and queries that are not in the sample change nothing."""
+    monkeypatch.setattr(calibrate, "QUERY_STRIDE", 8)
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 1, 18, 8, generator=generator) for _ in range(2))
     keep = torch.arange(18)[None] >= 4
@@ -165,8 +168,8 @@ def test_queries_are_counted_from_the_last_and_padding_reads_nothing():
     for different in found[3:]:
         assert not torch.allclose(different.attended, found[0].attended, rtol=1e-2)
     alone, mask = calibrate.Moments.zeros(1, 8), torch.eye(18, dtype=torch.bool)[None, None].clone()
-    mask[:, :, 9] = False  # a query that sees nothing, as padding does
-    alone.add_attended(query, key, mask, keep, 0.5)
+    mask[:, :, 9] = False  # padding sees nothing, and is not kept
+    alone.add_attended(query, key, mask, keep & (torch.arange(18) != 9), 0.5)
     torch.testing.assert_close(alone.mass, torch.ones(1).double())
     torch.testing.assert_close(alone.attended_sum[0], key[0, 0, 17].double())
     torch.testing.assert_close(alone.attended, torch.zeros(1, 8, 8).double(), rtol=0, atol=1e-5)

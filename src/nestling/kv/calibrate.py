@@ -81,9 +81,12 @@ class Moments:
             (self.outputs, self.output_sum, output),
         ):
             rows = _rows(states, keep, kv_heads)
-            total += (rows.mT @ rows).double().cpu()
+            centre = rows.mean(1, keepdim=True)  # large means (key biases) would cost fp32 squares their digits
+            squares = ((rows - centre).mT @ (rows - centre)).double().cpu()
+            centre = centre.double().cpu()
+            total += squares + rows.shape[1] * (centre.mT @ centre)
             if mean is not None:
-                mean += rows.sum(1).double().cpu()
+                mean += rows.shape[1] * centre[:, 0]
 
     def add_attended(self, query: Tensor, key: Tensor, mask: Tensor | None, keep: Tensor, scaling: float) -> None:
         """Add what a sample of the queries attend to; shapes as in `add`, ``mask`` as SDPA takes it.
@@ -104,9 +107,11 @@ class Moments:
         weights *= (keep[:, rows, None] & keep[:, None])[:, None, None]
         weights = weights.flatten(2, 3)
         by_key, by_query = weights.sum(2)[..., None], weights.sum(-1, keepdim=True)
+        centre = key.mean(2, keepdim=True)  # a covariance does not see it, and fp32 squares keep their digits
+        key = key - centre
         means = (weights @ key) / by_query.clamp_min(1e-12).sqrt()
         self.attended += ((by_key * key).mT @ key - means.mT @ means).sum(0).double().cpu()
-        self.attended_sum += (by_key * key).sum((0, 2)).double().cpu()
+        self.attended_sum += (by_key * (key + centre)).sum((0, 2)).double().cpu()
         self.mass += by_key.sum((0, 2, 3)).double().cpu()
 
     @property
