@@ -72,6 +72,8 @@ class Moments:
     def add(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, keep: Tensor) -> None:
         """Add query ``[B, Hq, T, D]``, key, value ``[B, Hkv, T, D]``, output ``[B, T, Hq, D]``, keep ``[B, T]``."""
         kv_heads = key.shape[1]
+        if not keep.any():
+            return
         self.tokens += int(keep.sum())
         self.group = query.shape[1] // kv_heads
         for total, mean, states in (
