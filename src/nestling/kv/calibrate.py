@@ -123,7 +123,7 @@ class Moments:
     def means(self, basis: str) -> tuple[Tensor, Tensor]:
         """What dropped coordinates of keys and of values are taken to be at, ``[Hkv, D]`` each."""
         if basis == "pca":
-            return self.key_sum / self.tokens, self.value_sum / self.tokens
+            return self.key_sum / self.tokens, torch.zeros_like(self.value_sum)
         return self.attended_sum / self.mass.clamp_min(1e-12)[:, None], self.output_sum / (self.tokens * self.group)
 
 
@@ -168,16 +168,17 @@ def collect_moments(
 def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tuple[NestedBasis, NestedBasis]]:
     """The (key, value) bases ``[Hkv, D, D]`` of every layer.
 
-    ``pca`` uses the covariances of keys and values (arXiv 2410.14731). ``balanced`` weighs key errors by the queries
-    that will read them (arXiv 2512.05916), over the keys as attention weighs them, and value errors by the output
-    projection: what is compressed there is the head output, since a linear map commutes with the attention average.
+    ``pca`` uses the covariance of keys and the second moment of values. arXiv 2410.14731 centres both; values do better
+    uncentred where the first tokens, which are read much and hold little, are compressed too.
+
+    ``balanced`` weighs key errors by the queries that will read them (arXiv 2512.05916), over the keys as attention
+    weighs them, and value errors by the output projection: what is compressed there is the head output, since a linear
+    map commutes with the attention average.
     """
     if basis not in ("pca", "balanced"):
         raise ValueError(f"basis must be 'pca' or 'balanced', got {basis!r}")
     if basis == "pca":
-        return {
-            i: (pca(m.key_covariance), pca(_covariance(m.values, m.value_sum, m.tokens))) for i, m in moments.items()
-        }
+        return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
     projections = attention.output_projections(model)
     return {
         i: (
