@@ -168,8 +168,8 @@ def collect_moments(
 def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tuple[NestedBasis, NestedBasis]]:
     """The (key, value) bases ``[Hkv, D, D]`` of every layer.
 
-    ``pca`` uses the covariance of keys and the second moment of values. arXiv 2410.14731 centres both; values do better
-    uncentred where the first tokens, which are read much and hold little, are compressed too.
+    ``pca`` uses the covariance of keys and the second moment of values. arXiv 2410.14731 centres both; values do
+    better uncentred where the first tokens, which are read much and hold little, are compressed too.
 
     ``balanced`` weighs key errors by the queries that will read them (arXiv 2512.05916), over the keys as attention
     weighs them, and value errors by the output projection: what is compressed there is the head output, since a linear

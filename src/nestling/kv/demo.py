@@ -35,8 +35,8 @@ town, forty-four of them on a shelf behind glass, and the last line of the last 
 quiet, nothing to report."""
 PROMPT = f"{STORY}\n\nWhat did the sailors give to the keeper of the lighthouse, and why?"
 COLUMNS = {
-    "method": "method", "budget": "budget", "bytes_per_token": "bytes/token", "bytes_share": "share of bf16",
-    "kl": "KL (nats/token)", "ppl": "perplexity", "top1": "top-1 agreement",
+    "method": "method", "budget": "budget", "bytes_per_token": "bytes/token", "bytes_share": "of bf16",
+    "kl": "KL", "ppl": "perplexity", "top1": "top-1",
 }  # fmt: skip
 
 
@@ -113,8 +113,10 @@ def write_report(
     sections = [
         report.Section(
             "Quality against bytes",
-            "KL is the distance of the predictions to those of the full cache, on text not calibrated on; the "
-            "history is read compressed, as in decoding. Bytes are those of the storage really held.",
+            "KL (nats per token) is the distance of the predictions to those of the full cache, on text that was not "
+            "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is the "
+            "full model's. Bytes are those of the storage really held, beside a full cache in bf16; a model that "
+            "computes in fp32 holds twice that by itself.",
             rows=rows, columns=COLUMNS, figure=curve,
         )
     ]  # fmt: skip
