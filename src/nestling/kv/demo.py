@@ -114,8 +114,8 @@ def write_report(
         report.Section(
             "Quality against bytes",
             "KL (nats per token) is the distance of the predictions to those of the full cache, on text that was not "
-            "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is the "
-            "full model's. Bytes are those of the storage really held, beside a full cache in bf16; a model that "
+            "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is "
+            "the full model's. Bytes are those of the storage really held, beside a full cache in bf16; a model that "
             "computes in fp32 holds twice that by itself.",
             rows=rows, columns=COLUMNS, figure=curve,
         )
