@@ -19,6 +19,7 @@ from nestling.kv.allocate import RankTable
 
 SIDES = ("key", "value")
 CHUNK = 256  # tokens by which storage grows
+SMALL_PRODUCT = 2**16  # multiplications up to which a product is done without matmul on CPUs
 SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
 
 
@@ -91,32 +92,30 @@ class GroupView:
         Logits are ``(q D_k^T) k'^T`` and the output ``(softmax(...) v') D_v``: the history is never expanded.
         """
         work = _work_dtype(query.device, query.dtype)
-        query = (query if len(self.heads) == query.shape[1] else query[:, self.heads]).to(work)
-        coordinates = query if self.key_decode is None else query @ self.key_decode.to(work).mT
-        scores = [coordinates @ self.keys.to(work).mT]
-        if self.key_bias is not None and (self.first is not None or self.last is not None):
-            scores[0] = scores[0] + query @ self.key_bias.to(work).mT
-        if self.first is not None:
-            scores.insert(0, query @ self.first[0].to(work).mT)
-        if self.last is not None:
-            scores.append(query @ self.last[0].to(work).mT)
-        score = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
-        score = score * scaling
-        if mask is not None:
-            score = score.masked_fill(~mask, torch.finfo(work).min) if mask.dtype == torch.bool else score + mask
-        weight = score.softmax(-1, dtype=torch.float32).to(work)
-        parts = list(weight.split([s.shape[-1] for s in scores], -1))
-        compressed = parts[0 if self.first is None else 1]
-        out = compressed @ self.values.to(work)
-        if self.value_decode is not None:
-            out = out @ self.value_decode.to(work)
+        query = (query if len(self.heads) == query.shape[1] else query[:, self.heads]).to(work) * scaling
+        coordinates = query if self.key_decode is None else _product(query, self.key_decode.to(work).mT)
+        score = _product(coordinates, self.keys.to(work).mT)
+        exact = [pair for pair in (self.first, self.last) if pair is not None]
+        if not exact:
+            weight = _softmax(score, mask)
+            out = self._decode_values(_product(weight, self.values.to(work)))
+            return out if self.value_bias is None else out + self.value_bias.to(work)
+        keys, values = exact[0] if len(exact) == 1 else (torch.cat(sides, -2) for sides in zip(*exact, strict=True))
+        if self.key_bias is not None:
+            score = score + (query * self.key_bias.to(work)).sum(-1, keepdim=True)
+        start = 0 if self.first is None else self.first[0].shape[-2]
+        exact_score = _product(query, keys.to(work).mT)
+        score = torch.cat((exact_score[..., :start], score, exact_score[..., start:]), -1)  # in the order of the mask
+        before, weight, after = _softmax(score, mask).split(
+            (start, self.keys.shape[-2], exact_score.shape[-1] - start), -1
+        )
+        out = self._decode_values(_product(weight, self.values.to(work)))
         if self.value_bias is not None:
-            out = out + compressed.sum(-1, keepdim=True) * self.value_bias.to(work)
-        if self.first is not None:
-            out = out + parts[0] @ self.first[1].to(work)
-        if self.last is not None:
-            out = out + parts[-1] @ self.last[1].to(work)
-        return out
+            out = out + weight.sum(-1, keepdim=True) * self.value_bias.to(work)
+        return out + _product(torch.cat((before, after), -1), values.to(work))
+
+    def _decode_values(self, out: Tensor) -> Tensor:
+        return out if self.value_decode is None else _product(out, self.value_decode.to(out.dtype))
 
     def expand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Full-width keys and values ``[B, h, T, D]``, decoded: for many query tokens, one layer at a time."""
@@ -175,7 +174,7 @@ class RankGroup:
         for rows, encode, state in zip(self.rows, self.encode, states, strict=True):
             if encode is not None:
                 work = _work_dtype(state.device, state.dtype)
-                state = state.to(work) @ encode.to(work)
+                state = _product(state.to(work), encode.to(work))
             rows.append(state.to(dtype))
 
     def view(self) -> GroupView:
@@ -412,6 +411,25 @@ def make_cache(
 def _work_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of products: CPUs are slow at 16 bits, up to 20 times, so at least fp32 there."""
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``. A small product on several CPU threads goes without matmul, which takes longer to wake them.
+
+    With two threads and ``OMP_WAIT_POLICY=passive`` a batched matmul takes 0.1 ms or more; a decode step has hundreds.
+    """
+    small = left.numel() * right.shape[-1] <= SMALL_PRODUCT
+    if small and left.device.type == "cpu" and torch.get_num_threads() > 1:
+        return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
+    return left @ right
+
+
+def _softmax(score: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention weights from scaled logits; ``mask`` as SDPA takes it."""
+    if mask is not None:
+        masked = torch.finfo(score.dtype).min
+        score = score.masked_fill(~mask, masked) if mask.dtype == torch.bool else score + mask
+    return score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
 
 
 def _cut(matrices: Tensor, heads: list[int], rank: int, dim: int) -> Tensor | None:
