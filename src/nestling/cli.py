@@ -199,7 +199,7 @@ def inspect(
 def demo_kv(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or alias.")] = "smollm2",
     out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.html"),
-    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 32768,
+    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 24576,
     json: Json = None,
 ) -> None:
     """Calibrate, tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""

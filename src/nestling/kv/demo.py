@@ -148,17 +148,7 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
     start = time.perf_counter()
     adapter = fit(language_model, tokenizer, [t for i, t in enumerate(texts) if i % 8], tokens=tokens)
     console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
-    rows = evaluate(
-        language_model,
-        tokenizer,
-        adapter,
-        BUDGETS,
-        texts=held_out,
-        windows=2,
-        length=512,
-        chunk=128,
-        dtype=torch.bfloat16,
-    )
+    rows = evaluate(language_model, tokenizer, adapter, BUDGETS, texts=held_out, windows=1, dtype=torch.bfloat16)
     console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
     console.print(f"\nPrompt, with a story before it: {PROMPT.splitlines()[-1]}", markup=False)
     answers = {}
