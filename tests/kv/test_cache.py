@@ -20,7 +20,8 @@ from nestling.basis import balanced
 from nestling.kv import attention
 from nestling.kv import cache as cache_module
 from nestling.kv.allocate import RankTable
-from nestling.kv.cache import CHUNK, Buffer, NestedCache, NestedLayer, RankGroup, make_cache
+from nestling.kv.cache import CHUNK, NestedCache, NestedLayer, make_cache
+from nestling.kv.groups import Buffer, RankGroup
 
 from .families import FAMILIES, tiny_model
 
