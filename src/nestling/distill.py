@@ -1,7 +1,13 @@
 """Distances between a model at full size and at a smaller one. Shared by both wings."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+IGNORED = -100  # label of positions that have no next token or are not to be learned, as in transformers
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, chunk: int = 128) -> Tensor:
@@ -16,3 +22,71 @@ def kl_divergence(teacher: Tensor, student: Tensor, chunk: int = 128) -> Tensor:
         t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
         out.append((t.exp() * (t - s)).sum(-1))
     return torch.cat(out) if out else teacher.new_zeros(0, dtype=torch.float32)
+
+
+class HeadLoss(NamedTuple):
+    """``loss`` has a gradient; ``kl`` and ``ce`` are its detached parts, means in nats per position."""
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+
+
+def head_loss(
+    student: Tensor,
+    teacher: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor | None = None,
+    *,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk: int = 256,
+) -> HeadLoss:
+    """``kl_weight * KL(teacher || student) + ce_weight * CE(labels)`` from last hidden states, in chunks of positions.
+
+    Neither the logits of all positions nor their gradient ever exist: each chunk's gradient by its hidden states is
+    taken at once, and those are kept. The head is not trained: it gets no gradient.
+
+    Args:
+        student, teacher: hidden states ``[N, H]``; no gradient goes to the teacher.
+        head: hidden states ``[n, H]`` to logits ``[n, V]``.
+        labels: next tokens ``[N]`` int64, `IGNORED` where there are none. The mean of CE is over the others.
+        chunk: positions whose logits exist at a time.
+    """
+    if labels is None:
+        labels = torch.full(student.shape[:1], IGNORED, device=student.device)
+    if teacher.shape != student.shape or student.ndim != 2 or labels.shape != student.shape[:1]:
+        shapes = [list(t.shape) for t in (student, teacher, labels)]
+        raise ValueError(f"expected hidden states [N, H] twice and labels [N], got {shapes}")
+    loss, kl, ce = _HeadLoss.apply(student, teacher.detach(), labels, head, kl_weight, ce_weight, chunk)
+    return HeadLoss(loss, kl, ce)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, labels, head, kl_weight, ce_weight, chunk):
+        differentiate = ctx.needs_input_grad[0]
+        counted = (labels != IGNORED).sum().clamp_min(1)
+        totals = torch.zeros(2, dtype=torch.float64, device=student.device)
+        gradients = []
+        for s, t, y in zip(student.split(chunk), teacher.split(chunk), labels.split(chunk), strict=True):
+            with torch.no_grad():
+                expected = head(t).float().log_softmax(-1)
+            with torch.set_grad_enabled(differentiate):
+                s = s.detach().requires_grad_(differentiate)
+                log_p = head(s).float().log_softmax(-1)
+                kl = (expected.exp() * (expected - log_p)).sum() / len(student)
+                ce = cross_entropy(log_p, y, ignore_index=IGNORED, reduction="sum") / counted
+                loss = kl_weight * kl + ce_weight * ce
+            if differentiate:
+                gradients.append(torch.autograd.grad(loss, s)[0])
+            totals += torch.stack((kl.detach(), ce.detach())).double()
+        ctx.save_for_backward(*([torch.cat(gradients)] if differentiate else []))
+        kl, ce = totals.float()
+        ctx.mark_non_differentiable(kl, ce)
+        return kl_weight * kl + ce_weight * ce, kl, ce
+
+    @staticmethod
+    def backward(ctx, by_loss, *_):
+        (gradient,) = ctx.saved_tensors
+        return gradient * by_loss, None, None, None, None, None, None

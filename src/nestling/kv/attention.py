@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 NAME = "nestling"
@@ -35,14 +35,18 @@ def sdpa(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)[0]
 
 
-def attention_forward(module, query, key, value, attention_mask, **kwargs):
+def attention_forward(module, query, key, value, attention_mask, nested=None, **kwargs):
     """The registered attention function: a handle attends by itself, plain tensors go to SDPA.
+
+    ``nested`` is what `nestling.kv.student` gives to the model's forward: it attends to plain keys and values, cut.
 
     Raises:
         UnsupportedModelError: if the model's attention is more than a softmax of scaled products.
     """
     if extra := [name for name in EXTRAS if kwargs.get(name) is not None]:
         raise UnsupportedModelError(f"{type(module).__name__} passes {', '.join(extra)} to its attention: not tested")
+    if nested is not None:
+        return nested.attend(module, query, key, value, attention_mask, **kwargs), None
     if isinstance(key, Tensor):
         return sdpa(module, query, key, value, attention_mask, **kwargs), None
     return key.attend(module, query, attention_mask, **kwargs), None
@@ -149,6 +153,40 @@ def output_projections(model: PreTrainedModel) -> dict[int, Tensor]:
             if isinstance(weight, Tensor) and weight.shape[-1] == heads * head_dim:
                 found[index] = weight.detach()
     return found
+
+
+class PassThroughLayer(CacheLayerMixin):
+    """A cache layer without history, for passes that read each window once: subclasses say what `update` returns."""
+
+    def lazy_initialization(self, key_states, value_states):
+        self.is_initialized = True
+
+    def get_mask_sizes(self, query_length):
+        return query_length, 0
+
+    def get_seq_length(self):
+        return 0
+
+    def get_max_length(self):
+        return -1
+
+
+def decoder_and_head(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The part of a causal LM that ends in hidden states, and its map from those to logits."""
+    return model.get_decoder(), model.get_output_embeddings()
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Raise `UnsupportedModelError` if the logits are more than the output map of the last hidden states.
+
+    Logits that are scaled or soft-capped afterwards would be distilled without that.
+    """
+    decoder, head = decoder_and_head(model)
+    ours = head(decoder(input_ids=input_ids, use_cache=False).last_hidden_state)
+    theirs = model(input_ids=input_ids, use_cache=False).logits
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * float(theirs.float().abs().max())):
+        raise UnsupportedModelError(f"{type(model).__name__} scales or caps its logits: its training is not tested")
 
 
 @torch.no_grad()

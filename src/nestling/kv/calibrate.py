@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from nestling.basis import NestedBasis, balanced, pca
 from nestling.kv import attention
-from nestling.kv.adapter import KVAdapter
+from nestling.kv.adapter import SIDES, KVAdapter
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
@@ -276,13 +276,9 @@ def fit(
     config = attention.text_config(model)
     attention.compressible_layers(config)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    windows = list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length)))
-    short = torch.stack(windows).flatten()
-    short = short[: len(short) // min(sensitivity_length, length) * min(sensitivity_length, length)]
-    short = short.view(-1, min(sensitivity_length, length))[:sensitivity_windows]
-    batches = torch.stack(windows).split(max(1, batch_tokens // length))
-    # A row of logits for the whole vocabulary is kept with its gradient: small batches for large vocabularies.
-    short_batches = short.split(max(1, min(8, 2**26 // (config.vocab_size * short.shape[1]))))
+    windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length))))
+    short = _short(windows, sensitivity_windows, sensitivity_length)
+    batches, short_batches = windows.split(max(1, batch_tokens // length)), short.split(_batch(model, short))
     with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"), skip=skip)
         bases = make_bases(model, moments, basis)
@@ -303,6 +299,44 @@ def fit(
     return KVAdapter.from_bases(config, bases, means, energy, info)
 
 
+def measured_energy(
+    model, adapter: KVAdapter, windows: Tensor, *, count: int = 48, length: int = 128, seed: int = 0, progress=True
+) -> dict[str, Tensor]:
+    """The energies of an adapter whose bases have changed, fp32 ``[L, Hkv, D]`` by side; see `sensitivity`.
+
+    Args:
+        windows: token ids ``[n, T]``; the first ``count`` pieces of ``length`` tokens are read.
+    """
+    pieces = _short(windows, count, length)
+    bases, means = {}, {}
+    for row, layer in enumerate(adapter.fingerprint["layers"]):
+        pairs = [(adapter.encode[s][row].double(), adapter.decode[s][row].double()) for s in SIDES]
+        bases[layer] = tuple(
+            NestedBasis(e, d, torch.zeros_like(e[..., 0]), torch.ones_like(e[..., 0, 0])) for e, d in pairs
+        )
+        means[layer] = tuple(adapter.mean[s][row].double() for s in SIDES)
+    with progress_bar(progress) as bar:
+        batches = bar.track(pieces.split(_batch(model, pieces)), description="energies")
+        energy = sensitivity(model, bases, means, batches, seed=seed)
+    return {side: torch.stack([energy[i][s] for i in energy]).float() for s, side in enumerate(SIDES)}
+
+
+def _basis(encode: Tensor, decode: Tensor) -> NestedBasis:
+    """A basis whose energies and condition are not known, as ones."""
+    return NestedBasis(encode, decode, torch.ones_like(encode[..., 0]), torch.ones_like(encode[..., 0, 0]))
+
+
+def _short(windows: Tensor, count: int, length: int) -> Tensor:
+    """The first ``count`` pieces of ``length`` tokens of windows ``[n, T]``."""
+    length = min(length, windows.shape[1])
+    return windows.flatten()[: windows.numel() // length * length].view(-1, length)[:count]
+
+
+def _batch(model, pieces: Tensor) -> int:
+    """Pieces at a time: logits of the whole vocabulary are kept with their gradient, so few for large vocabularies."""
+    return max(1, min(8, 2**26 // (attention.text_config(model).vocab_size * pieces.shape[1])))
+
+
 def order_by_energy(bases: dict, energy: dict) -> tuple[dict, dict]:
     """Sort the coordinates of every head by measured energy, largest first, in place of the closed form's order.
 
@@ -314,23 +348,7 @@ def order_by_energy(bases: dict, energy: dict) -> tuple[dict, dict]:
     return sorted_bases, sorted_energy
 
 
-class _PassThroughLayer(CacheLayerMixin):
-    """Holds no history: a calibration forward reads each window once."""
-
-    def lazy_initialization(self, key_states, value_states):
-        self.is_initialized = True
-
-    def get_mask_sizes(self, query_length):
-        return query_length, 0
-
-    def get_seq_length(self):
-        return 0
-
-    def get_max_length(self):
-        return -1
-
-
-class _MomentsLayer(_PassThroughLayer):
+class _MomentsLayer(attention.PassThroughLayer):
     def __init__(self, moments: Moments, keep: Tensor):
         super().__init__()
         self.moments, self.keep = moments, keep
@@ -354,7 +372,7 @@ class _MomentsHandle:
         return output
 
 
-class _TapLayer(_PassThroughLayer):
+class _TapLayer(attention.PassThroughLayer):
     """Adds zero leaves to keys and values, to read the gradient of the loss by each of them."""
 
     def update(self, key_states, value_states, *args, **kwargs):

@@ -1,0 +1,217 @@
+"""The student of the training: a model whose keys and values are cut to sampled ranks, by masks.
+
+Nothing is stored smaller here. Every key and value is projected onto its first coordinates and back, which gives the
+gradients by the bases at the cost of two matmuls of a head's width. The teacher is the same model without projections.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from nestling.basis import Cayley
+from nestling.distill import IGNORED, head_loss
+from nestling.kv import attention
+from nestling.kv.adapter import SIDES, KVAdapter
+
+QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot start or go on; the message says where it stopped and what is kept."""
+
+
+class _MaskedLayer(attention.PassThroughLayer):
+    """Hands keys, values and what is to be done with them to the attention function."""
+
+    def __init__(self, masked: "Masked"):
+        super().__init__()
+        self.masked = masked
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.states = (key_states, value_states)
+        return self, self
+
+    def attend(self, module, query, mask, **kwargs):
+        return self.masked.attend(module, query, *self.states, mask, **kwargs)
+
+
+class MaskedBases(nn.Module):
+    """Trainable rotations on an adapter's bases, ``[2, L, Hkv, D, D]`` (keys, values), and masks on coordinates.
+
+    Coordinates are ``x @ encode @ U`` with ``U = Cayley(X)``, X = 0 at the start (arXiv 2410.14731, section 3.2, on
+    top of any basis). fp32, whatever autocast says.
+    """
+
+    encode: Tensor
+    decode: Tensor
+    mean: Tensor
+
+    def __init__(self, adapter: KVAdapter):
+        super().__init__()
+        for name in ("encode", "decode", "mean"):
+            tensors = getattr(adapter, name)
+            self.register_buffer(name, torch.stack([tensors[s] for s in SIDES]).float(), persistent=False)
+        self.rotation = Cayley(*self.encode.shape)
+
+    def projectors(self, ranks: Tensor) -> Tensor:
+        """``encode U mask U^T decode`` for ranks ``[B, 2, L, Hkv]``: ``[B, 2, L, Hkv, D, D]``."""
+        with torch.autocast(self.encode.device.type, enabled=False):
+            u = self.rotation()
+            mask = torch.arange(self.encode.shape[-1], device=ranks.device) < ranks[..., None]
+            return (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
+
+    @torch.no_grad()
+    def encodes(self) -> dict[str, Tensor]:
+        """The bases as trained so far, fp32 ``[L, Hkv, D, D]`` by side; the rotations are computed in fp64."""
+        a = (self.rotation.x - self.rotation.x.mT).double() / 2
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        encode = self.encode.double() @ torch.linalg.solve(eye - a, eye + a)
+        return {side: e.float().cpu() for side, e in zip(SIDES, encode, strict=True)}
+
+
+@dataclass
+class Masked:
+    """What the attention function is given in a student's forward: projects keys and values of the layers it serves.
+
+    Attributes:
+        rows: the row of ``projectors`` of each layer index.
+        projectors: ``[B, 2, L, Hkv, D, D]``.
+        offsets: ``[B, 2, L, Hkv, D]``, the part of the mean outside of the kept coordinates.
+        sinks, window: leading tokens, and most recent ones of every query, that are read exact.
+        served: layer indices that came by: a model that drops the argument on its way would train nothing.
+    """
+
+    rows: dict[int, int]
+    projectors: Tensor
+    offsets: Tensor
+    sinks: int
+    window: int
+    served: set[int]
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+        """Attention output ``[B, Tq, Hq, D]`` of a whole text without padding, causal."""
+        row = self.rows.get(module.layer_idx)
+        kwargs["dropout"] = 0.0  # as in `Student.train`
+        if row is None:
+            return attention.sdpa(module, query, key, value, mask, **kwargs)
+        self.served.add(module.layer_idx)
+        cut = [
+            (x @ self.projectors[:, side, row].to(x.dtype) + self.offsets[:, side, row, :, None].to(x.dtype)).to(
+                x.dtype
+            )
+            for side, x in enumerate((key, value))
+        ]
+        if not self.sinks and not self.window:
+            return attention.sdpa(module, query, *cut, mask, **kwargs)
+        blocks = range(0, query.shape[2], QUERY_BLOCK)
+        return torch.cat([self._block(module, query, (key, value), cut, start, **kwargs) for start in blocks], 1)
+
+    def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:
+        """Queries from ``start`` on: every token behind them is read once, exact or cut."""
+        query = query[:, :, start : start + QUERY_BLOCK]
+        stop, device = start + query.shape[2], query.device
+        i = torch.arange(start, stop, device=device)[:, None]
+        j = torch.arange(stop, device=device)
+        is_exact = (j < self.sinks) | (i - j < self.window)
+        near = torch.cat((j[: self.sinks], j[max(self.sinks, start - self.window + 1) :]))
+        mask = torch.cat((is_exact & (j <= i))[:, near].split(len(near), 1) + ((~is_exact & (j <= i)),), 1)
+        keys, values = (torch.cat((e[:, :, near], c[:, :, :stop]), 2) for e, c in zip(exact, cut, strict=True))
+        return attention.sdpa(module, query, keys, values, mask[None, None], **kwargs)
+
+
+class Student(nn.Module):
+    """A frozen language model with `MaskedBases`: input ids and ranks to the distillation loss.
+
+    Args:
+        model: a causal LM; its weights are not trained unless they require gradients (LoRA).
+        adapter: the bases to start from.
+        kl_weight, ce_weight: of the distance to the full model, and of the next tokens.
+        sinks, window: exact tokens, as the cache that will be used keeps them.
+    """
+
+    def __init__(self, model, adapter: KVAdapter, *, kl_weight=1.0, ce_weight=0.0, sinks: int = 0, window: int = 0):
+        super().__init__()
+        self.lm, self.bases = model, MaskedBases(adapter).to(model.device)
+        self.kl_weight, self.ce_weight, self.sinks, self.window = kl_weight, ce_weight, sinks, window
+        self.rows = {layer: row for row, layer in enumerate(adapter.fingerprint["layers"])}
+
+    def train(self, mode: bool = True) -> "Student":
+        """Training mode (gradient checkpointing asks for it) with dropout off: the bases alone make the difference."""
+        super().train(mode)
+        for module in self.lm.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        return self
+
+    def state_dict(self, *args, **kwargs):
+        """What is trained, and nothing of the frozen model: checkpoints stay small."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
+
+    def masked(self, ranks: Tensor) -> Masked:
+        """What the attention function needs for ranks ``[B, 2, L, Hkv]``."""
+        projectors = self.bases.projectors(ranks)
+        mean = self.bases.mean
+        offsets = mean - (mean[..., None, :] @ projectors)[..., 0, :]
+        return Masked(self.rows, projectors, offsets, self.sinks, self.window, set())
+
+    def _arguments(self, masked: Masked) -> dict:
+        """How ``masked`` gets to the attention function: in place of keys and values, as a cache hands it over.
+
+        Under gradient checkpointing transformers drops caches; then it travels as an argument, which most models pass
+        on to their attention, and the caller checks that they did.
+        """
+        if self.training and self.lm.is_gradient_checkpointing:
+            return {"use_cache": False, "nested": masked}
+        layers = attention.stock_layers(attention.text_config(self.lm))
+        for index in self.rows:
+            layers[index] = _MaskedLayer(masked)
+        return {"use_cache": True, "past_key_values": Cache(layers=layers)}
+
+    def forward(self, input_ids: Tensor, ranks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss and its parts for ids ``[B, T]`` and ranks ``[B, 2, L, Hkv]``; out of training the loss is the KL.
+
+        Args:
+            labels: ``[B, T]`` in step with ``input_ids`` (they are shifted here), `IGNORED` where nothing is learned;
+                by default the ids themselves. Padding may only be on the right.
+        """
+        decoder, head = attention.decoder_and_head(self.lm)
+        with torch.no_grad():
+            teacher = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        masked = self.masked(ranks)
+        student = decoder(input_ids=input_ids, **self._arguments(masked)).last_hidden_state
+        if masked.served != set(self.rows):
+            raise attention.UnsupportedModelError(
+                f"{type(self.lm).__name__} does not hand its arguments down to its attention: train it without "
+                "gradient checkpointing"
+            )
+        targets = torch.full_like(input_ids, IGNORED)
+        targets[:, :-1] = (input_ids if labels is None else labels)[:, 1:]
+        loss, kl, ce = head_loss(
+            student.flatten(0, 1), teacher.flatten(0, 1), head, targets.flatten(),
+            kl_weight=self.kl_weight, ce_weight=self.ce_weight,
+        )  # fmt: skip
+        if not torch.isfinite(loss):
+            raise TrainingError(self._diagnosis(input_ids, ranks))
+        return {"loss": loss if self.training else kl, "kl": kl, "ce": ce}
+
+    @torch.no_grad()
+    def _diagnosis(self, input_ids: Tensor, ranks: Tensor) -> str:
+        """Where numbers stop being finite: in a basis, or after which layer of the teacher or of the student."""
+        for side, x in zip(SIDES, self.bases.rotation.x, strict=True):
+            bad = ~torch.isfinite(x).flatten(1).all(1)
+            if bad.any():
+                layers = [layer for layer, row in self.rows.items() if bad[row]]
+                return (
+                    f"the loss is not finite: the rotation of the {side}s of layer {layers[0]} holds NaN or infinity"
+                )
+        decoder, _ = attention.decoder_and_head(self.lm)
+        for who, extra in (("full model", {"use_cache": False}), ("student", self._arguments(self.masked(ranks)))):
+            states = decoder(input_ids=input_ids, output_hidden_states=True, **extra).hidden_states
+            for layer, state in enumerate(states):
+                if not torch.isfinite(state).all():
+                    where = "in the embeddings" if layer == 0 else f"after layer {layer - 1}"
+                    return f"the loss is not finite: the {who}'s hidden states hold NaN or infinity {where}"
+        return "the loss is not finite, though all hidden states are: the output head gives NaN or infinity"

@@ -1,0 +1,337 @@
+"""MatryoshkaKV training (arXiv 2410.14731): rotate an adapter's bases so that every prefix of coordinates works.
+
+The loop is transformers' Trainer. A text comes with the ranks that it is read at, drawn beforehand by its number, so
+that resuming, shuffling and several processes need no state of their own. The teacher is the same model without
+projections; only the rotations train, and LoRA weights where the model has them.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from nestling.kv import attention
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.allocate import RankTable
+from nestling.kv.calibrate import fit, measured_energy
+from nestling.kv.sampling import Schedule, schedule
+from nestling.kv.student import Student, TrainingError
+from nestling.progress import progress_bar
+from nestling.tokens import token_windows
+
+JOB_FILE = "training.json"
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+BUDGETS = (0.75, 0.5, 0.375, 0.25)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        basis: of the calibration to start from, if no adapter is given.
+        sampling: see `nestling.kv.sampling.schedule`.
+        allocation: of the ranks that are sampled and evaluated, ``"energy"`` or ``"uniform"``.
+        kl_weight, ce_weight: of the distance to the full model and of the text's next tokens.
+        learning_rate: of AdamW, cosine to zero after a short warm-up.
+        sinks, window: exact tokens, as the cache will keep them.
+    """
+
+    basis: str = "balanced"
+    sampling: str = "path"
+    allocation: str = "energy"
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    learning_rate: float = 1e-3
+    sinks: int = 4
+    window: int = 64
+
+
+RECIPES = {
+    "default": Recipe(),
+    "paper": Recipe(
+        basis="pca", sampling="independent", allocation="uniform", kl_weight=0.25, ce_weight=0.75, sinks=0, window=0
+    ),
+}
+
+
+def train(
+    model,
+    tokenizer,
+    texts: Iterable[str] | Tensor,
+    adapter: KVAdapter | None = None,
+    preset: str = "default",
+    *,
+    folder: str | Path,
+    tokens: int = 2**19,
+    length: int = 512,
+    batch_size: int = 8,
+    eval_texts: Iterable[str] | Tensor | None = None,
+    eval_windows: int = 4,
+    eval_budgets: Sequence[float] = BUDGETS,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+    recipe: dict | None = None,
+    **arguments,
+) -> KVAdapter:
+    """Train an adapter's bases by distillation under sampled ranks.
+
+    Under ``torchrun`` every process calls this; all get the same adapter.
+
+    Args:
+        model: the causal LM. Frozen; of a peft model the parameters that require gradients train along.
+        tokenizer: its tokenizer; None when ``texts`` are ids.
+        texts: strings, or token ids ``[n, T]``; read again from the start where they are fewer than ``tokens``.
+        adapter: the bases to start from; None calibrates on the same texts.
+        preset: ``"default"``, or ``"paper"`` (PCA start, independent ranks, KL : CE = 1 : 3, everything compressed).
+        folder: of checkpoints.
+        tokens: tokens to train on in all.
+        length: tokens per text.
+        batch_size: texts per step, over all processes.
+        eval_texts, eval_windows, eval_budgets: held-out text, how many windows of it are read while training, and the
+            shares of the ranks at which (exact tokens not counted); their KL is the training curve.
+        seed: of the order of texts, of the ranks and of the labels that the energies are measured with.
+        resume: go on from the last whole checkpoint in ``folder``.
+        recipe: changes to the preset, fields of `Recipe`.
+        arguments: for transformers' `TrainingArguments`: ``bf16, gradient_checkpointing, save_steps, eval_steps,
+            gradient_accumulation_steps, fsdp, ...``.
+
+    Returns:
+        The trained `KVAdapter`, energies measured again; ``info["training"]`` has the recipe and the curve.
+
+    Raises:
+        TrainingError: if the loss or a gradient is not finite (step and layer are named), if a checkpoint cannot be
+            written, or if ``folder`` holds another job's; the last whole checkpoint is kept.
+        TextTooShortError, AdapterError, UnsupportedModelError.
+    """
+    if preset not in RECIPES:
+        raise ValueError(f"preset must be one of {', '.join(RECIPES)}, got {preset!r}")
+    chosen = replace(RECIPES[preset], **(recipe or {}))
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = attention.text_config(lm)
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
+    held_out = windows[:0]
+    if eval_texts is not None:
+        held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=eval_windows)))
+    if adapter is None:
+        adapter = fit(lm, None, windows, chosen.basis, progress=progress, length=length, seed=seed)
+    adapter.check(lm)
+    attention.attach(lm)
+    attention.check_head(lm, windows[:1, :16].to(lm.device))
+    steps = max(1, tokens // (length * batch_size))
+    options = _arguments(Path(folder), steps, batch_size, chosen, seed, bool(len(held_out)), arguments)
+    job = _job(adapter, preset, chosen, windows, steps, batch_size, seed)
+    checkpoint = _start(Path(folder), job, resume)
+    data = RankedWindows(windows, schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed), seed,
+                         steps * batch_size)  # fmt: skip
+    budgets = {
+        f"{budget:g}": RankedWindows.fixed(held_out, adapter.ranks(budget * adapter.full_elements, chosen.allocation))
+        for budget in eval_budgets
+    }
+    flags = {p: p.requires_grad for p in lm.parameters()}
+    if lm is model:
+        lm.requires_grad_(False)
+    started, mode = time.monotonic(), lm.training
+    student = Student(
+        lm, adapter, kl_weight=chosen.kl_weight, ce_weight=chosen.ce_weight, sinks=chosen.sinks, window=chosen.window
+    )
+    curve = _Curve(steps, length * batch_size, progress)
+    student.bases.rotation.x.register_hook(lambda gradient: _check_gradient(gradient, adapter.fingerprint["layers"]))
+    try:
+        trainer = Trainer(
+            student, options, train_dataset=data, eval_dataset=budgets if len(held_out) else None, callbacks=[curve]
+        )
+        trainer.remove_callback(PrinterCallback)
+        _run(trainer, Path(folder), checkpoint)
+        encodes = student.bases.encodes()
+    finally:
+        lm.train(mode)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    measured = {"tokens": steps * batch_size * length, "seconds": round(time.monotonic() - started)}
+    sizes = {"length": length, "steps": steps, "batch_size": batch_size}
+    training = {"preset": preset, **asdict(chosen), **measured, **sizes, "curve": curve.points}
+    info = {**adapter.info, "training": training}
+    trained = KVAdapter(adapter.fingerprint, encodes, adapter.mean, adapter.energy, info)
+    return replace(trained, energy=measured_energy(lm, trained, windows, seed=seed, progress=progress))
+
+
+class RankedWindows(torch.utils.data.Dataset):
+    """Texts with the ranks they are read at: ``{"input_ids": [T], "ranks": [2, L, Hkv]}``, ``count`` of them.
+
+    Passes over the windows ``[n, T]`` follow each other, each in an order of its own.
+    """
+
+    def __init__(self, windows: Tensor, ranks: Schedule, seed: int, count: int):
+        self.windows, self.ranks, self.seed, self.count = windows, ranks, seed, count
+
+    @classmethod
+    def fixed(cls, windows: Tensor, table: RankTable) -> "RankedWindows":
+        """All windows once, at the ranks of a table."""
+        ranks = torch.stack((table.keys, table.values))
+        return cls(windows, lambda number: ranks, 0, len(windows))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        turn, place = divmod(number, len(self.windows))
+        order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed * 1009 + turn))
+        return {"input_ids": self.windows[order[place]], "ranks": self.ranks(number)}
+
+
+class _Curve(TrainerCallback):
+    """The progress bar, and the KL at fixed budgets as it falls: ``{"step", "tokens", "kl_0.5", ...}``."""
+
+    def __init__(self, steps: int, tokens_per_step: int, progress: bool):
+        self.points: list[dict] = []
+        self.tokens_per_step = tokens_per_step
+        self.bar = progress_bar(progress)
+        self.task = self.bar.add_task("training", total=steps)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar.start()
+        self.points = _curve(state.log_history, self.tokens_per_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.points = _curve(state.log_history, self.tokens_per_step)
+        shown = {k.removeprefix("kl_"): f"{v:.3f}" for k, v in (self.points or [{}])[-1].items() if k.startswith("kl")}
+        kl = ", ".join(f"{budget}: {value}" for budget, value in shown.items())
+        self.bar.update(self.task, description=f"training, KL {kl}" if kl else "training")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.stop()
+
+
+def _curve(history: list[dict], tokens_per_step: int) -> list[dict]:
+    points: dict[int, dict] = {}
+    for entry in history:
+        point = points.setdefault(entry["step"], {"step": entry["step"], "tokens": entry["step"] * tokens_per_step})
+        for name, value in entry.items():
+            if name == "loss":
+                point["loss"] = value
+            elif name.startswith("eval_") and name.endswith("_loss"):
+                point[f"kl_{name[5:-5]}"] = value
+    return [points[step] for step in sorted(points)]
+
+
+def _arguments(
+    folder: Path, steps: int, batch_size: int, recipe: Recipe, seed: int, evaluates: bool, changes: dict
+) -> TrainingArguments:
+    """`TrainingArguments`: our defaults under the user's ``changes``."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    parts = processes * changes.get("gradient_accumulation_steps", 1)
+    if batch_size % parts:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of processes times accumulation steps, {parts}")
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch_size // parts,
+        "per_device_eval_batch_size": batch_size // parts,
+        "max_steps": steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(100, steps // 20),
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "logging_steps": max(1, steps // 100),
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": max(1, steps // 10),
+        "eval_on_start": evaluates,
+        "prediction_loss_only": True,
+        "label_names": ["input_ids"],  # there is a loss without labels
+        "save_steps": max(1, min(50, steps // 10)),
+        "save_total_limit": 2,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "report_to": "none",
+        "seed": seed,
+    }
+    return TrainingArguments(**(defaults | changes))
+
+
+def _job(adapter: KVAdapter, preset: str, recipe: Recipe, windows: Tensor, steps: int, batch_size: int, seed: int):
+    """What a resumed training must agree on: plain JSON values."""
+    checksum = sum(float(e.double().abs().sum()) for e in adapter.encode.values())
+    return {
+        "model": adapter.fingerprint, "preset": preset, **asdict(recipe), "start": f"{checksum:.6g}",
+        "windows": list(windows.shape), "first": windows[0, :8].tolist(), "steps": steps, "batch_size": batch_size,
+        "seed": seed,
+    }  # fmt: skip
+
+
+def _start(folder: Path, job: dict, resume: bool) -> Path | None:
+    """Make the folder or check that it is this job's; the checkpoint to go on from."""
+    job = json.loads(json.dumps(job))
+    path = folder / JOB_FILE
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
+    if not resume:
+        if checkpoints:
+            raise TrainingError(f"{folder} holds checkpoints already: resume that training, or choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(path, job)
+        return None
+    if not path.is_file():
+        raise TrainingError(f"{folder} is no training to resume: {JOB_FILE} is missing")
+    theirs = json.loads(path.read_text("utf-8"))
+    if wrong := [f"{k}: {theirs.get(k)}, now {job[k]}" for k in job if theirs.get(k) != job[k]]:
+        raise TrainingError(f"{folder} holds another training ({'; '.join(wrong)})")
+    return next((c for c in checkpoints if _is_whole(c)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """A checkpoint that was being written when its process was killed is not."""
+    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
+        return False
+    with contextlib.suppress(SafetensorError, OSError, ValueError, RuntimeError):
+        load_file(checkpoint / CHECKPOINT_FILES[0])
+        torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        return True
+    return False
+
+
+def _write_json(path: Path, value) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
+        json.dump(value, part, indent=2)
+    os.replace(part.name, path)
+
+
+def _run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> None:
+    """Train; whatever stops it says at which step, and what there is to go on from."""
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (TrainingError, OSError, SafetensorError) as error:
+        whole = [c.name for c in folder.glob("checkpoint-*") if _is_whole(c)]
+        kept = (
+            f"{max(whole, key=lambda name: int(name.split('-')[-1]))} is kept" if whole else "there is no checkpoint"
+        )
+        raise TrainingError(f"step {trainer.state.global_step + 1}: {error}; {kept} in {folder}") from error
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, _Curve):
+                callback.bar.stop()
+
+
+def _check_gradient(gradient: Tensor, layers: list[int]) -> None:
+    finite = torch.isfinite(gradient).flatten(3).all(-1).all(-1)  # [2, L]
+    if not finite.all():
+        side, row = (~finite).nonzero()[0].tolist()
+        raise TrainingError(f"the gradient by the {('keys', 'values')[side]} of layer {layers[row]} is not finite")
