@@ -185,7 +185,7 @@ def test_the_script(tmp_path, monkeypatch):
     tiny_model("llama-gqa").save_pretrained(tmp_path / "toy")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kv_quality, "texts", lambda data: (["a text to learn. "] * 60, ["and one to read. "] * 40))
-    monkeypatch.setattr("nestling.kv.adapter.version", lambda name: "0", raising=False)  # a checkout has none
+    monkeypatch.setattr("nestling.kv.files.version", lambda name: "0", raising=False)  # a checkout has none
     app, out, base = kv_quality.typer.Typer(), tmp_path / "new" / "quality.json", ["--model", str(tmp_path / "toy")]
     app.command()(kv_quality.main)
     base += ["--tokens", "256", "--length", "128", "--windows", "2", "--budgets", "1,0.9", "--out", str(out)]

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nestling import kv
-from nestling.kv import adapter as adapter_module
-from nestling.kv.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterError, KVAdapter
+from nestling.kv import files
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.files import CONFIG_FILE, WEIGHTS_FILE, AdapterError
 
 from .families import tiny_model
 
@@ -124,9 +125,9 @@ def test_a_failed_save_leaves_the_old_adapter_whole(made, folder, monkeypatch, w
         raise OSError("no space left on device")
 
     if when == "weights":
-        monkeypatch.setattr(adapter_module, "save_file", fail)
+        monkeypatch.setattr(files, "save_file", fail)
     elif when == "card":
-        monkeypatch.setattr(adapter_module, "_default_card", fail)
+        monkeypatch.setattr(files, "_default_card", fail)
     else:
         rename, calls = Path.rename, []
 

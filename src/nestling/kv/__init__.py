@@ -1,11 +1,12 @@
 """The cache wing: nested bases for keys and values, and a cache that stores their first coordinates."""
 
-from nestling.kv.adapter import AdapterError, KVAdapter
+from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.attention import UnsupportedModelError, attach
 from nestling.kv.cache import CacheMismatchError, NestedCache
 from nestling.kv.calibrate import CalibrationError, fit
 from nestling.kv.evaluate import Contender, compare, evaluate
+from nestling.kv.files import AdapterError
 
 __all__ = [
     "AdapterError",

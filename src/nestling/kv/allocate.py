@@ -117,7 +117,7 @@ def elements_per_token(
 
 def uniform(layers: int, heads: int, width: int, elements: float) -> RankTable:
     """Equal ranks for all heads; what is left below one step for all goes to values first, spread over the layers."""
-    gains = -torch.arange(len(_edges(width)) - 1, dtype=torch.float64).expand(2, layers, heads, -1)
+    gains = -torch.arange(len(edges(width)) - 1, dtype=torch.float64).expand(2, layers, heads, -1)
     # A fixed order among equals that spreads over layers: the golden ratio's multiples modulo one.
     spread = (torch.arange(layers * heads, dtype=torch.float64) * 0.6180339887498949) % 1
     order = torch.stack((spread, 1 + spread)).reshape(2, layers, heads, 1) / 2
@@ -137,9 +137,25 @@ def by_energy(key_energy: Tensor, value_energy: Tensor, elements: float) -> Rank
     energy = torch.stack((key_energy, value_energy)).double()
     if not torch.isfinite(energy).all():
         raise BudgetError("energies must be finite: calibrate the adapter again")
-    _, layers, heads, width = energy.shape
-    edges = _edges(width)
-    gains = torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in pairwise(edges)], -1)
+    width = energy.shape[-1]
+    bounds = edges(width)
+    gains = torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in pairwise(bounds)], -1)
+    return by_gains(gains, elements, width)
+
+
+def by_gains(gains: Tensor, elements: float, width: int) -> RankTable:
+    """The ranks of the steps with the largest gains, heads of a layer in at most `MAX_GROUPS` groups.
+
+    Args:
+        gains: ``[2, L, Hkv, steps]`` per element, for keys and values; a head takes its steps in order, so later ones
+            never count for more than earlier ones.
+        elements: elements per token that may be used.
+        width: the head dimension.
+
+    Raises:
+        BudgetError: if ``elements`` is below the smallest table (one step everywhere).
+    """
+    layers, heads = gains.shape[1:3]
     gains = _decreasing(gains)
     table = _take_steps(gains, elements, width, _single_heads(layers, heads))
     if heads > MAX_GROUPS:
@@ -147,7 +163,7 @@ def by_energy(key_energy: Tensor, value_energy: Tensor, elements: float) -> Rank
     return table
 
 
-def _edges(width: int) -> list[int]:
+def edges(width: int) -> list[int]:
     """Ranks a head can take: multiples of `STEP`, and the full width."""
     return [*range(0, width, STEP), width]
 
@@ -163,25 +179,25 @@ def _take_steps(gains: Tensor, elements: float, width: int, units: list[list[lis
         gains: ``[2, L, Hkv, steps]``, non-increasing along the steps of a head.
         units: per layer, the lists of heads that move together.
     """
-    edges = _edges(width)
+    bounds = edges(width)
     layers, heads = gains.shape[1:3]
-    smallest = 2 * layers * heads * edges[1]
+    smallest = 2 * layers * heads * bounds[1]
     if elements < smallest:
         full = 2 * layers * heads * width
         raise BudgetError(
             f"the budget of {elements / full:.4f} of the full cache is below the smallest possible, "
-            f"{smallest / full:.4f} ({edges[1]} of {width} coordinates in every head)"
+            f"{smallest / full:.4f} ({bounds[1]} of {width} coordinates in every head)"
         )
-    ranks = torch.full((2, layers, heads), edges[1], dtype=torch.int64)
+    ranks = torch.full((2, layers, heads), bounds[1], dtype=torch.int64)
     steps = sorted(_steps(gains, units), key=lambda step: -step[0])
     left = elements - smallest
     stuck = set()
     for _, side, layer, unit, index in steps:
-        cost = len(unit) * (edges[index + 1] - edges[index])
+        cost = len(unit) * (bounds[index + 1] - bounds[index])
         if cost > left + 1e-9 or (side, layer, unit[0]) in stuck:
             stuck.add((side, layer, unit[0]))
             continue
-        ranks[side, layer, unit] = edges[index + 1]
+        ranks[side, layer, unit] = bounds[index + 1]
         left -= cost
     return RankTable(ranks[0], ranks[1])
 

@@ -308,7 +308,8 @@ def measured_energy(
         windows: token ids ``[n, T]``; the first ``count`` pieces of ``length`` tokens are read.
     """
     pieces = _short(windows, count, length)
-    bases, means = {}, {}
+    bases: dict[int, tuple[NestedBasis, NestedBasis]] = {}
+    means: dict[int, tuple[Tensor, Tensor]] = {}
     for row, layer in enumerate(adapter.fingerprint["layers"]):
         pairs = [(adapter.encode[s][row].double(), adapter.decode[s][row].double()) for s in SIDES]
         bases[layer] = tuple(

@@ -97,16 +97,16 @@ class Masked:
         if row is None:
             return attention.sdpa(module, query, key, value, mask, **kwargs)
         self.served.add(module.layer_idx)
-        cut = [
-            (x @ self.projectors[:, side, row].to(x.dtype) + self.offsets[:, side, row, :, None].to(x.dtype)).to(
-                x.dtype
-            )
-            for side, x in enumerate((key, value))
-        ]
+        cut = [self._project(x, side, row) for side, x in enumerate((key, value))]
         if not self.sinks and not self.window:
-            return attention.sdpa(module, query, *cut, mask, **kwargs)
+            return attention.sdpa(module, query, cut[0], cut[1], mask, **kwargs)
         blocks = range(0, query.shape[2], QUERY_BLOCK)
         return torch.cat([self._block(module, query, (key, value), cut, start, **kwargs) for start in blocks], 1)
+
+    def _project(self, states: Tensor, side: int, row: int) -> Tensor:
+        """Keys (side 0) or values (side 1) ``[B, Hkv, T, D]`` with the coordinates beyond the rank at their mean."""
+        projector, offset = self.projectors[:, side, row], self.offsets[:, side, row, :, None]
+        return states @ projector.to(states.dtype) + offset.to(states.dtype)
 
     def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:
         """Queries from ``start`` on: every token behind them is read once, exact or cut."""
@@ -114,9 +114,9 @@ class Masked:
         stop, device = start + query.shape[2], query.device
         i = torch.arange(start, stop, device=device)[:, None]
         j = torch.arange(stop, device=device)
-        is_exact = (j < self.sinks) | (i - j < self.window)
+        seen, is_exact = j <= i, (j < self.sinks) | (i - j < self.window)
         near = torch.cat((j[: self.sinks], j[max(self.sinks, start - self.window + 1) :]))
-        mask = torch.cat((is_exact & (j <= i))[:, near].split(len(near), 1) + ((~is_exact & (j <= i)),), 1)
+        mask = torch.cat(((seen & is_exact)[:, near], seen & ~is_exact), 1)
         keys, values = (torch.cat((e[:, :, near], c[:, :, :stop]), 2) for e, c in zip(exact, cut, strict=True))
         return attention.sdpa(module, query, keys, values, mask[None, None], **kwargs)
 
@@ -170,6 +170,37 @@ class Student(nn.Module):
             layers[index] = _MaskedLayer(masked)
         return {"use_cache": True, "past_key_values": Cache(layers=layers)}
 
+    @torch.no_grad()
+    def teacher(self, input_ids: Tensor) -> Tensor:
+        """The full model's last hidden states ``[B, T, H]``."""
+        return attention.decoder_and_head(self.lm)[0](input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def hidden(self, input_ids: Tensor, ranks: Tensor) -> Tensor:
+        """The last hidden states ``[B, T, H]`` at ranks ``[B, 2, L, Hkv]``.
+
+        Raises:
+            UnsupportedModelError: if a layer was not reached.
+        """
+        masked = self.masked(ranks)
+        states = attention.decoder_and_head(self.lm)[0](input_ids=input_ids, **self._arguments(masked))
+        if masked.served != set(self.rows):
+            raise attention.UnsupportedModelError(
+                f"{type(self.lm).__name__} does not hand its arguments down to its attention: train it without "
+                "gradient checkpointing"
+            )
+        return states.last_hidden_state
+
+    @torch.no_grad()
+    def divergence(self, input_ids: Tensor, ranks: Tensor, teacher: Tensor) -> Tensor:
+        """KL to the full model ``[B]``, mean nats per token, of one text ``[B, T]`` at several ranks.
+
+        Args:
+            teacher: the full model's hidden states of the text, ``[1, T, H]``.
+        """
+        head = attention.decoder_and_head(self.lm)[1]
+        rows = self.hidden(input_ids, ranks)
+        return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
+
     def forward(self, input_ids: Tensor, ranks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """The loss and its parts for ids ``[B, T]`` and ranks ``[B, 2, L, Hkv]``; out of training the loss is the KL.
 
@@ -177,16 +208,8 @@ class Student(nn.Module):
             labels: ``[B, T]`` in step with ``input_ids`` (they are shifted here), `IGNORED` where nothing is learned;
                 by default the ids themselves. Padding may only be on the right.
         """
-        decoder, head = attention.decoder_and_head(self.lm)
-        with torch.no_grad():
-            teacher = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        masked = self.masked(ranks)
-        student = decoder(input_ids=input_ids, **self._arguments(masked)).last_hidden_state
-        if masked.served != set(self.rows):
-            raise attention.UnsupportedModelError(
-                f"{type(self.lm).__name__} does not hand its arguments down to its attention: train it without "
-                "gradient checkpointing"
-            )
+        head = attention.decoder_and_head(self.lm)[1]
+        teacher, student = self.teacher(input_ids), self.hidden(input_ids, ranks)
         targets = torch.full_like(input_ids, IGNORED)
         targets[:, :-1] = (input_ids if labels is None else labels)[:, 1:]
         loss, kl, ce = head_loss(

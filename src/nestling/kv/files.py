@@ -1,0 +1,158 @@
+"""The files of an adapter, read with checks and written atomically.
+
+Two files beside a card: ``adapter_config.json`` (format version, the model's fingerprint, how the bases were made) and
+``adapter_model.safetensors`` with, for each layer l, ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and
+``.energy`` ``[Hkv, D]``, all fp32. ``decode`` is not stored: it is the inverse of ``encode``. A searched allocation
+adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves every budget.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nestling.kv.allocate import edges
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+FORMAT = 1
+SIDES = ("key", "value")
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read, or does not fit the model; the message says what differs."""
+
+
+def write(folder: str | Path, info: dict, tensors: dict[str, Tensor], card: str) -> None:
+    """Write config, weights and card: an existing adapter in ``folder`` is replaced whole or not at all."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    config = {"format": FORMAT, "kind": "nestling-kv", "nestling": _library_version(), **info}
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = work / "new", work.with_name(f"{work.name}.old")
+    try:
+        new.mkdir()  # with the permissions of any folder; those of a temporary one are private
+        save_file(tensors, new / WEIGHTS_FILE)
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / CARD_FILE).write_text(card or _default_card(config), encoding="utf-8")
+        if folder.exists():
+            if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
+                raise AdapterError(f"{folder} exists and is not an adapter: choose another folder")
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
+    """Config (``model`` and how it was made), tensors by name, and card of a folder or hub id.
+
+    Raises:
+        AdapterError: for missing, truncated, foreign or inconsistent files, naming the file and what is wrong.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        path = _download(str(folder))
+    config = _read_config(path / CONFIG_FILE)
+    weights = path / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except FileNotFoundError:
+        raise AdapterError(f"{weights} is missing") from None
+    except SafetensorError as error:
+        raise AdapterError(f"{weights} is truncated or not a safetensors file ({error})") from error
+    _check_tensors(weights, config["model"], tensors)
+    card = path / CARD_FILE
+    head = ("format", "kind", "nestling")
+    info = {k: v for k, v in config.items() if k not in head}
+    return info, tensors, card.read_text("utf-8") if card.is_file() else ""
+
+
+def path_names(tensors: Iterable[str]) -> list[str]:
+    """Names of the searched allocations among the names of tensors."""
+    parts = [name.split(".", 4) for name in tensors]
+    return sorted({p[4] for p in parts if len(p) == 5 and p[3] == "path"})
+
+
+def _check_tensors(weights: Path, model: dict, tensors: dict[str, Tensor]) -> None:
+    heads, width = model["num_key_value_heads"], model["head_dim"]
+    shapes = {"encode": [heads, width, width], "mean": [heads, width], "energy": [heads, width]}
+    shapes |= {f"path.{name}": [heads, len(edges(width)) - 1] for name in path_names(tensors)}
+    expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
+    if missing := sorted(set(expected) - set(tensors)):
+        raise AdapterError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}: not an adapter of this model")
+    if foreign := sorted(set(tensors) - set(expected)):
+        raise AdapterError(f"{weights} holds {len(foreign)} unknown tensors, first {foreign[0]}: not an adapter")
+    for name, shape in expected.items():
+        if list(tensors[name].shape) != shape:
+            raise AdapterError(f"{weights}: {name} has shape {list(tensors[name].shape)}, expected {shape}")
+
+
+def _library_version() -> str | None:
+    try:
+        return version("nestling")
+    except PackageNotFoundError:  # run from a checkout
+        return None
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: not an adapter folder") from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("kind") != "nestling-kv":
+        raise AdapterError(f"{path} is not a nestling KV adapter's (kind is not 'nestling-kv')")
+    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
+        raise AdapterError(
+            f"{path} has format {config.get('format')}, this version reads up to {FORMAT}: upgrade nestling"
+        )
+    model = config.get("model")
+    sizes = ("num_key_value_heads", "head_dim")
+    if (
+        not isinstance(model, dict)
+        or not all(isinstance(model.get(k), int) and 0 < model[k] <= 65536 for k in sizes)
+        or not isinstance(model.get("layers"), list)
+        or not model["layers"]
+        or not all(isinstance(i, int) and i >= 0 for i in model["layers"])
+    ):
+        raise AdapterError(f"{path}: 'model' must hold layers, num_key_value_heads and head_dim")
+    return config
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise AdapterError(
+            f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
+        ) from error
+
+
+def _default_card(config: dict) -> str:
+    model = config["model"]
+    return (
+        "---\nlibrary_name: nestling\ntags: [kv-cache, nestling]\n"
+        + (f"base_model: {config['base_model']}\n" if config.get("base_model") else "")
+        + "---\n\n# Nested KV-cache bases\n\n"
+        f"For a `{model['model_type']}` model with {len(model['layers'])} compressed layers, "
+        f"{model['num_key_value_heads']} KV heads of width {model['head_dim']}. "
+        f"Basis: {config.get('basis', 'unknown')}, calibrated on {config.get('tokens', 'unknown')} tokens.\n\n"
+        '```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained("this folder")\n'
+        "cache = adapter.cache(model, budget=0.5)\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
+    )

@@ -1,0 +1,160 @@
+"""Rank search by measurement: the paper's greedy descent, and a few probes that correct the energies.
+
+Both measure the KL to the full model on calibration texts, at ranks that are cut by masks (see `nestling.kv.student`).
+What they find serves every budget and is kept in the adapter: nothing is searched when a cache is made.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nestling.kv import attention
+from nestling.kv.adapter import SIDES, SINKS, WINDOW, KVAdapter
+from nestling.kv.allocate import STEP, edges
+from nestling.kv.student import Student
+from nestling.progress import progress_bar
+from nestling.tokens import token_windows
+
+METHODS = ("probes", "greedy")
+LIMIT = 4.0  # a probe moves the energies of a side of a layer by this factor at most
+BATCH_TOKENS = 2048  # of one forward pass
+
+
+class KLMeter:
+    """Mean KL to the full model, in nats per token, of rank tables; the full model is read once.
+
+    Attributes:
+        forwards: texts that were read compressed so far, each counted as one forward pass.
+    """
+
+    def __init__(self, model, adapter: KVAdapter, windows: Tensor, sinks: int, window: int):
+        """``windows``: token ids ``[n, T]``."""
+        self.student = Student(model, adapter, sinks=sinks, window=window).eval()
+        self.windows = windows.to(model.device)
+        self.forwards = 0
+        with torch.no_grad():
+            self.teacher = [self.student.teacher(w[None]) for w in self.windows]
+
+    @torch.no_grad()
+    def __call__(self, tables: Tensor) -> Tensor:
+        """KL ``[n]`` of rank tables ``[n, 2, L, Hkv]``."""
+        tables = tables.to(self.windows.device)
+        total = torch.zeros(len(tables), dtype=torch.float64)
+        for ids, teacher in zip(self.windows, self.teacher, strict=True):
+            parts = tables.split(max(1, BATCH_TOKENS // len(ids)))
+            kl = [self.student.divergence(ids.expand(len(part), -1), part, teacher) for part in parts]
+            total += torch.cat(kl).double().cpu()
+            self.forwards += len(tables)
+        return total / len(self.windows)
+
+
+def search(
+    model,
+    tokenizer,
+    adapter: KVAdapter,
+    texts: Iterable[str] | Tensor,
+    method: str = "probes",
+    *,
+    windows: int = 4,
+    length: int = 256,
+    sinks: int = SINKS,
+    window: int = WINDOW,
+    per_sweep: int = 1,
+    lowest: float = 0.2,
+    budget: float = 0.45,
+    progress: bool = True,
+) -> KVAdapter:
+    """Search ranks on texts, best those of the later use; the result is an adapter for every budget.
+
+    ``probes`` scales the energies of each layer's keys and values by measurement: at a ``budget``, the ranks of one of
+    them are halved, and the rise of the KL is set against the rise that the energies predict. 2 L + 1 measurements.
+    Use it as ``allocation="energy"``.
+
+    ``greedy`` is Algorithm 1 of arXiv 2410.14731: from full ranks on, lower the one rank of all layers, heads and
+    sides by D / 8 that leaves the smallest KL. It measures every rank before every step; ``per_sweep`` ranks are
+    lowered at a time. Use it as ``allocation="greedy"``.
+
+    Args:
+        windows, length: texts to measure on and their tokens.
+        sinks, window: exact tokens, as the caches will keep them; 0 and 0 for the paper's.
+        lowest: share of the ranks at which ``greedy`` stops; below, it goes by the energies.
+        budget: share of the ranks around which ``probes`` measures.
+
+    Returns:
+        A copy of the adapter; ``info["search"]`` has the method and the number of forward passes.
+
+    Raises:
+        TextTooShortError, AdapterError; ValueError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    adapter.check(model)
+    attention.attach(model)
+    ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=windows)))
+    training = model.training
+    with progress_bar(progress) as bar:
+        try:
+            meter = KLMeter(model.eval(), adapter, ids, sinks, window)
+            if method == "greedy":
+                path = greedy(meter, adapter, per_sweep, lowest, bar)
+                found = replace(adapter, paths={**adapter.paths, "greedy": path})
+            else:
+                found = replace(adapter, energy=probed(meter, adapter, budget, bar))
+        finally:
+            model.train(training)
+    measured = {"method": method, "forwards": meter.forwards, "windows": len(ids), "length": length}
+    return replace(found, info={**adapter.info, "search": measured})
+
+
+def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, bar) -> Tensor:
+    """The steps of every rank in the order in which they are worth keeping, ``[2, L, Hkv, steps]``: larger is longer.
+
+    Steps that were never taken away, or that lie below D / 8, come first, among each other by energy.
+    """
+    layers, heads, width = adapter.shape
+    bounds = edges(width)
+    step = max(STEP, width // 8)
+    ranks = torch.full((2, layers, heads), width)
+    gains = torch.full((2, layers, heads, len(bounds) - 1), torch.inf, dtype=torch.float64)
+    removed = 0
+    task = bar.add_task("greedy search", total=int((1 - lowest) * ranks.sum()))
+    while ranks.sum() > lowest * width * ranks.numel() and (ranks > step).any():
+        units = (ranks > step).nonzero()
+        tables = ranks.repeat(len(units), 1, 1, 1)
+        rows = torch.arange(len(units))
+        lowered = ranks[tuple(units.T)] - step
+        tables[rows, units[:, 0], units[:, 1], units[:, 2]] = lowered
+        for index in meter(tables).argsort()[:per_sweep].tolist():
+            place, rank = tuple(units[index].tolist()), int(lowered[index])
+            taken = [i for i, low in enumerate(bounds[:-1]) if rank <= low < int(ranks[place])]
+            for i in reversed(taken):
+                gains[(*place, i)] = removed
+                removed += 1
+            bar.advance(task, int(ranks[place]) - rank)
+            ranks[place] = rank
+    energy = torch.stack([adapter.energy[s] for s in SIDES]).double()
+    rest = torch.stack([energy[..., a:b].sum(-1) for a, b in zip(bounds, bounds[1:], strict=False)], -1)
+    return torch.where(gains.isinf(), removed + 1 + rest / rest.max(), gains)
+
+
+def probed(meter: KLMeter, adapter: KVAdapter, budget: float, bar) -> dict[str, Tensor]:
+    """The energies, scaled for each layer and side by what halving its ranks really costs at a budget."""
+    table = adapter.ranks(budget * adapter.full_elements)
+    ranks = torch.stack((table.keys, table.values))
+    energy = torch.stack([adapter.energy[s] for s in SIDES]).double()
+    layers, _, width = adapter.shape
+    halved = (ranks // 2).clamp_min(min(STEP, width))
+    tables = ranks.repeat(2 * layers + 1, 1, 1, 1)  # the last one stays as it is
+    for place in range(2 * layers):
+        side, layer = divmod(place, layers)
+        tables[place, side, layer] = halved[side, layer]
+    kl = torch.cat([meter(part) for part in bar.track(tables.split(8), description="probes")])
+    rise = (kl[:-1] - kl[-1]).view(2, layers).clamp_min(0)
+    coordinate = torch.arange(width)
+    dropped = (coordinate >= halved[..., None]) & (coordinate < ranks[..., None])
+    predicted = (energy * dropped).sum((-1, -2))
+    scale = rise / predicted.clamp_min(1e-30)
+    scale = (scale / scale.median()).clamp(1 / LIMIT, LIMIT)
+    return {side: (energy[i] * scale[i, :, None, None]).float() for i, side in enumerate(SIDES)}
