@@ -4,9 +4,10 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.attention import UnsupportedModelError, attach
 from nestling.kv.cache import CacheMismatchError, NestedCache
-from nestling.kv.calibrate import CalibrationError, fit
+from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import Contender, compare, evaluate
 from nestling.kv.files import AdapterError
+from nestling.kv.moments import CalibrationError
 
 __all__ = [
     "AdapterError",

@@ -5,7 +5,7 @@ valuable step first, until the next one would not fit, so they end within one st
 
 * ``uniform``: every head as even as the steps allow.
 * ``energy``: one global sort of the predicted loss. The energies of all layers must share one unit; `nestling.kv.fit`
-  puts them in nats of KL per token (see `nestling.kv.calibrate`).
+  puts them in nats of KL per token (see `nestling.kv.sensitivity`).
 
 Groups: a layer stores its heads in at most `MAX_GROUPS` rank groups. In models with more KV heads, heads with similar
 ranks are tied together and the steps are taken again for the groups, at the group's cost.

@@ -71,6 +71,21 @@ def attach(model: PreTrainedModel) -> None:
         )
 
 
+class served:
+    """Within it the model is in eval mode and attends through the seam; its mode is restored afterwards."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        attach(self.model)
+        self.training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *exc):
+        self.model.train(self.training)
+
+
 def text_config(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
     """The decoder's config of a model (the text part of a multimodal one)."""
     config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config

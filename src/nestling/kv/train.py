@@ -23,8 +23,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import RankTable
-from nestling.kv.calibrate import fit, measured_energy
+from nestling.kv.calibrate import fit
 from nestling.kv.sampling import Schedule, schedule
+from nestling.kv.sensitivity import measured_energy
 from nestling.kv.student import Student, TrainingError
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows

@@ -4,11 +4,14 @@ import importlib
 
 import pytest
 import torch
+from transformers.cache_utils import Cache
 
 from nestling import kv
 from nestling.basis import pca
-from nestling.kv import attention, calibrate
-from nestling.kv.calibrate import SKIP, collect_moments, make_bases, sensitivity
+from nestling.kv import attention
+from nestling.kv import moments as module
+from nestling.kv.moments import SKIP, collect_moments, make_bases
+from nestling.kv.sensitivity import sensitivity
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -55,7 +58,7 @@ def brute_force(states, keep) -> dict[str, torch.Tensor]:
                 total["output_sum"][h] += output[b, t, g]
     total["mass"], total["attended"] = torch.zeros(heads, dtype=torch.float64), torch.zeros_like(total["keys"])
     for b, t in keep.nonzero().tolist():
-        for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % calibrate.QUERY_STRIDE == 0 else 0):
+        for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % moments.QUERY_STRIDE == 0 else 0):
             read, rows = weights[b, g, t] * keep[b], key[b, g // group]
             mass, mean = read.sum(), read @ rows / read.sum()
             total["mass"][g // group] += mass
@@ -72,7 +75,7 @@ def brute_force(states, keep) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", RECORDED)
 def test_moments_are_sums_over_the_kept_tokens(monkeypatch, ids, family, padded):
-    monkeypatch.setattr(calibrate, "QUERY_STRIDE", 3)
+    monkeypatch.setattr(module, "QUERY_STRIDE", 3)
     ids, mask = ids[:3, :20], torch.ones(3, 20, dtype=torch.long)
     keep = mask.bool().clone()
     keep[:, :4] = False
@@ -107,7 +110,7 @@ def softmax_by_hand(query, key, visible, scaling: float) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen3", "gemma3"])
 def test_attended_keys_are_what_a_sample_of_queries_reads(monkeypatch, ids, family, padded):
     """From weights that are made here, out of logits: variances, means and mass of what queries 20, 12 and 4 read."""
-    monkeypatch.setattr(calibrate, "QUERY_STRIDE", 8)
+    monkeypatch.setattr(module, "QUERY_STRIDE", 8)
     ids, mask = ids[:4, :21], torch.ones(4, 21, dtype=torch.long)
     if padded:
         mask[1, :5] = mask[2, :15] = 0
@@ -152,13 +155,13 @@ def test_attended_keys_are_what_a_sample_of_queries_reads(monkeypatch, ids, fami
 
 def test_queries_are_counted_from_the_last_and_padding_reads_nothing(monkeypatch):
     """A query that reads one key has no variance, and queries that are not in the sample change nothing."""
-    monkeypatch.setattr(calibrate, "QUERY_STRIDE", 8)
+    monkeypatch.setattr(module, "QUERY_STRIDE", 8)
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 1, 18, 8, generator=generator) for _ in range(2))
     keep = torch.arange(18)[None] >= 4
     found = []
     for changed in (None, 16, 10, 17, 9):  # of 18, queries 17, 9 and 1 are read, and 1 is left out
-        moment, other = calibrate.Moments.zeros(1, 8), query.clone()
+        moment, other = module.Moments.zeros(1, 8), query.clone()
         if changed is not None:
             other[:, :, changed] += 3
         moment.add_attended(other, key, None, keep, 0.5)
@@ -167,7 +170,7 @@ def test_queries_are_counted_from_the_last_and_padding_reads_nothing(monkeypatch
         assert torch.equal(same.attended, found[0].attended) and torch.equal(same.mass, found[0].mass)
     for different in found[3:]:
         assert not torch.allclose(different.attended, found[0].attended, rtol=1e-2)
-    alone, mask = calibrate.Moments.zeros(1, 8), torch.eye(18, dtype=torch.bool)[None, None].clone()
+    alone, mask = module.Moments.zeros(1, 8), torch.eye(18, dtype=torch.bool)[None, None].clone()
     mask[:, :, 9] = False  # padding sees nothing, and is not kept
     alone.add_attended(query, key, mask, keep & (torch.arange(18) != 9), 0.5)
     torch.testing.assert_close(alone.mass, torch.ones(1).double())
@@ -270,7 +273,7 @@ def test_pca_bases_are_those_of_keys_and_values(monkeypatch, ids):
 def masked_log_p(model, bases, means, masks, ids, skip: int) -> torch.Tensor:
     """Log-probabilities ``[1, T, V]`` when masks ``[Hkv, D]`` shrink coordinates towards those of the means."""
 
-    class Masked(calibrate._PassThroughLayer):
+    class Masked(moments._PassThroughLayer):
         def __init__(self, index):
             super().__init__()
             self.index = index
@@ -289,7 +292,7 @@ def masked_log_p(model, bases, means, masks, ids, skip: int) -> torch.Tensor:
     layers = attention.stock_layers(model.config)
     for index in bases:
         layers[index] = Masked(index)
-    cache = calibrate.Cache(layers=layers)
+    cache = Cache(layers=layers)
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits.log_softmax(-1)
 
 
