@@ -58,7 +58,7 @@ def brute_force(states, keep) -> dict[str, torch.Tensor]:
                 total["output_sum"][h] += output[b, t, g]
     total["mass"], total["attended"] = torch.zeros(heads, dtype=torch.float64), torch.zeros_like(total["keys"])
     for b, t in keep.nonzero().tolist():
-        for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % moments.QUERY_STRIDE == 0 else 0):
+        for g in range(query.shape[1] if (keep.shape[1] - 1 - t) % module.QUERY_STRIDE == 0 else 0):
             read, rows = weights[b, g, t] * keep[b], key[b, g // group]
             mass, mean = read.sum(), read @ rows / read.sum()
             total["mass"][g // group] += mass
@@ -273,7 +273,7 @@ def test_pca_bases_are_those_of_keys_and_values(monkeypatch, ids):
 def masked_log_p(model, bases, means, masks, ids, skip: int) -> torch.Tensor:
     """Log-probabilities ``[1, T, V]`` when masks ``[Hkv, D]`` shrink coordinates towards those of the means."""
 
-    class Masked(moments._PassThroughLayer):
+    class Masked(attention.PassThroughLayer):
         def __init__(self, index):
             super().__init__()
             self.index = index
