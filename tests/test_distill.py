@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.distill import kl_divergence
+from nestling.distill import IGNORED, head_loss, kl_divergence
 
 
 @given(st.integers(1, 20), st.integers(2, 30), st.integers(1, 25), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -40,3 +40,43 @@ def test_certain_teachers_are_finite():
 def test_wrong_shapes_are_refused(shapes):
     with pytest.raises(ValueError, match=r"must both be \[N, V\]"):
         kl_divergence(*map(torch.zeros, shapes))
+
+
+def head_case(n=13, width=6, vocabulary=17):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(n, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    head = torch.nn.Linear(width, vocabulary).double().requires_grad_(False)
+    labels = torch.randint(0, vocabulary, (n,), generator=generator)
+    labels[[2, 5, n - 1]] = IGNORED
+    return student.requires_grad_(), teacher, head, labels
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.25, 0.75), (0.0, 1.0)])
+@pytest.mark.parametrize("chunk", [1, 5, 13, 100])
+def test_the_loss_through_a_head_is_that_of_whole_logits(weights, chunk):
+    student, teacher, head, labels = head_case()
+    kl = kl_divergence(head(teacher), head(student)).mean()
+    ce = torch.nn.functional.cross_entropy(head(student), labels, ignore_index=IGNORED)
+    expected = weights[0] * kl + weights[1] * ce
+    (gradient,) = torch.autograd.grad(3 * expected, student)
+    got = head_loss(student, teacher, head, labels, kl_weight=weights[0], ce_weight=weights[1], chunk=chunk)
+    torch.testing.assert_close(torch.stack((got.loss, got.kl, got.ce)), torch.stack((expected, kl, ce)))
+    (ours,) = torch.autograd.grad(3 * got.loss, student)
+    torch.testing.assert_close(ours, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_the_loss_through_a_head_passes_gradcheck():
+    student, teacher, head, labels = head_case(n=7)
+    assert torch.autograd.gradcheck(
+        lambda s: head_loss(s, teacher, head, labels, kl_weight=0.6, ce_weight=0.4, chunk=2).loss, student
+    )
+
+
+def test_a_head_without_gradients_or_labels():
+    student, teacher, head, _ = head_case()
+    with torch.no_grad():
+        got = head_loss(student, teacher, head)
+    assert not got.loss.requires_grad and float(got.ce) == 0 and float(got.loss) == float(got.kl) > 0
+    assert float(head_loss(student, student.detach(), head).loss) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match=r"\[13, 6\], \[12, 6\], \[13\]"):
+        head_loss(student, teacher[:12], head)

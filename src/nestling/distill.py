@@ -19,7 +19,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, chunk: int = 128) -> Tensor:
         raise ValueError(f"logits must both be [N, V], got {list(teacher.shape)} and {list(student.shape)}")
     out = []
     for t, s in zip(teacher.split(chunk), student.split(chunk), strict=True):
-        t, s = t.float().log_softmax(-1), s.float().log_softmax(-1)
+        t, s = _log_softmax(t), _log_softmax(s)
         out.append((t.exp() * (t - s)).sum(-1))
     return torch.cat(out) if out else teacher.new_zeros(0, dtype=torch.float32)
 
@@ -62,6 +62,10 @@ def head_loss(
     return HeadLoss(loss, kl, ce)
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, labels, head, kl_weight, ce_weight, chunk):
@@ -71,10 +75,10 @@ class _HeadLoss(torch.autograd.Function):
         gradients = []
         for s, t, y in zip(student.split(chunk), teacher.split(chunk), labels.split(chunk), strict=True):
             with torch.no_grad():
-                expected = head(t).float().log_softmax(-1)
+                expected = _log_softmax(head(t))
             with torch.set_grad_enabled(differentiate):
                 s = s.detach().requires_grad_(differentiate)
-                log_p = head(s).float().log_softmax(-1)
+                log_p = _log_softmax(head(s))
                 kl = (expected.exp() * (expected - log_p)).sum() / len(student)
                 ce = cross_entropy(log_p, y, ignore_index=IGNORED, reduction="sum") / counted
                 loss = kl_weight * kl + ce_weight * ce
@@ -82,7 +86,7 @@ class _HeadLoss(torch.autograd.Function):
                 gradients.append(torch.autograd.grad(loss, s)[0])
             totals += torch.stack((kl.detach(), ce.detach())).double()
         ctx.save_for_backward(*([torch.cat(gradients)] if differentiate else []))
-        kl, ce = totals.float()
+        kl, ce = totals.to(torch.promote_types(student.dtype, torch.float32))
         ctx.mark_non_differentiable(kl, ce)
         return kl_weight * kl + ce_weight * ce, kl, ce
 
