@@ -1,6 +1,6 @@
 """Trains an adapter of SmolLM2 on a mix of Brown, Wikipedia and books, held-out WikiText beside it, and saves both.
 
-    python benchmarks/kv_train.py --data FOLDER --out FOLDER [--preset paper] [--tokens 400000] [--set learning_rate=2e-3]
+    python benchmarks/kv_train.py --data FOLDER --out FOLDER [--preset paper] [--tokens 400000] [--set window=32]
 
 Killed, the same command with --resume goes on from the last checkpoint. The training curve is in the adapter's config.
 """
@@ -74,8 +74,8 @@ def main(
             recipe[name] = value
     trained = train(
         lm, tokenizer, windows, adapter, preset, folder=out.with_name(f"{out.name}-checkpoints"), tokens=tokens,
-        length=length, batch_size=batch, eval_texts=read_texts(str(data / HELD_OUT)), eval_windows=6, seed=seed,
-        resume=resume, recipe=recipe, bf16=bf16,
+        length=length, batch_size=batch, eval_texts=read_texts(str(data / HELD_OUT)), eval_windows=2, seed=seed,
+        resume=resume, recipe=recipe, bf16=bf16, eval_steps=max(1, tokens // (length * batch) // 4),
     )  # fmt: skip
     trained.save_pretrained(out)
     points = [p for p in trained.info["training"]["curve"] if any(k.startswith("kl") for k in p)]

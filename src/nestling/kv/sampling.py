@@ -39,7 +39,7 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
     shape = (2, layers, heads)
 
     def generator(number: int) -> torch.Generator:
-        return torch.Generator().manual_seed((seed << 32) + number)
+        return torch.Generator().manual_seed(seed * 1_000_003 + number)  # its low 32 bits count
 
     if name == "independent":
         step = max(1, width // 8)

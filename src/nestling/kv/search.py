@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nestling.kv import attention
-from nestling.kv.adapter import SIDES, SINKS, WINDOW, KVAdapter
+from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.allocate import STEP, edges
+from nestling.kv.files import SIDES
 from nestling.kv.student import Student
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows

@@ -13,7 +13,9 @@ from transformers.cache_utils import Cache
 from nestling.basis import Cayley
 from nestling.distill import IGNORED, head_loss
 from nestling.kv import attention
-from nestling.kv.adapter import SIDES, KVAdapter
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.allocate import STEP
+from nestling.kv.files import SIDES
 
 QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
 
@@ -47,6 +49,7 @@ class MaskedBases(nn.Module):
     encode: Tensor
     decode: Tensor
     mean: Tensor
+    free: Tensor
 
     def __init__(self, adapter: KVAdapter):
         super().__init__()
@@ -54,13 +57,20 @@ class MaskedBases(nn.Module):
             tensors = getattr(adapter, name)
             self.register_buffer(name, torch.stack([tensors[s] for s in SIDES]).float(), persistent=False)
         self.rotation = Cayley(*self.encode.shape)
+        # Coordinates of one step are kept or dropped together. To rotate them among each other changes nothing, but
+        # Adam would scale the rounding errors of those gradients up to full steps.
+        block = torch.arange(self.encode.shape[-1]) // STEP
+        self.register_buffer("free", block[:, None] != block, persistent=False)
+        self.rotation.x.register_hook(lambda gradient: gradient * self.free)
 
     def projectors(self, ranks: Tensor) -> Tensor:
         """``encode U mask U^T decode`` for ranks ``[B, 2, L, Hkv]``: ``[B, 2, L, Hkv, D, D]``."""
         with torch.autocast(self.encode.device.type, enabled=False):
             u = self.rotation()
             mask = torch.arange(self.encode.shape[-1], device=ranks.device) < ranks[..., None]
-            return (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
+            projectors = (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
+            full = (ranks == mask.shape[-1])[..., None, None]  # the identity, without a gradient
+            return torch.where(full, torch.eye(mask.shape[-1], device=u.device, dtype=u.dtype), projectors)
 
     @torch.no_grad()
     def encodes(self) -> dict[str, Tensor]:
@@ -149,6 +159,12 @@ class Student(nn.Module):
         """What is trained, and nothing of the frozen model: checkpoints stay small."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """The counterpart: what is not trained is not missed."""
+        found = super().load_state_dict(state_dict, strict=False)
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return type(found)([name for name in found.missing_keys if name in trained], found.unexpected_keys)
 
     def masked(self, ranks: Tensor) -> Masked:
         """What the attention function needs for ranks ``[B, 2, L, Hkv]``."""

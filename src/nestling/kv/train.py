@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import RankTable
+from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.calibrate import fit
 from nestling.kv.sampling import Schedule, schedule
 from nestling.kv.sensitivity import measured_energy
@@ -132,15 +132,14 @@ def train(
     attention.attach(lm)
     attention.check_head(lm, windows[:1, :16].to(lm.device))
     steps = max(1, tokens // (length * batch_size))
+    ranks = schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed)
+    data = RankedWindows(windows, ranks, seed, steps * batch_size)
+    tables = {f"{share:g}": adapter.ranks(share * adapter.full_elements, chosen.allocation) for share in eval_budgets}
+    if wrong := [share for share in eval_budgets if not 0 < share <= 1]:
+        raise BudgetError(f"eval_budgets are shares of the ranks, above 0 and at most 1, got {wrong[0]:g}")
+    budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
     options = _arguments(Path(folder), steps, batch_size, chosen, seed, bool(len(held_out)), arguments)
-    job = _job(adapter, preset, chosen, windows, steps, batch_size, seed)
-    checkpoint = _start(Path(folder), job, resume)
-    data = RankedWindows(windows, schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed), seed,
-                         steps * batch_size)  # fmt: skip
-    budgets = {
-        f"{budget:g}": RankedWindows.fixed(held_out, adapter.ranks(budget * adapter.full_elements, chosen.allocation))
-        for budget in eval_budgets
-    }
+    checkpoint = _start(Path(folder), _job(adapter, preset, chosen, windows, steps, batch_size, seed), resume)
     flags = {p: p.requires_grad for p in lm.parameters()}
     if lm is model:
         lm.requires_grad_(False)
@@ -259,6 +258,7 @@ def _arguments(
         "save_steps": max(1, min(50, steps // 10)),
         "save_total_limit": 2,
         "logging_nan_inf_filter": False,
+        "train_sampling_strategy": "sequential",  # the order is the data's own
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "log_level": "error",
@@ -319,7 +319,7 @@ def _run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> None:
     """Train; whatever stops it says at which step, and what there is to go on from."""
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (TrainingError, OSError, SafetensorError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         whole = [c.name for c in folder.glob("checkpoint-*") if _is_whole(c)]
         kept = (
             f"{max(whole, key=lambda name: int(name.split('-')[-1]))} is kept" if whole else "there is no checkpoint"
