@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from nestling import kv
-from nestling.cli import app, parse_budgets
+from nestling.cli import app
+from nestling.cli.kv import parse_budgets
 
 from .kv.families import tiny_model
 
@@ -91,6 +92,44 @@ def test_generate_at_full_budget_prints_what_the_stock_model_says(place):
     assert expected.strip() and expected.strip() in result.output
 
 
+def test_train_shows_the_curve_and_resumes_nothing_by_accident(place):
+    arguments = (
+        "kv", "train", place / "lm", "--adapter", place / "adapter", "--text", place / "text.txt", "--eval-text",
+        place / "text.txt", "--out", place / "trained", "--tokens", 4096, "--length", 128, "--batch-size", 4,
+        "--learning-rate", 0.02, "--json", place / "train.json", "--html", place / "train.html",
+    )  # fmt: skip
+    result = run(*arguments)
+    assert result.exit_code == 1 and "below the smallest possible" in result.output  # 37.5 % of two steps
+    result = run(*arguments, "--budgets", "75,50")
+    assert result.exit_code == 0, result.output
+    trained = kv.KVAdapter.from_pretrained(place / "trained")
+    assert trained.info["training"]["tokens"] == 4096 and "KL to the full model on held-out text" in trained.card
+    first, *_, last = (r for r in json.loads((place / "train.json").read_text())["rows"] if "kl_0.5" in r)
+    assert (first["tokens"], last["tokens"]) == (0, 4096) and last["kl_0.5"] < first["kl_0.5"]
+    assert f"| 4,096 | {last['kl_0.75']:.4f} | {last['kl_0.5']:.4f} |" in trained.card
+    assert "<svg" in (place / "train.html").read_text()
+    again = run(*arguments, "--budgets", "75,50")
+    assert again.exit_code == 1 and "holds checkpoints already" in re.sub(r"\s+", " ", again.output)
+    assert run(*arguments, "--budgets", "75,50", "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("method", ["probes", "greedy"])
+def test_search_writes_an_adapter_for_every_budget(place, method):
+    result = run(
+        "kv", "search", place / "lm", place / "adapter", "--method", method, "--text", place / "text.txt", "--out",
+        place / method, "--windows", 1, "--length", 64, "--window", 8, "--budgets", "75,60", "--json",
+        place / "search.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = kv.KVAdapter.from_pretrained(place / method)
+    assert f"{found.info['search']['forwards']} forward passes" in result.output
+    rows = json.loads((place / "search.json").read_text())["rows"]
+    assert [r["budget"] for r in rows] == [0.75, 0.6]
+    assert rows[0]["keys"] + rows[0]["values"] == pytest.approx(1.5, abs=0.03)
+    shown = run("kv", "inspect", place / method, "--allocation", "greedy" if method == "greedy" else "energy")
+    assert shown.exit_code == 0, shown.output
+
+
 def test_inspect_shows_the_ranks(place):
     result = run(
         "kv", "inspect", place / "adapter", "--budget", 0.75, "--json", place / "ranks.json", "--png", place / "r.png"
@@ -117,6 +156,9 @@ def test_inspect_shows_the_ranks(place):
         (("kv", "generate", "lm", "adapter", "--prompt", "", "--budget", 0.8), "the prompt is empty"),
         (("kv", "fit", "lm", "--out", "new", "--text", "missing.txt"), "missing.txt"),
         (("kv", "fit", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
+        (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--preset", "best"), "preset must be one of"),
+        (("kv", "train", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
+        (("kv", "search", "lm", "adapter", "--out", "new", "--method", "luck"), "method must be one of"),
         (("kv", "fit", "nowhere/model", "--out", "new"), "nowhere/model"),
     ],
 )

@@ -1,5 +1,12 @@
 """nestling: one model, every size. `nestling.kv` makes the KV cache of a language model nested."""
 
-from nestling import kv
+from importlib import import_module
 
 __all__ = ["kv"]
+
+
+def __getattr__(name: str):
+    """The wings, imported when they are asked for: torch and transformers take seconds."""
+    if name in __all__:
+        return import_module(f"nestling.{name}")
+    raise AttributeError(f"module 'nestling' has no attribute {name!r}")

@@ -242,6 +242,7 @@ def test_folders_are_checked(tmp_path, ids, start):
         ({"preset": "best"}, ValueError, "preset must be one of default, paper, got 'best'"),
         ({"batch_size": 3, "gradient_accumulation_steps": 2}, ValueError, "batch_size=3 must be a multiple of .* 2"),
         ({"recipe": {"sampling": "random"}}, ValueError, "sampling must be one of"),
+        ({"length": 6}, ValueError, "length=6 must be longer than the 6 exact tokens"),
         ({"length": 65}, TextTooShortError, "shorter than one window of 65 tokens"),
         ({"eval_texts": torch.zeros(0, 16, dtype=torch.long)}, TextTooShortError, "shorter than one window"),
         ({"eval_texts": torch.ones(1, 16, dtype=torch.long), "eval_budgets": (2,)}, kv.BudgetError, "2"),

@@ -8,6 +8,9 @@ from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import Contender, compare, evaluate
 from nestling.kv.files import AdapterError
 from nestling.kv.moments import CalibrationError
+from nestling.kv.search import search
+from nestling.kv.student import TrainingError
+from nestling.kv.train import train
 
 __all__ = [
     "AdapterError",
@@ -18,9 +21,12 @@ __all__ = [
     "KVAdapter",
     "NestedCache",
     "RankTable",
+    "TrainingError",
     "UnsupportedModelError",
     "attach",
     "compare",
     "evaluate",
     "fit",
+    "search",
+    "train",
 ]

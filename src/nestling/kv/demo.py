@@ -139,6 +139,31 @@ def write_report(
     report.write_html(path, title, intro, sections, report.run_meta())
 
 
+def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None:
+    """One HTML page: the KL at fixed shares of the ranks over tokens, and what was trained how."""
+    training = dict(adapter.info["training"])
+    points = [p for p in training.pop("curve") if any(name.startswith("kl") for name in p)]
+    rows = [
+        {"tokens": p["tokens"], "kl": p[name], "share": f"{float(name[3:]):.4g}"}
+        for p in points
+        for name in p
+        if name.startswith("kl_")
+    ]
+    figure = report.curve(
+        rows, "tokens", "kl", "share", title="Held-out text while training", xlabel="tokens trained on",
+        ylabel="KL to the full model (nats per token)", log_y=True,
+    )  # fmt: skip
+    note = (
+        "Each line is a share of the ranks, exact tokens not counted. Keys and values are cut by masks here, and "
+        "every token reads its history as a decode would."
+    )
+    recipe = [{"setting": name, "value": str(value)} for name, value in training.items()]
+    sections = [report.Section("KL over tokens", note, rows=points, figure=figure)]
+    sections.append(report.Section("Recipe", "What this adapter was trained with.", rows=recipe))
+    report.write_html(path, title, "Rotations of nested bases, trained to follow the full model.", sections,
+                      report.run_meta())  # fmt: skip
+
+
 def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
     """The demo: calibrate, measure budgets on held-out text, answer a prompt at three sizes, write the report."""
     with console.status(f"loading {model}"):

@@ -153,6 +153,26 @@ def _default_card(config: dict) -> str:
         f"For a `{model['model_type']}` model with {len(model['layers'])} compressed layers, "
         f"{model['num_key_value_heads']} KV heads of width {model['head_dim']}. "
         f"Basis: {config.get('basis', 'unknown')}, calibrated on {config.get('tokens', 'unknown')} tokens.\n\n"
-        '```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained("this folder")\n'
+        + _measured(config.get("training"))
+        + '```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained("this folder")\n'
         "cache = adapter.cache(model, budget=0.5)\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
+    )
+
+
+def _measured(training: dict | None) -> str:
+    """The card's table of a training: KL at its start and at its end."""
+    points = [p for p in (training or {}).get("curve", []) if any(name.startswith("kl_") for name in p)]
+    if training is None or not points:
+        return ""
+    names = [name for name in points[0] if name.startswith("kl_")]
+    shares = " | ".join(f"{float(name[3:]):.4g}" for name in names)
+    rows = "".join(
+        f"| {point['tokens']:,} | " + " | ".join(f"{point[name]:.4f}" for name in names) + " |\n"
+        for point in (points[0], points[-1])
+    )
+    return (
+        f"Trained with the `{training['preset']}` preset ({training['sampling']} sampling, learning rate "
+        f"{training['learning_rate']:g}) in {training['seconds']} s. KL to the full model on held-out text, nats per "
+        f"token, at shares of the ranks, {training['sinks']} first and {training['window']} recent tokens exact:\n\n"
+        f"| tokens trained on | {shares} |\n| ---: |{' ---: |' * len(names)}\n{rows}\n"
     )

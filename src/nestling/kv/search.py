@@ -93,6 +93,10 @@ def search(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     adapter.check(model)
     attention.attach(model)
+    if length <= sinks + window:
+        raise ValueError(
+            f"length={length} must be longer than the {sinks + window} exact tokens: nothing is compressed"
+        )
     ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=windows)))
     training = model.training
     with progress_bar(progress) as bar:
@@ -142,7 +146,8 @@ def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, ba
 
 def probed(meter: KLMeter, adapter: KVAdapter, budget: float, bar) -> dict[str, Tensor]:
     """The energies, scaled for each layer and side by what halving its ranks really costs at a budget."""
-    table = adapter.ranks(budget * adapter.full_elements)
+    share = max(budget, min(1.0, 2 * STEP / adapter.shape[2]))  # narrow heads: something has to be left to halve
+    table = adapter.ranks(share * adapter.full_elements)
     ranks = torch.stack((table.keys, table.values))
     energy = torch.stack([adapter.energy[s] for s in SIDES]).double()
     layers, _, width = adapter.shape

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -116,12 +117,17 @@ def train(
             written, or if ``folder`` holds another job's; the last whole checkpoint is kept.
         TextTooShortError, AdapterError, UnsupportedModelError.
     """
+    if find_spec("accelerate") is None:
+        raise ImportError("training needs accelerate: pip install 'nestling[train]'")
     if preset not in RECIPES:
         raise ValueError(f"preset must be one of {', '.join(RECIPES)}, got {preset!r}")
     chosen = replace(RECIPES[preset], **(recipe or {}))
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    if length <= chosen.sinks + chosen.window:
+        exact = chosen.sinks + chosen.window
+        raise ValueError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
     held_out = windows[:0]
     if eval_texts is not None:

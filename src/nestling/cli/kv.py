@@ -1,48 +1,33 @@
-"""The command line: ``nestling kv fit|eval|generate|inspect`` and ``nestling demo``.
+"""The commands of the cache wing: ``nestling kv fit|train|search|eval|generate|inspect``.
 
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
 
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="One model, every size.")
-kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, eval, generate, inspect.")
-demo_app = typer.Typer(no_args_is_help=True, help="End to end on a small real model, without the hub.")
-app.add_typer(kv_app, name="kv")
-app.add_typer(demo_app, name="demo")
-console = Console()
+from nestling.cli.terminal import (
+    Json,
+    Model,
+    Text,
+    check_folder,
+    console,
+    errors_as_messages,
+    loading,
+    show,
+    write_results,
+)
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
+kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, inspect.")
+
 Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", metavar="ADAPTER")]
-Text = Annotated[
-    str | None, typer.Option(help=".txt or .jsonl file (or .gz), or a datasets name; default: built-in English pages.")
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Write {rows, meta} to this file.")]
-Allocation = Annotated[str, typer.Option(help="energy or uniform.")]
+Allocation = Annotated[str, typer.Option(help="energy, uniform, or the name of a searched one such as greedy.")]
 Budget = Annotated[float, typer.Option(help="Share of the full cache's bytes, in (0, 1].")]
 CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bfloat16, float16, float32 or model.")]
-
-
-def errors_as_messages(command: Callable) -> Callable:
-    """Expected errors (bad input, missing files) end the command with one line, not with a traceback."""
-
-    @wraps(command)
-    def run(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-            raise typer.Exit(1) from error
-
-    return run
 
 
 @kv_app.command()
@@ -61,10 +46,10 @@ def fit(
     from nestling.data import read_texts
     from nestling.models import load_model
 
-    _check_folder(out)
-    _check_folder(json)
+    check_folder(out)
+    check_folder(json)
     texts = read_texts(text)
-    language_model, tokenizer = _loading(load_model, model)
+    language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
     adapter = kv.fit(language_model, tokenizer, texts, basis, tokens=tokens, length=length)
     seconds = time.perf_counter() - start
@@ -75,7 +60,111 @@ def fit(
         f"{layers} layers x {heads} KV heads of width {width}, {used:,} tokens in {seconds:.0f} s "
         f"({used / seconds:.0f} tokens/s), worst condition number {adapter.info['condition']:.1f}. Saved to {out}"
     )
-    _write(json, [{"model": model, "seconds": seconds, **adapter.info}], seconds)
+    write_results(json, [{"model": model, "seconds": seconds, **adapter.info}], seconds)
+
+
+@kv_app.command()
+@errors_as_messages
+def train(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter; checkpoints go beside it.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter to start from; default: calibrate first.")] = None,
+    text: Text = None,
+    eval_text: Annotated[
+        str | None, typer.Option(help="Held-out text; default: one in twenty of the texts that are trained on.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="default, or paper (as MatryoshkaKV was published).")] = "default",
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2**19,
+    length: Annotated[int, typer.Option(help="Tokens per text.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Texts per step, over all processes.")] = 4,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="path, sandwich, independent or fixed; default: the preset's.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,
+    budgets: Annotated[str, typer.Option(help="Shares of the ranks to evaluate while training.")] = "75,50,37.5,25",
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    json: Json = None,
+    html: Annotated[Path | None, typer.Option(help="Write the training curve to this page.")] = None,
+) -> None:
+    """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
+    from nestling import kv
+    from nestling.data import read_texts
+    from nestling.models import load_model
+
+    for path in (out, json, html):
+        check_folder(path)
+    texts = list(read_texts(text))
+    if eval_text is not None:
+        held_out = list(read_texts(eval_text))
+    else:
+        held_out, texts = texts[::20], [t for i, t in enumerate(texts) if i % 20] or texts
+    shares = parse_budgets(budgets)
+    start = None if adapter is None else kv.KVAdapter.from_pretrained(adapter)
+    language_model, tokenizer = loading(load_model, model)
+    changes = {"learning_rate": learning_rate, "sampling": sampling}
+    trained = kv.train(
+        language_model, tokenizer, texts, start, preset, folder=out.with_name(f"{out.name}-checkpoints"),
+        tokens=tokens, length=length, batch_size=batch_size, eval_texts=held_out, eval_budgets=shares, resume=resume, bf16=bf16,
+        gradient_checkpointing=checkpointing, recipe={k: v for k, v in changes.items() if v is not None},
+    )  # fmt: skip
+    trained.save_pretrained(out)
+    measured = trained.info["training"]
+    rows = [p for p in measured["curve"] if any(name.startswith("kl") for name in p)]
+    show(rows, f"{model}: KL on held-out text at shares of the ranks")
+    console.print(f"{measured['tokens']:,} tokens in {measured['seconds']} s. Saved to {out}")
+    write_results(json, [{"model": model, **point} for point in measured["curve"]], measured["seconds"])
+    if html is not None:
+        from nestling.kv.demo import write_training_report
+
+        write_training_report(html, trained, title=f"{model}: training of nested bases")
+        console.print(f"Report: {html}")
+
+
+@kv_app.command()
+@errors_as_messages
+def search(
+    model: Model,
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter with what was found.")],
+    method: Annotated[str, typer.Option(help="probes (quick), or greedy (Algorithm 1 of the paper).")] = "probes",
+    text: Text = None,
+    windows: Annotated[int, typer.Option(help="Texts to measure on.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per text.")] = 256,
+    sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
+    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 64,
+    per_sweep: Annotated[int, typer.Option(help="Ranks that greedy lowers before it measures again.")] = 1,
+    budgets: Annotated[str, typer.Option(help="Shares of the ranks to show afterwards.")] = "75,50,37.5,25",
+    json: Json = None,
+) -> None:
+    """Search the ranks of layers and heads by measurement, for all budgets at once."""
+    from nestling import kv
+    from nestling.data import read_texts
+    from nestling.models import load_model
+
+    check_folder(out)
+    check_folder(json)
+    shares = parse_budgets(budgets)
+    nested = kv.KVAdapter.from_pretrained(adapter)
+    texts = read_texts(text)
+    language_model, tokenizer = loading(load_model, model)
+    start = time.perf_counter()
+    found = kv.search(
+        language_model, tokenizer, nested, texts, method, windows=windows, length=length, sinks=sinks, window=window,
+        per_sweep=per_sweep,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    found.save_pretrained(out)
+    console.print(f"{found.info['search']['forwards']:,} forward passes in {seconds:.0f} s. Saved to {out}")
+    name = "greedy" if method == "greedy" else "energy"
+    rows = []
+    for share in shares:
+        ranks = found.ranks(share * found.full_elements, name)
+        kept = {side: int(getattr(ranks, side).sum()) * 2 / found.full_elements for side in ("keys", "values")}
+        rows.append({"model": model, "method": method, "budget": share, **kept})
+    show(rows, f"share of keys and values kept, allocation={name}")
+    write_results(json, rows, seconds)
 
 
 @kv_app.command("eval")
@@ -106,19 +195,19 @@ def evaluate(
     from nestling.models import load_model
 
     shares = parse_budgets(budgets)
-    _check_folder(json)
-    _check_folder(html)
+    check_folder(json)
+    check_folder(html)
     nested = kv.KVAdapter.from_pretrained(adapter)
     tasks = {path.name.split(".")[0]: read_multiple_choice(path)[:rows] for path in task or []}
     texts = read_texts(text)
-    language_model, tokenizer = _loading(load_model, model)
+    language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
     result = kv.evaluate(
         language_model, tokenizer, nested, shares, allocation=allocation, texts=texts, windows=windows, length=length,
         chunk=chunk, tasks=tasks, passkey=passkey or (), sinks=sinks, window=window, dtype=_dtype(cache_dtype),
     )  # fmt: skip
-    _show(result, f"{model}, {windows} windows of {length} tokens")
-    _write(json, result, time.perf_counter() - start)
+    show(result, f"{model}, {windows} windows of {length} tokens")
+    write_results(json, result, time.perf_counter() - start)
     if html is not None:
         from nestling.kv.demo import write_report
 
@@ -146,7 +235,7 @@ def generate(
     from nestling.models import load_model
 
     nested = kv.KVAdapter.from_pretrained(adapter)
-    language_model, tokenizer = _loading(load_model, model)
+    language_model, tokenizer = loading(load_model, model)
     cache = nested.cache(
         language_model, budget, allocation=allocation, sinks=sinks, window=window, dtype=_dtype(cache_dtype)
     )
@@ -169,8 +258,8 @@ def inspect(
     from nestling import kv
     from nestling.kv.demo import rank_maps, rank_rows, shade
 
-    _check_folder(json)
-    _check_folder(png)
+    check_folder(json)
+    check_folder(png)
     nested = kv.KVAdapter.from_pretrained(adapter)
     if not 0 < budget <= 1:
         raise kv.BudgetError(f"budget={budget:g} is out of range: a share of the full cache, above 0 and at most 1")
@@ -188,28 +277,10 @@ def inspect(
         f"{ranks.elements:,} of {nested.full_elements:,} elements per token ({share:.4f}); "
         f"keys keep {kept['keys']:.3f}, values {kept['values']:.3f}; {ranks.elements * 2:,} bytes per token in bf16"
     )
-    _write(json, rows)
+    write_results(json, rows)
     if png is not None:
         rank_maps(nested, ranks, f"Ranks at {budget:.0%}").savefig(png, dpi=150)
         console.print(f"Heat map: {png}")
-
-
-@demo_app.command("kv")
-@errors_as_messages
-def demo_kv(
-    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or alias.")] = "smollm2",
-    out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.html"),
-    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 24576,
-    json: Json = None,
-) -> None:
-    """Calibrate, tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""
-    from nestling.kv.demo import run
-
-    _check_folder(out)
-    _check_folder(json)
-    start = time.perf_counter()
-    rows = run(model, out, tokens, console)
-    _write(json, rows, time.perf_counter() - start)
 
 
 def parse_budgets(text: str) -> list[float]:
@@ -231,27 +302,3 @@ def _dtype(name: str):
     if name not in dtypes:
         raise ValueError(f"--cache-dtype must be one of {', '.join(dtypes)}, got {name!r}")
     return dtypes[name]
-
-
-def _loading(load: Callable, model: str) -> Any:
-    with console.status(f"loading {model}"):
-        return load(model)
-
-
-def _show(rows: list[dict], title: str) -> None:
-    from nestling.report import table
-
-    console.print(table([{k: v for k, v in r.items() if k != "model"} for r in rows], title=title))
-
-
-def _check_folder(path: Path | None) -> None:
-    if path is not None and not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"the folder of {path} does not exist: make it first")
-
-
-def _write(path: Path | None, rows: list[dict], seconds: float | None = None) -> None:
-    if path is not None:
-        from nestling.report import run_meta, write_json
-
-        write_json(path, rows, run_meta(seconds))
-        console.print(f"Results: {path}")

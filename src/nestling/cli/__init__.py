@@ -1,0 +1,33 @@
+"""The command line: ``nestling kv ...`` and ``nestling demo``. The commands of a wing are in the wing."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nestling.cli.kv import kv_app
+from nestling.cli.terminal import Json, check_folder, console, errors_as_messages, write_results
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="One model, every size.")
+demo_app = typer.Typer(no_args_is_help=True, help="End to end on a small real model, without the hub.")
+app.add_typer(kv_app, name="kv")
+app.add_typer(demo_app, name="demo")
+
+
+@demo_app.command("kv")
+@errors_as_messages
+def demo_kv(
+    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or alias.")] = "smollm2",
+    out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.html"),
+    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 24576,
+    json: Json = None,
+) -> None:
+    """Calibrate, tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""
+    from nestling.kv.demo import run
+
+    check_folder(out)
+    check_folder(json)
+    start = time.perf_counter()
+    rows = run(model, out, tokens, console)
+    write_results(json, rows, time.perf_counter() - start)

@@ -1,0 +1,55 @@
+"""What the commands of both wings share: the console, options, errors as messages, tables and result files."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
+Text = Annotated[
+    str | None, typer.Option(help=".txt or .jsonl file (or .gz), or a datasets name; default: built-in English pages.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write {rows, meta} to this file.")]
+
+
+def errors_as_messages(command: Callable) -> Callable:
+    """Expected errors (bad input, missing files) end the command with one line, not with a traceback."""
+
+    @wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def loading(load: Callable, model: str) -> Any:
+    with console.status(f"loading {model}"):
+        return load(model)
+
+
+def show(rows: list[dict], title: str) -> None:
+    from nestling.report import table
+
+    console.print(table([{k: v for k, v in r.items() if k != "model"} for r in rows], title=title))
+
+
+def check_folder(path: Path | None) -> None:
+    if path is not None and not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} does not exist: make it first")
+
+
+def write_results(path: Path | None, rows: list[dict], seconds: float | None = None) -> None:
+    if path is not None:
+        from nestling.report import run_meta, write_json
+
+        write_json(path, rows, run_meta(seconds))
+        console.print(f"Results: {path}")
