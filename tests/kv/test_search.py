@@ -5,9 +5,8 @@ import torch
 
 from nestling import kv
 from nestling.distill import kl_divergence
-from nestling.kv import search as module
 from nestling.kv.files import SIDES
-from nestling.kv.search import KLMeter, search
+from nestling.kv.search import LIMIT, KLMeter, search
 from nestling.tokens import TextTooShortError
 
 OPTIONS = dict(windows=2, length=24, window=8, progress=False)
@@ -89,7 +88,7 @@ def test_probes_scale_the_energies_by_what_was_measured(fitted, ids):
         ratios.append(rise / max(float(sum(gone)), 1e-30))
     middle = sorted(ratios)[2]  # torch's median of six
     for (side, layer), ratio in zip(((s, i) for s in range(2) for i in range(3)), ratios, strict=True):
-        scale = min(max(ratio / middle, 1 / module.LIMIT), module.LIMIT)
+        scale = min(max(ratio / middle, 1 / LIMIT), LIMIT)
         expected = case.adapter.energy[SIDES[side]][layer] * scale
         torch.testing.assert_close(searched.energy[SIDES[side]][layer], expected, rtol=2e-2, atol=1e-9)
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from nestling import kv
-from nestling.kv import train as module
 from nestling.kv.files import SIDES
 from nestling.kv.student import Student, TrainingError
-from nestling.kv.train import RankedWindows, train
+from nestling.kv.train import RankedWindows, _start, train
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -220,7 +219,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, ids, start):
     whole = run(tmp_path, ids, start, save_steps=5)
     optimizer = tmp_path / "checkpoint-12" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
-    assert module._start(tmp_path, json.loads((tmp_path / "training.json").read_text()), True).name == "checkpoint-10"
+    assert _start(tmp_path, json.loads((tmp_path / "training.json").read_text()), True).name == "checkpoint-10"
     same(whole, run(tmp_path, ids, start, save_steps=5, resume=True))
 
 

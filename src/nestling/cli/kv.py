@@ -106,8 +106,8 @@ def train(
     changes = {"learning_rate": learning_rate, "sampling": sampling}
     trained = kv.train(
         language_model, tokenizer, texts, start, preset, folder=out.with_name(f"{out.name}-checkpoints"),
-        tokens=tokens, length=length, batch_size=batch_size, eval_texts=held_out, eval_budgets=shares, resume=resume, bf16=bf16,
-        gradient_checkpointing=checkpointing, recipe={k: v for k, v in changes.items() if v is not None},
+        tokens=tokens, length=length, batch_size=batch_size, eval_texts=held_out, eval_budgets=shares, resume=resume,
+        bf16=bf16, gradient_checkpointing=checkpointing, recipe={k: v for k, v in changes.items() if v is not None},
     )  # fmt: skip
     trained.save_pretrained(out)
     measured = trained.info["training"]
