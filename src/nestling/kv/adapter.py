@@ -22,6 +22,7 @@ from nestling.basis import NestedBasis
 from nestling.kv import allocate, attention
 from nestling.kv.allocate import CONTEXT, RankTable
 from nestling.kv.cache import CHUNK, NestedCache, make_cache
+from nestling.kv.exact import capacity
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
@@ -141,7 +142,8 @@ class KVAdapter:
             bytes_per_token: the same as a number of bytes per token, at the precision in use.
             allocation: ``"energy"`` (least predicted loss), ``"uniform"``, or a rank table
                 ``{"keys": [L][Hkv], "values": [L][Hkv]}``.
-            sinks, window: leading and most recent tokens that are kept exact. They are counted: the ranks are lowered
+            sinks, window: leading and most recent tokens that are kept exact: of the latter at least ``window``, and
+                up to 15 more, since they are encoded 16 at a time. Room for all is counted: the ranks are lowered
                 so that the total meets the budget at ``context`` tokens.
             exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression.
             paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
@@ -168,7 +170,7 @@ class KVAdapter:
                 budget,
                 bytes_per_token,
                 itemsize=itemsize,
-                exact_tokens=sinks + window,
+                exact_tokens=capacity(sinks, window),
                 context=context,
             )
         elif budget is not None or bytes_per_token is not None:
