@@ -13,9 +13,8 @@ from torch import Tensor
 
 from nestling.kv.exact import ExactStore
 from nestling.kv.groups import RankGroup
-from nestling.kv.products import product, product_into, softmax, work_dtype
+from nestling.kv.products import product, product_into, product_onto, softmax, work_dtype
 
-ALIGNED = 16  # logits have a multiple of it in columns: products that write rows at odd strides take longer
 Biases = Sequence[Tensor | None]
 
 
@@ -34,52 +33,57 @@ def attend(
         biases: of keys and of values, ``[Hkv, 1, D]``: the part of the mean in coordinates that are not stored.
         mask: ``[B, 1, 1 or Tq, T]``, as SDPA takes it.
     """
-    shape, dtype = query.shape, work_dtype(query.device, query.dtype)
-    query = query.to(dtype).reshape(shape[0] * shape[1], -1, shape[-1])
-    coded, held = groups[0].length, 0 if exact is None else exact.length
-    total, batch = coded + held, shape[1]
-    states = [side.flatten(0, 1).to(dtype) for side in exact.view()] if exact is not None else []
+    shape, dtype, batch = query.shape, work_dtype(query.device, query.dtype), query.shape[1]
+    query = query.to(dtype).reshape(shape[0] * batch, -1, shape[-1])
+    coded = groups[0].length
+    parts = [(g, slice(g.start * batch, g.stop * batch)) for g in groups] if coded else []
+    key_bias, value_bias = (_for_batch(bias, batch, dtype) if coded else None for bias in biases)
+    states = [side.flatten(0, 1).to(dtype) for side in exact.view()] if exact is not None and exact.length else []
 
-    # columns: compressed tokens, exact tokens, nothing
-    score = query.new_empty(*query.shape[:2], -(-total // ALIGNED) * ALIGNED)
-    score[..., total:].fill_(-torch.inf)
-    for group in groups if coded else ():
-        part = slice(group.start * batch, group.stop * batch)
-        coordinates = query[part] if group.decode[0] is None else _by_basis(query[part], group.decode[0])
-        stored = group.rows[0].view().flatten(0, 1).to(dtype)
-        product_into(score[part, :, :coded], coordinates, stored, scale=scaling)
-    if held:
-        beside = score[..., coded:total]
-        product_into(beside, query, states[0].mT, scale=scaling)
-        if coded and biases[0] is not None:  # all logits of a query may be shifted alike: these are the few
-            beside.sub_(_by_basis(query, biases[0].mT), alpha=scaling)
+    scores = []
+    if parts:
+        scores.append(query.new_empty(*query.shape[:2], coded))
+    for group, part in parts:
+        coordinates = _change_basis(query[part], group.decode[0])
+        product_into(scores[0][part], coordinates, group.rows[0].flat().to(dtype), alpha=scaling)
+    if states and key_bias is not None:  # all logits of a query may be shifted alike: these are the few
+        shift = product(query, key_bias.mT)
+        scores.append(product_onto(shift, query, states[0].mT, beta=-scaling, alpha=scaling))
+    elif states:
+        scores.append(product(query, states[0].mT).mul_(scaling))
+    score = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
     if mask is not None:
-        sinks = 0 if exact is None else exact.first
-        _hide(score.view(*shape[:4], -1)[..., :total], _in_order_of_scores(mask, sinks, coded))
-    weight = softmax(score)
+        _hide(score.view(*shape[:4], -1), mask if exact is None else _in_order_of_scores(mask, exact.first, coded))
 
-    beside = weight[..., coded:total]
-    out = product(beside, states[1]) if held else torch.zeros_like(query)
-    if coded and biases[1] is not None:  # for the weight of all compressed tokens, from that of the few others
-        out = out + _by_basis(1 - beside.sum(-1, keepdim=True), biases[1])
-    for group in groups if coded else ():
-        part = slice(group.start * batch, group.stop * batch)
-        coordinates = product(weight[part, :, :coded], group.rows[1].view().flatten(0, 1).to(dtype).mT)
-        if group.decode[1] is None:
-            out[part] += coordinates
-        else:
-            heads = len(group.heads)
-            decode = group.decode[1].to(dtype)
-            product_into(
-                out[part].view(heads, -1, shape[-1]), coordinates.view(heads, -1, decode.shape[1]), decode, add=True
-            )
+    weight = softmax(score)
+    beside = weight[..., coded:]
+    if value_bias is None:
+        out = product(beside, states[1]) if states else torch.zeros_like(query)
+    elif states:  # the bias is for the weight of all compressed tokens, known from that of the few others
+        out = product_onto(value_bias, beside, states[1])
+        product_into(out, beside.sum(-1, keepdim=True), value_bias, beta=1, alpha=-1)
+    else:
+        out = value_bias + torch.zeros_like(query)
+    for group, part in parts:
+        coordinates = product(weight[part, :, :coded], group.rows[1].flat().to(dtype).mT)
+        out[part] += _change_basis(coordinates, group.decode[1])
     return out.view(shape)
 
 
-def _by_basis(rows: Tensor, basis: Tensor) -> Tensor:
-    """Each head's ``rows @ basis``: ``[h * B, n, a]`` and ``[h, a, b]`` to ``[h * B, n, b]``."""
-    heads, _, width = basis.shape
-    return product(rows.view(heads, -1, rows.shape[-1]), basis.to(rows.dtype)).view(*rows.shape[:2], width)
+def _change_basis(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Each head's ``rows @ basis``: ``[h * B, n, a]`` and ``[h, a, b]`` to ``[h * B, n, b]``; None is no change."""
+    if basis is None:
+        return rows
+    if len(rows) == len(basis):
+        return product(rows, basis.to(rows.dtype))
+    return product(rows.reshape(len(basis), -1, rows.shape[-1]), basis.to(rows.dtype)).view(*rows.shape[:2], -1)
+
+
+def _for_batch(bias: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
+    """``[Hkv, 1, D]`` to ``[Hkv * B, 1, D]``."""
+    if bias is None or batch == 1:
+        return None if bias is None else bias.to(dtype)
+    return bias.to(dtype).repeat_interleave(batch, 0)
 
 
 def _in_order_of_scores(mask: Tensor, sinks: int, coded: int) -> Tensor:

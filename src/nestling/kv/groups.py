@@ -27,6 +27,7 @@ class Buffer:
     def __init__(self, chunk: int, by_token: bool = False):
         self.chunk, self.dim = chunk, 2 if by_token else 3
         self.data: Tensor | None = None
+        self._flat: Tensor | None = None  # the same memory
         self.length = 0
 
     def append(self, new: Tensor, dtype: torch.dtype) -> None:
@@ -39,7 +40,8 @@ class Buffer:
             grown = new.new_empty(shape, dtype=dtype)
             if self.length:
                 grown.narrow(self.dim, 0, self.length).copy_(self.view())
-            self.data = grown
+            self._store(grown)
+        assert self.data is not None
         self.data.narrow(self.dim, self.length, count).copy_(new)
         self.length = end
 
@@ -48,13 +50,21 @@ class Buffer:
         assert self.data is not None, "nothing was appended"
         return self.data.narrow(self.dim, 0, self.length)
 
+    def flat(self) -> Tensor:
+        """The tokens in use as products take them, ``[h * B, w, length]`` or, by token, ``[h * B, length, w]``."""
+        assert self._flat is not None, "nothing was appended"
+        return self._flat.narrow(self.dim - 1, 0, self.length)
+
+    def _store(self, data: Tensor) -> None:
+        self.data, self._flat = data, data.flatten(0, 1)
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device."""
         if self.data is not None:
-            self.data = change(self.data)
+            self._store(change(self.data).contiguous())
 
     def reset(self) -> None:
-        self.data, self.length = None, 0
+        self.data, self._flat, self.length = None, None, 0
 
     @property
     def nbytes(self) -> int:

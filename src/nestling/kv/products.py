@@ -20,14 +20,24 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return _elementwise(left, right) if _small(left, right) else torch.bmm(left, right)
 
 
-def product_into(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, add: bool = False) -> None:
-    """``out = scale * left @ right`` in place, or ``out += ...``, without a copy: ``out`` may be a slice."""
+def product_onto(base: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """``beta * base + alpha * left @ right``, as one operation; ``base`` is broadcast."""
+    if _small(left, right):
+        return torch.add(base * beta, _elementwise(left, right), alpha=alpha)
+    return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> None:
+    """``out = beta * out + alpha * left @ right`` in place, whatever ``out`` holds if ``beta`` is zero.
+
+    ``out`` must be contiguous (heads of a layer are): into any other a batched matmul goes one by one.
+    """
     if not _small(left, right):
-        out.baddbmm_(left, right, beta=int(add), alpha=scale)
-    elif add:
-        out.add_(_elementwise(left, right), alpha=scale)
+        out.baddbmm_(left, right, beta=beta, alpha=alpha)
+    elif beta:
+        out.mul_(beta).add_(_elementwise(left, right), alpha=alpha)
     else:
-        out.copy_(_elementwise(left, right) * scale)
+        out.copy_(_elementwise(left, right).mul_(alpha))
 
 
 def _small(left: Tensor, right: Tensor) -> bool:
