@@ -56,13 +56,13 @@ def fill(lm, cache, tokens: int) -> None:
             cache.update(part[0], part[1], layer)
 
 
-def attention_step(lm, cache) -> None:
+def attention_step(lm, cache, modules) -> None:
     """One decode step's cache update and attention, in all layers, without the rest of the model."""
     config = attention.text_config(lm)
     query_heads, heads, width = attention.head_shape(config)
     new = torch.randn(2, 1, heads, 1, width, dtype=lm.dtype)
     query = torch.randn(1, query_heads, 1, width, dtype=lm.dtype)
-    for layer, module in enumerate(attention_modules(lm)):
+    for layer, module in enumerate(modules):
         keys, values = cache.update(new[0], new[1], layer)
         mask = None
         if isinstance(cache, StaticCache):  # it attends to all of its slots, under a mask
@@ -91,11 +91,11 @@ def measure(lm, adapter, context: int, steps: int, advance) -> list[dict]:
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             Console().print(f"{name} does not run here: {error}", style="yellow", markup=False)
             del caches[name]
-    token = torch.zeros(1, 1, dtype=torch.long)
+    token, modules = torch.zeros(1, 1, dtype=torch.long), attention_modules(lm)
     times: dict[str, dict[str, list[float]]] = {name: {"attention": [], "decode": []} for name in caches}
     for step in range(steps + 2):  # two to warm up
         for name, cache in caches.items():
-            seconds = timed(attention_step, lm, cache), timed(lambda c: lm(token, past_key_values=c), cache)
+            seconds = timed(attention_step, lm, cache, modules), timed(lambda c: lm(token, past_key_values=c), cache)
             if step >= 2:
                 times[name]["attention"].append(seconds[0])
                 times[name]["decode"].append(seconds[1])

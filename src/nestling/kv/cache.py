@@ -18,6 +18,7 @@ from nestling.kv import attention, coordinates
 from nestling.kv.allocate import RankTable
 from nestling.kv.exact import BLOCK, ExactStore
 from nestling.kv.groups import RankGroup, shared_biases
+from nestling.kv.products import cast
 
 CHUNK = 256  # tokens by which storage grows
 SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
@@ -124,7 +125,7 @@ class NestedLayer(CacheLayerMixin):
         packed = self._heads_first(query.reshape(batch, self.heads, -1, length, width))
         out = coordinates.attend(packed, self.groups, self.exact, self.biases, mask, scaling)
         out = self._heads_second(out).permute(0, 3, 1, 2, 4)
-        return out.to(query.dtype).reshape(batch, length, heads, width)
+        return cast(out, query.dtype).reshape(batch, length, heads, width)
 
     def expand(self, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values of all tokens, ``[B, Hkv, T, D]``: as they are stored where nothing is compressed."""

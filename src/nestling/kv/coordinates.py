@@ -1,9 +1,8 @@
 """Attention over rank groups and exact tokens: in coordinates for few queries, at full width for many.
 
-Both read one layer whose heads are in the order of its groups, so that the heads of a group are a slice. In
-coordinates, the logits of compressed tokens are ``(q D_k^T) k'^T`` and their part of the output is
-``(softmax(...) v') D_v``: the history is never expanded. All heads of the layer share one softmax and one product with
-the exact tokens; left for each group are its four products.
+Both read one layer whose heads are in the order of its groups, so that the heads of a group are a slice. All heads of
+the layer share one softmax and one product with the exact tokens; left for each group are the four products of
+`RankGroup.score` and `RankGroup.add_output`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from nestling.kv.exact import ExactStore
 from nestling.kv.groups import RankGroup
-from nestling.kv.products import product, product_into, product_onto, softmax, work_dtype
+from nestling.kv.products import cast, product, product_onto, softmax, work_dtype
 
 Biases = Sequence[Tensor | None]
 
@@ -33,57 +32,58 @@ def attend(
         biases: of keys and of values, ``[Hkv, 1, D]``: the part of the mean in coordinates that are not stored.
         mask: ``[B, 1, 1 or Tq, T]``, as SDPA takes it.
     """
-    shape, dtype, batch = query.shape, work_dtype(query.device, query.dtype), query.shape[1]
-    query = query.to(dtype).reshape(shape[0] * batch, -1, shape[-1])
-    coded = groups[0].length
-    parts = [(g, slice(g.start * batch, g.stop * batch)) for g in groups] if coded else []
+    shape, batch = query.shape, query.shape[1]
+    dtype = work_dtype(query.device, query.dtype)
+    query = cast(query, dtype).reshape(shape[0] * batch, -1, shape[-1])
+    coded, held = groups[0].length, 0 if exact is None else exact.length
     key_bias, value_bias = (_for_batch(bias, batch, dtype) if coded else None for bias in biases)
-    states = [side.flatten(0, 1).to(dtype) for side in exact.view()] if exact is not None and exact.length else []
+    if not coded:
+        groups = ()
+    keys, values = (cast(side, dtype) for side in exact.flat()) if exact is not None and held else (None, None)
 
-    scores = []
-    if parts:
-        scores.append(query.new_empty(*query.shape[:2], coded))
-    for group, part in parts:
-        coordinates = _change_basis(query[part], group.decode[0])
-        product_into(scores[0][part], coordinates, group.rows[0].flat().to(dtype), alpha=scaling)
-    if states and key_bias is not None:  # all logits of a query may be shifted alike: these are the few
-        shift = product(query, key_bias.mT)
-        scores.append(product_onto(shift, query, states[0].mT, beta=-scaling, alpha=scaling))
-    elif states:
-        scores.append(product(query, states[0].mT).mul_(scaling))
+    scores = [query.new_empty(*query.shape[:2], coded)] if coded else []
+    for group in groups:
+        group.score(query, batch, scaling, into=scores[0])
+    if keys is not None:
+        scores.append(_exact_scores(query, keys, key_bias, scaling))
     score = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
     if mask is not None:
         _hide(score.view(*shape[:4], -1), mask if exact is None else _in_order_of_scores(mask, exact.first, coded))
 
     weight = softmax(score)
-    beside = weight[..., coded:]
-    if value_bias is None:
-        out = product(beside, states[1]) if states else torch.zeros_like(query)
-    elif states:  # the bias is for the weight of all compressed tokens, known from that of the few others
-        out = product_onto(value_bias, beside, states[1])
-        product_into(out, beside.sum(-1, keepdim=True), value_bias, beta=1, alpha=-1)
-    else:
-        out = value_bias + torch.zeros_like(query)
-    for group, part in parts:
-        coordinates = product(weight[part, :, :coded], group.rows[1].flat().to(dtype).mT)
-        out[part] += _change_basis(coordinates, group.decode[1])
+    out = _exact_output(query, weight.narrow(2, coded, held), values, value_bias)
+    for group in groups:
+        group.add_output(weight.narrow(2, 0, coded), batch, out)
     return out.view(shape)
 
 
-def _change_basis(rows: Tensor, basis: Tensor | None) -> Tensor:
-    """Each head's ``rows @ basis``: ``[h * B, n, a]`` and ``[h, a, b]`` to ``[h * B, n, b]``; None is no change."""
-    if basis is None:
-        return rows
-    if len(rows) == len(basis):
-        return product(rows, basis.to(rows.dtype))
-    return product(rows.reshape(len(basis), -1, rows.shape[-1]), basis.to(rows.dtype)).view(*rows.shape[:2], -1)
+def _exact_scores(query: Tensor, keys: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """Logits of exact tokens, less what the bias would add to those of compressed ones.
+
+    The softmax does not see a shift of all logits of a query, and these are the few.
+    """
+    if bias is None:
+        return product(query, keys.mT).mul_(scaling)
+    return product_onto(product(query, bias.mT), query, keys.mT, beta=-scaling, alpha=scaling)
+
+
+def _exact_output(query: Tensor, weight: Tensor, values: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What exact tokens and the bias of the compressed ones add to the output, ``[Hkv * B, n, D]``.
+
+    All weights of a query add up to one: the bias is added once, and exact values are taken relative to it.
+    """
+    if values is None:
+        return torch.zeros_like(query) if bias is None else torch.zeros_like(query) + bias
+    if bias is None:
+        return product(weight, values)
+    return product_onto(bias, weight, values - bias)
 
 
 def _for_batch(bias: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
     """``[Hkv, 1, D]`` to ``[Hkv * B, 1, D]``."""
     if bias is None or batch == 1:
-        return None if bias is None else bias.to(dtype)
-    return bias.to(dtype).repeat_interleave(batch, 0)
+        return None if bias is None else cast(bias, dtype)
+    return cast(bias, dtype).repeat_interleave(batch, 0)
 
 
 def _in_order_of_scores(mask: Tensor, sinks: int, coded: int) -> Tensor:
@@ -107,20 +107,9 @@ def expand(groups: Sequence[RankGroup], exact: ExactStore | None, biases: Biases
     for side in (0, 1):
         parts = []
         if groups[0].length:
-            parts = [torch.cat([_decoded(group, side, biases[side], dtype) for group in groups])]
+            parts = [torch.cat([group.expand(side, biases[side], dtype) for group in groups])]
         if exact is not None:
             states, sinks = exact.view()[side].to(dtype), exact.first
             parts = [states[:, :, :sinks], *parts, states[:, :, sinks:]]
         found.append(torch.cat(parts, 2))
     return found
-
-
-def _decoded(group: RankGroup, side: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Keys (side 0) or values (side 1) of a group's compressed tokens, ``[h, B, T, D]``."""
-    rows, decode = group.rows[side].view().mT, group.decode[side]
-    if decode is None:
-        return rows.to(dtype)
-    work = work_dtype(rows.device, dtype)
-    decode = decode.to(work)
-    states = rows.to(work) @ (decode.mT if side == 0 else decode)[:, None]
-    return (states if bias is None else states + bias[group.start : group.stop, None].to(work)).to(dtype)

@@ -26,6 +26,7 @@ class ExactStore:
         self.block = block if window else 1
         self.capacity = capacity(sinks, window, block)
         self.data: list[Tensor] = []  # keys, values
+        self._flat: list[Tensor] = []  # the same memory
         self.length = 0
 
     @property
@@ -37,7 +38,7 @@ class ExactStore:
         """Take in keys and values ``[Hkv, B, t, D]``; returns pairs, oldest first, that are no longer exact."""
         if not self.data:
             heads, batch, _, width = states[0].shape
-            self.data = [s.new_empty(heads, batch, self.capacity, width, dtype=dtype) for s in states]
+            self._store([s.new_empty(heads, batch, self.capacity, width, dtype=dtype) for s in states])
         count = states[0].shape[2]
         if self.length + count <= self.capacity:
             self._write(states, self.length)
@@ -73,6 +74,10 @@ class ExactStore:
         """Keys and values in use, ``[Hkv, B, length, D]``."""
         return [side.narrow(2, 0, self.length) for side in self.data]
 
+    def flat(self) -> list[Tensor]:
+        """Keys and values in use as products take them, ``[Hkv * B, length, D]``."""
+        return [side.narrow(1, 0, self.length) for side in self._flat]
+
     def crop(self, remove: int, coded: int) -> int:
         """Forget the last ``remove`` tokens of a layer with ``coded`` ones between sinks and recent ones.
 
@@ -86,10 +91,13 @@ class ExactStore:
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the storage by ``change(storage)``; the batch is dimension 1."""
-        self.data = [change(side) for side in self.data]
+        self._store([change(side).contiguous() for side in self.data])
+
+    def _store(self, data: list[Tensor]) -> None:
+        self.data, self._flat = data, [side.flatten(0, 1) for side in data]
 
     def reset(self) -> None:
-        self.data, self.length = [], 0
+        self.data, self._flat, self.length = [], [], 0
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,7 @@
 """Rank groups: the unit of storage of a nested cache. Some heads of one layer and their coordinates.
 
-A group encodes and appends the tokens that are given to it; `nestling.kv.coordinates` reads what it holds. Storage has
-the heads first, so that in tensors of a whole layer a group is a slice.
+A group encodes and appends the tokens that are given to it, and reads what it holds. Storage has the heads first, so
+that in tensors of a whole layer a group is a slice.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nestling.kv.products import product, work_dtype
+from nestling.kv.products import cast, product, product_into, work_dtype
 
 SIDES = ("key", "value")
 
@@ -75,8 +75,8 @@ class RankGroup:
     """The KV heads of one layer that share a rank for keys and a rank for values.
 
     ``heads`` in the model's order; in tensors of the layer they are at ``start`` and the following places.
-    ``encode``: of keys and of values, transposed, ``[h, r, D]``. ``decode``: of keys, transposed, ``[h, D, r]``, and
-    of values ``[h, r, D]``. None at full width, where keys or values are kept as they are.
+    ``encode``, transposed, and ``decode``: ``[h, r, D]`` of keys and of values. None at full width, where keys or
+    values are kept as they are.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class RankGroup:
         """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``."""
         self.heads, self.start, self.stop = heads, start, start + len(heads)
         encode = [_cut(bases[f"{side}_encode"].mT, heads, rank) for side, rank in zip(SIDES, ranks, strict=True)]
-        keys, values = (_cut(bases[f"{side}_decode"], heads, rank) for side, rank in zip(SIDES, ranks, strict=True))
+        decode = [_cut(bases[f"{side}_decode"], heads, rank) for side, rank in zip(SIDES, ranks, strict=True)]
         self.device = bases["key_encode"].device
-        self.encode, self.decode = encode, [None if keys is None else keys.mT.contiguous(), values]
+        self.encode, self.decode = encode, decode
         self.rows = [Buffer(chunk, by_token) for _ in ranks]
 
     @property
@@ -113,6 +113,42 @@ class RankGroup:
                 rows.append(coordinates.view(heads, -1, batch, count).transpose(1, 2), dtype)
             else:
                 rows.append(state if rows.dim == 2 else state.mT, dtype)
+
+    def score(self, query: Tensor, batch: int, scaling: float, into: Tensor) -> None:
+        """Logits of the tokens held, ``(q D_k^T) k'^T``: of ``query`` ``[Hkv * B, n, D]`` into ``[Hkv * B, n, T]``."""
+        rows, keys, decode = self._part(query, batch), self.rows[0].flat(), self.decode[0]
+        if decode is None:
+            pass
+        elif batch == 1:  # as D_k q^T: products are faster with a left side that lies transposed
+            rows = product(cast(decode, rows.dtype), rows.mT).mT
+        else:
+            rows = _by_head(rows, cast(decode, rows.dtype).mT)
+        product_into(self._part(into, batch), rows, cast(keys, rows.dtype), alpha=scaling)
+
+    def add_output(self, weight: Tensor, batch: int, out: Tensor) -> None:
+        """Add ``(w v') D_v`` of the tokens held: of weights ``[Hkv * B, n, T]`` to ``out`` ``[Hkv * B, n, D]``."""
+        values, decode, out = cast(self.rows[1].flat(), weight.dtype), self.decode[1], self._part(out, batch)
+        rows = product(self._part(weight, batch), values.mT)
+        if decode is None:
+            out += rows
+        elif batch == 1:
+            product_into(out, rows, cast(decode, rows.dtype), beta=1)
+        else:
+            out += _by_head(rows, cast(decode, rows.dtype))
+
+    def _part(self, rows: Tensor, batch: int) -> Tensor:
+        """This group's heads of ``[Hkv * B, ...]``."""
+        count = (self.stop - self.start) * batch
+        return rows if rows.shape[0] == count else rows.narrow(0, self.start * batch, count)
+
+    def expand(self, side: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Keys (side 0) or values (side 1) of the tokens held, decoded, ``[h, B, T, D]``; ``bias`` of the layer."""
+        rows, decode = self.rows[side].view().mT, self.decode[side]
+        if decode is None:
+            return rows.to(dtype)
+        work = work_dtype(rows.device, dtype)
+        states = rows.to(work) @ decode[:, None].to(work)
+        return (states if bias is None else states + bias[self.start : self.stop, None].to(work)).to(dtype)
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` tokens held."""
@@ -149,12 +185,17 @@ def shared_biases(groups: list[RankGroup], bases: dict[str, Tensor]) -> list[Ten
     return found
 
 
+def _by_head(rows: Tensor, basis: Tensor) -> Tensor:
+    """Each head's ``rows @ basis``: ``[h * B, n, a]`` and ``[h, a, b]`` to ``[h * B, n, b]``."""
+    return product(rows.reshape(basis.shape[0], -1, rows.shape[-1]), basis).view(*rows.shape[:2], -1)
+
+
 def _rest(mean: Tensor, group: RankGroup, side: int) -> Tensor:
     """What coordinates that a group does not store hold of means ``[h, 1, D]``."""
     encode, decode = group.encode[side], group.decode[side]
     if encode is None or decode is None:
         return torch.zeros_like(mean)
-    return mean - mean @ encode.mT @ (decode.mT if side == 0 else decode)
+    return mean - mean @ encode.mT @ decode
 
 
 def _cut(matrices: Tensor, heads: list[int], rank: int) -> Tensor | None:

@@ -8,7 +8,14 @@ SMALL_PRODUCT = 2**16  # multiplications up to which a product is done without m
 
 def work_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype of products: CPUs are slow at 16 bits, up to 20 times, so at least fp32 there."""
-    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+    if dtype == torch.float32 or device.type != "cpu":
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, at no cost where there is nothing to do: a decode step asks hundreds of times."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -52,4 +59,6 @@ def _elementwise(left: Tensor, right: Tensor) -> Tensor:
 
 def softmax(score: Tensor) -> Tensor:
     """Attention weights over the last axis, in fp32 at least."""
+    if score.dtype == torch.float32:
+        return score.softmax(-1)
     return score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
