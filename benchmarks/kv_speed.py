@@ -3,10 +3,14 @@
     OMP_WAIT_POLICY=passive python benchmarks/kv_speed.py [--model smollm2] [--contexts 1024,4096,8192,16384]
 
 Caches are filled with random keys and values, which cost as much to read as real ones. All methods of a context are
-timed in turns, one step each (interleaved), and the medians are reported. `same-storage` is a nested cache at full
-rank: it has our storage without any compression, so `same-storage over X` is what compression alone gains; what it
-gains over DynamicCache is the copy of the history that DynamicCache makes for every token. `same-storage-again` is the
-same thing a second time: how far two equal things are apart in this run.
+timed in turns, one step each (interleaved), and the medians are reported.
+
+* `same-storage` is a nested cache at full rank: our storage without any compression, read by SDPA. What it gains over
+  DynamicCache is the copy of the history that DynamicCache makes for every token.
+* `same-storage-again` is the same thing a second time: how far two equal things are apart in this run.
+* `same-attention` has one key coordinate less than full rank, so that nearly all bytes are read by the attention in
+  coordinates. What it gains over `same-storage` is that a KV head is read once for its whole group of query heads; what
+  X gains over it is compression alone.
 """
 
 import statistics
@@ -40,6 +44,9 @@ def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
         REFERENCE: lambda: adapter.cache(lm, 1.0),
         f"{REFERENCE}-again": lambda: adapter.cache(lm, 1.0),
     }
+    layers, heads, width = adapter.shape
+    table = {side: [[rank] * heads] * layers for side, rank in (("keys", width - 1), ("values", width))}
+    found["same-attention"] = lambda: adapter.cache(lm, allocation=table)
     for budget in (0.5, 0.25):
         for name in ("uniform", "energy"):
             found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: adapter.cache(lm, b, allocation=a)
