@@ -9,8 +9,8 @@ timed in turns, one step each (interleaved), and the medians are reported.
   DynamicCache is the copy of the history that DynamicCache makes for every token.
 * `same-storage-again` is the same thing a second time: how far two equal things are apart in this run.
 * `same-attention` has one key coordinate less than full rank, so that nearly all bytes are read by the attention in
-  coordinates. What it gains over `same-storage` is that a KV head is read once for its whole group of query heads; what
-  X gains over it is compression alone.
+  coordinates. What it gains over `same-storage` is that a KV head is read once for its whole group of query heads;
+  what X gains over it is compression alone.
 """
 
 import statistics
