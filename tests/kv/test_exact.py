@@ -94,7 +94,7 @@ def test_room_is_only_for_what_is_exact():
 
 RANKS = {
     "one group": ([4, 4, 4], [8, 8, 8]),
-    "groups out of order": ([4, 8, 4], [8, 4, 8]),
+    "groups out of order": ([4, 8, 8, 4], [8, 4, 4, 8]),  # an order that is not its own inverse
     "a full-rank head": ([16, 4, 8], [16, 4, 4]),
     "full keys": ([16, 16, 16], [4, 8, 4]),
     "full values": ([4, 8, 4], [16, 16, 16]),
@@ -107,14 +107,15 @@ def decode(ranks: str, sinks: int, window: int, steps, batch: int = 1, prompt: i
     generator = torch.Generator().manual_seed(len(steps) + prompt)
     table = RankTable(*(torch.tensor([side]) for side in RANKS[ranks]))
     options = dict(sinks=sinks, window=window, chunk=16, exact_prompt=False)
-    layer, module, reference = one_layer(3, 2, 16, table, options, mean, generator)
+    heads = len(RANKS[ranks][0])
+    layer, module, reference = one_layer(heads, 2, 16, table, options, mean, generator)
     for count in (prompt, *steps):
         if count < 0:
             layer.crop(count)
             reference.crop(-count)
             continue
-        key, value = (torch.randn(batch, 3, count, 16, generator=generator) for _ in range(2))
-        query = torch.randn(batch, 6, count, 16, generator=generator)
+        key, value = (torch.randn(batch, heads, count, 16, generator=generator) for _ in range(2))
+        query = torch.randn(batch, 2 * heads, count, 16, generator=generator)
         reference.append(key, value)
         position = torch.arange(reference.length)
         visible = (position <= position[-count:, None])[None, None].expand(batch, 1, -1, -1)
