@@ -3,10 +3,14 @@
     OMP_WAIT_POLICY=passive python benchmarks/kv_speed.py [--model smollm2] [--contexts 1024,4096,8192,16384]
 
 Caches are filled with random keys and values, which cost as much to read as real ones. All methods of a context are
-timed in turns, one step each (interleaved), and the medians are reported. `same-storage` is a nested cache at full
-rank: it has our storage without any compression, so `same-storage over X` is what compression alone gains; what it
-gains over DynamicCache is the copy of the history that DynamicCache makes for every token. `same-storage-again` is the
-same thing a second time: how far two equal things are apart in this run.
+timed in turns, one step each (interleaved), and the medians are reported.
+
+* `same-storage` is a nested cache at full rank: our storage without any compression, read by SDPA. What it gains over
+  DynamicCache is the copy of the history that DynamicCache makes for every token.
+* `same-storage-again` is the same thing a second time: how far two equal things are apart in this run.
+* `same-attention` has one key coordinate less than full rank, so that nearly all bytes are read by the attention in
+  coordinates. What it gains over `same-storage` is that a KV head is read once for its whole group of query heads;
+  what X gains over it is compression alone.
 """
 
 import statistics
@@ -40,6 +44,9 @@ def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
         REFERENCE: lambda: adapter.cache(lm, 1.0),
         f"{REFERENCE}-again": lambda: adapter.cache(lm, 1.0),
     }
+    layers, heads, width = adapter.shape
+    table = {side: [[rank] * heads] * layers for side, rank in (("keys", width - 1), ("values", width))}
+    found["same-attention"] = lambda: adapter.cache(lm, allocation=table)
     for budget in (0.5, 0.25):
         for name in ("uniform", "energy"):
             found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: adapter.cache(lm, b, allocation=a)
@@ -56,13 +63,13 @@ def fill(lm, cache, tokens: int) -> None:
             cache.update(part[0], part[1], layer)
 
 
-def attention_step(lm, cache) -> None:
+def attention_step(lm, cache, modules) -> None:
     """One decode step's cache update and attention, in all layers, without the rest of the model."""
     config = attention.text_config(lm)
     query_heads, heads, width = attention.head_shape(config)
     new = torch.randn(2, 1, heads, 1, width, dtype=lm.dtype)
     query = torch.randn(1, query_heads, 1, width, dtype=lm.dtype)
-    for layer, module in enumerate(attention_modules(lm)):
+    for layer, module in enumerate(modules):
         keys, values = cache.update(new[0], new[1], layer)
         mask = None
         if isinstance(cache, StaticCache):  # it attends to all of its slots, under a mask
@@ -91,11 +98,11 @@ def measure(lm, adapter, context: int, steps: int, advance) -> list[dict]:
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             Console().print(f"{name} does not run here: {error}", style="yellow", markup=False)
             del caches[name]
-    token = torch.zeros(1, 1, dtype=torch.long)
+    token, modules = torch.zeros(1, 1, dtype=torch.long), attention_modules(lm)
     times: dict[str, dict[str, list[float]]] = {name: {"attention": [], "decode": []} for name in caches}
     for step in range(steps + 2):  # two to warm up
         for name, cache in caches.items():
-            seconds = timed(attention_step, lm, cache), timed(lambda c: lm(token, past_key_values=c), cache)
+            seconds = timed(attention_step, lm, cache, modules), timed(lambda c: lm(token, past_key_values=c), cache)
             if step >= 2:
                 times[name]["attention"].append(seconds[0])
                 times[name]["decode"].append(seconds[1])

@@ -21,6 +21,7 @@ from nestling.kv import attention
 from nestling.kv import cache as cache_module
 from nestling.kv.allocate import RankTable
 from nestling.kv.cache import CHUNK, NestedCache, NestedLayer, make_cache
+from nestling.kv.exact import BLOCK, ExactStore, capacity
 from nestling.kv.groups import Buffer, RankGroup
 
 from .families import FAMILIES, tiny_model
@@ -126,12 +127,18 @@ def random_bases(heads: int, width: int, generator, mean: float | None = None) -
     return made
 
 
+def recent_after(tokens: int, window: int, block: int) -> int:
+    """How many are exact of so many tokens since the sinks, or since none was exact: whole blocks leave."""
+    return tokens if tokens < window + block else window + (tokens - window) % block
+
+
 class Reference:
     """One layer that keeps all keys and values in full, and which of them the cache holds exactly."""
 
-    def __init__(self, bases, ranks: RankTable, groups: int, sinks: int, window: int):
+    def __init__(self, bases, ranks: RankTable, groups: int, sinks: int, window: int, block: int = BLOCK):
         self.bases = {name: tensor.double() for name, tensor in bases.items()}
         self.ranks, self.groups, self.sinks, self.window = ranks, groups, sinks, window
+        self.block = block if window else 1
         self.states: list[torch.Tensor] | None = None
         self.recent = 0
 
@@ -143,7 +150,7 @@ class Reference:
         old, new = self.length, [key.double(), value.double()]
         self.states = new if self.states is None else [torch.cat(p, 2) for p in zip(self.states, new, strict=True)]
         beyond = max(self.length - self.sinks, 0) - max(old - self.sinks, 0)
-        self.recent = min(self.recent + beyond, self.window)
+        self.recent = recent_after(self.recent + beyond, self.window, self.block)
 
     def crop(self, count: int):
         self.states = [s[:, :, : self.length - count] for s in self.states]
@@ -179,7 +186,7 @@ class Reference:
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(1, 20)),
-        st.tuples(st.just("crop"), st.integers(0, 9)),
+        st.tuples(st.just("crop"), st.integers(0, 30)),
         st.tuples(st.sampled_from(["reorder", "repeat", "select", "offload"]), st.integers(0, 5)),
     ),
     min_size=1,
@@ -197,6 +204,7 @@ def layers(draw):
     options = dict(
         sinks=draw(st.integers(0, 5)),
         window=draw(st.integers(0, 6)),
+        block=draw(st.sampled_from([1, 2, 5, 16])),
         chunk=draw(st.sampled_from([1, 5, 16])),
         exact_prompt=draw(st.booleans()),
     )
@@ -207,17 +215,17 @@ def one_layer(heads, groups, width, ranks, options, mean, generator) -> tuple[Ne
     config = llama_config(heads, groups, width)
     bases = random_bases(heads, width, generator, mean)
     cache = make_cache({0: bases}, ranks, config, device=torch.device("cpu"), **options)
-    return cache.layers[0], Attention(config), Reference(bases, ranks, groups, options["sinks"], options["window"])
+    exact = {name: options[name] for name in ("sinks", "window", "block") if name in options}
+    return cache.layers[0], Attention(config), Reference(bases, ranks, groups, **exact)
 
 
-@given(layers(), OPERATIONS, st.booleans(), st.integers(0, 2**16))
+@given(layers(), OPERATIONS, st.integers(1, 2), st.booleans(), st.integers(0, 2**16))
 @settings(deadline=None, max_examples=120)
-def test_a_layer_is_full_width_attention_to_truncated_states(shape, operations, padded, seed):
+def test_a_layer_is_full_width_attention_to_truncated_states(shape, operations, batch, padded, seed):
     """After any sequence of verbs, in every path (exact, in coordinates, expanded), with and without padding."""
     generator = torch.Generator().manual_seed(seed)
     heads, groups, width, ranks, options, _ = shape
     layer, module, reference = one_layer(*shape, generator)
-    batch = 2
     pad = torch.randint(0, 3, (batch,), generator=generator) if padded else torch.zeros(batch, dtype=torch.long)
     for verb, count in [("append", 3), *operations]:
         if verb == "append":
@@ -270,13 +278,14 @@ def test_the_state_does_not_depend_on_the_chunks(shape, lengths, seed):
     for pair in zip(*(s.split(lengths, 2) for s in states), strict=True):
         parts.update(*pair)
     for a, b in zip(whole.groups, parts.groups, strict=True):
-        one, other = a.view(), b.view()
-        torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-5)
-        for exact, again in ((one.first, other.first), (one.last, other.last)):
-            assert (exact is None) == (again is None)
-            for x, y in zip(exact or (), again or (), strict=True):
-                assert torch.equal(x, y)
+        assert a.length == b.length
+        for one, other in zip(a.rows, b.rows, strict=True) if a.length else ():
+            torch.testing.assert_close(one.view(), other.view(), rtol=1e-4, atol=1e-5)
+    assert (whole.exact is None) == (parts.exact is None)
+    if whole.exact is not None:
+        assert (whole.exact.length, whole.exact.first) == (parts.exact.length, parts.exact.first)
+        for one, other in zip(whole.exact.view(), parts.exact.view(), strict=True):
+            assert torch.equal(one, other)
 
 
 @given(st.integers(0, 2**16), st.integers(2, 12), st.sampled_from([None, 1.0, 2.0]))
@@ -377,15 +386,19 @@ def test_means_cost_no_storage_and_full_ranks_have_none():
     for cache in made:
         cache.layers[0].update(*(torch.randn(1, 3, 30, 16) for _ in range(2)))
     assert made[0].nbytes == made[1].nbytes
-    assert all(group.bias == [None, None] for group in made[1].layers[0].groups)
-    found = {h: g.bias for g in made[0].layers[0].groups for h in g.heads}
-    assert [[b is not None for b in found[h]] for h in range(3)] == [[True, False], [False, True], [False, False]]
+    assert made[1].layers[0].biases == [None, None]
+    places = {h: g.start + n for g in made[0].layers[0].groups for n, h in enumerate(g.heads)}
+    found = {h: [bias[place] for bias in made[0].layers[0].biases] for h, place in places.items()}
+    assert [[bool(b.any()) for b in found[h]] for h in range(3)] == [[True, False], [False, True], [False, False]]
     for head, side, rank in ((0, "key", 4), (1, "value", 8)):
         encode, decode, mean = (bases[f"{side}_{n}"][head].double() for n in ("encode", "decode", "mean"))
         rest = mean @ encode[:, rank:] @ decode[rank:]  # what is not kept of the mean
         got = found[head][0 if side == "key" else 1]
-        torch.testing.assert_close(got.double(), rest[None, None], rtol=1e-4, atol=1e-4)
-        assert got.untyped_storage().nbytes() == 16 * 4
+        torch.testing.assert_close(got.double(), rest[None], rtol=1e-4, atol=1e-4)
+        assert got.untyped_storage().nbytes() == 3 * 16 * 4
+    full = RankTable(*(torch.full((1, 3), 16) for _ in range(2)))
+    layer = make_cache({0: bases}, full, llama_config(3, 1, 16), device=torch.device("cpu")).layers[0]
+    assert layer.biases == [None, None]
 
 
 def test_caches_are_nested():
@@ -398,12 +411,11 @@ def test_caches_are_nested():
         table = RankTable(torch.full((1, 2), rank), torch.full((1, 2), rank))
         layer = make_cache({0: bases}, table, config, device=torch.device("cpu")).layers[0]
         layer.update(*states)
-        stored.append(layer.groups[0].view())
+        stored.append([rows.view() for rows in layer.groups[0].rows])
     for small, large in zip(stored, stored[1:], strict=False):
-        for name in ("keys", "values"):
-            a, b = getattr(small, name), getattr(large, name)
-            assert a.shape[-1] < b.shape[-1]
-            torch.testing.assert_close(a, b[..., : a.shape[-1]])
+        for a, b in zip(small, large, strict=True):
+            assert a.shape[2] < b.shape[2]
+            torch.testing.assert_close(a, b[:, :, : a.shape[2]])
 
 
 # Whole models
@@ -429,7 +441,7 @@ BUDGETS = (0.55, 0.75, 0.9)
 def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, family, budget, sinks, window):
     """The whole path against stock eager attention whose keys and values are ``mean + (k - mean) E_r D_r``.
 
-    All but the sinks, and the window before the end of the piece that a query came with.
+    All but the sinks, and the recent tokens that were exact at the end of the piece that a query came with.
     """
     made = fitted(family)
     options = dict(sinks=sinks, window=window, exact_prompt=False, context=4096)
@@ -458,7 +470,9 @@ def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, f
     stock.set_attn_implementation("truncated")
     for lengths in ([40], [10, 30], [24, 5, *[1] * 11], [1] * 40):  # every path of attend
         ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor(lengths))
-        exact[:] = (torch.arange(40) < sinks) | (torch.arange(40) >= ends[:, None] - window)
+        block = BLOCK if window else 1
+        recent = torch.tensor([recent_after(max(n - sinks, 0), window, block) for n in ends.tolist()])
+        exact[:] = (torch.arange(40) < sinks) | (torch.arange(40) >= (ends - recent)[:, None])
         with torch.no_grad():
             expected = stock(input_ids=ids[:2, :40], use_cache=False).logits
         cache.reset()
@@ -685,7 +699,7 @@ def storages(root) -> dict[int, int]:
             todo += item.values()
         elif isinstance(item, list | tuple | set):
             todo += item
-        elif isinstance(item, NestedCache | CacheLayerMixin | RankGroup | Buffer):
+        elif isinstance(item, NestedCache | CacheLayerMixin | RankGroup | Buffer | ExactStore):
             todo += vars(item).values()
         else:
             assert not hasattr(item, "__dict__") or isinstance(
@@ -729,15 +743,16 @@ def test_bytes_meet_the_budget(smol, budget, options):
     model, adapter = smol
     cache = adapter.cache(model, budget, **options)
     bases = storages([[g.encode, g.decode] for layer in cache.layers for g in layer.groups])
-    means = storages([g.bias for layer in cache.layers for g in layer.groups])
+    means = storages([layer.biases for layer in cache.layers])
+    orders = storages([layer.order for layer in cache.layers])
     fill(cache, CONTEXT)
     full = 30 * 3 * 64 * 2 * 2 * CONTEXT
-    held = {a: n for a, n in storages(cache).items() if a not in bases | means}
+    held = {a: n for a, n in storages(cache).items() if a not in bases | means | orders}
     assert cache.nbytes == sum(held.values())
     assert cache.full_nbytes == full
     slack = cache.ranks.elements * 2 * CHUNK
     assert 0.97 * budget * full <= cache.nbytes <= budget * full + slack
-    exact = options.get("window", 64) + options.get("sinks", 4)
+    exact = capacity(options.get("sinks", 4), options.get("window", 64))
     stored = (CONTEXT - exact) * cache.ranks.elements * 2 + (exact * 30 * 3 * 64 * 4 if budget < 1 else 0)
     assert stored <= 1.001 * budget * full
     # no basis keeps more alive than its ranks need
@@ -755,12 +770,11 @@ def test_every_storage_is_compact_and_in_the_precision_of_the_model(smol):
         for group in layer.groups:
             for rows, ranks in zip(group.rows, (cache.ranks.keys, cache.ranks.values), strict=True):
                 rank = int(ranks[row, group.heads[0]])
-                assert rows.data.shape == (1, len(group.heads), 768, rank)
+                assert rows.data.shape == (len(group.heads), 1, rank, 768)
                 assert rows.data.dtype == torch.bfloat16
                 assert rows.nbytes == len(group.heads) * 768 * rank * 2
-            for exact, tokens in ((group.first, 4), (group.last, 32)):
-                for state in exact or ():
-                    assert state.untyped_storage().nbytes() == len(group.heads) * tokens * 64 * 2
+        if layer.exact is not None:
+            assert layer.exact.nbytes == sum(storages(layer.exact).values()) == 2 * 3 * capacity(4, 32) * 64 * 2
 
 
 def test_a_stated_dtype_is_kept(fitted, ids):
@@ -773,20 +787,22 @@ def test_a_stated_dtype_is_kept(fitted, ids):
     assert 0 < (a - b).abs().max() < 0.5  # 8 bits of mantissa
 
 
-def test_storage_grows_in_chunks_and_in_place():
-    rows = Buffer(3, chunk=8)
+@pytest.mark.parametrize("by_token", [False, True])
+def test_storage_grows_in_chunks_and_in_place(by_token):
+    rows = Buffer(chunk=8, by_token=by_token)
+    dim, shape = (2, (2, 2, 1, 3)) if by_token else (3, (2, 2, 3, 1))
     written, addresses = [], []
     for _ in range(20):
-        written.append(torch.randn(2, 2, 1, 3))
-        rows.append(written[-1])
-        addresses.append((rows.data.data_ptr(), rows.data.shape[2]))
-        assert torch.equal(rows.view(), torch.cat(written, 2))
+        written.append(torch.randn(shape))
+        rows.append(written[-1], torch.float32)
+        addresses.append((rows.data.data_ptr(), rows.data.shape[dim]))
+        assert torch.equal(rows.view(), torch.cat(written, dim))
     for start in (0, 8, 16):
         assert len(set(addresses[start : start + 8])) == 1
     assert [a[1] for a in addresses[::8]] == [8, 16, 24]
     assert rows.nbytes == 24 * 2 * 2 * 3 * 4
-    rows.append(torch.randn(2, 2, 100, 3))
-    assert rows.data.shape[2] == 120
+    rows.append(torch.randn(shape).repeat_interleave(100, dim), torch.float32)
+    assert rows.data.shape[dim] == 120
 
 
 RSS = """

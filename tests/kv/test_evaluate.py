@@ -146,7 +146,7 @@ def test_bytes_are_those_of_storage(model, adapter, ids):
             model(input_ids=ids[:2, :80], past_key_values=c)
     elements = 2 * 80 * 3 * 2 * 2 * 16  # batch, tokens, layers, keys and values, heads, width
     assert held_bytes(cache) == cache.nbytes > 0
-    assert any(b is not None for layer in cache.layers for g in layer.groups for b in g.bias), "means are not counted"
+    assert any(b is not None for layer in cache.layers for b in layer.biases), "means are not counted"
     assert held_bytes(stock_cache) == elements * 4
     assert held_bytes(quantised) == elements // 2 + 2 * elements // 16 * 4  # half a byte; scale and shift in fp32
     assert held_bytes(DynamicCache(config=model.config)) == 0

@@ -133,7 +133,7 @@ def search(
     windows: Annotated[int, typer.Option(help="Texts to measure on.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens per text.")] = 256,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 64,
+    window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
     per_sweep: Annotated[int, typer.Option(help="Ranks that greedy lowers before it measures again.")] = 1,
     budgets: Annotated[str, typer.Option(help="Shares of the ranks to show afterwards.")] = "75,50,37.5,25",
     json: Json = None,
@@ -184,7 +184,7 @@ def evaluate(
         list[int] | None, typer.Option(help="Prompt length of a passkey test; may be repeated.")
     ] = None,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 64,
+    window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
     cache_dtype: CacheDtype = "bfloat16",
     json: Json = None,
     html: Annotated[Path | None, typer.Option(help="Write a report page to this file.")] = None,
@@ -225,7 +225,7 @@ def generate(
     allocation: Allocation = "energy",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact.")] = 64,
+    window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     cache_dtype: CacheDtype = "bfloat16",
 ) -> None:

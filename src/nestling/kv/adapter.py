@@ -12,6 +12,7 @@ from nestling.basis import NestedBasis
 from nestling.kv import allocate, attention
 from nestling.kv.allocate import CONTEXT, RankTable
 from nestling.kv.cache import CHUNK, NestedCache, make_cache
+from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, AdapterError, path_names, read, write
 
 SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
@@ -135,7 +136,8 @@ class KVAdapter:
             bytes_per_token: the same as a number of bytes per token, at the precision in use.
             allocation: ``"energy"`` (least predicted loss), ``"uniform"``, the name of a searched one, such as
                 ``"greedy"``, or a rank table ``{"keys": [L][Hkv], "values": [L][Hkv]}``.
-            sinks, window: leading and most recent tokens that are kept exact. They are counted: the ranks are lowered
+            sinks, window: leading and most recent tokens that are kept exact: of the latter at least ``window``, and
+                up to 15 more, since they are encoded 16 at a time. Room for all is counted: the ranks are lowered
                 so that the total meets the budget at ``context`` tokens.
             exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression.
             paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
@@ -162,7 +164,7 @@ class KVAdapter:
                 budget,
                 bytes_per_token,
                 itemsize=itemsize,
-                exact_tokens=sinks + window,
+                exact_tokens=capacity(sinks, window),
                 context=context,
             )
         elif budget is not None or bytes_per_token is not None:

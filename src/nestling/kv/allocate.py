@@ -86,7 +86,7 @@ def elements_per_token(
         budget: share of the full cache's bytes at equal precision, in (0, 1]; or None.
         bytes_per_token: the same in bytes per token; exactly one of the two.
         itemsize: bytes per stored element.
-        exact_tokens: tokens that are kept in full (sinks and window). They are paid for by the others.
+        exact_tokens: tokens that there is room for in full (sinks and window). They are paid for by the others.
         context: number of tokens at which the total has to be met.
 
     Raises:

@@ -1,8 +1,8 @@
 """NestedCache: a transformers cache that stores the first coordinates of keys and values, in really smaller tensors.
 
-A layer sorts its KV heads into rank groups. A group is the unit of storage: it encodes and appends new tokens, and
-attends to what it holds. `NestedLayer.update` returns a handle to both instead of tensors; `nestling.kv.attention`
-calls the handle. The handle carries the bases, so caches of several budgets can serve one model at the same time.
+A layer sorts its KV heads into rank groups, the unit of storage, and keeps sinks and recent tokens of all heads in an
+exact store. `NestedLayer.update` returns a handle instead of tensors, which `nestling.kv.attention` calls to attend to
+both. The layer carries the bases, so caches of several budgets can serve one model at the same time.
 """
 
 import weakref
@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from nestling.kv import attention
+from nestling.kv import attention, coordinates
 from nestling.kv.allocate import RankTable
-from nestling.kv.groups import GroupView, RankGroup
+from nestling.kv.exact import BLOCK, ExactStore
+from nestling.kv.groups import RankGroup, shared_biases
+from nestling.kv.products import cast
 
 CHUNK = 256  # tokens by which storage grows
 SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
@@ -26,41 +28,23 @@ class CacheMismatchError(ValueError):
     """A cache was used with a model, batch or shape that it was not made for."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class NestedHandle:
-    """Stands for keys and values between `NestedLayer.update` and the attention function."""
+    """Stands for keys and values between `NestedLayer.update` and the attention function; good for that one call."""
 
-    groups: list[GroupView]
-    exact: tuple[Tensor, Tensor] | None
     layer: "NestedLayer"
+    exact: tuple[Tensor, Tensor] | None
 
     def attend(self, module, query: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
         """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, if given, replace the stored ones."""
         self.layer.check_module(module)
         if self.exact is not None:
             return attention.sdpa(module, query, *self.exact, mask, **kwargs)
-        uncompressed = all(g.key_decode is None and g.value_decode is None for g in self.groups)
         causal = mask is None and query.shape[2] > 1  # no mask for several tokens: SDPA is told to be causal
-        if uncompressed or causal or query.shape[2] > SHORT_QUERY:
-            keys, values = self._by_head([g.expand(query.dtype) for g in self.groups])
+        if self.layer.uncompressed or causal or query.shape[2] > SHORT_QUERY:
+            keys, values = self.layer.expand(query.dtype)
             return attention.sdpa(module, query, keys, values, mask, **kwargs)
-        return self._attend_in_coordinates(query, mask, kwargs["scaling"])
-
-    def _attend_in_coordinates(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        batch, query_heads, length, width = query.shape
-        kv_heads = sum(len(g.heads) for g in self.groups)
-        packed = query.reshape(batch, kv_heads, -1, width)
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask.repeat(1, 1, query_heads // kv_heads, 1)
-        (out,) = self._by_head([(group.attend(packed, mask, scaling),) for group in self.groups])
-        return out.to(query.dtype).reshape(batch, query_heads, length, width).transpose(1, 2).contiguous()
-
-    def _by_head(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Join the groups' tensors ``[B, h, ...]`` in the order of the model's heads."""
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([h for g in self.groups for h in g.heads]).argsort().tolist()
-        return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*parts, strict=True))
+        return self.layer.attend(query, mask, kwargs["scaling"])
 
     def __getattr__(self, name: str):
         raise AttributeError(
@@ -70,16 +54,33 @@ class NestedHandle:
 
 
 class NestedLayer(CacheLayerMixin):
-    """The compressed cache of one attention layer; see `NestedCache` for the options."""
+    """The compressed cache of one attention layer; see `NestedCache` for the options.
+
+    Everything stored has the layer's heads first, in the order of its groups.
+    """
 
     is_sliding = False
     is_croppable = True
 
     def __init__(
-        self, groups: list[RankGroup], config: PreTrainedConfig, dtype: torch.dtype | None, exact_prompt: bool
+        self,
+        groups: list[RankGroup],
+        exact: ExactStore | None,
+        biases: Sequence[Tensor | None],
+        config: PreTrainedConfig,
+        dtype: torch.dtype | None,
+        exact_prompt: bool,
     ):
         super().__init__()
-        self.groups, self.config, self.storage_dtype, self.exact_prompt = groups, config, dtype, exact_prompt
+        self.groups, self.exact, self.biases = groups, exact, biases
+        self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
+        self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
+        order = [h for group in groups for h in group.heads]
+        self.heads = len(order)
+        self.order: tuple[Tensor, Tensor] | None = None  # from the model's order of heads to the groups', and back
+        if order != sorted(order):
+            there = torch.tensor(order, device=groups[0].device)
+            self.order = there, there.argsort()
         self.length = 0
         self._shape: tuple[int, int, int] | None = None
         self._module: weakref.ref | None = None
@@ -93,28 +94,58 @@ class NestedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = self.storage_dtype or key_states.dtype, key_states.device
-        heads = sum(len(g.heads) for g in self.groups)
-        if key_states.shape[1] != heads:
-            raise CacheMismatchError(f"keys have {key_states.shape[1]} heads, this cache was made for {heads}")
+        if key_states.shape[1] != self.heads:
+            raise CacheMismatchError(f"keys have {key_states.shape[1]} heads, this cache was made for {self.heads}")
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Append keys and values ``[B, Hkv, t, D]`` and return a handle (twice) that attends to all tokens so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        shape = (key_states.shape[0], key_states.shape[1], key_states.shape[3])
-        if self._shape is not None and shape != self._shape:
-            raise CacheMismatchError(
-                f"this cache holds [batch, heads, width] = {list(self._shape)} and was given {list(shape)}: "
-                "use a cache per batch, or cache.reset() first"
-            )
-        self._shape = shape
-        for group in self.groups:
-            group.append(key_states, value_states, self.dtype)
-        exact = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
-        self.length += key_states.shape[2]
-        handle = NestedHandle([g.view() for g in self.groups], exact, self)
+        batch, heads, count, width = key_states.shape
+        if self._shape != (batch, heads, width):
+            if self._shape is not None:
+                raise CacheMismatchError(
+                    f"this cache holds [batch, heads, width] = {list(self._shape)} and was given "
+                    f"{[batch, heads, width]}: use a cache per batch, or cache.reset() first"
+                )
+            self._shape = (batch, heads, width)
+        states = self._heads_first(key_states), self._heads_first(value_states)
+        for coded in [states] if self.exact is None else self.exact.append(states, self.dtype):
+            for group in self.groups:
+                group.append(coded, self.dtype)
+        prompt = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
+        self.length += count
+        handle = NestedHandle(self, prompt)
         return handle, handle
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention in coordinates: ``[B, Tq, Hq, D]`` from ``query`` ``[B, Hq, Tq, D]``."""
+        batch, heads, length, width = query.shape
+        packed = self._heads_first(query.reshape(batch, self.heads, -1, length, width))
+        out = coordinates.attend(packed, self.groups, self.exact, self.biases, mask, scaling)
+        out = self._heads_second(out).permute(0, 3, 1, 2, 4)
+        return cast(out, query.dtype).reshape(batch, length, heads, width)
+
+    def expand(self, dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of all tokens, ``[B, Hkv, T, D]``: as they are stored where nothing is compressed."""
+        if self.uncompressed:
+            states = [rows.view().to(dtype) for rows in self.groups[0].rows]
+        else:
+            states = coordinates.expand(self.groups, self.exact, self.biases, dtype)
+        return [self._heads_second(side) for side in states]
+
+    def _heads_first(self, states: Tensor) -> Tensor:
+        """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
+        if self.order is not None:
+            states = states.index_select(1, self.order[0])
+        return states.transpose(0, 1)
+
+    def _heads_second(self, states: Tensor) -> Tensor:
+        """``[Hkv, B, ...]`` to ``[B, Hkv, ...]``, heads in the order of the model."""
+        if self.order is not None:
+            states = states.index_select(0, self.order[1])
+        return states.transpose(0, 1)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -131,31 +162,37 @@ class NestedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         remove = min(-tokens_to_remove, self.length)
         if remove:
+            coded = remove if self.exact is None else self.exact.crop(remove, self.groups[0].length)
             for group in self.groups:
-                group.crop(remove)
+                group.crop(coded)
             self.length -= remove
 
     def reset(self) -> None:
-        for group in self.groups:
-            group.reset()
+        for part in self._parts():
+            part.reset()
         self.length, self._shape, self.is_initialized = 0, None, False
 
+    def _parts(self) -> list:
+        """All that stores something."""
+        return [*self.groups, self.exact] if self.exact is not None else self.groups
+
     def _apply(self, change: Callable[[Tensor], Tensor], batch: int | None = None) -> None:
-        for group in self.groups:
-            group.apply(change)
+        """Replace every stored tensor, ``[heads, B, ...]``."""
+        for part in self._parts():
+            part.apply(change)
         if batch is not None and self._shape is not None:
             self._shape = (batch, *self._shape[1:])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)), len(beam_idx))
+        self._apply(lambda t: t.index_select(1, beam_idx.to(t.device)), len(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._shape is not None:
-            self._apply(lambda t: t.repeat_interleave(repeats, 0), self._shape[0] * repeats)
+            self._apply(lambda t: t.repeat_interleave(repeats, 1), self._shape[0] * repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self._shape is not None:
-            self._apply(lambda t: t[indices], len(torch.arange(self._shape[0])[indices.cpu()]))
+            self._apply(lambda t: t[:, indices], len(torch.arange(self._shape[0])[indices.cpu()]))
 
     def offload(self) -> None:
         self._apply(lambda t: t.to("cpu", non_blocking=True))
@@ -166,7 +203,7 @@ class NestedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        return sum(group.nbytes for group in self.groups)
+        return sum(part.nbytes for part in self._parts())
 
     @property
     def full_elements(self) -> int:
@@ -209,6 +246,7 @@ def make_cache(
     dtype: torch.dtype | None = None,
     sinks: int = 0,
     window: int = 0,
+    block: int = BLOCK,
     exact_prompt: bool = True,
     chunk: int = CHUNK,
     offloading: bool = False,
@@ -217,8 +255,14 @@ def make_cache(
     layers = attention.stock_layers(config)
     for row, (index, layer_bases) in enumerate(bases.items()):
         on_device = {name: tensor.to(device) for name, tensor in layer_bases.items()}
-        groups = [RankGroup(heads, on_device, pair, sinks, window, chunk) for heads, pair in ranks.groups(row)]
-        layers[index] = NestedLayer(groups, config, dtype, exact_prompt)
+        members = sorted(ranks.groups(row))  # by their first heads: most often the model's order
+        full = all(pair == (on_device["key_encode"].shape[-1],) * 2 for _, pair in members)
+        groups: list[RankGroup] = []
+        for heads, pair in members:
+            start = groups[-1].stop if groups else 0
+            groups.append(RankGroup(heads, start, on_device, pair, chunk, by_token=full))
+        exact = ExactStore(sinks, window, block) if (sinks or window) and not full else None
+        layers[index] = NestedLayer(groups, exact, shared_biases(groups, on_device), config, dtype, exact_prompt)
     return NestedCache(layers, ranks, config, offloading=offloading)
 
 

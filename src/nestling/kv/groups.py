@@ -1,248 +1,205 @@
-"""Rank groups: the unit of storage of a nested cache. Some heads of one layer, their coordinates and exact tokens.
+"""Rank groups: the unit of storage of a nested cache. Some heads of one layer and their coordinates.
 
-A group encodes and appends new tokens, and its view attends to what it holds at the time of a call.
+A group encodes and appends the tokens that are given to it, and reads what it holds. Storage has the heads first, so
+that in tensors of a whole layer a group is a slice.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from nestling.kv.products import cast, product, product_into, work_dtype
+
 SIDES = ("key", "value")
-SMALL_PRODUCT = 2**16  # multiplications up to which a product is done without matmul on CPUs
 
 
 class Buffer:
-    """Rows of width w that grow in place: ``[B, heads, capacity, w]``, of which the first ``length`` are in use.
+    """Coordinates of tokens that grow in place: ``[h, B, w, capacity]``, of which the first ``length`` are in use.
 
-    Growing copies once per `CHUNK` tokens; appending writes in place. The tensor is compact in w: no slice of a wider
-    tensor, which would keep the full width alive.
+    Growing copies once per chunk; appending writes in place. A coordinate of all tokens is a row: for the few queries
+    of a decode step, products with such storage read up to twice as many bytes per second. The tensor is compact in w:
+    no slice of a wider tensor, which would keep the full width alive.
+
+    ``by_token=True`` stores ``[h, B, capacity, w]`` instead, which is what SDPA reads.
     """
 
-    def __init__(self, width: int, chunk: int):
-        self.width, self.chunk = width, chunk
+    def __init__(self, chunk: int, by_token: bool = False):
+        self.chunk, self.dim = chunk, 2 if by_token else 3
         self.data: Tensor | None = None
+        self._flat: Tensor | None = None  # the same memory
         self.length = 0
 
-    def append(self, rows: Tensor) -> None:
-        end = self.length + rows.shape[-2]
-        if self.data is None or end > self.data.shape[-2]:
-            capacity = -(-end // self.chunk) * self.chunk
-            grown = rows.new_empty(*rows.shape[:2], capacity, self.width)
+    def append(self, new: Tensor, dtype: torch.dtype) -> None:
+        """Add t tokens, ``[h, B, w, t]`` or, by token, ``[h, B, t, w]``."""
+        count = new.shape[self.dim]
+        end = self.length + count
+        if self.data is None or end > self.data.shape[self.dim]:
+            shape = list(new.shape)
+            shape[self.dim] = -(-end // self.chunk) * self.chunk
+            grown = new.new_empty(shape, dtype=dtype)
             if self.length:
-                grown[:, :, : self.length] = self.view()
-            self.data = grown
-        self.data[:, :, self.length : end] = rows
+                grown.narrow(self.dim, 0, self.length).copy_(self.view())
+            self._store(grown)
+        assert self.data is not None
+        self.data.narrow(self.dim, self.length, count).copy_(new)
         self.length = end
 
     def view(self) -> Tensor:
-        """The rows in use, ``[B, heads, length, w]``."""
+        """The tokens in use, ``[h, B, w, length]`` or, by token, ``[h, B, length, w]``."""
         assert self.data is not None, "nothing was appended"
-        return self.data[:, :, : self.length]
+        return self.data.narrow(self.dim, 0, self.length)
+
+    def flat(self) -> Tensor:
+        """The tokens in use as products take them, ``[h * B, w, length]`` or, by token, ``[h * B, length, w]``."""
+        assert self._flat is not None, "nothing was appended"
+        return self._flat.narrow(self.dim - 1, 0, self.length)
+
+    def _store(self, data: Tensor) -> None:
+        self.data, self._flat = data, data.flatten(0, 1)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the storage by ``change(storage)``: batch selection, repetition, a move to another device."""
+        """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device."""
         if self.data is not None:
-            self.data = change(self.data)
+            self._store(change(self.data).contiguous())
+
+    def reset(self) -> None:
+        self.data, self._flat, self.length = None, None, 0
 
     @property
     def nbytes(self) -> int:
         return 0 if self.data is None else self.data.untyped_storage().nbytes()
 
 
-@dataclass(frozen=True)
-class GroupView:
-    """What one group holds at the time of a call, and how to read it. Shapes for h heads, r_k and r_v coordinates.
+class RankGroup:
+    """The KV heads of one layer that share a rank for keys and a rank for values.
 
-    ``keys`` ``[B, h, T, r_k]``, ``values`` ``[B, h, T, r_v]``: coordinates of all tokens but the exact ones.
-    ``first`` and ``last``: exact (keys, values) ``[B, h, t, D]`` before and after them, or None.
-    ``key_decode`` ``[h, r_k, D]``, ``value_decode`` ``[h, r_v, D]``; None where all D are kept as they are.
-    ``key_bias``, ``value_bias`` ``[h, 1, D]``: the part of the mean that the dropped coordinates held, or None. That
-    of keys only matters beside exact keys: among compressed ones it shifts all logits of a query alike.
+    ``heads`` in the model's order; in tensors of the layer they are at ``start`` and the following places.
+    ``encode``, transposed, and ``decode``: ``[h, r, D]`` of keys and of values. None at full width, where keys or
+    values are kept as they are.
     """
 
-    heads: list[int]
-    keys: Tensor
-    values: Tensor
-    first: tuple[Tensor, Tensor] | None
-    last: tuple[Tensor, Tensor] | None
-    key_decode: Tensor | None
-    value_decode: Tensor | None
-    key_bias: Tensor | None
-    value_bias: Tensor | None
-
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention in coordinates: ``[B, h, G * Tq, D]`` from the layer's packed queries ``[B, Hkv, G * Tq, D]``.
-
-        Logits are ``(q D_k^T) k'^T`` and the output ``(softmax(...) v') D_v``: the history is never expanded.
-        """
-        work = _work_dtype(query.device, query.dtype)
-        query = (query if len(self.heads) == query.shape[1] else query[:, self.heads]).to(work) * scaling
-        coordinates = query if self.key_decode is None else _product(query, self.key_decode.to(work).mT)
-        score = _product(coordinates, self.keys.to(work).mT)
-        exact = [pair for pair in (self.first, self.last) if pair is not None]
-        if not exact:
-            weight = _softmax(score, mask)
-            out = self._decode_values(_product(weight, self.values.to(work)))
-            return out if self.value_bias is None else out + self.value_bias.to(work)
-        keys, values = exact[0] if len(exact) == 1 else (torch.cat(sides, -2) for sides in zip(*exact, strict=True))
-        if self.key_bias is not None:
-            score = score + (query * self.key_bias.to(work)).sum(-1, keepdim=True)
-        start = 0 if self.first is None else self.first[0].shape[-2]
-        exact_score = _product(query, keys.to(work).mT)
-        score = torch.cat((exact_score[..., :start], score, exact_score[..., start:]), -1)  # in the order of the mask
-        before, weight, after = _softmax(score, mask).split(
-            (start, self.keys.shape[-2], exact_score.shape[-1] - start), -1
-        )
-        out = self._decode_values(_product(weight, self.values.to(work)))
-        if self.value_bias is not None:
-            out = out + weight.sum(-1, keepdim=True) * self.value_bias.to(work)
-        return out + _product(torch.cat((before, after), -1), values.to(work))
-
-    def _decode_values(self, out: Tensor) -> Tensor:
-        return out if self.value_decode is None else _product(out, self.value_decode.to(out.dtype))
-
-    def expand(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Full-width keys and values ``[B, h, T, D]``, decoded: for many query tokens, one layer at a time."""
-        work = _work_dtype(self.keys.device, dtype)
-        keys, values = (
-            (rows if decode is None else rows.to(work) @ decode.to(work) + (0 if bias is None else bias.to(work))).to(
-                dtype
-            )
-            for rows, decode, bias in (
-                (self.keys, self.key_decode, self.key_bias),
-                (self.values, self.value_decode, self.value_bias),
-            )
-        )
-        parts = [p for p in (self.first, (keys, values), self.last) if p is not None]
-        if len(parts) == 1:
-            return keys, values
-        return torch.cat([p[0].to(dtype) for p in parts], -2), torch.cat([p[1].to(dtype) for p in parts], -2)
-
-
-class RankGroup:
-    """The KV heads of one layer that share a rank for keys and a rank for values."""
-
     def __init__(
-        self, heads: list[int], bases: dict[str, Tensor], ranks: tuple[int, int], sinks: int, window: int, chunk: int
+        self,
+        heads: list[int],
+        start: int,
+        bases: dict[str, Tensor],
+        ranks: tuple[int, int],
+        chunk: int,
+        by_token: bool = False,
     ):
-        """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``, and {key,value}_mean ``[Hkv, D]``
-        (optional): what the coordinates that are not stored are taken to be at.
-        """
-        self.heads, self.sinks, self.window = heads, sinks, window
-        width = bases["key_encode"].shape[-1]
-        self.encode = [_cut(bases[f"{side}_encode"], heads, rank, -1) for side, rank in zip(SIDES, ranks, strict=True)]
-        self.decode = [_cut(bases[f"{side}_decode"], heads, rank, -2) for side, rank in zip(SIDES, ranks, strict=True)]
-        pairs = zip(SIDES, self.encode, self.decode, strict=True)
-        self.bias = [_rest(bases.get(f"{side}_mean"), heads, *pair) for side, *pair in pairs]
-        if ranks == (width, width):
-            self.sinks = self.window = 0  # everything is exact already
-        self.rows = [Buffer(rank, chunk) for rank in ranks]
-        self.first: tuple[Tensor, Tensor] | None = None
-        self.last: tuple[Tensor, Tensor] | None = None
+        """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``."""
+        self.heads, self.start, self.stop = heads, start, start + len(heads)
+        encode = [_cut(bases[f"{side}_encode"].mT, heads, rank) for side, rank in zip(SIDES, ranks, strict=True)]
+        decode = [_cut(bases[f"{side}_decode"], heads, rank) for side, rank in zip(SIDES, ranks, strict=True)]
+        self.device = bases["key_encode"].device
+        self.encode, self.decode = encode, decode
+        self.rows = [Buffer(chunk, by_token) for _ in ranks]
 
-    def append(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
-        """Store new keys and values of the layer, ``[B, Hkv, t, D]``, as far as they are of this group's heads."""
-        states = [s if len(self.heads) == s.shape[1] else s[:, self.heads] for s in (keys, values)]
-        kept = 0 if self.first is None else self.first[0].shape[-2]
-        if kept < self.sinks:
-            new = [s[:, :, : self.sinks - kept].to(dtype, copy=True) for s in states]  # a slice would keep them all
-            self.first = _joined(self.first, new)
-            states = [s[:, :, self.sinks - kept :] for s in states]
-        if self.window:
-            recent = _joined(self.last, states)
-            cut = max(recent[0].shape[-2] - self.window, 0)
-            states = [s[:, :, :cut] for s in recent]
-            self.last = _pair(s[:, :, cut:].to(dtype, copy=True) for s in recent)
-        if not states[0].shape[-2] and self.rows[0].data is not None:
-            return
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.rows[0].length
+
+    def append(self, states: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+        """Store keys and values of the layer ``[Hkv, B, t, D]``, as far as they are of this group's heads."""
         for rows, encode, state in zip(self.rows, self.encode, states, strict=True):
+            state = state[self.start : self.stop]
             if encode is not None:
-                work = _work_dtype(state.device, state.dtype)
-                state = _product(state.to(work), encode.to(work))
-            rows.append(state.to(dtype))
+                heads, batch, count, width = state.shape
+                work = work_dtype(state.device, state.dtype)
+                columns = state.to(work).reshape(heads, batch * count, width).mT
+                coordinates = product(encode.to(work), columns)
+                rows.append(coordinates.view(heads, -1, batch, count).transpose(1, 2), dtype)
+            else:
+                rows.append(state if rows.dim == 2 else state.mT, dtype)
 
-    def view(self) -> GroupView:
-        keys, values = (rows.view() for rows in self.rows)
-        return GroupView(self.heads, keys, values, self.first, self.last, *self.decode, *self.bias)
+    def score(self, query: Tensor, batch: int, scaling: float, into: Tensor) -> None:
+        """Logits of the tokens held, ``(q D_k^T) k'^T``: of ``query`` ``[Hkv * B, n, D]`` into ``[Hkv * B, n, T]``."""
+        rows, keys, decode = self._part(query, batch), self.rows[0].flat(), self.decode[0]
+        if decode is None:
+            pass
+        elif batch == 1:  # as D_k q^T: products are faster with a left side that lies transposed
+            rows = product(cast(decode, rows.dtype), rows.mT).mT
+        else:
+            rows = _by_head(rows, cast(decode, rows.dtype).mT)
+        product_into(self._part(into, batch), rows, cast(keys, rows.dtype), alpha=scaling)
+
+    def add_output(self, weight: Tensor, batch: int, out: Tensor) -> None:
+        """Add ``(w v') D_v`` of the tokens held: of weights ``[Hkv * B, n, T]`` to ``out`` ``[Hkv * B, n, D]``."""
+        values, decode, out = cast(self.rows[1].flat(), weight.dtype), self.decode[1], self._part(out, batch)
+        rows = product(self._part(weight, batch), values.mT)
+        if decode is None:
+            out += rows
+        elif batch == 1:
+            product_into(out, rows, cast(decode, rows.dtype), beta=1)
+        else:
+            out += _by_head(rows, cast(decode, rows.dtype))
+
+    def _part(self, rows: Tensor, batch: int) -> Tensor:
+        """This group's heads of ``[Hkv * B, ...]``."""
+        count = (self.stop - self.start) * batch
+        return rows if rows.shape[0] == count else rows.narrow(0, self.start * batch, count)
+
+    def expand(self, side: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Keys (side 0) or values (side 1) of the tokens held, decoded, ``[h, B, T, D]``; ``bias`` of the layer."""
+        rows, decode = self.rows[side].view().mT, self.decode[side]
+        if decode is None:
+            return rows.to(dtype)
+        work = work_dtype(rows.device, dtype)
+        states = rows.to(work) @ decode[:, None].to(work)
+        return (states if bias is None else states + bias[self.start : self.stop, None].to(work)).to(dtype)
 
     def crop(self, remove: int) -> None:
-        """Forget the last ``remove`` tokens: of the window first, then of the coordinates, then of the sinks."""
-        if self.last is not None:
-            cut = min(remove, self.last[0].shape[-2])
-            self.last = _pair(s[:, :, : s.shape[-2] - cut].clone() for s in self.last)
-            remove -= cut
-        cut = min(remove, self.rows[0].length)
+        """Forget the last ``remove`` tokens held."""
         for rows in self.rows:
-            rows.length -= cut
-        if self.first is not None and remove > cut:
-            keep = self.first[0].shape[-2] - (remove - cut)
-            self.first = _pair(s[:, :, :keep].clone() for s in self.first) if keep > 0 else None
+            rows.length -= remove
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to every stored tensor."""
         for rows in self.rows:
             rows.apply(change)
-        self.first = self.first and _pair(map(change, self.first))
-        self.last = self.last and _pair(map(change, self.last))
 
     def reset(self) -> None:
         for rows in self.rows:
-            rows.data, rows.length = None, 0
-        self.first = self.last = None
+            rows.reset()
 
     @property
     def nbytes(self) -> int:
-        exact = [*(self.first or ()), *(self.last or ())]
-        return sum(r.nbytes for r in self.rows) + sum(t.untyped_storage().nbytes() for t in exact)
+        return sum(rows.nbytes for rows in self.rows)
 
 
-def _work_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products: CPUs are slow at 16 bits, up to 20 times, so at least fp32 there."""
-    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+def shared_biases(groups: list[RankGroup], bases: dict[str, Tensor]) -> list[Tensor | None]:
+    """Of keys and of values, the part of the mean that no group keeps: ``[Hkv, 1, D]`` in the order of the groups.
 
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``. A small product on several CPU threads goes without matmul, which takes longer to wake them.
-
-    With two threads and ``OMP_WAIT_POLICY=passive`` a batched matmul takes 0.1 ms or more; a decode step has hundreds.
+    It is zero for heads at full width, and None if it is for all of them. ``bases`` may hold {key,value}_mean
+    ``[Hkv, D]``: what the coordinates that are not stored are taken to be at.
     """
-    small = left.numel() * right.shape[-1] <= SMALL_PRODUCT
-    if small and left.device.type == "cpu" and torch.get_num_threads() > 1:
-        return (left.unsqueeze(-1) * right.unsqueeze(-3)).sum(-2)
-    return left @ right
+    found: list[Tensor | None] = []
+    for side, name in enumerate(SIDES):
+        mean = bases.get(f"{name}_mean")
+        if mean is None or all(group.encode[side] is None for group in groups):
+            found.append(None)
+        else:
+            found.append(torch.cat([_rest(mean[group.heads, None], group, side) for group in groups]))
+    return found
 
 
-def _softmax(score: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention weights from scaled logits; ``mask`` as SDPA takes it."""
-    if mask is not None:
-        masked = torch.finfo(score.dtype).min
-        score = score.masked_fill(~mask, masked) if mask.dtype == torch.bool else score + mask
-    return score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(score.dtype)
+def _by_head(rows: Tensor, basis: Tensor) -> Tensor:
+    """Each head's ``rows @ basis``: ``[h * B, n, a]`` and ``[h, a, b]`` to ``[h * B, n, b]``."""
+    return product(rows.reshape(basis.shape[0], -1, rows.shape[-1]), basis).view(*rows.shape[:2], -1)
 
 
-def _cut(matrices: Tensor, heads: list[int], rank: int, dim: int) -> Tensor | None:
-    """The first ``rank`` columns (dim -1) or rows (dim -2) of some heads' matrices; None at full width."""
+def _rest(mean: Tensor, group: RankGroup, side: int) -> Tensor:
+    """What coordinates that a group does not store hold of means ``[h, 1, D]``."""
+    encode, decode = group.encode[side], group.decode[side]
+    if encode is None or decode is None:
+        return torch.zeros_like(mean)
+    return mean - mean @ encode.mT @ decode
+
+
+def _cut(matrices: Tensor, heads: list[int], rank: int) -> Tensor | None:
+    """The first ``rank`` rows of some heads' matrices; None at full width."""
     if rank == matrices.shape[-1]:
         return None
-    return matrices.narrow(dim, 0, rank)[heads]  # indexing by a list copies, so the full width can be freed
-
-
-def _rest(mean: Tensor | None, heads: list[int], encode: Tensor | None, decode: Tensor | None) -> Tensor | None:
-    """The part of some heads' mean ``[Hkv, D]`` outside of the coordinates that are kept, ``[h, 1, D]``."""
-    if mean is None or encode is None or decode is None:
-        return None
-    return mean[heads, None] - mean[heads, None] @ encode @ decode
-
-
-def _pair(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    keys, values = tensors
-    return keys, values
-
-
-def _joined(held: tuple[Tensor, Tensor] | None, new: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values, what is held in front of what is new, in the precision of what is new."""
-    if held is None:
-        return _pair(new)
-    return _pair(torch.cat((h.to(n.dtype), n), -2) for h, n in zip(held, new, strict=True))
+    return matrices[heads, :rank].contiguous()  # indexing by a list copies, so the full width can be freed

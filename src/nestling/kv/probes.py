@@ -167,7 +167,8 @@ def held_bytes(cache: Cache) -> int:
     """Bytes of storage that a cache of any kind really holds.
 
     Every tensor that can be reached from its layers counts with its whole untyped storage, once; so do the parts of
-    quantised tensors, with scales. Left out is what does not grow: bases and means of a nested cache, scalar settings.
+    quantised tensors, with scales. Left out is what does not grow: bases, means and the order of heads of a nested
+    cache, scalar settings.
     """
     storages: dict[tuple[str, int], int] = {}
     seen: set[int] = set()
@@ -191,7 +192,7 @@ def held_bytes(cache: Cache) -> int:
                 walk(value)
         elif hasattr(item, "__dict__") and not isinstance(item, type | torch.nn.Module | PreTrainedConfig):
             for name, value in vars(item).items():
-                if name not in ("encode", "decode", "bias"):
+                if name not in ("encode", "decode", "biases", "order"):
                     walk(value)
 
     walk(list(cache.layers))

@@ -15,6 +15,7 @@ from nestling.distill import IGNORED, head_loss
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import STEP
+from nestling.kv.exact import coded
 from nestling.kv.files import SIDES
 
 QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
@@ -89,7 +90,7 @@ class Masked:
         rows: the row of ``projectors`` of each layer index.
         projectors: ``[B, 2, L, Hkv, D, D]``.
         offsets: ``[B, 2, L, Hkv, D]``, the part of the mean outside of the kept coordinates.
-        sinks, window: leading tokens, and most recent ones of every query, that are read exact.
+        sinks, window: leading tokens, and most recent ones of every query, that are read exact as in `ExactStore`.
         served: layer indices that came by: a model that drops the argument on its way would train nothing.
     """
 
@@ -122,10 +123,10 @@ class Masked:
         """Queries from ``start`` on: every token behind them is read once, exact or cut."""
         query = query[:, :, start : start + QUERY_BLOCK]
         stop, device = start + query.shape[2], query.device
-        i = torch.arange(start, stop, device=device)[:, None]
-        j = torch.arange(stop, device=device)
-        seen, is_exact = j <= i, (j < self.sinks) | (i - j < self.window)
-        near = torch.cat((j[: self.sinks], j[max(self.sinks, start - self.window + 1) :]))
+        i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
+        gone = coded(i + 1, self.sinks, self.window)  # these many after the sinks are compressed when i is read
+        seen, is_exact = j <= i, (j < self.sinks) | (j >= self.sinks + gone)
+        near = torch.cat((j[: self.sinks], j[self.sinks + coded(start + 1, self.sinks, self.window) :]))
         mask = torch.cat(((seen & is_exact)[:, near], seen & ~is_exact), 1)
         keys, values = (torch.cat((e[:, :, near], c[:, :, :stop]), 2) for e, c in zip(exact, cut, strict=True))
         return attention.sdpa(module, query, keys, values, mask[None, None], **kwargs)
