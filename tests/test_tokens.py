@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestling.tokens import TextTooShortError, token_windows
+from nestling.distill import IGNORED
+from nestling.tokens import TextTooShortError, answer_windows, token_windows
 
 
 class Letters:
@@ -68,3 +69,14 @@ def test_errors():
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         list(token_windows(Letters(), ["abc"], 0))
     assert issubclass(TextTooShortError, ValueError)
+
+
+def test_answers_are_learned_and_prompts_are_not():
+    ids, labels = answer_windows(Letters(), [("ab", "c"), ("d", "efgh"), ("a", "b")], 5)
+    a, b, c = map(ord, "abc")
+    assert ids.tolist() == [[a, b, c, 0, 0], [a, b, 0, 0, 0]]  # the second does not fit
+    assert labels.tolist() == [[IGNORED, IGNORED, c, 0, IGNORED], [IGNORED, b, 0, IGNORED, IGNORED]]
+    with pytest.raises(TextTooShortError, match="no prompt and answer fit into 3 tokens"):
+        answer_windows(Letters(), [("ab", "c")], 3)
+    with pytest.raises(ValueError, match="no EOS token"):
+        answer_windows(Letters(None), [("a", "b")], 5)

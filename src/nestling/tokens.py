@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from nestling.distill import IGNORED
+
 
 class TextTooShortError(ValueError):
     """There is less text than the job needs; the message has both numbers."""
@@ -35,6 +37,31 @@ def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: 
         raise TextTooShortError(
             f"the text is shorter than one window of {length} tokens: give more text or a shorter window"
         )
+
+
+def answer_windows(tokenizer, pairs: Iterable[tuple[str, str]], length: int) -> tuple[Tensor, Tensor]:
+    """Prompts with answers as ids and labels ``[n, length]`` int64: what is learned is the answer and its end.
+
+    Pairs are padded on the right; those that do not fit into ``length`` are left out.
+
+    Raises:
+        TextTooShortError: if no pair fits.
+        ValueError: if the tokenizer has no EOS token, by which an answer's end is learned.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token, answers could not end")
+    rows = []
+    for prompt, answer in pairs:
+        start = tokenizer(prompt, verbose=False)["input_ids"]
+        end = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        left = length - len(start) - len(end)
+        if left >= 0:
+            padding = [tokenizer.eos_token_id] * left
+            rows.append((start + end + padding, [IGNORED] * len(start) + end + [IGNORED] * left))
+    if not rows:
+        raise TextTooShortError(f"no prompt and answer fit into {length} tokens: use a larger length")
+    ids, labels = zip(*rows, strict=True)
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 def _windows(tokenizer, texts: Iterable[str] | Tensor, length: int) -> Iterator[Tensor]:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from nestling import kv
+from nestling.distill import IGNORED, kl_divergence
 from nestling.kv import attention
-from nestling.kv.student import Student, TrainingError
+from nestling.kv.checkpoints import TrainingError
+from nestling.kv.student import Student
 
 from .families import FAMILIES, tiny_model
 
@@ -118,6 +120,23 @@ def test_the_gradient_is_that_of_finite_differences(fitted, ids):
             student.bases.rotation.x.copy_(start + sign * step * direction)
             values.append(float(student(ids[:1, :16], ranks)["loss"]))
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=1e-3)
+
+
+def test_labels_choose_what_counts(fitted, ids):
+    case = fitted("llama-gqa")
+    student = Student(case.model, case.adapter, kl_weight=0.5, ce_weight=0.5).train()
+    text, ranks = ids[:2, :24], torch.full((2, 2, 3, 2), 8)
+    labels = torch.full_like(text, IGNORED)
+    labels[0, 5:9], labels[1, 20:] = text[0, 5:9], text[1, 20:]
+    got = student(text, ranks, labels)
+    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    theirs = case.stock(input_ids=text).logits[rows, places]
+    ours = case.model.lm_head(student.hidden(text, ranks))[rows, places]
+    assert len(rows) == 8
+    assert float(got["kl"]) == pytest.approx(float(kl_divergence(theirs, ours).mean()), rel=1e-4)
+    ce = torch.nn.functional.cross_entropy(ours, text[rows, places + 1])
+    assert float(got["ce"]) == pytest.approx(float(ce), rel=1e-4)
+    assert float(got["loss"].detach()) == pytest.approx(float(got["kl"] + got["ce"]) / 2, rel=1e-5)
 
 
 def test_dropout_is_off_while_training(fitted):

@@ -1,6 +1,5 @@
 """Training on tiny models: it helps, it resumes, it is the same on two processes, and it says what went wrong."""
 
-import json
 import os
 import resource
 import signal
@@ -10,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nestling import kv
+from nestling.distill import IGNORED
+from nestling.kv.checkpoints import TrainingError, last_whole
 from nestling.kv.files import SIDES
-from nestling.kv.student import Student, TrainingError
-from nestling.kv.train import RankedWindows, _start, train
+from nestling.kv.student import Student
+from nestling.kv.train import RankedWindows, train
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -219,7 +221,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path, ids, start):
     whole = run(tmp_path, ids, start, save_steps=5)
     optimizer = tmp_path / "checkpoint-12" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
-    assert _start(tmp_path, json.loads((tmp_path / "training.json").read_text()), True).name == "checkpoint-10"
+    assert last_whole(tmp_path).name == "checkpoint-10"
     same(whole, run(tmp_path, ids, start, save_steps=5, resume=True))
 
 
@@ -251,6 +253,43 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, ids, start, o
     with pytest.raises(error, match=message):
         run(tmp_path / "new", ids, start, **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_lora_trains_along_on_the_answers_alone(tmp_path, ids, start):
+    """Answers are the texts' second halves, in which a token always follows its predecessor."""
+    peft = pytest.importorskip("peft")
+    texts = ids[:, :32].clone()
+    texts[:, 16:] = (texts[:, 15:16] + torch.arange(1, 17)) % 90 + 3
+    labels = torch.where(torch.arange(32) < 16, IGNORED, texts)
+    base = tiny_model("llama-gqa")
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    lm = model.get_base_model()
+
+    @torch.no_grad()
+    def answer_loss(adapter):
+        cache = adapter.cache(lm, 0.75, sinks=2, window=4)
+        logits = lm(input_ids=texts, past_key_values=cache).logits
+        return float(torch.nn.functional.cross_entropy(logits[:, 15:-1].flatten(0, 1), texts[:, 16:].flatten()))
+
+    recipe = {"window": 4, "sinks": 2, "kl_weight": 0.0, "ce_weight": 1.0, "learning_rate": 0.02}
+    options = {**OPTIONS, "length": 32, "tokens": 32 * 4 * 60, "eval_budgets": (0.75,)}
+    trained = train(model, None, texts, start, folder=tmp_path, labels=labels, recipe=recipe, **options)
+    assert answer_loss(trained) < 0.5 * answer_loss(start) or answer_loss(trained) < 0.5
+    lora = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert lora and all("lora" in name for name in lora)
+    after = {name.replace(".base_layer", ""): p for name, p in lm.named_parameters() if "lora" not in name}
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+    saved = load_file(tmp_path / "checkpoint-60" / "model.safetensors")
+    assert len(saved) == 1 + len(lora)
+    arguments = dict(input_ids=ids[:1, :20], max_new_tokens=8, do_sample=False)  # full rank is the tuned model
+    assert torch.equal(model.generate(**arguments), lm.generate(**arguments, past_key_values=trained.cache(lm, 1.0)))
+
+
+def test_labels_are_checked(tmp_path, ids, start):
+    with pytest.raises(ValueError, match=r"labels are \[8, 10\], expected \[48, 16\]|labels are \[8, 10\], expected"):
+        run(tmp_path, ids, start, labels=ids[:, :10])
 
 
 def test_texts_need_a_tokenizer_and_length(tmp_path, ids, start):

@@ -5,11 +5,11 @@ from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.attention import UnsupportedModelError, attach
 from nestling.kv.cache import CacheMismatchError, NestedCache
 from nestling.kv.calibrate import fit
+from nestling.kv.checkpoints import TrainingError
 from nestling.kv.evaluate import Contender, compare, evaluate
 from nestling.kv.files import AdapterError
 from nestling.kv.moments import CalibrationError
 from nestling.kv.search import search
-from nestling.kv.student import TrainingError
 from nestling.kv.train import train
 
 __all__ = [

@@ -15,14 +15,11 @@ from nestling.distill import IGNORED, head_loss
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import STEP
+from nestling.kv.checkpoints import TrainingError
 from nestling.kv.exact import coded
 from nestling.kv.files import SIDES
 
 QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
-
-
-class TrainingError(RuntimeError):
-    """A training that cannot start or go on; the message says where it stopped and what is kept."""
 
 
 class _MaskedLayer(attention.PassThroughLayer):
@@ -222,15 +219,18 @@ class Student(nn.Module):
         """The loss and its parts for ids ``[B, T]`` and ranks ``[B, 2, L, Hkv]``; out of training the loss is the KL.
 
         Args:
-            labels: ``[B, T]`` in step with ``input_ids`` (they are shifted here), `IGNORED` where nothing is learned;
-                by default the ids themselves. Padding may only be on the right.
+            labels: ``[B, T]`` in step with ``input_ids`` (they are shifted here), `IGNORED` where nothing is learned:
+                then only the other positions count. By default the ids themselves. Padding may only be on the right.
         """
         head = attention.decoder_and_head(self.lm)[1]
-        teacher, student = self.teacher(input_ids), self.hidden(input_ids, ranks)
+        student = self.hidden(input_ids, ranks)
+        learns_text_alone = self.training and not self.kl_weight
+        teacher = student.detach() if learns_text_alone else self.teacher(input_ids)
         targets = torch.full_like(input_ids, IGNORED)
         targets[:, :-1] = (input_ids if labels is None else labels)[:, 1:]
+        counted = torch.ones_like(input_ids, dtype=torch.bool) if labels is None else targets != IGNORED
         loss, kl, ce = head_loss(
-            student.flatten(0, 1), teacher.flatten(0, 1), head, targets.flatten(),
+            student[counted], teacher[counted], head, targets[counted],
             kl_weight=self.kl_weight, ce_weight=self.ce_weight,
         )  # fmt: skip
         if not torch.isfinite(loss):

@@ -5,10 +5,7 @@ that resuming, shuffling and several processes need no state of their own. The t
 projections; only the rotations train, and LoRA weights where the model has them.
 """
 
-import contextlib
-import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -25,14 +21,13 @@ from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.calibrate import fit
+from nestling.kv.checkpoints import TrainingError, begin, last_whole
 from nestling.kv.sampling import Schedule, schedule
 from nestling.kv.sensitivity import measured_energy
-from nestling.kv.student import Student, TrainingError
+from nestling.kv.student import Student
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
-JOB_FILE = "training.json"
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 
 
@@ -75,6 +70,7 @@ def train(
     preset: str = "default",
     *,
     folder: str | Path,
+    labels: Tensor | None = None,
     tokens: int = 2**19,
     length: int = 512,
     batch_size: int = 8,
@@ -98,6 +94,8 @@ def train(
         adapter: the bases to start from; None calibrates on the same texts.
         preset: ``"default"``, or ``"paper"`` (PCA start, independent ranks, KL : CE = 1 : 3, everything compressed).
         folder: of checkpoints.
+        labels: for fine-tuning, next tokens ``[n, T]`` in step with ``texts`` of ids, `nestling.distill.IGNORED` where
+            nothing is learned (prompts, padding on the right); see `nestling.tokens.answer_windows`.
         tokens: tokens to train on in all.
         length: tokens per text.
         batch_size: texts per step, over all processes.
@@ -129,6 +127,8 @@ def train(
         exact = chosen.sinks + chosen.window
         raise ValueError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
+    if labels is not None and (labels.shape[1:] != windows.shape[1:] or len(labels) < len(windows)):
+        raise ValueError(f"labels are {list(labels.shape)}, expected {list(windows.shape)}, in step with the texts")
     held_out = windows[:0]
     if eval_texts is not None:
         held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=eval_windows)))
@@ -139,13 +139,13 @@ def train(
     attention.check_head(lm, windows[:1, :16].to(lm.device))
     steps = max(1, tokens // (length * batch_size))
     ranks = schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed)
-    data = RankedWindows(windows, ranks, seed, steps * batch_size)
+    data = RankedWindows(windows, ranks, seed, steps * batch_size, labels)
     tables = {f"{share:g}": adapter.ranks(share * adapter.full_elements, chosen.allocation) for share in eval_budgets}
     if wrong := [share for share in eval_budgets if not 0 < share <= 1]:
         raise BudgetError(f"eval_budgets are shares of the ranks, above 0 and at most 1, got {wrong[0]:g}")
     budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
     options = _arguments(Path(folder), steps, batch_size, chosen, seed, bool(len(held_out)), arguments)
-    checkpoint = _start(Path(folder), _job(adapter, preset, chosen, windows, steps, batch_size, seed), resume)
+    checkpoint = begin(Path(folder), _job(adapter, preset, chosen, windows, steps, batch_size, seed), resume)
     flags = {p: p.requires_grad for p in lm.parameters()}
     if lm is model:
         lm.requires_grad_(False)
@@ -163,6 +163,7 @@ def train(
         _run(trainer, Path(folder), checkpoint)
         encodes = student.bases.encodes()
     finally:
+        curve.bar.stop()
         lm.train(mode)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
@@ -175,13 +176,14 @@ def train(
 
 
 class RankedWindows(torch.utils.data.Dataset):
-    """Texts with the ranks they are read at: ``{"input_ids": [T], "ranks": [2, L, Hkv]}``, ``count`` of them.
+    """Texts with the ranks they are read at: ``{"input_ids": [T], "ranks": [2, L, Hkv]}``, and ``labels`` ``[T]`` if
+    there are any; ``count`` of them.
 
     Passes over the windows ``[n, T]`` follow each other, each in an order of its own.
     """
 
-    def __init__(self, windows: Tensor, ranks: Schedule, seed: int, count: int):
-        self.windows, self.ranks, self.seed, self.count = windows, ranks, seed, count
+    def __init__(self, windows: Tensor, ranks: Schedule, seed: int, count: int, labels: Tensor | None = None):
+        self.windows, self.ranks, self.seed, self.count, self.labels = windows, ranks, seed, count, labels
 
     @classmethod
     def fixed(cls, windows: Tensor, table: RankTable) -> "RankedWindows":
@@ -195,7 +197,8 @@ class RankedWindows(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         turn, place = divmod(number, len(self.windows))
         order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed * 1009 + turn))
-        return {"input_ids": self.windows[order[place]], "ranks": self.ranks(number)}
+        item = {"input_ids": self.windows[order[place]], "ranks": self.ranks(number)}
+        return item if self.labels is None else {**item, "labels": self.labels[order[place]]}
 
 
 class _Curve(TrainerCallback):
@@ -284,57 +287,14 @@ def _job(adapter: KVAdapter, preset: str, recipe: Recipe, windows: Tensor, steps
     }  # fmt: skip
 
 
-def _start(folder: Path, job: dict, resume: bool) -> Path | None:
-    """Make the folder or check that it is this job's; the checkpoint to go on from."""
-    job = json.loads(json.dumps(job))
-    path = folder / JOB_FILE
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-    if not resume:
-        if checkpoints:
-            raise TrainingError(f"{folder} holds checkpoints already: resume that training, or choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, job)
-        return None
-    if not path.is_file():
-        raise TrainingError(f"{folder} is no training to resume: {JOB_FILE} is missing")
-    theirs = json.loads(path.read_text("utf-8"))
-    if wrong := [f"{k}: {theirs.get(k)}, now {job[k]}" for k in job if theirs.get(k) != job[k]]:
-        raise TrainingError(f"{folder} holds another training ({'; '.join(wrong)})")
-    return next((c for c in checkpoints if _is_whole(c)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """A checkpoint that was being written when its process was killed is not."""
-    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
-        return False
-    with contextlib.suppress(SafetensorError, OSError, ValueError, RuntimeError):
-        load_file(checkpoint / CHECKPOINT_FILES[0])
-        torch.load(checkpoint / "optimizer.pt", weights_only=True)
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        return True
-    return False
-
-
-def _write_json(path: Path, value) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
-        json.dump(value, part, indent=2)
-    os.replace(part.name, path)
-
-
 def _run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> None:
     """Train; whatever stops it says at which step, and what there is to go on from."""
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (RuntimeError, OSError, SafetensorError) as error:
-        whole = [c.name for c in folder.glob("checkpoint-*") if _is_whole(c)]
-        kept = (
-            f"{max(whole, key=lambda name: int(name.split('-')[-1]))} is kept" if whole else "there is no checkpoint"
-        )
+        whole = last_whole(folder)
+        kept = "there is no checkpoint" if whole is None else f"{whole.name} is kept"
         raise TrainingError(f"step {trainer.state.global_step + 1}: {error}; {kept} in {folder}") from error
-    finally:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, _Curve):
-                callback.bar.stop()
 
 
 def _check_gradient(gradient: Tensor, layers: list[int]) -> None:

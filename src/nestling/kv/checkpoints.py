@@ -1,0 +1,69 @@
+"""Checkpoints of a training: whose they are, which of them are whole, and where to go on."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+JOB_FILE = "training.json"
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot start or go on; the message says where it stopped and what is kept."""
+
+
+def begin(folder: Path, job: dict, resume: bool) -> Path | None:
+    """Make the folder, or check that it is this job's; the checkpoint to go on from, None for the start.
+
+    Args:
+        job: what a resumed training must agree on, plain JSON values.
+
+    Raises:
+        TrainingError: if there are checkpoints and ``resume`` is not set, or if they are of another job.
+    """
+    job = json.loads(json.dumps(job))
+    path = folder / JOB_FILE
+    if not resume:
+        if list(folder.glob("checkpoint-*")):
+            raise TrainingError(f"{folder} holds checkpoints already: resume that training, or choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(path, job)
+        return None
+    try:
+        theirs = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise TrainingError(f"{folder} is no training to resume: {JOB_FILE} is missing") from None
+    except ValueError as error:
+        raise TrainingError(f"{path} is damaged ({error}): start again in another folder") from error
+    if wrong := [f"{k}: {theirs.get(k)}, now {job[k]}" for k in job if theirs.get(k) != job[k]]:
+        raise TrainingError(f"{folder} holds another training ({'; '.join(wrong)})")
+    return last_whole(folder)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The last checkpoint that can be gone on from. One that was being written when its process was killed cannot."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not all((checkpoint / name).is_file() for name in FILES):
+        return False
+    with contextlib.suppress(SafetensorError, OSError, ValueError, RuntimeError):
+        load_file(checkpoint / FILES[0])
+        torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+        return True
+    return False
+
+
+def _write_json(path: Path, value) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
+        json.dump(value, part, indent=2)
+    os.replace(part.name, path)
