@@ -126,6 +126,7 @@ class KVAdapter:
         dtype: torch.dtype | None = None,
         chunk: int = CHUNK,
         offloading: bool = False,
+        tokens: float = 1.0,
     ) -> NestedCache:
         """An empty cache for ``model.generate(past_key_values=...)``, and the model switched to read it.
 
@@ -143,6 +144,8 @@ class KVAdapter:
             paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
             dtype: of the stored coordinates; None means that of the model's keys and values.
             chunk: tokens by which storage grows.
+            tokens: share of the tokens that is kept, those that were read most (and sinks and recent ones); the
+                budget is that of a cache of all tokens, so both shares multiply. It has attention weights computed.
             offloading: keep layers in host memory between their turns, as transformers' offloaded caches do.
 
         Raises:
@@ -152,6 +155,8 @@ class KVAdapter:
         self.check(model)
         if paper:
             sinks, window, exact_prompt = 0, 0, False
+        if not 0 < tokens <= 1:
+            raise allocate.BudgetError(f"tokens={tokens:g} is out of range: a share, above 0 and at most 1")
         if sinks < 0 or window < 0 or chunk < 1:
             raise allocate.BudgetError(
                 f"sinks={sinks} and window={window} must not be negative, chunk={chunk} at least 1"
@@ -182,6 +187,7 @@ class KVAdapter:
             exact_prompt=exact_prompt,
             chunk=chunk,
             offloading=offloading,
+            tokens=tokens,
         )
 
     def _layer_bases(self, row: int) -> dict[str, Tensor]:

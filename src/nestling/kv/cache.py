@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nestling.kv import attention, coordinates
 from nestling.kv.allocate import RankTable
+from nestling.kv.evict import HeavyHitters, attention_mass
 from nestling.kv.exact import BLOCK, ExactStore
 from nestling.kv.groups import RankGroup, shared_biases
 from nestling.kv.products import cast
@@ -39,12 +40,21 @@ class NestedHandle:
         """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, if given, replace the stored ones."""
         self.layer.check_module(module)
         if self.exact is not None:
-            return attention.sdpa(module, query, *self.exact, mask, **kwargs)
+            return self._at_full_width(module, query, *self.exact, mask, **kwargs)
         causal = mask is None and query.shape[2] > 1  # no mask for several tokens: SDPA is told to be causal
         if self.layer.uncompressed or causal or query.shape[2] > SHORT_QUERY:
             keys, values = self.layer.expand(query.dtype)
-            return attention.sdpa(module, query, keys, values, mask, **kwargs)
-        return self.layer.attend(query, mask, kwargs["scaling"])
+            return self._at_full_width(module, query, keys, values, mask, **kwargs)
+        out = self.layer.attend(query, mask, kwargs["scaling"])
+        self.layer.evict()
+        return out
+
+    def _at_full_width(self, module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **kwargs):
+        out = attention.sdpa(module, query, keys, values, mask, **kwargs)
+        if self.layer.hitters is not None:
+            self.layer.read(attention_mass(query, keys, mask, kwargs["scaling"]))
+            self.layer.evict()
+        return out
 
     def __getattr__(self, name: str):
         raise AttributeError(
@@ -70,9 +80,10 @@ class NestedLayer(CacheLayerMixin):
         config: PreTrainedConfig,
         dtype: torch.dtype | None,
         exact_prompt: bool,
+        hitters: HeavyHitters | None = None,
     ):
         super().__init__()
-        self.groups, self.exact, self.biases = groups, exact, biases
+        self.groups, self.exact, self.biases, self.hitters = groups, exact, biases, hitters
         self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
         self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
         order = [h for group in groups for h in group.heads]
@@ -123,9 +134,30 @@ class NestedLayer(CacheLayerMixin):
         """Attention in coordinates: ``[B, Tq, Hq, D]`` from ``query`` ``[B, Hq, Tq, D]``."""
         batch, heads, length, width = query.shape
         packed = self._heads_first(query.reshape(batch, self.heads, -1, length, width))
-        out = coordinates.attend(packed, self.groups, self.exact, self.biases, mask, scaling)
+        out = coordinates.attend(packed, self.groups, self.exact, self.biases, mask, scaling, self.hitters)
         out = self._heads_second(out).permute(0, 3, 1, 2, 4)
         return cast(out, query.dtype).reshape(batch, length, heads, width)
+
+    def read(self, mass: Tensor) -> None:
+        """Tell the heavy hitters what was read: ``[Hkv, B, held]`` in the model's order of heads."""
+        if self.hitters is not None:
+            self.hitters.add(mass if self.order is None else mass.index_select(0, self.order[0]))
+
+    def evict(self) -> None:
+        """Forget the tokens that were read least, if more are held than the share allows."""
+        if self.hitters is None:
+            return
+        held = self.length - self.hitters.evicted
+        first = min(self.hitters.sinks, held) if self.exact is None else self.exact.first
+        recent = min(self.hitters.window, held - first) if self.exact is None else self.exact.length - first
+        places = self.hitters.choose(self.length, first, recent)
+        if places is None:
+            return
+        if self.exact is None:  # sinks and recent tokens lie with the others
+            ends = torch.arange(held, device=places.device).expand(*places.shape[:2], -1)
+            places = torch.cat((ends[..., :first], places + first, ends[..., held - recent :]), -1)
+        for group in self.groups:
+            group.select(places)
 
     def expand(self, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values of all tokens, ``[B, Hkv, T, D]``: as they are stored where nothing is compressed."""
@@ -151,7 +183,8 @@ class NestedLayer(CacheLayerMixin):
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        evicted = 0 if self.hitters is None else self.hitters.evicted
+        return self.length - evicted + query_length, evicted
 
     def get_max_length(self) -> int:
         return -1
@@ -162,6 +195,12 @@ class NestedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         remove = min(-tokens_to_remove, self.length)
         if remove:
+            if self.hitters is not None and self.hitters.evicted:
+                recent = self.hitters.window if self.exact is None else self.exact.length - self.exact.first
+                if remove > recent:
+                    raise CacheMismatchError(f"{remove} tokens cannot be taken back: before them some were evicted")
+            if self.hitters is not None:
+                self.hitters.crop(remove)
             coded = remove if self.exact is None else self.exact.crop(remove, self.groups[0].length)
             for group in self.groups:
                 group.crop(coded)
@@ -174,7 +213,7 @@ class NestedLayer(CacheLayerMixin):
 
     def _parts(self) -> list:
         """All that stores something."""
-        return [*self.groups, self.exact] if self.exact is not None else self.groups
+        return [*self.groups, *(part for part in (self.exact, self.hitters) if part is not None)]
 
     def _apply(self, change: Callable[[Tensor], Tensor], batch: int | None = None) -> None:
         """Replace every stored tensor, ``[heads, B, ...]``."""
@@ -250,6 +289,7 @@ def make_cache(
     exact_prompt: bool = True,
     chunk: int = CHUNK,
     offloading: bool = False,
+    tokens: float = 1.0,
 ) -> NestedCache:
     """Assemble a cache from bases by layer index and a rank table whose rows follow the same layers."""
     layers = attention.stock_layers(config)
@@ -262,7 +302,9 @@ def make_cache(
             start = groups[-1].stop if groups else 0
             groups.append(RankGroup(heads, start, on_device, pair, chunk, by_token=full))
         exact = ExactStore(sinks, window, block) if (sinks or window) and not full else None
-        layers[index] = NestedLayer(groups, exact, shared_biases(groups, on_device), config, dtype, exact_prompt)
+        biases = shared_biases(groups, on_device)
+        hitters = HeavyHitters(tokens, sinks, window) if tokens < 1 else None
+        layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters)
     return NestedCache(layers, ranks, config, offloading=offloading)
 
 

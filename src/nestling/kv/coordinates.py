@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nestling.kv.evict import HeavyHitters
 from nestling.kv.exact import ExactStore
 from nestling.kv.groups import RankGroup
 from nestling.kv.products import cast, product, product_onto, softmax, work_dtype
@@ -24,6 +25,7 @@ def attend(
     biases: Biases,
     mask: Tensor | None,
     scaling: float,
+    hitters: HeavyHitters | None = None,
 ) -> Tensor:
     """Attention in coordinates: ``[Hkv, B, G, Tq, D]`` from queries of that shape, G heads to a KV head.
 
@@ -31,6 +33,7 @@ def attend(
         groups, exact: what the layer holds: coordinates of all tokens but the exact ones.
         biases: of keys and of values, ``[Hkv, 1, D]``: the part of the mean in coordinates that are not stored.
         mask: ``[B, 1, 1 or Tq, T]``, as SDPA takes it.
+        hitters: is told how much each token was read, if there is one.
     """
     shape, batch = query.shape, query.shape[1]
     dtype = work_dtype(query.device, query.dtype)
@@ -51,6 +54,11 @@ def attend(
         _hide(score.view(*shape[:4], -1), mask if exact is None else _in_order_of_scores(mask, exact.first, coded))
 
     weight = softmax(score)
+    if hitters is not None:
+        mass = weight.float().sum(1).view(shape[0], batch, -1)
+        first = 0 if exact is None else exact.first
+        coded_mass, sinks, recent = mass.split((coded, first, mass.shape[-1] - coded - first), -1)
+        hitters.add(torch.cat((sinks, coded_mass, recent), -1))
     out = _exact_output(query, weight.narrow(2, coded, held), values, value_bias)
     for group in groups:
         group.add_output(weight.narrow(2, 0, coded), batch, out)

@@ -58,6 +58,15 @@ class Buffer:
     def _store(self, data: Tensor) -> None:
         self.data, self._flat = data, data.flatten(0, 1)
 
+    def select(self, places: Tensor) -> None:
+        """Keep the tokens at ``places`` ``[h, B, k]`` alone, in storage that fits them."""
+        view, dtype = self.view(), self.view().dtype
+        index = places.unsqueeze(5 - self.dim)
+        index = index.expand(*[view.shape[d] if d == 5 - self.dim else index.shape[d] for d in range(4)])
+        kept = view.gather(self.dim, index)
+        self.reset()
+        self.append(kept, dtype)
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device."""
         if self.data is not None:
@@ -149,6 +158,11 @@ class RankGroup:
         work = work_dtype(rows.device, dtype)
         states = rows.to(work) @ decode[:, None].to(work)
         return (states if bias is None else states + bias[self.start : self.stop, None].to(work)).to(dtype)
+
+    def select(self, places: Tensor) -> None:
+        """Keep the tokens at ``places`` ``[Hkv, B, k]`` of the layer alone."""
+        for rows in self.rows:
+            rows.select(places[self.start : self.stop])
 
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` tokens held."""
