@@ -9,7 +9,7 @@ from nestling.kv.files import SIDES
 from nestling.kv.search import LIMIT, KLMeter, search
 from nestling.tokens import TextTooShortError
 
-OPTIONS = dict(windows=2, length=24, window=8, progress=False)
+OPTIONS = dict(windows=2, length=24, window=0, progress=False)
 WHOLE = {**OPTIONS, "sinks": 0, "window": 0}
 
 
@@ -108,10 +108,10 @@ def test_bad_input_is_refused(fitted, ids):
     case = fitted("llama-gqa")
     with pytest.raises(ValueError, match="method must be one of probes, greedy, got 'random'"):
         search(case.model, None, case.adapter, ids, "random")
-    with pytest.raises(ValueError, match="length=68 must be longer than the 68 exact tokens"):
-        search(case.model, None, case.adapter, ids, length=68)
+    with pytest.raises(ValueError, match="length=83 must be longer than the 83 exact tokens"):
+        search(case.model, None, case.adapter, ids, length=83)
     with pytest.raises(TextTooShortError):
-        search(case.model, None, case.adapter, ids, length=65, window=8)
+        search(case.model, None, case.adapter, ids, length=65, window=0)
     with pytest.raises(kv.AdapterError, match="made for another model"):
         search(case.model, None, fitted("qwen3").adapter, ids, **WHOLE)
     with pytest.raises(kv.BudgetError, match="allocation must be 'energy', 'uniform' or a rank table, got 'greedy'"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.allocate import STEP, edges
+from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
 from nestling.kv.student import Student
 from nestling.progress import progress_bar
@@ -93,10 +94,8 @@ def search(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     adapter.check(model)
     attention.attach(model)
-    if length <= sinks + window:
-        raise ValueError(
-            f"length={length} must be longer than the {sinks + window} exact tokens: nothing is compressed"
-        )
+    if length <= (exact := capacity(sinks, window)):
+        raise ValueError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
     ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=windows)))
     training = model.training
     with progress_bar(progress) as bar:

@@ -22,6 +22,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.calibrate import fit
 from nestling.kv.checkpoints import TrainingError, begin, last_whole
+from nestling.kv.exact import capacity
 from nestling.kv.sampling import Schedule, schedule
 from nestling.kv.sensitivity import measured_energy
 from nestling.kv.student import Student
@@ -123,8 +124,7 @@ def train(
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    if length <= chosen.sinks + chosen.window:
-        exact = chosen.sinks + chosen.window
+    if length <= (exact := capacity(chosen.sinks, chosen.window)):
         raise ValueError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
     if labels is not None and (labels.shape[1:] != windows.shape[1:] or len(labels) < len(windows)):
