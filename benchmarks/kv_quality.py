@@ -4,10 +4,10 @@
     python benchmarks/kv_quality.py --data FOLDER --only kl              # the curves alone
     python benchmarks/kv_quality.py --data FOLDER --only tasks --task-budgets 0.75,0.5 --rows 100
 
-Bases are calibrated on the Brown corpus, text is WikiText's valid articles, tasks are HellaSwag, PIQA, ARC-easy and
-WinoGrande. Without --data, help pages of Python that were not calibrated on, and no tasks. All caches store bf16 or
-less, on a model that computes in its own dtype. A killed run goes on where it stopped; rows of separate runs with the
-same settings meet in one results file.
+Bases are calibrated on the Brown corpus, text is WikiText's valid articles, tasks are HellaSwag, PIQA, ARC (easy and
+challenge), WinoGrande and CommonsenseQA. Without --data, help pages of Python that were not calibrated on, and no
+tasks. All caches store bf16 or less, on a model that computes in its own dtype. A killed run goes on where it stopped;
+rows of separate runs with the same settings meet in one results file.
 """
 
 import json
@@ -52,6 +52,8 @@ TASKS = {  # name: file, prompt
     "piqa": ("mc/piqa_valid.jsonl.gz", ASKED),
     "arc_easy": ("mc/arc_easy_test.jsonl.gz", ASKED),
     "winogrande": ("mc/winogrande_dev.jsonl.gz", "{}"),
+    "arc_challenge": ("mc/arc_challenge_test.jsonl.gz", ASKED),
+    "commonsenseqa": ("mc/commonsenseqa_dev.jsonl.gz", ASKED),
 }
 
 

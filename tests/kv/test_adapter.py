@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -417,3 +418,31 @@ def test_a_rank_table_is_used_as_it_is(made, ids):
         for layer in cache.layers
     ]
     assert stored == [[(1, 1), (1, 5), (1, 5), (1, 16)], [(1, 2), (1, 3), (1, 3), (1, 16)], [(2, 16), (2, 16)]]
+
+
+def test_half_precision_is_half_the_bytes_and_exact_at_full_rank(fitted, tmp_path):
+    made = fitted("llama-gqa").adapter
+    made.save_pretrained(tmp_path / "whole")
+    made.save_pretrained(tmp_path / "half", half=True)
+    sizes = [(tmp_path / name / WEIGHTS_FILE).stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.65 * sizes[0]
+    read = KVAdapter.from_pretrained(tmp_path / "half")
+    for side in ("key", "value"):
+        torch.testing.assert_close(read.encode[side], made.encode[side], rtol=1e-3, atol=1e-4)
+        eye = torch.eye(read.shape[2]).expand_as(read.encode[side])
+        torch.testing.assert_close(read.encode[side] @ read.decode[side], eye, rtol=0, atol=1e-5)
+    large = replace(made, encode={**made.encode, "key": made.encode["key"] * 1e6})
+    with pytest.raises(AdapterError, match=r"layers.*key.encode does not fit into fp16"):
+        large.save_pretrained(tmp_path / "large", half=True)
+    assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize("name", files.built_in())
+def test_built_in_adapters_are_small_trained_and_whole(name):
+    adapter = KVAdapter.from_pretrained(name)
+    size = sum(path.stat().st_size for path in (files.BUILT_IN / name).iterdir())
+    assert size <= 2_000_000 and "KL to the full model on held-out text" in adapter.card
+    curve = [p for p in adapter.info["training"]["curve"] if "kl_0.5" in p]
+    assert curve[-1]["kl_0.5"] < 0.9 * curve[0]["kl_0.5"]
+    for share in (1, 0.5, 0.25):
+        assert adapter.ranks(share * adapter.full_elements).elements <= share * adapter.full_elements

@@ -3,6 +3,7 @@
 import json
 import math
 import string
+from dataclasses import replace
 
 import pytest
 import torch
@@ -437,3 +438,14 @@ def test_rank_tables_and_defaults(model, adapter, ids, tokenizer):
     assert [(r["method"], r["budget"]) for r in rows] == [("full", None), ("balanced-ranks", None)]
     built_in = evaluate(model, tokenizer, adapter, [0.6], windows=1, length=64, window=0, progress=False)
     assert built_in[1]["kl"] > 0
+
+
+def test_trained_adapters_are_named_by_their_preset(fitted, ids):
+    case = fitted("llama-gqa")
+    adapter = replace(
+        case.adapter, info={**case.adapter.info, "training": {"preset": "paper", "allocation": "uniform"}}
+    )
+    options = dict(texts=ids, windows=1, length=64, window=8, progress=False)
+    for allocation, name in (("uniform", "paper"), ("energy", "paper-energy")):
+        rows = kv.evaluate(case.model, None, adapter, (0.9,), allocation=allocation, **options)
+        assert [row["method"] for row in rows] == ["full", name]

@@ -127,7 +127,7 @@ def evaluate(
     adapter.check(model)
     attention.attach(model)
     named = isinstance(allocation, str)
-    method = f"{adapter.info.get('basis', 'nested')}-{allocation if named else 'ranks'}"
+    method = _method(adapter, allocation if named else "ranks")
     options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
     sizes = budgets if named else [None]
     contenders = [Contender(method, budget, bind(adapter.cache, model, budget, **options)) for budget in sizes]
@@ -135,6 +135,13 @@ def evaluate(
         model, tokenizer, contenders, texts=texts, windows=windows, length=length, chunk=chunk, tasks=tasks,
         passkey=passkey, progress=progress, partial=partial,
     )  # fmt: skip
+
+
+def _method(adapter: KVAdapter, allocation: str) -> str:
+    """The name in results: basis and allocation, or the preset that it was trained with, at the trained allocation."""
+    if training := adapter.info.get("training"):
+        return training["preset"] if allocation == training["allocation"] else f"{training['preset']}-{allocation}"
+    return f"{adapter.info.get('basis', 'nested')}-{allocation}"
 
 
 @torch.no_grad()

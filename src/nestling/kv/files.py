@@ -22,6 +22,7 @@ from nestling.kv.allocate import edges
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT = 1
 SIDES = ("key", "value")
+BUILT_IN = Path(__file__).parent / "adapters"
 
 
 class AdapterError(ValueError):
@@ -56,14 +57,14 @@ def write(folder: str | Path, info: dict, tensors: dict[str, Tensor], card: str)
 
 
 def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
-    """Config (``model`` and how it was made), tensors by name, and card of a folder or hub id.
+    """Config (``model`` and how it was made), tensors by name, and card of a folder, built-in name or hub id.
 
     Raises:
         AdapterError: for missing, truncated, foreign or inconsistent files, naming the file and what is wrong.
     """
     path = Path(folder)
     if not path.is_dir():
-        path = _download(str(folder))
+        path = BUILT_IN / path if str(folder) in built_in() else _download(str(folder))
     config = _read_config(path / CONFIG_FILE)
     weights = path / WEIGHTS_FILE
     try:
@@ -77,6 +78,11 @@ def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
     head = ("format", "kind", "nestling")
     info = {k: v for k, v in config.items() if k not in head}
     return info, tensors, card.read_text("utf-8") if card.is_file() else ""
+
+
+def built_in() -> list[str]:
+    """Names of the trained adapters that come with the package, those of the built-in models."""
+    return sorted(path.parent.name for path in BUILT_IN.glob(f"*/{CONFIG_FILE}"))
 
 
 def path_names(tensors: Iterable[str]) -> list[str]:

@@ -1,0 +1,107 @@
+"""The paper's Table 1 for SmolLM2: budgets by methods, KL and perplexity on WikiText and six multiple-choice tasks.
+
+    python benchmarks/kv_train.py --data DATA --out RUNS/default                     # each takes hours on a CPU
+    python benchmarks/kv_train.py --data DATA --out RUNS/paper --preset paper
+    nestling kv search smollm2 RUNS/paper --method greedy --sinks 0 --window 0 --out RUNS/paper
+    python benchmarks/kv_paper.py --data DATA --adapters RUNS [--only kl|tasks] [--rows 200]
+
+RUNS also holds `pca-65536` and `balanced-65536`, as `kv_quality.py --adapters RUNS` leaves them. Methods whose adapter
+is not there are left out. Chunks of 16: a window looks worse in larger ones than it is in a decode. Rows of separate
+runs meet in one results file, and a killed run goes on where it stopped.
+"""
+
+import json
+import time
+from functools import partial as bind
+from pathlib import Path
+
+import torch
+import typer
+from kv_quality import Part, numbers, questions, spread_windows, texts
+from rich.console import Console
+
+from nestling import kv
+from nestling.kv.evaluate import Contender, Partial, compare
+from nestling.models import load_model
+from nestling.report import run_meta, table, write_json
+
+PAPER = {"paper": True}
+METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options of adapter.cache
+    "pca-uniform": ("pca-65536", {"allocation": "uniform", **PAPER}),
+    "paper": ("paper", {"allocation": "uniform", **PAPER}),
+    "paper-greedy": ("paper", {"allocation": "greedy", **PAPER}),
+    "balanced-window": ("balanced-65536", {"exact_prompt": False}),
+    "default": ("default", {"exact_prompt": False}),
+    "default-probes": ("default-probes", {"exact_prompt": False}),
+}
+KEY = ("model", "method", "budget")
+
+
+def contenders(lm, folder: Path, methods: list[str], budgets: list[float], context: int) -> list[Contender]:
+    found = []
+    for name in methods:
+        place, options = METHODS[name]
+        if not (folder / place).is_dir():
+            Console().print(f"{name} is left out: {place} is not there", style="yellow", markup=False)
+            continue
+        adapter = kv.KVAdapter.from_pretrained(folder / place)
+        if options.get("allocation") == "greedy" and "greedy" not in adapter.paths:
+            Console().print(f"{name} is left out: its ranks were not searched", style="yellow", markup=False)
+            continue
+        make = bind(adapter.cache, lm, context=context, dtype=torch.bfloat16, **options)
+        found += [Contender(name, budget, bind(make, budget)) for budget in budgets]
+    return found
+
+
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """Rows joined by model, method and budget; what is newer and not missing counts."""
+    rows: dict[tuple, dict] = {}
+    for row in (*old, *new):
+        key = tuple(row[name] for name in KEY)
+        known = rows.setdefault(key, {})
+        known |= {k: v for k, v in row.items() if v is not None or k not in known}
+    order = ["full", *METHODS]
+    return sorted(rows.values(), key=lambda row: (order.index(row["method"]), -(row["budget"] or 0)))
+
+
+def main(
+    data: Path = typer.Option(..., help="The folder of the data sets."),
+    adapters: Path = typer.Option(..., help="The folder of the adapters."),
+    model: str = typer.Option("smollm2", help="Alias, folder, GGUF file or hub id."),
+    methods: str = typer.Option(",".join(METHODS), help="What is measured."),
+    budgets: str = typer.Option("1,0.875,0.75,0.625,0.5,0.4,0.375,0.25", help="Shares of the full cache."),
+    windows: int = typer.Option(8, help="Windows of text, of 1,024 tokens."),
+    rows: int = typer.Option(200, help="Questions a task."),
+    chunk: int = typer.Option(16, help="Tokens that go through a cache at once."),
+    only: Part = typer.Option(Part.both, help="KL and perplexity, or the tasks."),
+    out: Path = typer.Option(Path("benchmarks/results/kv_paper.json"), help="Results; joined with what is there."),
+):
+    start, length = time.monotonic(), 1024
+    lm, tokenizer = load_model(model)
+    settings = {"model": Path(model).name, "length": length, "storage": "bf16"}
+    old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"runs": []}}
+    partial = Partial(out.with_suffix(".partial.json"), settings)
+    shares, chosen = numbers(budgets), methods.split(",")
+    measure = bind(compare, lm, tokenizer, chunk=chunk, partial=partial)
+    found, run = old["rows"], {"part": only.value, "chunk": chunk}
+    if only != Part.tasks:
+        ids = spread_windows(tokenizer, texts(data)[1], length, windows)
+        run["windows"] = len(ids)
+        entrants = contenders(lm, adapters, chosen, shares, length)
+        found = merged(found, measure(entrants, texts=ids, windows=len(ids), length=length))
+    if only != Part.kl:
+        run["rows"] = rows
+        new = measure(contenders(lm, adapters, chosen, shares, length), windows=0, tasks=questions(data, rows))
+        found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new])
+    meta = run_meta(time.monotonic() - start)
+    run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, found, {**meta, "settings": settings, "runs": [*old["meta"]["runs"], run]})
+    partial.path.unlink(missing_ok=True)
+    console = Console()
+    console.width = max(console.width, 180)
+    console.print(table([{k: v for k, v in row.items() if k != "model"} for row in found]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
