@@ -440,12 +440,9 @@ def test_rank_tables_and_defaults(model, adapter, ids, tokenizer):
     assert built_in[1]["kl"] > 0
 
 
-def test_trained_adapters_are_named_by_their_preset(fitted, ids):
-    case = fitted("llama-gqa")
-    adapter = replace(
-        case.adapter, info={**case.adapter.info, "training": {"preset": "paper", "allocation": "uniform"}}
-    )
-    options = dict(texts=ids, windows=1, length=64, window=8, progress=False)
+def test_trained_adapters_are_named_by_their_preset(model, adapter, ids):
+    training = {"preset": "paper", "allocation": "uniform"}
+    trained = replace(adapter, info={**adapter.info, "training": training})
     for allocation, name in (("uniform", "paper"), ("energy", "paper-energy")):
-        rows = kv.evaluate(case.model, None, adapter, (0.9,), allocation=allocation, **options)
+        rows = run(model, trained, ids, (0.9,), allocation=allocation, windows=1)
         assert [row["method"] for row in rows] == ["full", name]
