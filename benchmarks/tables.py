@@ -19,18 +19,28 @@ def load(name: str) -> list[dict]:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
 
 
+def by_budget(rows: list[dict], column: str) -> str:
+    """One column of the results at each budget, by method."""
+    nested = [r for r in rows if r["budget"] is not None and r.get(column) is not None]
+    methods = list(dict.fromkeys(r["method"] for r in nested))
+    found: dict[float, dict] = {}
+    for row in nested:
+        found.setdefault(row["budget"], {})[row["method"]] = row[column]
+    cells = [{"budget": f"{b:.1%}".replace(".0%", "%"), **found[b]} for b in sorted(found, reverse=True)]
+    return markdown_table(cells, {"budget": "budget", **{m: m for m in methods}})
+
+
+def kv_paper() -> str:
+    """KL at each budget of untrained and trained bases."""
+    return by_budget(load("kv_paper"), "kl")
+
+
 def kv_quality() -> str:
     """KL at each budget, a column per method, and the quantised caches in a table of their own."""
     rows = load("kv_quality")
-    nested = [r for r in rows if r["budget"] is not None]
-    methods = list(dict.fromkeys(r["method"] for r in nested))
-    by_budget: dict[float, dict] = {}
-    for row in nested:
-        by_budget.setdefault(row["budget"], {})[row["method"]] = row["kl"]
-    kl = [{"budget": f"{b:.1%}".replace(".0%", "%"), **cells} for b, cells in by_budget.items()]
     others = [r for r in rows if r["budget"] is None]
     columns = {"method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
-    return markdown_table(kl, {"budget": "budget", **{m: m for m in methods}}) + "\n" + markdown_table(others, columns)
+    return by_budget(rows, "kl") + "\n" + markdown_table(others, columns)
 
 
 def kv_speed() -> str:
@@ -51,7 +61,7 @@ def kv_speed() -> str:
 def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
-    for make in (kv_quality, kv_speed):
+    for make in (kv_quality, kv_paper, kv_speed):
         name, table = make.__name__, make()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
