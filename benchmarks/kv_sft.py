@@ -118,8 +118,8 @@ def main(
     attention.attach(lm)
     record("lora", bases)
     together = kv.train(
-        tuned, None, ids, bases, folder=work / "together", labels=labels, tokens=int(epochs * ids.numel()), length=length,
-        batch_size=batch, recipe={"kl_weight": 0.0, "ce_weight": 1.0, "learning_rate": 5e-4},
+        tuned, None, ids, bases, folder=work / "together", labels=labels, length=length, batch_size=batch,
+        tokens=int(epochs * ids.numel()), recipe={"kl_weight": 0.0, "ce_weight": 1.0, "learning_rate": 5e-4},
     )  # fmt: skip
     record("lora, then both", together)
     out.parent.mkdir(parents=True, exist_ok=True)
