@@ -50,7 +50,7 @@ class Recipe:
     allocation: str = "energy"
     kl_weight: float = 1.0
     ce_weight: float = 0.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     sinks: int = 4
     window: int = 64
 
@@ -58,8 +58,15 @@ class Recipe:
 RECIPES = {
     "default": Recipe(),
     "paper": Recipe(
-        basis="pca", sampling="independent", allocation="uniform", kl_weight=0.25, ce_weight=0.75, sinks=0, window=0
-    ),
+        basis="pca",
+        sampling="independent",
+        allocation="uniform",
+        kl_weight=0.25,
+        ce_weight=0.75,
+        learning_rate=1e-3,
+        sinks=0,
+        window=0,
+    ),  # fmt: skip
 }
 
 
