@@ -1,7 +1,6 @@
 """What the command line shows: streamed generation, rank tables and maps, the report, and the demo end to end."""
 
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from nestling.kv.allocate import RankTable
 from nestling.kv.cache import NestedCache
 from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import evaluate
-from nestling.kv.files import built_in
 from nestling.models import load_model
 
 BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
@@ -136,7 +134,7 @@ def write_report(
         )
     intro = (
         "One set of nested bases serves every budget: the cache keeps the first coordinates of keys and values, and "
-        "how many is chosen per layer and head when a cache is made. Bases named balanced were not trained."
+        "how many is chosen per layer and head when a cache is made. Nothing was trained."
     )
     report.write_html(path, title, intro, sections, report.run_meta())
 
@@ -175,12 +173,7 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
     start = time.perf_counter()
     adapter = fit(language_model, tokenizer, [t for i, t in enumerate(texts) if i % 8], tokens=tokens)
     console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
-    measure = partial(evaluate, language_model, tokenizer, texts=held_out, windows=1, dtype=torch.bfloat16)
-    rows = measure(adapter, BUDGETS)
-    if model in built_in():
-        adapter = KVAdapter.from_pretrained(model)
-        console.print(f"Beside it, the trained adapter that comes with nestling ({_effort(adapter)}).")
-        rows += measure(adapter, BUDGETS)[1:]
+    rows = evaluate(language_model, tokenizer, adapter, BUDGETS, texts=held_out, windows=1, dtype=torch.bfloat16)
     console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
     console.print(f"\nPrompt, with a story before it: {PROMPT.splitlines()[-1]}", markup=False)
     answers = {}
@@ -196,11 +189,6 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
     write_report(out, adapter, rows, BUDGETS, title=f"nestling: {model} with a smaller KV cache", answers=answers)
     console.print(f"\nReport: {out}")
     return rows
-
-
-def _effort(adapter: KVAdapter) -> str:
-    training = adapter.info["training"]
-    return f"{training['tokens']:,} tokens"
 
 
 class _Keeping(TextStreamer):
