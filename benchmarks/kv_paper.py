@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import typer
-from kv_quality import Part, numbers, questions, spread_windows, texts
+from kv_quality import Part, merged, numbers, questions, spread_windows, texts
 from rich.console import Console
 
 from nestling import kv
@@ -34,7 +34,6 @@ METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options
     "default": ("default", {"exact_prompt": False}),
     "default-probes": ("default-probes", {"exact_prompt": False}),
 }
-KEY = ("model", "method", "budget")
 
 
 def contenders(lm, folder: Path, methods: list[str], budgets: list[float], context: int) -> list[Contender]:
@@ -51,17 +50,6 @@ def contenders(lm, folder: Path, methods: list[str], budgets: list[float], conte
         make = bind(adapter.cache, lm, context=context, dtype=torch.bfloat16, **options)
         found += [Contender(name, budget, bind(make, budget)) for budget in budgets]
     return found
-
-
-def merged(old: list[dict], new: list[dict]) -> list[dict]:
-    """Rows joined by model, method and budget; what is newer and not missing counts."""
-    rows: dict[tuple, dict] = {}
-    for row in (*old, *new):
-        key = tuple(row[name] for name in KEY)
-        known = rows.setdefault(key, {})
-        known |= {k: v for k, v in row.items() if v is not None or k not in known}
-    order = ["full", *METHODS]
-    return sorted(rows.values(), key=lambda row: (order.index(row["method"]), -(row["budget"] or 0)))
 
 
 def main(
@@ -88,11 +76,11 @@ def main(
         ids = spread_windows(tokenizer, texts(data)[1], length, windows)
         run["windows"] = len(ids)
         entrants = contenders(lm, adapters, chosen, shares, length)
-        found = merged(found, measure(entrants, texts=ids, windows=len(ids), length=length))
+        found = merged(found, measure(entrants, texts=ids, windows=len(ids), length=length), METHODS)
     if only != Part.kl:
         run["rows"] = rows
         new = measure(contenders(lm, adapters, chosen, shares, length), windows=0, tasks=questions(data, rows))
-        found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new])
+        found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new], METHODS)
     meta = run_meta(time.monotonic() - start)
     run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
     out.parent.mkdir(parents=True, exist_ok=True)

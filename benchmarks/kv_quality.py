@@ -126,13 +126,13 @@ def contenders(lm, adapters: dict[str, kv.KVAdapter], methods: list[str], sizes:
     return found
 
 
-def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
-    """Rows joined by model, method and budget: what is newer and not missing counts. In the order of METHODS."""
+def merged(old: Iterable[dict], new: Iterable[dict], methods: Iterable[str] = (*METHODS, *RIVALS)) -> list[dict]:
+    """Rows joined by model, method and budget: what is newer and not missing counts. In the order of ``methods``."""
     rows: dict[tuple, dict] = {}
     for row in (*old, *new):
         key = row["model"], row["method"], row["budget"]
         rows[key] = rows.get(key, {}) | {k: v for k, v in row.items() if v is not None or k not in rows.get(key, {})}
-    order = ["full", *METHODS, *RIVALS]
+    order = ["full", *methods]
     return sorted(rows.values(), key=lambda row: (order.index(row["method"]), -(row["budget"] or 0)))
 
 

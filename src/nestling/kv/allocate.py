@@ -35,6 +35,11 @@ class RankTable:
     values: Tensor
 
     @property
+    def stacked(self) -> Tensor:
+        """Keys and values in one tensor, ``[2, L, Hkv]``."""
+        return torch.stack((self.keys, self.values))
+
+    @property
     def elements(self) -> int:
         """Elements stored per token, keys and values of all layers."""
         return int(self.keys.sum() + self.values.sum())

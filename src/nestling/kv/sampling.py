@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import STEP, RankTable
+from nestling.kv.allocate import STEP
 
 Schedule = Callable[[int], Tensor]
 SAMPLINGS = ("path", "sandwich", "independent", "fixed")
@@ -49,7 +49,7 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
     if name not in SAMPLINGS:
         raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {name!r}")
     shares = torch.linspace(max(LOWEST, STEP / width), HIGHEST, GRID).tolist()
-    tables = [_stacked(adapter.ranks(share * adapter.full_elements, allocation)) for share in shares]
+    tables = [adapter.ranks(share * adapter.full_elements, allocation).stacked for share in shares]
 
     def draw(number: int) -> Tensor:
         if name == "sandwich" and number % 4 < 2:
@@ -61,7 +61,3 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
         return (table + moves * moved * STEP).clamp(min(STEP, width), width)
 
     return draw
-
-
-def _stacked(table: RankTable) -> Tensor:
-    return torch.stack((table.keys, table.values))

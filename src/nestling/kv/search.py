@@ -146,8 +146,7 @@ def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, ba
 def probed(meter: KLMeter, adapter: KVAdapter, budget: float, bar) -> dict[str, Tensor]:
     """The energies, scaled for each layer and side by what halving its ranks really costs at a budget."""
     share = max(budget, min(1.0, 2 * STEP / adapter.shape[2]))  # narrow heads: something has to be left to halve
-    table = adapter.ranks(share * adapter.full_elements)
-    ranks = torch.stack((table.keys, table.values))
+    ranks = adapter.ranks(share * adapter.full_elements).stacked
     energy = torch.stack([adapter.energy[s] for s in SIDES]).double()
     layers, _, width = adapter.shape
     halved = (ranks // 2).clamp_min(min(STEP, width))

@@ -66,7 +66,7 @@ RECIPES = {
         learning_rate=1e-3,
         sinks=0,
         window=0,
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -195,8 +195,7 @@ class RankedWindows(torch.utils.data.Dataset):
     @classmethod
     def fixed(cls, windows: Tensor, table: RankTable) -> "RankedWindows":
         """All windows once, at the ranks of a table."""
-        ranks = torch.stack((table.keys, table.values))
-        return cls(windows, lambda number: ranks, 0, len(windows))
+        return cls(windows, lambda number: table.stacked, 0, len(windows))
 
     def __len__(self) -> int:
         return self.count
@@ -230,9 +229,6 @@ class _Curve(TrainerCallback):
         shown = {k.removeprefix("kl_"): f"{v:.3f}" for k, v in (self.points or [{}])[-1].items() if k.startswith("kl")}
         kl = ", ".join(f"{budget}: {value}" for budget, value in shown.items())
         self.bar.update(self.task, description=f"training, KL {kl}" if kl else "training")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.stop()
 
 
 def _curve(history: list[dict], tokens_per_step: int) -> list[dict]:
