@@ -58,7 +58,7 @@ def test_the_sandwich_has_its_slices(fitted):
 
 
 def test_fixed_is_half(adapter):
-    assert (schedule("fixed", adapter)(7) == int(FIXED * adapter.shape[2])).all()
+    assert (schedule("fixed", adapter)(7) == adapter.ranks(FIXED * adapter.full_elements).stacked).all()
 
 
 def test_unknown_names_are_refused(adapter):

@@ -27,10 +27,10 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
       ranks moved by a step. What is trained is what will be used.
     * ``sandwich``: as ``path``, but of every four texts one has the smallest and one the largest share.
     * ``independent``: multiples of D / 8 for each layer, head and side by itself (arXiv 2410.14731).
-    * ``fixed``: half of the coordinates everywhere: the ablation without sampling.
+    * ``fixed``: what the allocation makes of half of the ranks, always: the ablation without sampling.
 
     Args:
-        allocation: of the path: ``"energy"`` or ``"uniform"``.
+        allocation: of all but ``independent``: ``"energy"`` or ``"uniform"``.
 
     Raises:
         ValueError: for unknown names.
@@ -44,10 +44,11 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
     if name == "independent":
         step = max(1, width // 8)
         return lambda number: torch.randint(1, width // step + 1, shape, generator=generator(number)) * step
-    if name == "fixed":
-        return lambda number: torch.full(shape, int(FIXED * width))
     if name not in SAMPLINGS:
         raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {name!r}")
+    if name == "fixed":
+        half = adapter.ranks(FIXED * adapter.full_elements, allocation).stacked
+        return lambda number: half
     shares = torch.linspace(max(LOWEST, STEP / width), HIGHEST, GRID).tolist()
     tables = [adapter.ranks(share * adapter.full_elements, allocation).stacked for share in shares]
 

@@ -177,7 +177,7 @@ class Student(nn.Module):
         Under gradient checkpointing transformers drops caches; then it travels as an argument, which most models pass
         on to their attention, and the caller checks that they did.
         """
-        if self.training and self.lm.is_gradient_checkpointing:
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules()):
             return {"use_cache": False, "nested": masked}
         layers = attention.stock_layers(attention.text_config(self.lm))
         for index in self.rows:
