@@ -134,7 +134,7 @@ def search(
     length: Annotated[int, typer.Option(help="Tokens per text.")] = 256,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
-    per_sweep: Annotated[int, typer.Option(help="Ranks that greedy lowers before it measures again.")] = 1,
+    per_sweep: Annotated[int, typer.Option(help="Ranks that greedy lowers at a time; 1 is the paper's.")] = 16,
     budgets: Annotated[str, typer.Option(help="Shares of the ranks to show afterwards.")] = "75,50,37.5,25",
     json: Json = None,
 ) -> None:
