@@ -1,10 +1,11 @@
 """Fine-tuning on GSM8K with a compressed cache: LoRA first, then LoRA and bases together, as in the paper's section 4.
 
-    python benchmarks/kv_sft.py --data FOLDER --adapter ADAPTER [--epochs 1] [--questions 200]
+    python benchmarks/kv_sft.py --data FOLDER --work FOLDER [--adapter smollm2] [--examples 600] [--questions 50]
 
 Stage one is plain LoRA at full rank, stage two trains LoRA weights and rotations on the answers under sampled ranks,
-without a teacher. Rows: exact match and perplexity of the reference answers, by budget, after each stage. Questions
-are read compressed (no exact prompt).
+without a teacher. Rows: exact match and perplexity of the reference answers, by budget, after each stage. Everything
+is compressed from the first token on: questions and answers are hardly longer than an exact window. Killed, the same
+command goes on after the last whole stage, and inside of the second one from its last checkpoint.
 """
 
 import gzip
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 import typer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -31,6 +32,7 @@ from nestling.report import run_meta, table, write_json
 from nestling.tokens import answer_windows
 
 PROMPT = "Question: {}\nAnswer:"
+TOGETHER = {"kl_weight": 0.0, "ce_weight": 1.0, "learning_rate": 5e-4, "sinks": 0, "window": 0}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -63,14 +65,14 @@ def measure(lm, tokenizer, adapter: kv.KVAdapter, budgets: list[float], tests: l
             task, nll, counted, right = bar.add_task(f"{budget:.1%}", total=len(ids) + len(tests)), 0.0, 0, 0
 
             def cache(budget=budget):
-                return adapter.cache(lm, budget, exact_prompt=False, context=512)
+                return adapter.cache(lm, budget, paper=True)
 
             for row, target in zip(ids, labels, strict=True):
                 start, end = (target != IGNORED).nonzero()[[0, -1], 0].tolist()
                 held, row, target = cache(), row.to(lm.device), target.to(lm.device)
-                logits = [lm(input_ids=part[None], past_key_values=held).logits[0] for part in row[:end].split(16)]
+                logits = lm(input_ids=row[None, :end], past_key_values=held).logits[0, start - 1 :]
                 answer = target[start : end + 1]
-                nll += float(cross_entropy(torch.cat(logits)[start - 1 :].float(), answer, reduction="sum"))
+                nll += float(cross_entropy(logits.float(), answer, reduction="sum"))
                 counted += len(answer)
                 bar.advance(task)
             for prompt, answer in tests:
@@ -90,36 +92,43 @@ def number(answer: str) -> str | None:
 
 def main(
     data: Path = typer.Option(..., help="The folder of the data sets."),
-    adapter: Path = typer.Option(..., help="Bases to start from."),
+    work: Path = typer.Option(..., help="Folder of checkpoints."),
+    adapter: str = typer.Option("smollm2", help="Bases to start from: alias or folder."),
     model: str = typer.Option("smollm2", help="Alias, folder, GGUF file or hub id."),
     epochs: float = typer.Option(1.0, help="Of each stage."),
-    length: int = typer.Option(384, help="Tokens of question and answer; longer ones are left out."),
+    examples: int | None = typer.Option(None, help="Questions to train on; by default all."),
+    length: int = typer.Option(256, help="Tokens of question and answer; longer ones are left out."),
     batch: int = typer.Option(8, help="Texts a step."),
-    questions: int = typer.Option(200, help="Questions for exact match, and answers for perplexity."),
+    questions: int = typer.Option(50, help="Questions for exact match."),
+    answers: int = typer.Option(200, help="Answers for perplexity."),
     budgets: str = typer.Option("1,0.5,0.375", help="Shares of the full cache."),
-    work: Path = typer.Option(Path("kv_sft"), help="Folder of checkpoints."),
     out: Path = typer.Option(Path("benchmarks/results/kv_sft.json")),
 ):
     start = time.monotonic()
     lm, tokenizer = load_model(model)
     if torch.cuda.is_available():
         lm = lm.cuda()
-    ids, labels = answer_windows(tokenizer, pairs(data / "gen/gsm8k_train.jsonl.gz"), length)
-    tests = pairs(data / "gen/gsm8k_test.jsonl.gz")[:questions]
-    held_ids, held_labels = answer_windows(tokenizer, tests, length)
-    tuned = get_peft_model(lm, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS))
+    ids, labels = answer_windows(tokenizer, pairs(data / "gen/gsm8k_train.jsonl.gz")[:examples], length)
+    tests = pairs(data / "gen/gsm8k_test.jsonl.gz")
+    held_ids, held_labels = answer_windows(tokenizer, tests[:answers], length)
+    lora, second = work / "lora", work / "together"
+    if lora.is_dir():
+        tuned = PeftModel.from_pretrained(lm, lora, is_trainable=True)
+    else:
+        tuned = get_peft_model(lm, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS))
+        plain_lora(tuned, ids, labels, work / "steps", epochs, batch, 5e-4)
+        tuned.save_pretrained(lora)
     bases, shares, rows = kv.KVAdapter.from_pretrained(adapter), [float(b) for b in budgets.split(",")], []
 
     def record(stage: str, current: kv.KVAdapter) -> None:
-        measured = measure(lm, tokenizer, current, shares, tests, held_ids, held_labels)
+        measured = measure(lm, tokenizer, current, shares, tests[:questions], held_ids, held_labels)
         rows.extend({"model": Path(model).name, "method": stage, **row} for row in measured)
 
-    plain_lora(tuned, ids, labels, work / "lora", epochs, batch, 5e-4)
     attention.attach(lm)
     record("lora", bases)
     together = kv.train(
-        tuned, None, ids, bases, folder=work / "together", labels=labels, length=length, batch_size=batch,
-        tokens=int(epochs * ids.numel()), recipe={"kl_weight": 0.0, "ce_weight": 1.0, "learning_rate": 5e-4},
+        tuned, None, ids, bases, folder=second, labels=labels, length=length, batch_size=batch,
+        tokens=int(epochs * ids.numel()), recipe=TOGETHER, resume=second.is_dir(),
     )  # fmt: skip
     record("lora, then both", together)
     out.parent.mkdir(parents=True, exist_ok=True)
