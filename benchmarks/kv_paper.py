@@ -2,7 +2,9 @@
 
     python benchmarks/kv_train.py --data DATA --out RUNS/default                     # each takes hours on a CPU
     python benchmarks/kv_train.py --data DATA --out RUNS/paper --preset paper
-    nestling kv search smollm2 RUNS/paper --method greedy --sinks 0 --window 0 --out RUNS/paper
+    python benchmarks/kv_train.py --data DATA --out RUNS/no-window --set sinks=0 --set window=0
+    nestling kv search smollm2 RUNS/paper --method greedy --sinks 0 --window 0 --out RUNS/paper-greedy
+    nestling kv search smollm2 RUNS/paper --method probes --sinks 0 --window 0 --out RUNS/paper-probes
     python benchmarks/kv_paper.py --data DATA --adapters RUNS [--only kl|tasks] [--rows 200]
 
 RUNS also holds `pca-65536` and `balanced-65536`, as `kv_quality.py --adapters RUNS` leaves them. Methods whose adapter
@@ -27,12 +29,17 @@ from nestling.report import run_meta, table, write_json
 
 PAPER = {"paper": True}
 METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options of adapter.cache
+    # Everything compressed from token 0, as in the paper.
     "pca-uniform": ("pca-65536", {"allocation": "uniform", **PAPER}),
     "paper": ("paper", {"allocation": "uniform", **PAPER}),
-    "paper-greedy": ("paper", {"allocation": "greedy", **PAPER}),
+    "paper-greedy": ("paper-greedy", {"allocation": "greedy", **PAPER}),
+    "paper-energy": ("paper", {"allocation": "energy", **PAPER}),
+    "paper-probes": ("paper-probes", {"allocation": "energy", **PAPER}),
+    "balanced-energy": ("balanced-65536", {"allocation": "energy", **PAPER}),
+    "no-window": ("no-window", {"allocation": "energy", **PAPER}),
+    # With 4 sinks and the most recent tokens exact.
     "balanced-window": ("balanced-65536", {"exact_prompt": False}),
     "default": ("default", {"exact_prompt": False}),
-    "default-probes": ("default-probes", {"exact_prompt": False}),
 }
 
 
@@ -44,9 +51,6 @@ def contenders(lm, folder: Path, methods: list[str], budgets: list[float], conte
             Console().print(f"{name} is left out: {place} is not there", style="yellow", markup=False)
             continue
         adapter = kv.KVAdapter.from_pretrained(folder / place)
-        if options.get("allocation") == "greedy" and "greedy" not in adapter.paths:
-            Console().print(f"{name} is left out: its ranks were not searched", style="yellow", markup=False)
-            continue
         make = bind(adapter.cache, lm, context=context, dtype=torch.bfloat16, **options)
         found += [Contender(name, budget, bind(make, budget)) for budget in budgets]
     return found

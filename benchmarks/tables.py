@@ -35,6 +35,38 @@ def kv_paper() -> str:
     return by_budget(load("kv_paper"), "kl")
 
 
+def kv_tasks() -> str:
+    """Accuracy on each task, their mean as the paper has it, and what is kept above chance."""
+    rows = [r for r in load("kv_paper") if r.get("above_chance") is not None]
+    tasks = [name for name in rows[0] if name.startswith("acc_")]
+    for row in rows:
+        row["mean"] = sum(row[name] for name in tasks) / len(tasks)
+    columns = {"method": "method", "budget": "budget", **{name: name[4:] for name in tasks}}
+    return markdown_table(rows, {**columns, "mean": "mean", "above_chance": "kept above chance"})
+
+
+def kv_ablate() -> str:
+    """KL at shares of the ranks after short trainings."""
+    rows = load("kv_ablate")
+    shares = [name for name in rows[0] if name.startswith("kl_")]
+    return markdown_table(rows, {"arm": "training", **{name: f"{float(name[3:]):.1%}" for name in shares}})
+
+
+def kv_evict() -> str:
+    columns = {"method": "kept", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
+    return markdown_table(load("kv_evict"), columns)
+
+
+def kv_sft() -> str:
+    columns = {"method": "trained", "budget": "budget", "answer_ppl": "perplexity", "acc_gsm8k": "exact match"}
+    return markdown_table(load("kv_sft"), columns)
+
+
+def kv_step() -> str:
+    columns = {"shape": "texts x tokens", "method": "step", "tokens_per_s": "tokens/s", "over_least": "over the least"}
+    return markdown_table(load("kv_step"), columns)
+
+
 def kv_quality() -> str:
     """KL at each budget, a column per method, and the quantised caches in a table of their own."""
     rows = load("kv_quality")
@@ -61,7 +93,7 @@ def kv_speed() -> str:
 def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
-    for make in (kv_quality, kv_paper, kv_speed):
+    for make in (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_sft, kv_step, kv_speed):
         name, table = make.__name__, make()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
