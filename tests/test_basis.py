@@ -149,19 +149,6 @@ def test_bad_statistics_are_refused():
         balanced(good, -good)
 
 
-def test_a_permuted_basis_is_exact_and_keeps_the_chosen_first():
-    basis = balanced(spd(2, 6, seed=10), spd(2, 6, seed=11))
-    order = torch.tensor([[3, 0, 5, 1, 2, 4], [5, 4, 3, 2, 1, 0]])
-    other = basis.permuted(order)
-    for i in range(2):
-        assert torch.equal(other.encode[i], basis.encode[i][:, order[i]])
-        assert torch.equal(other.decode[i], basis.decode[i][order[i]])
-        assert torch.equal(other.energy[i], basis.energy[i][order[i]])
-        assert torch.equal(keep(other[i], 6), other.encode[i] @ other.decode[i])
-    eye = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
-    torch.testing.assert_close(keep(other, 6), eye, rtol=0, atol=1e-9)
-
-
 # Rotations
 
 

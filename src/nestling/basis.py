@@ -44,12 +44,6 @@ class NestedBasis:
         encode, decode = self.encode @ rotation.to(self.encode), rotation.mT.to(self.decode) @ self.decode
         return NestedBasis(encode, decode, self.energy, self.condition)
 
-    def permuted(self, order: Tensor) -> NestedBasis:
-        """The basis with its coordinates in another order: ``order`` ``[..., d]`` int64, indices of coordinates."""
-        columns, rows = order[..., None, :].expand_as(self.encode), order[..., :, None].expand_as(self.decode)
-        encode, decode = self.encode.gather(-1, columns), self.decode.gather(-2, rows)
-        return NestedBasis(encode, decode, self.energy.gather(-1, order), self.condition)
-
 
 def balanced(covariance: Tensor, metric: Tensor, ridge: float = RIDGE) -> NestedBasis:
     """The nested basis that is optimal for vectors of second moment C when errors are weighed by a metric M.

@@ -22,7 +22,7 @@ def fitted(ids):
     @cache
     def make(family: str) -> SimpleNamespace:
         model = tiny_model(family)
-        options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, progress=False)
+        options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, window=0, progress=False)
         return SimpleNamespace(model=model, stock=tiny_model(family), adapter=kv.fit(model, None, ids, **options))
 
     return make

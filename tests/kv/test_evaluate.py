@@ -72,7 +72,7 @@ def stock():
 
 @pytest.fixture(scope="module")
 def adapter(model, ids):
-    return kv.fit(model, None, ids, length=96, sensitivity_windows=4, sensitivity_length=48, progress=False)
+    return kv.fit(model, None, ids, length=96, sensitivity_windows=4, sensitivity_length=48, window=0, progress=False)
 
 
 def run(model, adapter, ids=None, budgets=(1.0,), **options):
@@ -133,7 +133,9 @@ def test_prompts_are_read_compressed(model, adapter, ids):
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "moe"])
 def test_other_families(family, ids):
     model = tiny_model(family)
-    adapter = kv.fit(model, None, ids, length=96, sensitivity_windows=2, sensitivity_length=48, progress=False)
+    adapter = kv.fit(
+        model, None, ids, length=96, sensitivity_windows=2, sensitivity_length=48, window=0, progress=False
+    )
     full, ours = run(model, adapter, ids, windows=2)
     assert abs(ours["kl"]) < 1e-5 and ours["top1"] == 1
 
@@ -160,7 +162,9 @@ def test_bytes_are_those_of_storage(model, adapter, ids):
 
 def test_bytes_agree_on_sliding_layers(ids):
     model = tiny_model("gemma3")
-    adapter = kv.fit(model, None, ids, length=96, sensitivity_windows=2, sensitivity_length=48, progress=False)
+    adapter = kv.fit(
+        model, None, ids, length=96, sensitivity_windows=2, sensitivity_length=48, window=0, progress=False
+    )
     cache = adapter.cache(model, 0.6)
     with torch.no_grad():
         model(input_ids=ids[:2, :80], past_key_values=cache)

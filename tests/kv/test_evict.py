@@ -22,7 +22,7 @@ def single(ids):
     stock.set_attn_implementation("eager")
     return (
         model,
-        kv.fit(model, None, ids, length=64, sensitivity_windows=8, sensitivity_length=32, progress=False),
+        kv.fit(model, None, ids, length=64, sensitivity_windows=8, sensitivity_length=32, window=0, progress=False),
         stock,
     )
 

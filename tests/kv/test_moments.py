@@ -1,6 +1,7 @@
 """Statistics against brute force: stock eager models that record, and explicit per-sample gradients."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from nestling import kv
 from nestling.basis import pca
 from nestling.kv import attention
 from nestling.kv import moments as module
+from nestling.kv.files import SIDES
 from nestling.kv.moments import SKIP, collect_moments, make_bases
-from nestling.kv.sensitivity import sensitivity
+from nestling.kv.sensitivity import measured_energy, sensitivity, spread
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -199,11 +201,11 @@ def test_moments_do_not_depend_on_the_batches(ids):
                 torch.testing.assert_close(getattr(parts[layer], name), getattr(moment, name), rtol=1e-4, atol=1e-3)
 
 
-def test_no_token_is_an_error(ids):
+def test_no_token_is_an_error(ids, fitted):
     with pytest.raises(kv.CalibrationError, match="no token is left after the first 4 positions"):
         collect_moments(tiny_model("llama-gqa"), [ids[:, :4]])
     with pytest.raises(kv.CalibrationError, match="no windows"):
-        sensitivity(tiny_model("llama-gqa"), {}, {}, [])
+        sensitivity(fitted("llama-gqa").model, fitted("llama-gqa").adapter, [])
 
 
 @pytest.mark.parametrize(
@@ -270,89 +272,108 @@ def test_pca_bases_are_those_of_keys_and_values(monkeypatch, ids):
 # Sensitivity
 
 
-def masked_log_p(model, bases, means, masks, ids, skip: int) -> torch.Tensor:
-    """Log-probabilities ``[1, T, V]`` when masks ``[Hkv, D]`` shrink coordinates towards those of the means."""
+def masked_log_p(model, adapter, masks, ids, sinks: int, window: int) -> torch.Tensor:
+    """Log-probabilities ``[1, T, V]`` when masks ``[2, L, Hkv, D]`` shrink coordinates towards those of the means.
+
+    Written out query by query: which keys and values are exact is a matter of which query reads them.
+    """
+
+    class Handle:
+        def __init__(self, row, states):
+            self.exact = states
+            self.cut = []
+            for side, (name, state) in enumerate(zip(SIDES, states, strict=True)):
+                encode, decode, mean = (getattr(adapter, n)[name][row].to(state) for n in ("encode", "decode", "mean"))
+                mean, mask = mean[:, None], masks[side, row].to(state)[:, None]
+                self.cut.append(mean + ((state - mean) @ encode * mask) @ decode)
+
+        def attend(self, module, query, mask, scaling, **kwargs):
+            outputs, places = [], torch.arange(query.shape[2])
+            group = query.shape[1] // self.exact[0].shape[1]
+            for i in places.tolist():
+                gone = max(i + 1 - sinks - window, 0) // (16 if window else 1) * (16 if window else 1)
+                coded = (places >= sinks) & (places < sinks + gone)
+                keys, values = (
+                    torch.where(coded[:, None], c, e)[:, :, : i + 1].repeat_interleave(group, 1)
+                    for e, c in zip(self.exact, self.cut, strict=True)
+                )
+                weights = (query[:, :, i : i + 1] @ keys.mT * scaling).softmax(-1)
+                outputs.append((weights @ values).transpose(1, 2))
+            return torch.cat(outputs, 1)
 
     class Masked(attention.PassThroughLayer):
-        def __init__(self, index):
+        def __init__(self, row):
             super().__init__()
-            self.index = index
+            self.row = row
 
         def update(self, key_states, value_states, *args, **kwargs):
-            out = []
-            for state, basis, mean, mask in zip(
-                (key_states, value_states), bases[self.index], means[self.index], masks[self.index], strict=True
-            ):
-                coordinates, rest = (x @ basis.encode.to(state.dtype) for x in (state, mean[:, None].to(state.dtype)))
-                mask = mask[:, None]
-                read = (mask * coordinates + (1 - mask) * rest) @ basis.decode.to(state.dtype)
-                out.append(torch.cat((state[:, :, :skip], read[:, :, skip:]), 2))
-            return tuple(out)
+            handle = Handle(self.row, (key_states, value_states))
+            return handle, handle
 
+    attention.attach(model)
     layers = attention.stock_layers(model.config)
-    for index in bases:
-        layers[index] = Masked(index)
+    for row, index in enumerate(adapter.fingerprint["layers"]):
+        layers[index] = Masked(row)
     cache = Cache(layers=layers)
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits.log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """An fp64 model, its bases and means, and eight rows of twelve tokens."""
+    """An fp64 model, an adapter and eight rows of 24 tokens."""
     model = tiny_model("llama-gqa", dtype=torch.float64, num_hidden_layers=2, vocab_size=31)
-    ids = torch.randint(3, 31, (8, 12), generator=torch.Generator().manual_seed(1))
-    moments = collect_moments(model, [ids])
-    return model, make_bases(model, moments, "balanced"), {i: m.means("balanced") for i, m in moments.items()}, ids
+    ids = torch.randint(3, 31, (8, 24), generator=torch.Generator().manual_seed(1))
+    options = dict(length=24, sensitivity_windows=8, sinks=1, window=2, progress=False)
+    return model, kv.fit(model, None, ids, **options), ids
 
 
-@pytest.mark.parametrize("skip", [0, 4])
+EXACT = [(0, 0), (4, 0), (1, 2)]
+
+
+@pytest.mark.parametrize("sinks, window", EXACT)
 @pytest.mark.parametrize("rows", [1, 8])
-def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, small, skip, rows):
-    model, bases, means, ids = small
+def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, small, sinks, window, rows):
+    model, adapter, ids = small
     draw, drawn = torch.multinomial, []
     monkeypatch.setattr(torch, "multinomial", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
-    got = sensitivity(model, bases, means, ids.split(rows), skip=skip, seed=3)
-    labels = torch.cat(drawn).view(8, 12, 1)
-    total = {i: [torch.zeros(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
+    exact = {"sinks": sinks, "window": window}
+    got = sensitivity(model, adapter, ids.split(rows), **exact, seed=3)
+    labels = torch.cat(drawn).view(8, 24, 1)
+    total = torch.zeros(2, *adapter.shape, dtype=torch.float64)
     for row in range(8):
-        masks = {i: [torch.ones(2, 16, dtype=torch.float64, requires_grad=True) for _ in range(2)] for i in bases}
-        log_p = masked_log_p(model, bases, means, masks, ids[row : row + 1], skip)
+        mask = torch.ones_like(total, requires_grad=True)
+        log_p = masked_log_p(model, adapter, mask, ids[row : row + 1], sinks, window)
         log_p.gather(-1, labels[row : row + 1]).sum().backward()
-        for index, pair in masks.items():
-            for side, mask in enumerate(pair):
-                total[index][side] += mask.grad.square() / 2 / ids.numel()
-    for index, pair in total.items():
-        for side, expected in enumerate(pair):
-            torch.testing.assert_close(got[index][side], expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
-    zero = {i: tuple(torch.zeros_like(m) for m in pair) for i, pair in means.items()}
-    other = sensitivity(model, bases, zero, ids.split(rows), skip=skip, seed=3)
-    for index, pair in got.items():  # the means matter, but for a shift that all keys share
-        assert torch.allclose(other[index][0], pair[0], rtol=1e-4) == (skip == 0)
-        assert not torch.allclose(other[index][1], pair[1], rtol=0.05)
+        total += mask.grad.square() / 2 / ids.numel()
+    for expected, side in zip(total.float(), SIDES, strict=True):
+        torch.testing.assert_close(got[side], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+    zero = replace(adapter, mean={side: torch.zeros_like(mean) for side, mean in adapter.mean.items()})
+    other = sensitivity(model, zero, ids.split(rows), **exact, seed=3)
+    # the means matter, but for a shift that all keys share
+    assert torch.allclose(other["key"], got["key"], rtol=1e-3) == (sinks == window == 0)
+    assert not torch.allclose(other["value"], got["value"], rtol=0.05)
 
 
 @torch.no_grad()
-def test_sensitivity_predicts_the_kl_of_a_small_change(small):
+@pytest.mark.parametrize("sinks, window", EXACT[1:])
+def test_sensitivity_predicts_the_kl_of_a_small_change(small, sinks, window):
     """Averaged over label draws, ``eps^2 F / 2`` is the KL per token of moving a coordinate to its mean by eps."""
-    model, bases, means, ids = small
+    model, adapter, ids = small
     draws = 150
-    mean = {i: [torch.zeros(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
+    mean = torch.zeros(2, *adapter.shape)
     for seed in range(draws):
-        for index, pair in sensitivity(model, bases, means, [ids], seed=seed).items():
-            for side in (0, 1):
-                mean[index][side] += pair[side] / draws
-    ones = {i: [torch.ones(2, 16, dtype=torch.float64) for _ in range(2)] for i in bases}
-    full, eps = masked_log_p(model, bases, means, ones, ids, SKIP), 1e-3
-    predicted, measured = [], []
-    for index, side, head, coordinate in [
-        (i, s, h, c) for i in bases for s in (0, 1) for h in (0, 1) for c in (0, 3, 8)
-    ]:
-        masks = {i: [m.clone() for m in pair] for i, pair in ones.items()}
-        masks[index][side][head, coordinate] -= eps
-        less = masked_log_p(model, bases, means, masks, ids, SKIP)
+        found = sensitivity(model, adapter, [ids], sinks=sinks, window=window, seed=seed)
+        mean += torch.stack([found[side] for side in SIDES]) / draws
+    ones = torch.ones(2, *adapter.shape, dtype=torch.float64)
+    full, eps = masked_log_p(model, adapter, ones, ids, sinks, window), 1e-3
+    places = [(s, i, h, c) for s in (0, 1) for i in range(2) for h in (0, 1) for c in (0, 3, 8)]
+    measured = []
+    for place in places:
+        mask = ones.clone()
+        mask[place] -= eps
+        less = masked_log_p(model, adapter, mask, ids, sinks, window)
         measured.append(float((full.exp() * (full - less)).sum()) / ids.numel() / eps**2)
-        predicted.append(float(mean[index][side][head, coordinate]))
-    predicted, measured = torch.tensor(predicted), torch.tensor(measured)
+    predicted, measured = torch.stack([mean[place] for place in places]), torch.tensor(measured)
     # 1,200 squared gradients a coordinate: a standard error of 4 % and more where they have heavy tails
     torch.testing.assert_close(predicted, measured, rtol=0.3, atol=1e-4)
     assert float((predicted / measured).log().mean().abs()) < 0.05
@@ -360,14 +381,30 @@ def test_sensitivity_predicts_the_kl_of_a_small_change(small):
 
 def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
     model = tiny_model("llama-gqa")
-    moments = collect_moments(model, [ids])
-    bases, means = make_bases(model, moments, "pca"), {i: m.means("pca") for i, m in moments.items()}
-    live = sensitivity(model, bases, means, [ids[:2, :16]])
+    adapter = kv.fit(model, None, ids, length=64, sensitivity_windows=2, sinks=0, window=0, progress=False)
+    live = sensitivity(model, adapter, [ids[:2, :16]], sinks=0, window=0)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    frozen = sensitivity(model.requires_grad_(False), bases, means, [ids[:2, :16]])
-    for index in live:
-        assert all(torch.equal(a, b) for a, b in zip(live[index], frozen[index], strict=True))
-    assert not torch.equal(live[0][0], sensitivity(model, bases, means, [ids[:2, :16]], seed=1)[0][0])
+    frozen = sensitivity(model.requires_grad_(False), adapter, [ids[:2, :16]], sinks=0, window=0)
+    other = sensitivity(model, adapter, [ids[:2, :16]], sinks=0, window=0, seed=1)
+    for side in SIDES:
+        assert torch.equal(live[side], frozen[side]) and not torch.equal(live[side], other[side])
+
+
+def test_what_only_near_tokens_read_is_worth_nothing(ids):
+    model = tiny_model("llama-gqa")
+    adapter = kv.fit(model, None, ids, length=64, sensitivity_windows=2, sinks=0, window=0, progress=False)
+    energy = sensitivity(model, adapter, [ids[:2, :19]], sinks=1, window=3)  # up to 18 recent ones are exact
+    assert all(float(e.abs().max()) == 0 for e in energy.values())
+    with pytest.raises(ValueError, match="pieces of 19 tokens hold nothing beyond the 19 exact ones"):
+        measured_energy(model, adapter, ids[:, :19], sinks=1, window=3)
+
+
+def test_pieces_are_from_all_over_the_windows():
+    windows = torch.arange(60).view(3, 20)
+    found = torch.cat(spread(windows, 3, 8, 100))
+    assert found[:, 0].tolist() == [0, 20, 48] and found.shape == (3, 8)
+    assert torch.equal(torch.cat(spread(windows, 100, 32, 100)), windows)
+    assert [len(part) for part in spread(windows, 3, 20, 2**21)] == [1, 1, 1]
 
 
 # Fit
@@ -379,7 +416,16 @@ def test_every_family_fits(ids, family, basis):
     model = tiny_model(family)
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapter = kv.fit(
-        model, None, ids, basis, length=32, tokens=256, sensitivity_windows=4, sensitivity_length=16, progress=False
+        model,
+        None,
+        ids,
+        basis,
+        length=32,
+        tokens=256,
+        sensitivity_windows=4,
+        sensitivity_length=16,
+        window=0,
+        progress=False,
     )
     layers, heads, width = adapter.shape
     assert (heads, width) == attention.head_shape(model.config)[1:]
@@ -399,21 +445,23 @@ def test_every_family_fits(ids, family, basis):
 @pytest.mark.parametrize("basis", ["balanced", "pca"])
 def test_fit_is_the_sum_of_its_parts(ids, basis):
     """And orders the balanced coordinates by what they were measured to be worth; PCA keeps the paper's order."""
+    exact = dict(sinks=2, window=4)
     options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, seed=5, progress=False)
-    adapter = kv.fit(tiny_model("llama-gqa"), None, ids, basis, **options)
+    adapter = kv.fit(tiny_model("llama-gqa"), None, ids, basis, **options, **exact)
     model = tiny_model("llama-gqa")
     moments = collect_moments(model, [ids])
     bases, means = make_bases(model, moments, basis), {i: m.means(basis) for i, m in moments.items()}
-    energy = sensitivity(model, bases, means, [ids.view(16, 32)[:8]], seed=5)
-    for row, layer in enumerate(bases):
-        for side, name in enumerate(("key", "value")):
-            worth, encode = energy[layer][side], bases[layer][side].encode
-            if basis == "balanced":
-                worth, order = worth.sort(-1, descending=True)
-                encode = torch.stack([e[:, o] for e, o in zip(encode, order, strict=True)])
-            torch.testing.assert_close(adapter.energy[name][row], worth.float(), rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(adapter.mean[name][row], means[layer][side].float(), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(adapter.encode[name][row], encode.float(), rtol=1e-4, atol=1e-5)
+    plain = kv.KVAdapter.from_bases(model.config, bases, means, {})
+    energy = sensitivity(model, plain, [ids.view(16, 32)[[0, 2, 4, 6, 9, 11, 13, 15]]], **exact, seed=5)
+    assert adapter.info["sinks"] == 2 and adapter.info["window"] == 4
+    for side in SIDES:
+        worth, encode = energy[side], plain.encode[side]
+        if basis == "balanced":
+            worth, order = worth.sort(-1, descending=True)
+            encode = encode.gather(-1, order[..., None, :].expand_as(encode))
+        torch.testing.assert_close(adapter.energy[side], worth, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(adapter.mean[side], plain.mean[side], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter.encode[side], encode, rtol=1e-4, atol=1e-5)
 
 
 def test_ids_and_strings_are_the_same_text(ids):
@@ -424,7 +472,7 @@ def test_ids_and_strings_are_the_same_text(ids):
             return {"input_ids": [int(i) for i in text.split()]}
 
     texts = [" ".join(map(str, row)) for row in ids.tolist()]
-    options = dict(length=64, sensitivity_windows=2, sensitivity_length=16, progress=False)
+    options = dict(length=64, sensitivity_windows=2, sensitivity_length=16, window=0, progress=False)
     one, other = (kv.fit(tiny_model("llama-gqa"), t, x, **options) for t, x in ((None, ids), (Numbers(), texts)))
     assert torch.equal(one.encode["key"], other.encode["key"]) and torch.equal(one.energy["key"], other.energy["key"])
     with pytest.raises(ValueError, match="a tokenizer is needed"):
@@ -441,13 +489,13 @@ def test_too_little_text_and_wrong_ids_are_refused(ids):
 
 def test_windows_are_no_longer_than_the_model(ids):
     model = tiny_model("llama-gqa", max_position_embeddings=32)
-    assert kv.fit(model, None, ids, sensitivity_windows=2, progress=False).info["length"] == 32
+    assert kv.fit(model, None, ids, sensitivity_windows=2, window=0, progress=False).info["length"] == 32
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_model_is_restored(ids, training):
     model = tiny_model("llama-gqa", attention_dropout=0.5).train(training)
-    options = dict(length=32, sensitivity_windows=2, sensitivity_length=16, progress=False)
+    options = dict(length=32, sensitivity_windows=2, sensitivity_length=16, window=0, progress=False)
     one, other = (kv.fit(model, None, ids, **options) for _ in range(2))
     assert model.training is training
     assert torch.equal(one.encode["key"], other.encode["key"])  # no dropout in it

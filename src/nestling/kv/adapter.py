@@ -66,17 +66,20 @@ class KVAdapter:
 
     @classmethod
     def from_bases(
-        cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], means: Mapping, energy: Mapping, info: dict
+        cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], means: Mapping, info: dict
     ) -> "KVAdapter":
-        """From (key, value) bases, means and energies by layer index."""
+        """From (key, value) bases and means by layer index, with the energies of the bases: each in a unit of its own."""
 
         def stacked(by_layer: Mapping) -> dict[str, Tensor]:
             return {
                 side: torch.stack([by_layer[i][s] for i in sorted(by_layer)]).float() for s, side in enumerate(SIDES)
             }
 
-        encode = stacked({i: tuple(basis.encode for basis in pair) for i, pair in bases.items()})
-        return cls(attention.fingerprint(config), encode, stacked(means), stacked(energy), info)
+        encode, energy = (
+            stacked({i: tuple(getattr(basis, name) for basis in pair) for i, pair in bases.items()})
+            for name in ("encode", "energy")
+        )
+        return cls(attention.fingerprint(config), encode, stacked(means), energy, info)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -1,15 +1,16 @@
 """Calibration: nested bases for a model from text alone, without training."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nestling.kv import attention
-from nestling.kv.adapter import KVAdapter
+from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.moments import SKIP, collect_moments, make_bases
-from nestling.kv.sensitivity import order_by_energy, sensitivity, short_batches
+from nestling.kv.sensitivity import LENGTH, PIECES, measured_energy, order_by_energy
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
@@ -23,8 +24,10 @@ def fit(
     tokens: int = 65536,
     length: int = 1024,
     batch_tokens: int = 4096,
-    sensitivity_windows: int = 48,
-    sensitivity_length: int = 128,
+    sensitivity_windows: int = PIECES,
+    sensitivity_length: int = LENGTH,
+    sinks: int = SINKS,
+    window: int = WINDOW,
     skip: int = SKIP,
     seed: int = 0,
     progress: bool = True,
@@ -39,7 +42,9 @@ def fit(
         tokens: tokens for the moments; all of the text is used if it is shorter.
         length: tokens per window. Post-RoPE statistics depend on the positions that were seen.
         batch_tokens: tokens per forward pass.
-        sensitivity_windows, sensitivity_length: number and length of the windows on which energies are measured.
+        sensitivity_windows, sensitivity_length: number and length of the pieces on which energies are measured.
+        sinks, window: exact tokens, as the caches will keep them: what is read from them costs nothing. 0 and 0 for
+            caches with ``paper=True``.
         skip: leading positions of each window that are left out.
         seed: for the labels that the model draws.
         progress: show a progress bar with an estimate of the time left.
@@ -49,6 +54,7 @@ def fit(
 
     Raises:
         TextTooShortError: if there is not one window of text.
+        ValueError: if windows are no longer than the exact tokens.
         CalibrationError: if a statistic is not finite (the layer is named).
         UnsupportedModelError: if the model's cache cannot be compressed; the message says why.
     """
@@ -57,20 +63,24 @@ def fit(
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length))))
     batches = windows.split(max(1, batch_tokens // length))
-    short = short_batches(config, windows, sensitivity_windows, sensitivity_length)
     with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"), skip=skip)
-        bases = make_bases(model, moments, basis)
-        means = {i: m.means(basis) for i, m in moments.items()}
-        energy = sensitivity(model, bases, means, bar.track(short, description="sensitivity"), skip=skip, seed=seed)
-    if basis == "balanced":
-        bases, energy = order_by_energy(bases, energy)
+    bases = make_bases(model, moments, basis)
     info = {
         "basis": basis,
         "base_model": Path(config.name_or_path).name if config.name_or_path else None,
         "tokens": len(windows) * length,
         "length": length,
         "skip": skip,
+        "sinks": sinks,
+        "window": window,
         "condition": max(float(b.condition.max()) for pair in bases.values() for b in pair),
     }
-    return KVAdapter.from_bases(config, bases, means, energy, info)
+    means = {i: m.means(basis) for i, m in moments.items()}
+    adapter = KVAdapter.from_bases(config, bases, means, info)
+    energy = measured_energy(
+        model, adapter, windows, pieces=sensitivity_windows, length=sensitivity_length, sinks=sinks, window=window,
+        seed=seed, progress=progress,
+    )  # fmt: skip
+    adapter = replace(adapter, energy=energy)
+    return order_by_energy(adapter) if basis == "balanced" else adapter

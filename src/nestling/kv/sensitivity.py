@@ -2,118 +2,113 @@
 
 The Fisher information of a mask on each coordinate. With labels y drawn from the model,
 ``F_i = E[(d log p(y) / d m_i)^2]`` and dropping coordinate i costs about ``F_i / 2`` nats of KL to the full model.
-Divided by the tokens of a window it is a KL per token.
+Divided by the tokens of a text it is a KL per token.
+
+It is measured as caches will be read: sinks and recent tokens are exact for every query, so that only what is read from
+farther away counts. Most of what a head reads is near, and which heads read far is a small part of what they do.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from nestling.basis import NestedBasis
 from nestling.kv import attention
-from nestling.kv.adapter import KVAdapter
+from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
-from nestling.kv.moments import SKIP, CalibrationError
+from nestling.kv.moments import CalibrationError
+from nestling.kv.student import Student
 from nestling.progress import progress_bar
+
+PIECES, LENGTH = 16, 512  # texts, and their tokens
 
 
 def sensitivity(
     model,
-    bases: dict[int, tuple[NestedBasis, NestedBasis]],
-    means: dict[int, tuple[Tensor, Tensor]],
-    windows: Iterable[Tensor],
+    adapter: KVAdapter,
+    batches: Iterable[Tensor],
     *,
-    skip: int = SKIP,
+    sinks: int = SINKS,
+    window: int = WINDOW,
     seed: int = 0,
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """The KL per token expected from fixing each coordinate of keys and of values at its mean, ``[Hkv, D]``, by layer.
+) -> dict[str, Tensor]:
+    """The KL per token expected from fixing each coordinate at its mean, fp32 ``[L, Hkv, D]`` by side.
 
     Half the Fisher information of a mask on the coordinate, over the tokens of a row, with labels sampled from the
     model. Cross terms between coordinates are left out. One forward and one backward pass without weight gradients.
 
     Args:
-        windows: batches of token ids ``[B, T]``; every row is one sample of the gradient.
+        batches: token ids ``[B, T]``; every row is one sample of the gradient.
+        sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
+        seed: of the labels.
     """
-    config = attention.text_config(model)
-    total = {i: [torch.zeros_like(b.energy) for b in pair] for i, pair in bases.items()}
     generator = torch.Generator(model.device).manual_seed(seed)
-    tokens = 0
+    total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
     with attention.served(model), torch.enable_grad():
-        for ids in windows:
+        student = Student(model, adapter, sinks=sinks, window=window).eval()
+        for ids in batches:
             ids = ids.to(model.device)
-            layers = attention.stock_layers(config)
-            taps = {index: _TapLayer() for index in bases}
-            for index, tap in taps.items():
-                layers[index] = tap
-            logits = model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True).logits
-            log_p = logits.float().log_softmax(-1)
+            mask = torch.ones(len(ids), *total.shape, device=model.device, requires_grad=True)
+            log_p = student.logits(ids, student.weighted(mask)).float().log_softmax(-1)
             with torch.no_grad():
                 labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
-            leaves = [leaf for tap in taps.values() for leaf in tap.leaves]
-            gradients = iter(torch.autograd.grad(log_p.gather(-1, labels).sum(), leaves))
+            (gradient,) = torch.autograd.grad(log_p.gather(-1, labels).sum(), mask)
+            total += gradient.double().square().sum(0).cpu() / 2
             tokens += ids.numel()
-            for index, tap in taps.items():
-                for side, basis in enumerate(bases[index]):
-                    states, gradient = (t[:, :, skip:].double().cpu() for t in (tap.states[side], next(gradients)))
-                    deviation = (states - means[index][side][:, None]) @ basis.encode
-                    effect = (deviation * (gradient @ basis.decode.mT)).sum(2)
-                    total[index][side] += effect.square().sum(0) / 2
     if not tokens:
         raise CalibrationError("no windows were given to measure the sensitivity")
-    return {i: (pair[0] / tokens, pair[1] / tokens) for i, pair in total.items()}
+    return {side: (total[i] / tokens).float() for i, side in enumerate(SIDES)}
 
 
 def measured_energy(
-    model, adapter: KVAdapter, windows: Tensor, *, count: int = 48, length: int = 128, seed: int = 0, progress=True
+    model,
+    adapter: KVAdapter,
+    windows: Tensor,
+    *,
+    pieces: int = PIECES,
+    length: int = LENGTH,
+    sinks: int = SINKS,
+    window: int = WINDOW,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Tensor]:
-    """The energies of an adapter whose bases have changed, fp32 ``[L, Hkv, D]`` by side; see `sensitivity`.
+    """The energies of an adapter, measured on pieces of text; see `sensitivity`.
 
     Args:
-        windows: token ids ``[n, T]``; the first ``count`` pieces of ``length`` tokens are read.
+        windows: token ids ``[n, T]``; ``pieces`` of ``length`` tokens are taken from all over them.
+
+    Raises:
+        ValueError: if a piece holds no more than the exact tokens.
     """
-    batches = short_batches(attention.text_config(model), windows, count, length)
-    bases, means = {}, {}
-    for row, layer in enumerate(adapter.fingerprint["layers"]):
-        key, value = (_basis(adapter.encode[s][row].double(), adapter.decode[s][row].double()) for s in SIDES)
-        bases[layer] = (key, value)
-        means[layer] = (adapter.mean["key"][row].double(), adapter.mean["value"][row].double())
+    batches = spread(windows, pieces, length, attention.text_config(model).vocab_size)
+    if batches[0].shape[1] <= (exact := capacity(sinks, window)):
+        raise ValueError(
+            f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need longer "
+            "windows, or fewer sinks and a smaller window"
+        )
     with progress_bar(progress) as bar:
-        energy = sensitivity(model, bases, means, bar.track(batches, description="energies"), seed=seed)
-    return {side: torch.stack([energy[i][s] for i in energy]).float() for s, side in enumerate(SIDES)}
+        track = bar.track(batches, description="energies")
+        return sensitivity(model, adapter, track, sinks=sinks, window=window, seed=seed)
 
 
-def _basis(encode: Tensor, decode: Tensor) -> NestedBasis:
-    """A basis whose energies and condition are not known, as ones."""
-    return NestedBasis(encode, decode, torch.ones_like(encode[..., 0]), torch.ones_like(encode[..., 0, 0]))
-
-
-def short_batches(config, windows: Tensor, count: int, length: int) -> tuple[Tensor, ...]:
-    """The first ``count`` pieces of ``length`` tokens of windows ``[n, T]``, in batches.
+def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[Tensor, ...]:
+    """Pieces of ``length`` tokens at even distances from all over the windows ``[n, T]``, in batches.
 
     Logits of the whole vocabulary are kept with their gradient: small batches for large vocabularies.
     """
     length = min(length, windows.shape[1])
-    pieces = windows.flatten()[: windows.numel() // length * length].view(-1, length)[:count]
-    return pieces.split(max(1, min(8, 2**26 // (config.vocab_size * length))))
+    found = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    chosen = torch.linspace(0, len(found) - 1, min(pieces, len(found))).round().long()
+    return found[chosen].split(max(1, min(8, 2**26 // (vocabulary * length))))
 
 
-def order_by_energy(bases: dict, energy: dict) -> tuple[dict, dict]:
-    """Sort the coordinates of every head by measured energy, largest first, in place of the closed form's order.
+def order_by_energy(adapter: KVAdapter) -> KVAdapter:
+    """Sort the coordinates of every head by energy, largest first, in place of the closed form's order.
 
     The closed forms order by the error of logits and of the output, the energies by what it does to the predictions.
     """
-    orders = {i: [e.argsort(-1, descending=True) for e in pair] for i, pair in energy.items()}
-    sorted_bases = {i: tuple(b.permuted(o) for b, o in zip(bases[i], orders[i], strict=True)) for i in bases}
-    sorted_energy = {i: tuple(e.gather(-1, o) for e, o in zip(energy[i], orders[i], strict=True)) for i in energy}
-    return sorted_bases, sorted_energy
-
-
-class _TapLayer(attention.PassThroughLayer):
-    """Adds zero leaves to keys and values, to read the gradient of the loss by each of them."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.states = (key_states.detach(), value_states.detach())
-        self.leaves = [torch.zeros_like(s).requires_grad_() for s in self.states]
-        return key_states + self.leaves[0], value_states + self.leaves[1]
+    order = {side: energy.argsort(-1, descending=True) for side, energy in adapter.energy.items()}
+    encode = {s: adapter.encode[s].gather(-1, o[..., None, :].expand_as(adapter.encode[s])) for s, o in order.items()}
+    return replace(adapter, encode=encode, energy={s: adapter.energy[s].gather(-1, o) for s, o in order.items()})

@@ -166,7 +166,13 @@ class Student(nn.Module):
 
     def masked(self, ranks: Tensor) -> Masked:
         """What the attention function needs for ranks ``[B, 2, L, Hkv]``."""
-        projectors = self.bases.projectors(ranks)
+        return self._masked(self.bases.projectors(ranks))
+
+    def weighted(self, mask: Tensor) -> Masked:
+        """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
+        return self._masked((self.bases.encode * mask[..., None, :]) @ self.bases.decode)
+
+    def _masked(self, projectors: Tensor) -> Masked:
         mean = self.bases.mean
         offsets = mean - (mean[..., None, :] @ projectors)[..., 0, :]
         return Masked(self.rows, projectors, offsets, self.sinks, self.window, set())
@@ -203,6 +209,10 @@ class Student(nn.Module):
                 "gradient checkpointing"
             )
         return states.last_hidden_state
+
+    def logits(self, input_ids: Tensor, masked: Masked) -> Tensor:
+        """The logits ``[B, T, V]`` of the whole model, which may do to them what it likes behind the output map."""
+        return self.lm(input_ids=input_ids, **self._arguments(masked)).logits
 
     @torch.no_grad()
     def divergence(self, input_ids: Tensor, ranks: Tensor, teacher: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ def train(
     if eval_texts is not None:
         held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=eval_windows)))
     if adapter is None:
-        adapter = fit(lm, None, windows, chosen.basis, progress=progress, length=length, seed=seed)
+        exact = {"sinks": chosen.sinks, "window": chosen.window}
+        adapter = fit(lm, None, windows, chosen.basis, progress=progress, length=length, seed=seed, **exact)
     adapter.check(lm)
     attention.attach(lm)
     attention.check_head(lm, windows[:1, :16].to(lm.device))
@@ -179,7 +180,10 @@ def train(
     training = {"preset": preset, **asdict(chosen), **measured, **sizes, "curve": curve.points}
     info = {**adapter.info, "training": training}
     trained = KVAdapter(adapter.fingerprint, encodes, adapter.mean, adapter.energy, info)
-    return replace(trained, energy=measured_energy(lm, trained, windows, seed=seed, progress=progress))
+    energy = measured_energy(
+        lm, trained, windows, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress
+    )
+    return replace(trained, energy=energy)
 
 
 class RankedWindows(torch.utils.data.Dataset):
