@@ -42,7 +42,7 @@ def conversations(path: Path) -> list[str]:
 def sources(data: Path) -> list[list[str]]:
     """Documents of each kind: fiction and news, an encyclopedia, books, manuals, arithmetic, conversations.
 
-    Ranks that were measured on one kind of text are wrong for others: heads that read far in one are not those of another.
+    Ranks that were measured on one kind of text are wrong for others: which heads read far depends on what is read.
     """
     pages = list(read_texts(None))
     return [
