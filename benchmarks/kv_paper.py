@@ -7,9 +7,9 @@
     nestling kv search smollm2 RUNS/paper --method probes --sinks 0 --window 0 --out RUNS/paper-probes
     python benchmarks/kv_paper.py --data DATA --adapters RUNS [--only kl|tasks] [--rows 200]
 
-RUNS also holds `pca-65536` and `balanced-65536`, as `kv_quality.py --adapters RUNS` leaves them. Methods whose adapter
-is not there are left out. Chunks of 16: a window looks worse in larger ones than it is in a decode. Rows of separate
-runs meet in one results file, and a killed run goes on where it stopped.
+RUNS also holds `pca-65536`, `balanced-65536` and `balanced-window-65536`, as `kv_quality.py --adapters RUNS` leaves
+them. Methods whose adapter is not there are left out. Chunks of 16: a window looks worse in larger ones than it is in
+a decode. Rows of separate runs meet in one results file, and a killed run goes on where it stopped.
 """
 
 import json
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options
     "balanced-energy": ("balanced-65536", {"allocation": "energy", **PAPER}),
     "no-window": ("no-window", {"allocation": "energy", **PAPER}),
     # With 4 sinks and the most recent tokens exact.
-    "balanced-window": ("balanced-65536", {"exact_prompt": False}),
+    "balanced-window": ("balanced-window-65536", {"exact_prompt": False}),
     "default": ("default", {"exact_prompt": False}),
 }
 

@@ -33,13 +33,15 @@ from nestling.report import run_meta, table, write_json
 from nestling.tokens import token_windows
 
 SEED = 0
-METHODS: dict[str, tuple[str, dict]] = {  # name: basis, options of adapter.cache
+METHODS: dict[
+    str, tuple[str, dict]
+] = {  # name: adapter (basis, and how its energies are measured), options of its cache
     "pca-uniform": ("pca", {"allocation": "uniform", "paper": True}),
     "balanced-uniform": ("balanced", {"allocation": "uniform", "paper": True}),
     "balanced-energy": ("balanced", {"allocation": "energy", "paper": True}),
     # With 4 sinks and 64 recent tokens exact, as KVAdapter.cache makes them; "balanced-window" is its default.
     "pca-uniform-window": ("pca", {"allocation": "uniform", "exact_prompt": False}),
-    "balanced-window": ("balanced", {"allocation": "energy", "exact_prompt": False}),
+    "balanced-window": ("balanced-window", {"allocation": "energy", "exact_prompt": False}),
 }
 RIVALS = {
     "int8": bind(rivals.int_cache, bits=8),
@@ -103,12 +105,14 @@ def questions(data: Path, rows: int) -> dict[str, list[dict]]:
     return found
 
 
-def fit(model, tokenizer, basis: str, documents: list[str], tokens: int, folder: Path | None) -> kv.KVAdapter:
-    """Calibrate, or read what was calibrated before into ``folder``."""
-    place = None if folder is None else folder / f"{basis}-{tokens}"
+def fit(model, tokenizer, name: str, documents: list[str], tokens: int, folder: Path | None) -> kv.KVAdapter:
+    """Calibrate, for caches in which everything is compressed or for those with a window; or read what was calibrated
+    before into ``folder``."""
+    place = None if folder is None else folder / f"{name}-{tokens}"
     if place is not None and place.is_dir():
         return kv.KVAdapter.from_pretrained(place)
-    adapter = kv.fit(model, tokenizer, documents, basis, tokens=tokens)
+    basis, exact = name.removesuffix("-window"), {} if name.endswith("-window") else {"sinks": 0, "window": 0}
+    adapter = kv.fit(model, tokenizer, documents, basis, tokens=tokens, **exact)
     if place is not None:
         adapter.save_pretrained(place)
     return adapter
