@@ -1,0 +1,49 @@
+"""Every depth of an encoder from one forward: the vector of each k-layer model, taken where that model would end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nestling.embed.encoder import Encoder, eager, fresh
+from nestling.ladder import LadderError
+
+
+def taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[int]) -> dict[int, Tensor]:
+    """The pooled vector at each depth, equal to what the model of the first k layers computes.
+
+    On backbones that normalise before each layer (ModernBERT, Qwen3, Gemma 3, EuroBERT, T5) the final norm is applied
+    at every depth, as the k-layer model does; the states between their layers are no embeddings. Pooling is the
+    model's own, with what is trained behind it (Dense), but without a last Normalize: coordinates are dropped first.
+
+    One forward through ``model`` as it is wrapped, so that DistributedDataParallel sees it. Layers above the deepest
+    one asked for are not run, and states of layers that are not asked for are not kept. Gradients flow through every
+    vector.
+
+    Args:
+        model: a SentenceTransformer, or one within DistributedDataParallel or torch.compile (which runs uncompiled
+            here, see `eager`).
+        features: one batch of texts as ``model.preprocess`` makes it; it is not changed.
+        layers: depths from 1 to the model's, in any order.
+
+    Returns:
+        ``{depth: [B, dims]}``, not normalised, shallow first.
+
+    Raises:
+        UnsupportedEncoderError: the model has no layers to cut.
+        LadderError: no depths, or one that the model does not have.
+    """
+    encoder = Encoder.of(model)
+    wanted = sorted(set(layers))
+    if not wanted or wanted[0] < 1 or wanted[-1] > encoder.depth:
+        raise LadderError(f"cannot tap layers {wanted}: expected some of 1 to {encoder.depth}")
+    *between, deepest = wanted
+    with encoder.cut(deepest), encoder.watched(set(between)) as states, eager(model):
+        output = model(fresh(features))
+    # The deepest state is taken from the output, behind what wrappers do to it: DistributedDataParallel wants the loss
+    # to depend on what it returned. Under mixed precision it is of the dtype of the weights, which the norm needs.
+    last = output["token_embeddings"]
+    tokens = {number: encoder.normed(states[number].to(last.dtype)) for number in between} | {deepest: last}
+    return {number: encoder.pool(features, tokens[number]) for number in wanted}
