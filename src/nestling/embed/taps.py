@@ -11,7 +11,12 @@ from nestling.embed.encoder import Encoder, eager, fresh
 from nestling.ladder import LadderError
 
 
-def taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[int]) -> dict[int, Tensor]:
+def taps(
+    model: nn.Module,
+    features: Mapping[str, Any],
+    layers: Iterable[int],
+    rotations: Mapping[int, nn.Module] | None = None,
+) -> dict[int, Tensor]:
     """The pooled vector at each depth, equal to what the model of the first k layers computes.
 
     On backbones that normalise before each layer (ModernBERT, Qwen3, Gemma 3, EuroBERT, T5) the final norm is applied
@@ -27,6 +32,7 @@ def taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[int]) -
             here, see `eager`).
         features: one batch of texts as ``model.preprocess`` makes it; it is not changed.
         layers: depths from 1 to the model's, in any order.
+        rotations: by depth, applied to the pooled vectors.
 
     Returns:
         ``{depth: [B, dims]}``, not normalised, shallow first.
@@ -35,7 +41,7 @@ def taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[int]) -
         UnsupportedEncoderError: the model has no layers to cut.
         LadderError: no depths, or one that the model does not have.
     """
-    encoder = Encoder.of(model)
+    encoder, rotations = Encoder.of(model), rotations or {}
     wanted = sorted(set(layers))
     if not wanted or wanted[0] < 1 or wanted[-1] > encoder.depth:
         raise LadderError(f"cannot tap layers {wanted}: expected some of 1 to {encoder.depth}")
@@ -46,4 +52,5 @@ def taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[int]) -
     # to depend on what it returned. Under mixed precision it is of the dtype of the weights, which the norm needs.
     last = output["token_embeddings"]
     tokens = {number: encoder.normed(states[number].to(last.dtype)) for number in between} | {deepest: last}
-    return {number: encoder.pool(features, tokens[number]) for number in wanted}
+    pooled = {number: encoder.pool(features, tokens[number]) for number in wanted}
+    return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}
