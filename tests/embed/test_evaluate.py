@@ -16,26 +16,11 @@ from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.results import cost_figure, grid_figure, markdown, save_results
 from nestling.ladder import LadderError
 from nestling.records import DataError
-from nestling.retrieval import Retrieval
 
 from .families import HIDDEN, LAYERS, cut_folder, sentence_model, some_texts
+from .sets import scored, searched
 
 LADDER = "1x4,2x8,4x32"
-
-
-def scored(count=40, seed=0):
-    one, other = some_texts(count, seed), some_texts(count, seed + 1)
-    other[:5] = one[5:10]  # sentences that occur twice; equal pairs would be ranked by rounding
-    scores = torch.rand(count, generator=torch.Generator().manual_seed(seed)).mul(10).round().div(2).tolist()
-    return [{"sentence1": a, "sentence2": b, "score": score} for a, b, score in zip(one, other, scores, strict=True)]
-
-
-def searched(documents=130, queries=12, seed=0):
-    corpus = {str(i): text for i, text in enumerate(some_texts(documents, seed + 2))}
-    asked = {f"q{i}": text for i, text in enumerate(some_texts(queries, seed + 3))}
-    rng = torch.Generator().manual_seed(seed)
-    relevant = {key: {str(d): 1.0 for d in torch.randperm(documents, generator=rng)[:3].tolist()} for key in asked}
-    return Retrieval("made", corpus, asked, relevant)
 
 
 def stock(model, rows, data, dims, **prompts):

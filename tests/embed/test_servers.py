@@ -1,0 +1,139 @@
+"""The exported files under the rules of other servers' parsers, each written out here from what they read.
+
+Sources: text-embeddings-inference 1.9.3 (router/src/lib.rs, backends/src/lib.rs, candle/src/models/dense.rs), vLLM
+(transformers_utils/config.py, model_executor/models/adapters.py), fastembed 0.9 (common/preprocessor_utils.py), and
+sentence-transformers 3 to 5.3, whose modules take no keyword that they do not know.
+"""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from nestling.embed.export import export
+from nestling.embed.servers import longest
+from nestling.ladder import Ladder
+
+from .families import sentence_model
+
+LEGACY = {f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")}
+CASES = [("bert", "mean"), ("xlm-roberta", "cls"), ("modernbert", "mean"), ("qwen3", "lasttoken"), ("gemma3", "mean")]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def served(request, backbones, tmp_path):
+    """``folder, pooling`` of an exported cup."""
+    family, pooling = request.param
+    ladder = Ladder.parse("2x4,2x8,4x32")
+    model = sentence_model(backbones(family), pooling)
+    model.prompts = {"query": "w11 ", "document": None}
+    return export(model, "2x8", tmp_path / "cup", ladder=ladder).folder, pooling
+
+
+def read(folder, *path):
+    return json.loads(folder.joinpath(*path).read_text("utf-8"))
+
+
+def is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def test_text_embeddings_inference(served):
+    folder, pooling = served
+    config = read(folder, "config.json")
+    assert isinstance(config["architectures"], list) and isinstance(config["model_type"], str)
+    assert is_count(config["max_position_embeddings"]) and is_count(config["pad_token_id"])
+    pool = read(folder, "1_Pooling", "config.json")  # the folder's name is fixed there
+    flags = ["pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_lasttoken"]
+    assert all(isinstance(pool[flag], bool) for flag in flags)  # no defaults for the first two
+    first = next(flag for flag in flags if pool[flag])  # tried in that order
+    assert first == {"cls": flags[0], "mean": flags[1], "lasttoken": flags[2]}[pooling]
+    assert is_count(read(folder, "sentence_bert_config.json")["max_seq_length"])
+    prompts = read(folder, "config_sentence_transformers.json")["prompts"]
+    assert prompts == {"query": "w11 ", "document": ""}  # a null would be a parse error
+    modules = read(folder, "modules.json")
+    assert {module["type"] for module in modules} == LEGACY  # one unknown type, and no Dense is loaded
+    assert all(is_count(m["idx"]) and isinstance(m["name"], str) and isinstance(m["path"], str) for m in modules)
+    (dense,) = [module["path"] for module in modules if module["type"].endswith("Dense")]
+    config = read(folder, dense, "config.json")
+    assert is_count(config["in_features"]) and is_count(config["out_features"]) and isinstance(config["bias"], bool)
+    assert config["activation_function"] == "torch.nn.modules.linear.Identity"  # Tanh is the only other one
+    weights = load_file(folder / dense / "model.safetensors")
+    assert weights["linear.weight"].shape == (config["out_features"], config["in_features"])
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_vllm(served):
+    folder, pooling = served
+    modules = read(folder, "modules.json")
+    (pool,) = [module for module in modules if module["type"] == "sentence_transformers.models.Pooling"]
+    found = set()
+    for key, value in read(folder, pool["path"], "config.json").items():
+        name = value if key == "pooling_mode" and isinstance(value, str) else key if value is True else None
+        if name is not None:
+            kind = name.replace("pooling_mode_", "").split("_", 1)[0]
+            found.add("LAST" if "lasttoken" in kind else kind.upper())
+    assert found - {"INCLUDE"} == {{"cls": "CLS", "mean": "MEAN", "lasttoken": "LAST"}[pooling]}
+    assert any(module["type"] == "sentence_transformers.models.Normalize" for module in modules)
+    dense = [module for module in modules if module["type"] == "sentence_transformers.models.Dense"]
+    assert len(dense) == 1  # only the first is used
+    config = read(folder, dense[0]["path"], "config.json")
+    assert config["activation_function"].startswith("torch.nn.modules.")
+    assert set(load_file(folder / dense[0]["path"] / "model.safetensors")) == {"linear.weight"}
+    assert {"max_seq_length", "do_lower_case"} <= set(read(folder, "sentence_bert_config.json"))
+    config = read(folder, "config.json")
+    assert config["is_matryoshka"] is True and config["matryoshka_dimensions"] == [4, 8]
+
+
+def test_fastembed(served):
+    folder, _ = served
+    tokens, config = read(folder, "special_tokens_map.json"), read(folder, "tokenizer_config.json")
+    assert tokens and all(isinstance(token, str) for token in tokens.values())
+    lengths = [config[key] for key in ("max_length", "model_max_length") if key in config]
+    assert min(lengths) == longest(SentenceTransformer(str(folder), device="cpu")) == 64
+    assert isinstance(config["pad_token"], str) and is_count(read(folder, "config.json")["pad_token_id"])
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_older_sentence_transformers(served):
+    folder, pooling = served
+    old = {"word_embedding_dimension", "pooling_mode", "include_prompt"}
+    flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    old |= {f"pooling_mode_{name}" for name in flags}
+    assert set(read(folder, "1_Pooling", "config.json")) == old
+    assert set(read(folder, "2_Dense", "config.json")) == {
+        "in_features",
+        "out_features",
+        "bias",
+        "activation_function",
+    }
+    known = {"max_seq_length", "do_lower_case", "model_args"}
+    assert set(read(folder, "sentence_bert_config.json")) <= known
+
+
+def test_tokenizers_without_a_limit_and_stale_ones(backbones, tmp_path):
+    model = sentence_model(backbones("bert"))
+    model.tokenizer.model_max_length = 10**30
+    folder = export(model, "2x8", tmp_path / "endless").folder
+    assert "max_seq_length" not in read(folder, "sentence_bert_config.json")
+    model.max_seq_length = 16
+    model.tokenizer.init_kwargs["max_length"] = 8  # as all-MiniLM-L6-v2 has it: half of what the model reads
+    folder = export(model, "2x8", tmp_path / "cup").folder
+    assert read(folder, "sentence_bert_config.json")["max_seq_length"] == 16
+    config = read(folder, "tokenizer_config.json")
+    assert config["model_max_length"] == 16 and "max_length" not in config
+    assert SentenceTransformer(str(folder), device="cpu").max_seq_length == 16
+
+
+def test_settings_that_only_new_releases_know_are_kept(backbones, tmp_path):
+    model = sentence_model(backbones("bert"))
+    model[0].processing_kwargs = {"text": {"max_length": 5, "truncation": True}}
+    folder = export(model, "2x8", tmp_path / "cup").folder
+    assert read(folder, "sentence_bert_config.json")["processing_kwargs"] == model[0].processing_kwargs
+    model[0].processing_kwargs = {}
+    model.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    message = {"method": "forward", "method_output_name": "last_hidden_state", "format": "flat"}
+    model[0].modality_config = model[0].modality_config | {"message": message}
+    folder = export(model, "2x8", tmp_path / "other").folder
+    assert "message" in read(folder, "sentence_bert_config.json")["modality_config"]
