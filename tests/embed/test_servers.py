@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from nestling.embed.export import export
-from nestling.embed.servers import longest
+from nestling.embed.servers import longest, rewrite
 from nestling.ladder import Ladder
 
 from .families import sentence_model
@@ -132,8 +132,8 @@ def test_settings_that_only_new_releases_know_are_kept(backbones, tmp_path):
     folder = export(model, "2x8", tmp_path / "cup").folder
     assert read(folder, "sentence_bert_config.json")["processing_kwargs"] == model[0].processing_kwargs
     model[0].processing_kwargs = {}
-    model.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     message = {"method": "forward", "method_output_name": "last_hidden_state", "format": "flat"}
     model[0].modality_config = model[0].modality_config | {"message": message}
-    folder = export(model, "2x8", tmp_path / "other").folder
-    assert "message" in read(folder, "sentence_bert_config.json")["modality_config"]
+    model.save_pretrained(str(tmp_path / "chat"))
+    rewrite(tmp_path / "chat", model, [8])
+    assert "message" in read(tmp_path / "chat", "sentence_bert_config.json")["modality_config"]
