@@ -102,10 +102,22 @@ class Encoder:
             made = module(made)
         return made["sentence_embedding"]
 
-    def normed(self, state: Tensor) -> Tensor:
-        """A layer's output as the model that ends with that layer would return it."""
+    def ended(self, state: Tensor, last: Tensor) -> Tensor:
+        """A layer's output as the model that ends with that layer would return it, ``[B, T, H]``.
+
+        Args:
+            state: of the layer.
+            last: token vectors that the model returned, of the same texts. Under mixed precision it is their dtype
+                that the weights of the norm have.
+
+        Raises:
+            UnsupportedEncoderError: the model changes the length of its texts inside.
+        """
+        if state.shape != last.shape:
+            shapes = f"{list(state.shape)} within and {list(last.shape)} outside"
+            raise UnsupportedEncoderError(f"{type(self.backbone).__name__} pads its texts itself: {shapes}")
         norm = self.final_norm
-        return state if norm is None else norm(state)
+        return state.to(last.dtype) if norm is None else norm(state.to(last.dtype))
 
     @contextmanager
     def cut(self, depth: int) -> Iterator[None]:
@@ -210,7 +222,7 @@ def truncated_config(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     per_layer = {
         name: value[:depth]
         for name, value in vars(text).items()
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == full
+        if ("layer" in name or name == "attention_window") and isinstance(value, list | tuple) and len(value) == full
     }
     for name, value in {"num_hidden_layers": depth, **per_layer}.items():
         setattr(text, name, value)
@@ -265,7 +277,7 @@ def _norms(backbone: nn.Module, layers: str) -> Iterator[tuple[str, nn.Module]]:
     while path:
         path = path.rpartition(".")[0]
         for name, module in backbone.get_submodule(path).named_children():
-            if "norm" in type(module).__name__.lower():
+            if type(module).__name__.lower().endswith("norm"):
                 yield f"{path}.{name}".lstrip("."), module
 
 
