@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
+from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, normalize
 
 from nestling.embed.losses import StarbucksLoss
-from nestling.ladder import Ladder
+from nestling.embed.rotation import Rotation
+from nestling.ladder import Ladder, LadderError
 
 from .families import HIDDEN, LAYERS, some_texts
 
@@ -301,3 +305,198 @@ def test_merged_columns_are_separate_ones(encoder):
     assert len(calls) == 2
     separate = [loss.represent(dict(f))["sentence_embedding"] for f in features]
     torch.testing.assert_close(total(merged), total(loss._parts([[s] for s in separate], None, False)))
+
+
+def table(rows=40, width=50) -> torch.Tensor:
+    """Teacher embeddings: wider than the model, not normalised."""
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cascade", [False, True])
+def test_a_teacher_of_another_width(cascade, cached, encoder):
+    """It teaches every cup, the full one too; with a cascade, only that one. Labels say which rows texts are."""
+    model, rows = encoder("bert"), table()
+    features = columns(model, 3)
+    labels = torch.randint(40, (6, 3), generator=torch.Generator().manual_seed(1))
+    kind = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
+    base = kind(model, mini_batch_size=4) if cached else kind(model)
+    loss = StarbucksLoss(
+        model, base, CUPS, teacher=rows, temperature=0.1, teacher_temperature=0.02, cascade=cascade, kl_weight=0.5
+    )
+    parts = loss(features, labels)
+    assert [name for name in parts if name.startswith("kl_")] == ["kl_1x8", "kl_2x16", "kl_4x32"]
+    by_depth = vectors(model, features)
+
+    def scores(embeddings):
+        queries, *others = [normalize(e, dim=-1) for e in embeddings]
+        return queries @ torch.cat(others).T
+
+    external = scores([rows[labels[:, column]] for column in range(3)])
+    for number, cup in enumerate(CUPS):
+        student = scores([v[:, : cup.dims] for v in by_depth[cup.layers]])
+        teacher = external
+        if cascade and cup != CUPS.full:
+            larger = CUPS.cups[number + 1]
+            teacher = scores([v[:, : larger.dims] for v in by_depth[larger.layers]]).detach()
+        expected = 0.5 * kl_div((student / 0.1).log_softmax(-1), (teacher / 0.02).softmax(-1), reduction="batchmean")
+        torch.testing.assert_close(parts[f"kl_{cup.name}"], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parts[cup.name], info_nce([v[:, : cup.dims] for v in by_depth[cup.layers]]))
+    assert loss.state_dict().keys() == StarbucksLoss(model, base, CUPS).state_dict().keys()  # the table is not saved
+
+
+@pytest.mark.parametrize(
+    "labels, reason",
+    [
+        (None, r"expected integers of shape \[6, 2\] \(texts, columns\), got none"),
+        (torch.rand(6), r"got torch.float32 \[6\]"),
+        (torch.zeros(6, 3, dtype=torch.long), r"got torch.int64 \[6, 3\]"),
+        (torch.full((6, 2), 40), "name rows 40 to 40 of a teacher that has 40"),
+        (torch.full((6, 2), -1), "name rows -1 to -1"),
+    ],
+)
+def test_labels_that_are_no_rows_of_the_teacher(labels, reason, encoder):
+    model = encoder("bert")
+    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, teacher=table())
+    with pytest.raises(ValueError, match=reason):
+        loss(columns(model, 2), labels)
+
+
+def test_losses_that_lack_their_labels(encoder):
+    model = encoder("bert")
+    features = columns(model, 2)
+    for name in ("CoSENTLoss", "CosineSimilarityLoss", "OnlineContrastiveLoss"):
+        with pytest.raises(ValueError, match=f"{name} needs labels and there are none"):
+            StarbucksLoss(model, getattr(losses, name)(model), CUPS)(features, None)
+    taught = StarbucksLoss(model, losses.CoSENTLoss(model), CUPS, teacher=table())
+    with pytest.raises(ValueError, match="with a teacher, labels are its row numbers"):
+        taught(features, torch.zeros(6, 2, dtype=torch.long))
+    distilled = StarbucksLoss(model, losses.EmbedDistillLoss(model), CUPS)
+    for labels in (None, torch.rand(6), torch.rand(6, 31)):
+        with pytest.raises(ValueError, match=r"expected labels \[B, D\] or \[B, columns, D\] with D = 32"):
+            distilled(features, labels)
+    with pytest.raises(ValueError, match="CoSENTLoss expects 6 labels"):
+        StarbucksLoss(model, losses.CoSENTLoss(model), CUPS)(features, torch.rand(5))
+
+
+@pytest.mark.parametrize(
+    "cups, reason",
+    [
+        ("1x8,2x16", "the full cup 4x32 is missing"),
+        ("1x8,5x32", "5x32 is deeper than the model"),
+        ("1x33,4x32", "1x33 is wider than the model"),
+        ("1x8,1x8,4x32", "twice"),
+        ("small", "'small' is no cup"),
+    ],
+)
+def test_ladders_that_do_not_fit(cups, reason, encoder):
+    model = encoder("bert")
+    with pytest.raises(LadderError, match=reason):
+        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), cups)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"kl": "cosine"}, "kl must be 'similarity', 'coordinate' or None, got 'cosine'"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"teacher_temperature": -1.0}, "teacher_temperature must be a positive number"),
+        ({"kl_weight": float("nan")}, "kl_weight must be a positive number, got nan"),
+        ({"weights": {"4x32": 0.0}}, r"weights\[4x32\] must be a positive number, got 0.0"),
+        ({"weights": {"6x128": 2.0}}, "6x128 is not in the ladder"),
+        ({"teacher": torch.rand(3)}, r"expected teacher embeddings \[N, D\] of floats, got torch.float32 \[3\]"),
+        ({"teacher": torch.ones(3, 3, dtype=torch.long)}, "of floats, got torch.int64"),
+        ({"teacher": torch.rand(3, 3), "kl": "coordinate"}, "kl='similarity', not kl='coordinate'"),
+        ({"teacher": torch.rand(3, 3), "kl": None}, "kl='similarity', not kl=None"),
+    ],
+)
+def test_options_out_of_range(options, reason, encoder):
+    model = encoder("bert")
+    with pytest.raises(ValueError, match=reason):
+        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, **options)
+
+
+def test_losses_that_embed_by_themselves(encoder):
+    model = encoder("bert")
+    guided = losses.CachedGISTEmbedLoss(model, encoder("bert"))
+    for base in (guided, losses.MegaBatchMarginLoss(model, use_mini_batched_version=False), nn.MSELoss()):
+        with pytest.raises(ValueError, match=f"{type(base).__name__} embeds texts by itself"):
+            StarbucksLoss(model, base, CUPS)
+    rotated = {4: Rotation(torch.eye(HIDDEN))}
+    with pytest.raises(ValueError, match="leave rotations out"):
+        StarbucksLoss(model, losses.EmbedDistillLoss(model), CUPS, rotations=rotated)
+
+
+def test_rotations_come_before_the_cut(encoder):
+    model = encoder("bert")
+    features = columns(model, 2)
+    turn = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2)))[0]
+    shift = torch.linspace(-1, 1, HIDDEN)
+    rotated = {2: Rotation(turn, shift), 4: Rotation(turn)}
+    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, rotations=rotated)
+    parts, plain = loss(features), StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+    by_depth = vectors(model, features)
+    torch.testing.assert_close(parts["2x16"], info_nce([((v - shift) @ turn)[:, :16] for v in by_depth[2]]))
+    torch.testing.assert_close(parts["1x8"], plain["1x8"])
+    torch.testing.assert_close(parts["4x32"], plain["4x32"], rtol=1e-4, atol=1e-5)  # nothing changes at full width
+    assert not [name for name, _ in loss.named_parameters() if "rotation" in name]
+    assert loss.get_config_dict()["rotated_layers"] == [2, 4]
+
+
+def test_equal_texts_and_empty_ones(encoder):
+    """All vectors of a column alike: finite losses, and gradients."""
+    model = encoder("bert")
+    for texts in (["w9"] * 4, [""] * 4):
+        features = [model.preprocess(texts), model.preprocess(texts)]
+        parts = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+        assert all(part.isfinite() for part in parts.values())
+        assert parts["kl_1x8"].item() == pytest.approx(0, abs=1e-6)
+        assert all(gradient.isfinite().all() for gradient in gradients(model, total(parts)).values())
+
+
+def test_half_precision_is_divided_in_full(encoder):
+    """Vectors in bf16 are cut, normalised and compared in fp32."""
+    model = encoder("bert")
+    features = columns(model, 2)
+    exact = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+    model.bfloat16()
+    parts = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+    assert all(part.dtype == torch.float32 for part in parts.values())
+    torch.testing.assert_close(total(parts), total(exact), rtol=0.1, atol=0.1)
+
+
+def test_what_a_model_card_says(encoder):
+    model = encoder("bert")
+    base = losses.MultipleNegativesRankingLoss(model)
+    config = StarbucksLoss(model, base, "1x8,4x32", weights={"4x32": 2}, cascade=True).get_config_dict()
+    assert config["loss"] is base and config["cups"] == "1x8,4x32" and config["weights"] == {"4x32": 2}
+    assert config["temperature"] == 0.05 and config["cascade"] is True
+    assert "temperature" not in StarbucksLoss(model, base, "4x32", kl=None).get_config_dict()
+    assert "2410.13230" in StarbucksLoss(model, base, "4x32").citation
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_stock_trainer(cached, encoder, tmp_path):
+    """SentenceTransformerTrainer sums the parts and logs a curve for each; labels of a teacher get through."""
+    model = encoder("bert")
+    texts, rows = some_texts(16), list(range(16))
+    data = Dataset.from_dict(
+        {"anchor": texts, "positive": texts[::-1], "label": [[i, j] for i, j in zip(rows, rows[::-1], strict=True)]}
+    )
+    base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
+    base = base if cached else losses.MultipleNegativesRankingLoss(model)
+    loss = StarbucksLoss(model, base, CUPS, teacher=table(16))
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=8, per_device_eval_batch_size=8, logging_steps=1,
+        eval_strategy="steps", eval_steps=4, learning_rate=1e-2, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = SentenceTransformerTrainer(model, args, train_dataset=data, eval_dataset=data, loss=loss)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = ["1x8", "kl_1x8", "2x16", "kl_2x16", "4x32", "kl_4x32"]
+    for entry in steps:
+        assert sum(entry[name] for name in names) == pytest.approx(entry["loss"], abs=1e-3)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert sum(evaluated[f"eval_{name}"] for name in names) == pytest.approx(evaluated["eval_loss"], abs=1e-2)

@@ -261,6 +261,20 @@ def test_texts_that_the_model_pads_itself(encoder):
         taps(model, features, [1, 2])
 
 
+def test_a_gradient_that_is_hidden_is_not_missed_in_silence(encoder):
+    """As by reentrant checkpointing around a layer's hooks. Frozen layers have none to hide."""
+    model = encoder()
+    features = model.preprocess(some_texts(3))
+    layer = model[0].model.encoder.layer[1]
+    layer.register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(UnsupportedEncoderError, match="hides the gradient of layer 2.*use_reentrant"):
+        taps(model, features, [2, 4])
+    with torch.no_grad():
+        taps(model, features, [2, 4])
+    layer.requires_grad_(False)
+    taps(model, features, [2, 4])[4].sum().backward()
+
+
 def test_empty_and_equal_texts(encoder):
     model = encoder()
     with torch.no_grad():

@@ -102,22 +102,32 @@ class Encoder:
             made = module(made)
         return made["sentence_embedding"]
 
-    def ended(self, state: Tensor, last: Tensor) -> Tensor:
+    def ended(self, number: int, state: Tensor, last: Tensor) -> Tensor:
         """A layer's output as the model that ends with that layer would return it, ``[B, T, H]``.
 
         Args:
-            state: of the layer.
+            number: of the layer, from 1 on.
+            state: its output.
             last: token vectors that the model returned, of the same texts. Under mixed precision it is their dtype
                 that the weights of the norm have.
 
         Raises:
-            UnsupportedEncoderError: the model changes the length of its texts inside.
+            UnsupportedEncoderError: the model changes the length of its texts inside, or hides the layer's gradient.
         """
+        kind = type(self.backbone).__name__
         if state.shape != last.shape:
             shapes = f"{list(state.shape)} within and {list(last.shape)} outside"
-            raise UnsupportedEncoderError(f"{type(self.backbone).__name__} pads its texts itself: {shapes}")
+            raise UnsupportedEncoderError(f"{kind} pads its texts itself: {shapes}")
+        if last.requires_grad and not state.requires_grad and self._is_trained(number):
+            raise UnsupportedEncoderError(
+                f"{kind} hides the gradient of layer {number}, whose weights are trained: "
+                'checkpoint with gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
         norm = self.final_norm
         return state.to(last.dtype) if norm is None else norm(state.to(last.dtype))
+
+    def _is_trained(self, number: int) -> bool:
+        return any(parameter.requires_grad for parameter in self.layers[number - 1].parameters())
 
     @contextmanager
     def cut(self, depth: int) -> Iterator[None]:

@@ -51,6 +51,6 @@ def taps(
     # The deepest state is taken from the output, behind what wrappers do to it: DistributedDataParallel wants the loss
     # to depend on what it returned.
     last = output["token_embeddings"]
-    tokens = {number: encoder.ended(states[number], last) for number in between} | {deepest: last}
+    tokens = {number: encoder.ended(number, states[number], last) for number in between} | {deepest: last}
     pooled = {number: encoder.pool(features, tokens[number]) for number in wanted}
     return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}
