@@ -241,6 +241,16 @@ def test_several_cups_of_one_depth(encoder):
         torch.testing.assert_close(parts[cup.name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_cascade_over_cups_that_are_not_zipped(encoder):
+    """A teacher is never narrower than its student, so coordinates can be compared too."""
+    model = encoder("bert")
+    base = losses.MultipleNegativesRankingLoss(model)
+    loss = StarbucksLoss(model, base, "1x8,1x16,2x4,3x12,4x32", cascade=True, kl="coordinate")
+    followed = {student.name: teacher.name for student, teacher in loss.teachers.items()}
+    assert followed == {"1x8": "1x16", "1x16": "4x32", "2x4": "3x12", "3x12": "4x32"}
+    assert total(loss(columns(model, 2))).isfinite()
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert", "qwen3"])
 @pytest.mark.parametrize("options", [{}, {"cascade": True, "weights": {"4x32": 2.5, "1x8": 0.5}}, {"kl": None}])
 def test_cached_gradients_are_the_direct_ones(family, options, encoder):
