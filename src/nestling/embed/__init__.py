@@ -1,26 +1,25 @@
-"""The embedding wing: text encoders whose every size, in layers and in coordinates, is good by itself.
+"""The embedding wing: text encoders whose every size, in layers and in coordinates, is good by itself."""
 
-Its names are imported when they are asked for: sentence-transformers is an optional extra.
-"""
+try:
+    import sentence_transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "sentence_transformers":
+        raise
+    raise ImportError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
 
-from importlib import import_module
-from typing import Any
+from nestling.embed.encoder import UnsupportedEncoderError
+from nestling.embed.losses import StarbucksLoss
+from nestling.embed.rotation import Rotation, rotations
+from nestling.embed.taps import taps
+from nestling.ladder import Cup, Ladder, LadderError
 
-_HOMES = {
-    "Cup": "nestling.ladder",
-    "Ladder": "nestling.ladder",
-    "LadderError": "nestling.ladder",
-    "Rotation": "nestling.embed.rotation",
-    "StarbucksLoss": "nestling.embed.losses",
-    "UnsupportedEncoderError": "nestling.embed.encoder",
-    "rotations": "nestling.embed.rotation",
-    "taps": "nestling.embed.taps",
-}
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    """The public names, and the reason where the extra is missing."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nestling.embed' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__all__ = [
+    "Cup",
+    "Ladder",
+    "LadderError",
+    "Rotation",
+    "StarbucksLoss",
+    "UnsupportedEncoderError",
+    "rotations",
+    "taps",
+]

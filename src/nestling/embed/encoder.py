@@ -102,10 +102,32 @@ class Encoder:
             made = module(made)
         return made["sentence_embedding"]
 
-    def normed(self, state: Tensor) -> Tensor:
-        """A layer's output as the model that ends with that layer would return it."""
+    def ended(self, number: int, state: Tensor, last: Tensor) -> Tensor:
+        """A layer's output as the model that ends with that layer would return it, ``[B, T, H]``.
+
+        Args:
+            number: of the layer, from 1 on.
+            state: its output.
+            last: token vectors that the model returned, of the same texts. Under mixed precision it is their dtype
+                that the weights of the norm have.
+
+        Raises:
+            UnsupportedEncoderError: the model changes the length of its texts inside, or hides the layer's gradient.
+        """
+        kind = type(self.backbone).__name__
+        if state.shape != last.shape:
+            shapes = f"{list(state.shape)} within and {list(last.shape)} outside"
+            raise UnsupportedEncoderError(f"{kind} pads its texts itself: {shapes}")
+        if last.requires_grad and not state.requires_grad and self._is_trained(number):
+            raise UnsupportedEncoderError(
+                f"{kind} hides the gradient of layer {number}, whose weights are trained: "
+                'checkpoint with gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
         norm = self.final_norm
-        return state if norm is None else norm(state)
+        return state.to(last.dtype) if norm is None else norm(state.to(last.dtype))
+
+    def _is_trained(self, number: int) -> bool:
+        return any(parameter.requires_grad for parameter in self.layers[number - 1].parameters())
 
     @contextmanager
     def cut(self, depth: int) -> Iterator[None]:
@@ -210,7 +232,7 @@ def truncated_config(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     per_layer = {
         name: value[:depth]
         for name, value in vars(text).items()
-        if "layer" in name and isinstance(value, list | tuple) and len(value) == full
+        if ("layer" in name or name == "attention_window") and isinstance(value, list | tuple) and len(value) == full
     }
     for name, value in {"num_hidden_layers": depth, **per_layer}.items():
         setattr(text, name, value)
@@ -265,7 +287,7 @@ def _norms(backbone: nn.Module, layers: str) -> Iterator[tuple[str, nn.Module]]:
     while path:
         path = path.rpartition(".")[0]
         for name, module in backbone.get_submodule(path).named_children():
-            if "norm" in type(module).__name__.lower():
+            if type(module).__name__.lower().endswith("norm"):
                 yield f"{path}.{name}".lstrip("."), module
 
 

@@ -46,7 +46,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         temperature: similarities, or coordinates, are divided by it; by default 0.05 (cosines) and 1.
         teacher_temperature: the same for the teacher, by default the student's.
         weights: of cups, by name, as in ``{"12x768": 3.0}``; 1 for those that are not named.
-        cascade: the teacher of each cup is the next larger one, and not the full one.
+        cascade: the teacher of each cup is the next larger one (no narrower than it), and not the full one.
         detach_teacher: no gradient goes to the teacher.
         normalize: vectors are normalised after they were cut, as by an export that ends in Normalize, so that the
             loss and the KL see cosines as retrieval does. Without it they see dot products, if ``loss`` takes those.
@@ -139,7 +139,8 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         *small, full = self.cups
         external = self.teacher is not None
         if self.cascade:
-            found: dict[Cup, Cup | None] = dict(zip(small, self.cups.cups[1:], strict=True))
+            larger = {cup: [other for other in self.cups if other > cup and other.dims >= cup.dims] for cup in small}
+            found: dict[Cup, Cup | None] = {cup: others[0] for cup, others in larger.items()}
         else:
             found = {cup: None if external else full for cup in small}
         return found | ({full: None} if external else {})

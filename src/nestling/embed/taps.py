@@ -49,8 +49,8 @@ def taps(
     with encoder.cut(deepest), encoder.watched(set(between)) as states, eager(model):
         output = model(fresh(features))
     # The deepest state is taken from the output, behind what wrappers do to it: DistributedDataParallel wants the loss
-    # to depend on what it returned. Under mixed precision it is of the dtype of the weights, which the norm needs.
+    # to depend on what it returned.
     last = output["token_embeddings"]
-    tokens = {number: encoder.normed(states[number].to(last.dtype)) for number in between} | {deepest: last}
+    tokens = {number: encoder.ended(number, states[number], last) for number in between} | {deepest: last}
     pooled = {number: encoder.pool(features, tokens[number]) for number in wanted}
     return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}
