@@ -6,13 +6,17 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from nestling.embed.encode import EvaluationError, encode, stored_prompts
 from nestling.embed.evaluate import GridEvaluator
+from nestling.embed.metrics import spearman
 from nestling.embed.results import cost_figure, grid_figure, markdown, save_results
 from nestling.ladder import LadderError
 from nestling.records import DataError
@@ -117,8 +121,6 @@ def test_rotations_are_applied_before_the_cut(encoder):
     turned = GridEvaluator("2x8,4x32", sts={"s": rows}, rotations=flip).rows(model)
     texts = [row[key] for key in ("sentence1", "sentence2") for row in rows]
     last = encode(model, texts, {2: 32})[2][:, -8:]
-    from nestling.embed.metrics import spearman
-
     assert turned[0]["s"] == pytest.approx(spearman(last[:40], last[40:], [row["score"] for row in rows]), abs=1e-4)
     (plain,) = GridEvaluator("4x32", sts={"s": rows}).rows(model)
     assert turned[1]["s"] == pytest.approx(plain["s"], abs=1e-4)  # at full width nothing is lost
@@ -140,6 +142,26 @@ def test_during_training(encoder, tmp_path):
     (tmp_path / "eval" / "grid_dev.json").write_text("[]")
     with pytest.raises(EvaluationError, match="grid_dev.json is damaged"):
         evaluator(model, str(tmp_path / "eval"))
+
+
+def test_the_stock_trainer_selects_by_it(encoder, tmp_path):
+    model = encoder()
+    pairs = Dataset.from_dict({"anchor": some_texts(8), "positive": some_texts(8, seed=1)})
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=1, save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_dev_mean", report_to="none", use_cpu=True,
+        disable_tqdm=True, learning_rate=0.1,
+    )  # fmt: skip
+    evaluator = GridEvaluator(LADDER, sts={"s": scored()}, name="dev")
+    trainer = SentenceTransformerTrainer(
+        model, arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model), evaluator=evaluator
+    )
+    trainer.train()
+    logged = [entry["eval_dev_mean"] for entry in trainer.state.log_history if "eval_dev_mean" in entry]
+    assert len(logged) == 2 and trainer.state.best_metric == max(logged)
+    assert evaluator(trainer.model)["dev_mean"] == pytest.approx(max(logged), abs=1e-5)
+    kept = json.loads((tmp_path / "eval" / "grid_dev.json").read_text())["rows"]
+    assert [row["steps"] for row in kept] == [1, 1, 1, 2, 2, 2]
 
 
 def test_what_cannot_be_measured_is_refused(encoder, tmp_path):

@@ -1,23 +1,20 @@
 """Loading sentence encoders, from the same kinds of source as language models: an alias, a folder, a hub id."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from nestling.models import ALIASES, LoadError, locate, quiet
 from nestling.records import reason
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
-INSTALL = "pip install 'nestling[embed]'"
-
-
-def load_encoder(name: str | os.PathLike[str]) -> "SentenceTransformer":
+def load_encoder(name: str | os.PathLike[str]) -> SentenceTransformer:
     """Load a sentence encoder.
 
     Only safetensors weights are read, in float32, and code that comes with a checkpoint is never run. A folder or an
@@ -33,12 +30,9 @@ def load_encoder(name: str | os.PathLike[str]) -> "SentenceTransformer":
 
     Raises:
         LoadError: there is no such model, it is not a sentence encoder (a Transformer and a Pooling module), its files
-            are missing or damaged, weights are missing, the hub cannot be reached, or sentence-transformers is not
-            installed.
+            are missing or damaged, weights are missing, or the hub cannot be reached.
     """
     name = os.fspath(name)
-    if not importlib.util.find_spec("sentence_transformers"):
-        raise LoadError(f"{name}: sentence encoders need the package sentence-transformers; {INSTALL}")
     if name in ALIASES and ALIASES[name].suffix == ".gguf":
         raise LoadError(f"{name}: a language model, not a sentence encoder; try minilm")
     source = locate(name)
@@ -67,11 +61,7 @@ def _check_folder(name: str, folder: Path) -> None:
         raise LoadError(f"{name}: modules.json is damaged [{reason(error)}]") from error
 
 
-def _read(name: str, source: Path | str) -> "SentenceTransformer":
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
+def _read(name: str, source: Path | str) -> SentenceTransformer:
     local = isinstance(source, Path)
     weights = {"dtype": torch.float32, "use_safetensors": True}
     try:
