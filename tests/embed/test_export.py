@@ -1,5 +1,6 @@
 """Exports: loaded by stock code they give the vectors of models cut by hand; nothing is left of those that fail."""
 
+import importlib
 import json
 import math
 import shutil
@@ -12,7 +13,6 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 
-from nestling.embed import export as module
 from nestling.embed.encode import encode
 from nestling.embed.errors import ExportError
 from nestling.embed.evaluate import GridEvaluator
@@ -24,6 +24,7 @@ from .families import FAMILIES, HIDDEN, LAYERS, cut_folder, sentence_model, some
 from .sets import scored
 
 TEXTS = some_texts(17, seed=9)
+module = importlib.import_module("nestling.embed.export")  # the package's attribute of that name is the function
 
 
 def close(found, expected, tolerance=1e-5):
@@ -254,6 +255,10 @@ def test_an_export_that_differs_is_thrown_away(encoder, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="the export's vectors differ from the model's by"):
         export(model, "2x8", tmp_path / "deep" / "cup")
     monkeypatch.setattr(module, "_fill", fill)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rewrite", lambda folder, *args: (folder / "model.safetensors").unlink())
+        with pytest.raises(ExportError, match=r"the export cannot be loaded again \[OSError"):
+            export(model, "2x8", tmp_path / "deep" / "cup")
     with torch.no_grad():
         model[0].model.encoder.layer[0].output.dense.bias.fill_(math.nan)
     with pytest.raises(ValueError, match="not finite"):

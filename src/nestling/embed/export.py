@@ -30,6 +30,7 @@ from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite, write
 from nestling.ladder import Cup, Ladder
 from nestling.models import quiet
+from nestling.records import reason
 
 TOLERANCE = 1e-5  # of coordinates of unit vectors
 LADDER_FILE = "nestling.json"
@@ -103,7 +104,7 @@ def export(
     try:
         with quiet():
             _write(encoder, size, new, ladder, rotation)
-            served = SentenceTransformer(str(new), device=str(encoder.model.device), local_files_only=True)
+            served = _loaded(new, str(encoder.model.device))
             difference = _difference(encoder, size, rotation, served)
             measured = graph.write(served.cpu(), new / "onnx", int8) if onnx else (None, None)
         (new / "README.md").write_text(card(encoder.model, served, size, ladder, rows, onnx), "utf-8")
@@ -150,6 +151,13 @@ def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: R
     dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
     rewrite(folder, small, dims)
     write(folder / LADDER_FILE, ladder.to_json() | {"cup": cup.name, "rotated": rotation is not None})
+
+
+def _loaded(folder: Path, device: str) -> SentenceTransformer:
+    try:
+        return SentenceTransformer(str(folder), device=device, local_files_only=True)
+    except Exception as error:  # transformers 5.16, for one, cannot read back a ModernBERT with a single layer
+        raise ExportError(f"the export cannot be loaded again [{reason(error)}]") from error
 
 
 def _narrowed(head: list[nn.Module], width: int, dims: int, rotation: Rotation | None) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from nestling.report import curve, heat_maps, markdown_table, run_meta, write_js
 
 Row = Mapping[str, Any]
 MEANS = {"mean_sts": "STS, mean Spearman", "mean_ndcg": "retrieval, mean nDCG@10"}
-FLOPS = "share of the transformer's FLOPs (layers run / all layers)"
+FLOPS = "share of the FLOPs of the deepest cup's transformer (layers)"
 
 
 def save_results(folder: str | Path, rows: Sequence[Row], meta: Mapping[str, Any] | None = None) -> list[Path]:
