@@ -164,6 +164,47 @@ def test_the_stock_trainer_selects_by_it(encoder, tmp_path):
     assert [row["steps"] for row in kept] == [1, 1, 1, 2, 2, 2]
 
 
+def test_a_killed_measurement_goes_on(encoder, tmp_path, monkeypatch):
+    model, file = encoder(), tmp_path / "partial.json"
+    sets = dict(sts={"s": scored()}, retrieval={"a": searched(), "b": searched(60, 5, seed=1)})
+    evaluator = GridEvaluator(LADDER, **sets)
+    whole = evaluator.rows(model, method="cut")
+    seen, preprocess = [], model.preprocess
+    before_last = len(evaluator.sentences) + 130 + 12
+
+    def killed(texts, **options):
+        if len(seen) >= before_last:
+            raise KeyboardInterrupt
+        seen.extend(texts)
+        return preprocess(texts, **options)
+
+    monkeypatch.setattr(model, "preprocess", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.rows(model, partial=file)
+    seen.clear()
+    monkeypatch.setattr(model, "preprocess", lambda texts, **kw: seen.extend(texts) or preprocess(texts, **kw))
+    assert GridEvaluator(LADDER, **sets).rows(model, method="cut", partial=file) == whole
+    assert len(seen) == 65  # the last set alone
+    seen.clear()
+    assert evaluator.rows(model, method="cut", partial=file) == whole and not seen
+    assert [path.name for path in tmp_path.iterdir()] == ["partial.json"]
+
+    other = GridEvaluator(LADDER, **sets, prompts={"query": "w9 "})
+    with pytest.raises(EvaluationError, match=r"of another measurement \(prompts differ\)"):
+        other.rows(model, partial=file)
+    with pytest.raises(EvaluationError, match=r"\(cups differ\)"):
+        GridEvaluator("4x32", **sets).rows(model, partial=file)
+    with pytest.raises(EvaluationError, match=r"\(sts differ\)"):
+        GridEvaluator(LADDER, **sets | {"sts": {"s": scored(seed=8)}}).rows(model, partial=file)
+    with torch.no_grad():
+        model[0].model.embeddings.word_embeddings.weight[50, 3] += 1e-3
+    with pytest.raises(EvaluationError, match=r"\(weights differ\)"):
+        evaluator.rows(model, partial=file)
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(EvaluationError, match="partial.json is damaged"):
+        evaluator.rows(model, partial=file)
+
+
 def test_what_cannot_be_measured_is_refused(encoder, tmp_path):
     rows = scored(10)
     for sets, expected in [

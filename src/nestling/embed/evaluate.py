@@ -7,8 +7,9 @@ measuring the full model alone. What is measured is what an exported cup would g
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from torch import Tensor, nn
 from nestling.embed.encode import EvaluationError, encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.embed.metrics import ranking, spearman
+from nestling.embed.partial import Partial, checksum
 from nestling.ladder import Cup, Ladder
 from nestling.pairs import read_sts
 from nestling.progress import progress_bar
 from nestling.report import run_meta, write_json
 from nestling.retrieval import Retrieval, read_retrieval
 
-Path_ = str | os.PathLike[str]
+FileName = str | os.PathLike[str]
 Row = dict[str, Any]
+_Encode = Callable[[Sequence[str], str], dict[int, Tensor]]  # texts and their use to vectors at each depth
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,11 @@ class GridEvaluator(BaseEvaluator):
         self,
         ladder: Ladder | str | Iterable[Any] | None = None,
         *,
-        sts: Mapping[str, Path_ | Sequence[Mapping[str, Any]]] | None = None,
-        retrieval: Mapping[str, Path_ | Retrieval] | None = None,
+        sts: Mapping[str, FileName | Sequence[Mapping[str, Any]]] | None = None,
+        retrieval: Mapping[str, FileName | Retrieval] | None = None,
         grid: bool = False,
         prompts: Mapping[str, str] | None = None,
-        rotations: Mapping[int, Any] | None = None,
+        rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         batch_size: int = 32,
         name: str = "",
         progress: bool = False,
@@ -101,7 +104,7 @@ class GridEvaluator(BaseEvaluator):
         }
         self.primary_metric = "mean"
 
-    def _scored(self, name: str, source: Path_ | Sequence[Mapping[str, Any]]) -> _Scored:
+    def _scored(self, name: str, source: FileName | Sequence[Mapping[str, Any]]) -> _Scored:
         if name in ("model", "method", "cup") or name.startswith(("ndcg_", "recall_", "mean_")):
             raise EvaluationError(f"an STS set cannot be called {name}: that is a column of the results")
         rows = read_sts(source) if isinstance(source, str | os.PathLike) else source
@@ -135,8 +138,16 @@ class GridEvaluator(BaseEvaluator):
         """The prompts that are used with that model, by use."""
         return stored_prompts(Encoder.of(model).model) | self.prompts
 
-    def rows(self, model: nn.Module, *, model_name: str = "", method: str = "") -> list[Row]:
+    def rows(
+        self, model: nn.Module, *, model_name: str = "", method: str = "", partial: FileName | None = None
+    ) -> list[Row]:
         """Measure a model.
+
+        Args:
+            model: a SentenceTransformer, perhaps wrapped.
+            model_name, method: what the rows say in those columns.
+            partial: a JSON file that is kept after the STS sets and after each retrieval set, and read if it exists:
+                a killed measurement of the same weights, cups, prompts and data goes on with the next set.
 
         Returns:
             A row a cup: ``model, method, cup``, Spearman's correlation for each STS set under its own name,
@@ -144,52 +155,78 @@ class GridEvaluator(BaseEvaluator):
             mean_recall``, all as fractions. A correlation that is not defined (all vectors equal) is NaN.
 
         Raises:
-            EvaluationError: an embedding is not finite.
+            EvaluationError: an embedding is not finite, or ``partial`` is damaged or of another measurement.
             LadderError, UnsupportedEncoderError: the model does not have those cups.
         """
         cups, prompts = self.cups(model), self.prompts_for(model)
-        found: dict[Cup, dict[str, float]] = {cup: {} for cup in cups}
-        total = len(self.sentences) + sum(len(s.corpus) + len(s.queries) for s in self.retrieval.values())
+        kept = Partial(partial, {} if partial is None else self._job(model, cups, prompts))
+        parts: dict[str, Callable[[_Encode], dict[Cup, Row]]] = {}
+        if self.sts:
+            parts["sts"] = bind(self._measure_sts, cups)
+        parts |= {f"retrieval {name}": bind(self._measure_retrieval, cups, name) for name in self.retrieval}
         with progress_bar(self.progress) as bar:
-            task = bar.add_task("encoding", total=total)
+            task = bar.add_task("encoding", total=sum(map(self._texts, parts)))
 
-            def vectors(texts: list[str], use: str) -> dict[int, Tensor]:
+            def vectors(texts: Sequence[str], use: str) -> dict[int, Tensor]:
                 return encode(
                     model, texts, widths(cups), prompt=prompts[use], batch_size=self.batch_size,
                     rotations=self.rotations, advance=lambda count: bar.advance(task, count),
                 )  # fmt: skip
 
-            if self.sts:
-                self._measure_sts(found, vectors(list(self.sentences), "sts"))
-            for name, data in self.retrieval.items():
-                # In the order of their ids, so that equal scores are ranked as sentence-transformers ranks them.
-                documents = sorted(data.corpus)
-                corpus = vectors([data.corpus[key] for key in documents], "passage")
-                queries = vectors(list(data.queries.values()), "query")
-                self._measure_retrieval(found, name, data, documents, queries, corpus)
-        head: Row = {"model": model_name, "method": method}
-        return [head | {"cup": cup.name} | metrics | _means(metrics) for cup, metrics in found.items()]
+            for part, measure in parts.items():
+                if part in kept.done:
+                    bar.advance(task, self._texts(part))
+                else:
+                    kept.put(part, {cup.name: metrics for cup, metrics in measure(vectors).items()})
+        rows = []
+        for cup in cups:
+            metrics = {key: value for part in parts for key, value in kept.done[part][cup.name].items()}
+            rows.append({"model": model_name, "method": method, "cup": cup.name, **metrics, **_means(metrics)})
+        return rows
 
-    def _measure_sts(self, found: dict[Cup, dict[str, float]], sentences: dict[int, Tensor]) -> None:
-        for cup, metrics in found.items():
-            vectors = sentences[cup.layers][:, : cup.dims]
-            for name, data in self.sts.items():
-                metrics[name] = spearman(vectors[data.first], vectors[data.second], data.scores)
+    def _texts(self, part: str) -> int:
+        """How many texts are encoded for a part."""
+        if part == "sts":
+            return len(self.sentences)
+        data = self.retrieval[part.removeprefix("retrieval ")]
+        return len(data.corpus) + len(data.queries)
 
-    def _measure_retrieval(
-        self,
-        found: dict[Cup, dict[str, float]],
-        name: str,
-        data: Retrieval,
-        documents: list[str],
-        queries: dict[int, Tensor],
-        corpus: dict[int, Tensor],
-    ) -> None:
+    def _job(self, model: nn.Module, cups: list[Cup], prompts: dict[str, str]) -> dict[str, Any]:
+        """What the numbers depend on."""
+        turns = {str(k): checksum(turn) for k, turn in (self.rotations or {}).items() if isinstance(turn, nn.Module)}
+        sts = [[data.first.tolist(), data.second.tolist(), data.scores] for data in self.sts.values()]
+        return {
+            "weights": checksum(Encoder.of(model).model),
+            "rotations": turns,
+            "cups": [cup.name for cup in cups],
+            "prompts": prompts,
+            "sts": [list(self.sts), checksum([list(self.sentences), sts])],
+            "retrieval": {
+                name: checksum([data.corpus, data.queries, data.relevant]) for name, data in self.retrieval.items()
+            },
+        }
+
+    def _measure_sts(self, cups: list[Cup], vectors: _Encode) -> dict[Cup, Row]:
+        found, encoded = {}, vectors(list(self.sentences), "sts")
+        for cup in cups:
+            cut = encoded[cup.layers][:, : cup.dims]
+            found[cup] = {
+                name: spearman(cut[data.first], cut[data.second], data.scores) for name, data in self.sts.items()
+            }
+        return found
+
+    def _measure_retrieval(self, cups: list[Cup], name: str, vectors: _Encode) -> dict[Cup, Row]:
+        data = self.retrieval[name]
+        documents = sorted(data.corpus)  # equal scores are then ranked as sentence-transformers ranks them, by id
         place = {key: number for number, key in enumerate(documents)}
         relevant = [{place[key]: gain for key, gain in data.relevant[query].items()} for query in data.queries]
-        for cup, metrics in found.items():
+        corpus = vectors([data.corpus[key] for key in documents], "passage")
+        queries, found = vectors(list(data.queries.values()), "query"), {}
+        for cup in cups:
             asked, there = queries[cup.layers][:, : cup.dims], corpus[cup.layers][:, : cup.dims]
-            metrics[f"ndcg_{name}"], metrics[f"recall_{name}"] = ranking(asked, there, relevant)
+            ndcg, recall = ranking(asked, there, relevant)
+            found[cup] = {f"ndcg_{name}": ndcg, f"recall_{name}": recall}
+        return found
 
     def __call__(
         self, model: nn.Module, output_path: str | None = None, epoch: float = -1, steps: int = -1
