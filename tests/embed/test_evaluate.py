@@ -25,6 +25,7 @@ from .families import HIDDEN, LAYERS, cut_folder, sentence_model, some_texts
 from .sets import scored, searched
 
 LADDER = "1x4,2x8,4x32"
+DEEPER = "2x4,3x8,4x32"  # transformers 5.16 cannot load a ModernBERT of one layer
 
 
 def stock(model, rows, data, dims, **prompts):
@@ -40,9 +41,9 @@ def stock(model, rows, data, dims, **prompts):
 @pytest.mark.parametrize("family, pooling", [("bert", "mean"), ("modernbert", "cls"), ("qwen3", "lasttoken")])
 def test_every_cup_equals_a_cut_model_in_stock_evaluators(backbones, tmp_path, family, pooling):
     rows, data = scored(), searched()
-    evaluator = GridEvaluator(LADDER, sts={"s": rows}, retrieval={"r": data}, batch_size=7)
+    evaluator = GridEvaluator(DEEPER, sts={"s": rows}, retrieval={"r": data}, batch_size=7)
     found = evaluator.rows(sentence_model(backbones(family), pooling), model_name="tiny", method="cut")
-    assert [row["cup"] for row in found] == LADDER.split(",")
+    assert [row["cup"] for row in found] == DEEPER.split(",")
     for row in found:
         depth, dims = map(int, row["cup"].split("x"))
         folder = shutil.copytree(backbones(family), tmp_path / row["cup"])
@@ -226,6 +227,8 @@ def test_what_cannot_be_measured_is_refused(encoder, tmp_path):
         GridEvaluator("2x8,5x8", sts={"s": rows}).rows(model)
     with pytest.raises(LadderError, match="4x64 is wider than the model"):
         GridEvaluator("2x8,4x64", sts={"s": rows}).rows(model)
+    with pytest.raises(EvaluationError, match=r"no rotation for layers \[2\]"):
+        GridEvaluator("2x8,4x32", sts={"s": rows}, rotations={4: torch.nn.Identity()}).rows(model)
     same = [row | {"sentence1": "w9", "sentence2": "w9"} for row in rows]
     (row,) = GridEvaluator("4x32", sts={"s": same}).rows(model)
     assert math.isnan(row["s"])

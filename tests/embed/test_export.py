@@ -249,6 +249,12 @@ def test_what_exists_is_kept(encoder, tmp_path, kind):
     assert kind == "empty" or (target if kind == "file" else target / "mine").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_made(encoder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExportError, match="cannot write .*: choose another folder"):
+        export(encoder(), "2x8", tmp_path / "file" / "cup")
+
+
 def test_an_export_that_differs_is_thrown_away(encoder, tmp_path, monkeypatch):
     model, fill = encoder(), module._fill
     monkeypatch.setattr(module, "_fill", lambda linear, weight, bias: fill(linear, weight.roll(1, 0), bias))

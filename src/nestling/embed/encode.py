@@ -52,10 +52,12 @@ def encode(
         ``{depth: [n, width]}`` fp32 on the CPU, not normalised, in the order of the texts.
 
     Raises:
-        EvaluationError: a vector is not finite; its text and depth are named.
+        EvaluationError: a vector is not finite (its text and depth are named), or a depth has no rotation.
         LadderError, UnsupportedEncoderError: as `taps`.
     """
     inner = unwrapped(model)
+    if rotations is not None and (missing := sorted(set(layers) - set(rotations))):
+        raise EvaluationError(f"there is no rotation for layers {missing}: give one for every depth that is measured")
     found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     with in_eval_mode(model):

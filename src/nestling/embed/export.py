@@ -85,8 +85,8 @@ def export(
         int8: also write ``onnx/model_int8.onnx``, with weights quantised; needs ``onnx``.
 
     Raises:
-        ExportError: the folder exists, weights are not fp32, ``int8`` without ``onnx``, a package is missing, the
-            rotation is of another width, or the result does not give the same vectors.
+        ExportError: the folder exists or cannot be made, weights are not fp32, ``int8`` without ``onnx``, a package is
+            missing, the rotation is of another width, or the result does not give the same vectors.
         LadderError: the model does not have that cup.
         UnsupportedEncoderError: the model has no layers to cut.
     """
@@ -98,8 +98,11 @@ def export(
         raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
     if onnx:
         graph.check_installed()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
     new = work / "new"  # made with the permissions of any folder; those of a temporary one are private
     try:
         with quiet():
