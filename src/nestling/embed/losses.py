@@ -13,15 +13,15 @@ from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from nestling.embed.cached import CachedRepresentation, caches_gradients
-from nestling.embed.divergence import coordinate_kl, similarity_kl
+from nestling.distill import coordinate_kl, similarity_kl
+from nestling.embed.bases import Batches, cached_value, caches_gradients, value
+from nestling.embed.cached import CachedRepresentation
 from nestling.embed.encoder import Encoder
 from nestling.embed.rotation import Rotation
 from nestling.embed.taps import taps
 from nestling.ladder import Cup, Ladder
 
 Parts = dict[str, Tensor]
-Batches = list[list[Tensor]]  # for each column of texts, representations [b, S] of its mini-batches
 TEMPERATURE = {"similarity": 0.05, "coordinate": 1.0}
 
 
@@ -115,13 +115,11 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
     def _check(self) -> None:
         if self.kl not in (None, *TEMPERATURE):
             raise ValueError(f"kl must be 'similarity', 'coordinate' or None, got {self.kl!r}")
-        numbers = ("kl_weight", "temperature", "teacher_temperature")
-        options = {name: getattr(self, name) for name in numbers} | {
-            f"weights[{c}]": w for c, w in self.weights.items()
-        }
-        for name, value in options.items():
-            if not (isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        options = {name: getattr(self, name) for name in ("kl_weight", "temperature", "teacher_temperature")}
+        options |= {f"weights[{cup}]": weight for cup, weight in self.weights.items()}
+        for name, number in options.items():
+            if not (isfinite(number) and number > 0):
+                raise ValueError(f"{name} must be a positive number, got {number!r}")
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
             raise ValueError("EmbedDistillLoss compares coordinates with those of another model: leave rotations out")
         if self.teacher is None:
@@ -171,8 +169,9 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
     def _parts(self, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
         parts: Parts = {}
         columns = [torch.cat(batches) for batches in reps]
+        own_labels = labels if self.teacher is None else None
         for cup in self.cups:
-            parts |= self._task(cup, reps, labels, with_backward)
+            parts |= self._task(cup, reps, own_labels, with_backward)
             if cup in self.teachers:
                 kl = self.weights[cup] * self.kl_weight * self._divergence(cup, columns, labels)
                 parts[f"kl_{cup.name}"] = kl
@@ -182,48 +181,13 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     def _task(self, cup: Cup, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
         """The base loss at a cup, with its weight."""
-        slices = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
+        vectors = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
         weight = self.weights[cup]
-        if with_backward:
-            return {cup.name: weight * self._backward(slices, labels, weight)}
         if self.uses_gradient_cache:
-            return {cup.name: weight * self.loss.calculate_loss(slices, labels)}
-        found = self._direct([batches[0] for batches in slices], cup, labels)
+            return {cup.name: weight * cached_value(self.loss, vectors, labels, weight, with_backward)}
+        found = value(self.loss, [batches[0] for batches in vectors], labels)
         named = found.items() if isinstance(found, dict) else [("", found)]
-        return {f"{cup.name}_{name}".rstrip("_"): weight * value for name, value in named}
-
-    def _direct(self, embeddings: list[Tensor], cup: Cup, labels: Tensor | None) -> Tensor | Parts:
-        if self.teacher is not None:
-            labels = None  # they say which rows of the teacher these texts are
-        if isinstance(self.loss, EmbedDistillLoss):
-            return self.loss.compute_loss_from_embeddings(embeddings, self._targets(labels, cup, len(embeddings)))
-        try:
-            return self.loss.compute_loss_from_embeddings(embeddings, labels)
-        except (AttributeError, TypeError) as error:
-            if labels is not None:
-                raise
-            taken = "; with a teacher, labels are its row numbers" if self.teacher is not None else ""
-            raise ValueError(
-                f"{type(self.loss).__name__} needs labels and there are none: give the data a column named label or "
-                f"score, or choose a loss without labels{taken}"
-            ) from error
-
-    def _backward(self, slices: Batches, labels: Tensor | None, weight: float) -> Tensor:
-        """The value of a loss that caches gradients; ``weight`` times its gradient goes on to the representations."""
-        leaves = [[vectors.detach().requires_grad_() for vectors in batches] for batches in slices]
-        value = self.loss.calculate_loss(leaves, labels, with_backward=True)
-        pairs = [(s, leaf) for ss, ls in zip(slices, leaves, strict=True) for s, leaf in zip(ss, ls, strict=True)]
-        used = [(vectors, weight * leaf.grad) for vectors, leaf in pairs if leaf.grad is not None]
-        torch.autograd.backward([vectors for vectors, _ in used], [gradient for _, gradient in used])
-        return value
-
-    def _targets(self, labels: Tensor | None, cup: Cup, columns: int) -> list[Tensor]:
-        """Embeddings given as labels, ``[B, D]`` for all columns or ``[B, columns, D]``, as wide as the cup's."""
-        shape = None if labels is None else list(labels.shape)
-        if labels is None or labels.ndim not in (2, 3) or labels.shape[-1] != self.cups.full.dims:
-            raise ValueError(f"expected labels [B, D] or [B, columns, D] with D = {self.cups.full.dims}, got {shape}")
-        rows = labels if labels.ndim == 3 else labels[:, None].expand(-1, columns, -1)
-        return list(rows[..., : cup.dims].unbind(1))
+        return {f"{cup.name}_{name}".rstrip("_"): weight * part for name, part in named}
 
     def _divergence(self, cup: Cup, columns: list[Tensor], labels: Tensor | None) -> Tensor:
         """KL of a cup to its teacher."""

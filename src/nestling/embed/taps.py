@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nestling.embed.encoder import Encoder, eager, fresh
+from nestling.embed.anatomy import eager
+from nestling.embed.encoder import Encoder, fresh
 from nestling.ladder import LadderError
 
 
