@@ -267,7 +267,7 @@ def test_cached_gradients_are_the_direct_ones(family, options, encoder):
     expected, found = gradients(model, total(one) * 0.7), gradients(model, total(other) * 0.7)
     assert expected.keys() == found.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(cached(features, None), {name: part.detach() for name, part in one.items()})
 
@@ -303,7 +303,7 @@ def test_any_ladder_in_any_batches(tiny_bert, cups, count, size, mini_batch, wei
         torch.testing.assert_close(other_parts, parts, rtol=1e-6, atol=1e-8)
         assert other.keys() == found.keys()
         for name in found:
-            torch.testing.assert_close(other[name], found[name], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(other[name], found[name], rtol=1e-4, atol=1e-6)
 
 
 def test_cached_gradients_with_dropout(encoder):

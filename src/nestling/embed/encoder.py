@@ -20,8 +20,6 @@ from transformers import PreTrainedConfig
 
 from nestling.embed.anatomy import Anatomy, UnsupportedEncoderError, anatomy_of, depth_of, state_of
 
-Features = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -76,8 +74,7 @@ class Encoder:
 
     def pool(self, features: Mapping[str, Any], tokens: Tensor) -> Tensor:
         """The embedding ``[B, dims]``, not normalised, of token vectors ``[B, T, H]`` of the texts of ``features``."""
-        made = {key: value for key, value in fresh(features).items() if key != "sentence_embedding"}
-        made["token_embeddings"] = tokens
+        made = {**features, "token_embeddings": tokens}
         for module in self.head:
             made = module(made)
         return made["sentence_embedding"]
@@ -168,11 +165,6 @@ def unwrapped(model: nn.Module) -> SentenceTransformer:
             raise UnsupportedEncoderError(f"expected a SentenceTransformer, got {kind}: wrap the model in one")
         inner = found
     return inner
-
-
-def fresh(features: Mapping[str, Any]) -> Features:
-    """A copy that modules may write to: they add keys, and a pooling without prompts may clear bits of the mask."""
-    return {key: value.clone() if key == "attention_mask" else value for key, value in features.items()}
 
 
 def truncated_config(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
