@@ -421,7 +421,7 @@ def test_losses_that_lack_their_labels(encoder):
     for labels in (None, torch.rand(6), torch.rand(6, 31)):
         with pytest.raises(ValueError, match=r"expected labels \[B, D\] or \[B, columns, D\] with D from"):
             distilled(features, labels)
-    with pytest.raises(ValueError, match="CoSENTLoss expects 6 labels"):
+    with pytest.raises(ValueError, match=r"expected labels for 6 texts, got labels \[5\]"):
         StarbucksLoss(model, losses.CoSENTLoss(model), CUPS)(features, torch.rand(5))
 
 

@@ -36,8 +36,10 @@ def value(loss: Any, embeddings: Sequence[Tensor], labels: Tensor | None) -> Val
     """The loss of vectors ``[B, d]``, one per column of texts, cut to the size in question.
 
     Raises:
-        ValueError: the loss needs labels and there are none, or they are of another shape.
+        ValueError: the loss needs labels and there are none, or they are of another number or shape.
     """
+    if labels is not None and labels.shape[:1] != embeddings[0].shape[:1]:
+        raise ValueError(f"expected labels for {len(embeddings[0])} texts, got labels {list(labels.shape)}")
     if isinstance(loss, EmbedDistillLoss):
         return loss.compute_loss_from_embeddings(list(embeddings), _targets(labels, embeddings))
     try:
