@@ -1,5 +1,6 @@
 """StarbucksLoss against losses computed by hand from models that are really shallower, and its gradients."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -487,6 +488,39 @@ def test_rotations_come_before_the_cut(encoder):
     torch.testing.assert_close(parts["4x32"], plain["4x32"], rtol=1e-4, atol=1e-5)  # nothing changes at full width
     assert not [name for name, _ in loss.named_parameters() if "rotation" in name]
     assert loss.get_config_dict()["rotated_layers"] == [2, 4]
+
+
+@pytest.mark.parametrize("rotation", [{3: Rotation(torch.eye(HIDDEN))}, {4: Rotation(torch.eye(8))}])
+def test_rotations_that_no_cup_takes(rotation, encoder):
+    model = encoder("bert")
+    with pytest.raises(ValueError, match=r"no cup of 1x8,2x16,4x32 takes a rotation of (32|8) coordinates at depth"):
+        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, rotations=rotation)
+
+
+def test_a_teacher_in_a_file(encoder, tmp_path):
+    model, rows = encoder("bert"), table()
+    np.save(tmp_path / "teacher.npy", rows.numpy())
+    base, labels = losses.MultipleNegativesRankingLoss(model), torch.arange(12).view(6, 2)
+    mapped = np.load(tmp_path / "teacher.npy", mmap_mode="c")
+    parts = [StarbucksLoss(model, base, CUPS, teacher=t)(columns(model, 2), labels) for t in (rows, mapped)]
+    torch.testing.assert_close(*parts, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_compiled_model_trains(cached, encoder):
+    """Compiled and called before the loss gets it, as for an evaluation before the training."""
+    model = encoder("bert")
+    features = columns(model, 2)
+    base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
+    loss = StarbucksLoss(model, base if cached else losses.MultipleNegativesRankingLoss(model), CUPS)
+    expected = gradients(model, total(loss(features)))
+    loss.model = torch.compile(model, backend="eager")
+    loss.model(dict(features[0]))
+    for _ in range(2):
+        found = gradients(model, total(loss(features)))
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_equal_texts_and_empty_ones(encoder):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from math import isfinite
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -49,12 +50,14 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         cascade: the teacher of each cup is the next larger one (no narrower than it), and not the full one.
         detach_teacher: no gradient goes to the teacher.
         normalize: vectors are normalised after they were cut, as by an export that ends in Normalize, so that the
-            loss and the KL see cosines as retrieval does. Without it they see dot products, if ``loss`` takes those.
+            loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
+            distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
+            both see vectors as they are, for dot products.
         rotations: ``{depth: Rotation}``, applied to pooled vectors before they are cut.
-        teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device. It replaces
-            the full cup as the teacher, and teaches the full cup too. Labels are then row numbers ``[B, columns]``: a
-            dataset column ``label`` of lists of integers, one for each text column, gets there with
-            SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
+        teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
+            from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
+            numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
+            there with SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
 
     Returns:
         From ``forward``, a dict of scalars whose sum is the loss: ``"6x128"`` and ``"kl_6x128"`` for every cup, with
@@ -68,7 +71,8 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     The released STS code is ``StarbucksLoss(..., kl="coordinate", kl_weight=0.3, detach_teacher=False)``: what it
     calls a temperature of 0.3 multiplies the KL and divides nothing. Its retrieval code is ``kl="similarity",
-    temperature=1, normalize=False`` around a loss of dot products.
+    temperature=1, normalize=False`` around a loss of dot products. Under DistributedDataParallel the KL ranks the
+    texts of one process, whether ``loss`` gathers those of all or not.
     """
 
     loss: Any
@@ -90,7 +94,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         detach_teacher: bool = True,
         normalize: bool = True,
         rotations: Mapping[int, Rotation] | None = None,
-        teacher: Tensor | None = None,
+        teacher: Tensor | np.ndarray | None = None,
     ):
         super().__init__()
         encoder = Encoder.of(model)
@@ -106,7 +110,8 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         named = {self.cups.cup(name): weight for name, weight in (weights or {}).items()}
         self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
         self.rotations = nn.ModuleDict({str(depth): rotation for depth, rotation in (rotations or {}).items()})
-        self.teacher = teacher  # not a buffer: a table of all texts need not be on the model's device
+        # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
+        self.teacher = None if teacher is None else torch.as_tensor(teacher)
         self._check()
         self.teachers = self._who_teaches()
         # A text is represented by the vectors of all depths side by side, each as wide as its widest cup.
@@ -122,6 +127,10 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
                 raise ValueError(f"{name} must be a positive number, got {number!r}")
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
             raise ValueError("EmbedDistillLoss compares coordinates with those of another model: leave rotations out")
+        for depth, rotation in self.rotations.items():
+            if int(depth) not in self.cups.layers or len(rotation.encode) != self.cups.full.dims:
+                size = len(rotation.encode)
+                raise ValueError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
         if self.teacher is None:
             return
         if self.kl != "similarity":
