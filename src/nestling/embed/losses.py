@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from nestling.embed.cached import CachedRepresentation
 from nestling.embed.encoder import Encoder
 from nestling.embed.rotation import Rotation
 from nestling.embed.taps import taps
+from nestling.embed.teacher import checked_teacher, rows_of
 from nestling.ladder import Cup, Ladder
 
 Parts = dict[str, Tensor]
@@ -111,7 +112,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
         self.rotations = nn.ModuleDict({str(depth): rotation for depth, rotation in (rotations or {}).items()})
         # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
-        self.teacher = None if teacher is None else torch.as_tensor(teacher)
+        self.teacher = None if teacher is None else checked_teacher(teacher)
         self._check()
         self.teachers = self._who_teaches()
         # A text is represented by the vectors of all depths side by side, each as wide as its widest cup.
@@ -128,16 +129,11 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
             raise ValueError("EmbedDistillLoss compares coordinates with those of another model: leave rotations out")
         for depth, rotation in self.rotations.items():
-            if int(depth) not in self.cups.layers or len(rotation.encode) != self.cups.full.dims:
-                size = len(rotation.encode)
+            size = len(rotation.get_buffer("encode"))
+            if int(depth) not in self.cups.layers or size != self.cups.full.dims:
                 raise ValueError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
-        if self.teacher is None:
-            return
-        if self.kl != "similarity":
+        if self.teacher is not None and self.kl != "similarity":
             raise ValueError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
-        if self.teacher.ndim != 2 or not self.teacher.is_floating_point():
-            shape = list(self.teacher.shape)
-            raise ValueError(f"expected teacher embeddings [N, D] of floats, got {self.teacher.dtype} {shape}")
 
     def _who_teaches(self) -> dict[Cup, Cup | None]:
         """The teacher of each cup that has one; None is the external one."""
@@ -203,10 +199,10 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         normalize = self.normalize and self.kl == "similarity"
         student = [self._coordinates(column, cup, normalize) for column in columns]
         by = self.teachers[cup]
-        if by is None:
-            teacher = self._rows(labels, columns)
-        else:
+        if by is not None:
             teacher = [self._coordinates(column, by, normalize) for column in columns]
+        else:
+            teacher = rows_of(cast(Tensor, self.teacher), labels, student)
         if self.detach_teacher:
             teacher = [vectors.detach() for vectors in teacher]
         if self.kl == "coordinate":
@@ -219,23 +215,6 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         vectors = representation[:, start : start + cup.dims]
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         return unit(vectors, dim=-1) if normalize else vectors
-
-    def _rows(self, labels: Tensor | None, columns: list[Tensor]) -> list[Tensor]:
-        """The teacher's unit vectors ``[B, D]`` of the texts of each column."""
-        assert self.teacher is not None
-        shape = (len(columns[0]), len(columns))
-        if labels is None or labels.is_floating_point() or tuple(labels.shape) != shape:
-            got = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
-            raise ValueError(
-                f"with a teacher, labels are the numbers of its rows: expected integers of shape {list(shape)} "
-                f"(texts, columns), got {got}"
-            )
-        numbers = labels.to(self.teacher.device)
-        if numbers.min() < 0 or numbers.max() >= len(self.teacher):
-            low, high = int(numbers.min()), int(numbers.max())
-            raise ValueError(f"labels name rows {low} to {high} of a teacher that has {len(self.teacher)}")
-        rows = unit(self.teacher[numbers.T].to(columns[0].device).float(), dim=-1)
-        return list(rows)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of this loss."""
