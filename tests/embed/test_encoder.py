@@ -140,6 +140,18 @@ def test_what_follows_the_layers_must_be_a_norm(encoder):
         Encoder.of(model)
 
 
+def test_layers_that_write_into_their_input_are_found_out(encoder):
+    """Their states would change after they were tapped."""
+
+    def write(module, args):
+        args[0].add_(1)
+
+    model = encoder("bert")
+    model[0].model.encoder.layer[1].register_forward_pre_hook(write)
+    with pytest.raises(UnsupportedEncoderError, match="happens between layers 1 and 2"):
+        Encoder.of(model)
+
+
 def test_the_probe_leaves_no_traces(encoder):
     """Modes, hooks and random state are as before; dropout does not confuse it."""
     model = encoder("bert").train()

@@ -10,13 +10,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from sentence_transformers.base.losses.gradcache import (
-    CachedLossMixin,
-    RandContext,
-    _create_minibatch,
-    uses_gradient_cache,
-)
-from torch import Tensor, nn
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, _create_minibatch
+from torch import Tensor
 
 
 class CachedRepresentation(CachedLossMixin):
@@ -39,21 +34,3 @@ class CachedRepresentation(CachedLossMixin):
         with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
             state = RandContext(*features.values()) if copy_random_state else None
             return self.represent(features)["sentence_embedding"], state
-
-
-def caches_gradients(loss: nn.Module) -> bool:
-    """Whether a loss of sentence-transformers caches gradients, and can be taken at several sizes of its embeddings.
-
-    Raises:
-        ValueError: it can only be taken of embeddings that it makes itself.
-    """
-    cached = uses_gradient_cache(loss)
-    if cached and isinstance(loss, CachedLossMixin):
-        return True
-    if cached or not hasattr(loss, "compute_loss_from_embeddings"):
-        raise ValueError(
-            f"{type(loss).__name__} embeds texts by itself, so it cannot be taken at several sizes of one embedding: "
-            "expected a loss with compute_loss_from_embeddings, such as MultipleNegativesRankingLoss or CoSENTLoss, "
-            "or CachedMultipleNegativesRankingLoss"
-        )
-    return False

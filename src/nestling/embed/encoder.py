@@ -1,43 +1,24 @@
-"""The version seam of the embedding wing: where a SentenceTransformer keeps its layers, and how it is made shallower.
+"""The version seam of the embedding wing: the parts of a SentenceTransformer, and how it is made shallower.
 
-Everything that depends on the insides of transformers and sentence-transformers is here. What is found is not taken on
-trust: a probe of a few tokens checks that the layers follow one another with nothing between them, and that what
-follows the last one is a norm that can be applied to the others, which is what a k-layer model does.
+What depends on the insides of transformers and sentence-transformers is here, in `anatomy` and, for losses, in `bases`
+and `cached`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, WeightedLayerPooling
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-Features = dict[str, Any]
-PROBE = 4  # tokens
-
-
-class UnsupportedEncoderError(ValueError):
-    """A model that cannot be cut into cups. The message names it and the reason."""
-
-
-@dataclass(frozen=True)
-class _Anatomy:
-    """Names within the backbone: of the list of layers, and of the norm behind the last one (pre-norm models)."""
-
-    layers: str
-    norm: str | None
-
-
-_ANATOMIES: WeakKeyDictionary[nn.Module, _Anatomy] = WeakKeyDictionary()
+from nestling.embed.anatomy import Anatomy, UnsupportedEncoderError, anatomy_of, depth_of, state_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +37,7 @@ class Encoder:
     transformer: Transformer
     backbone: nn.Module
     head: tuple[nn.Module, ...]
-    anatomy: _Anatomy
+    anatomy: Anatomy
 
     @classmethod
     def of(cls, model: nn.Module) -> Encoder:
@@ -68,10 +49,7 @@ class Encoder:
         inner = unwrapped(model)
         transformer, head = _parts(inner)
         backbone: nn.Module = transformer.model
-        anatomy = _ANATOMIES.get(backbone)
-        if anatomy is None:
-            anatomy = _ANATOMIES[backbone] = _dissected(transformer)
-        return cls(inner, transformer, backbone, head, anatomy)
+        return cls(inner, transformer, backbone, head, anatomy_of(transformer))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -96,8 +74,7 @@ class Encoder:
 
     def pool(self, features: Mapping[str, Any], tokens: Tensor) -> Tensor:
         """The embedding ``[B, dims]``, not normalised, of token vectors ``[B, T, H]`` of the texts of ``features``."""
-        made = {key: value for key, value in fresh(features).items() if key != "sentence_embedding"}
-        made["token_embeddings"] = tokens
+        made = {**features, "token_embeddings": tokens}
         for module in self.head:
             made = module(made)
         return made["sentence_embedding"]
@@ -157,7 +134,7 @@ class Encoder:
 
         def keep(number: int):
             def hook(module, args, output):
-                states[number] = _state(output)
+                states[number] = state_of(output)
 
             return hook
 
@@ -188,33 +165,6 @@ def unwrapped(model: nn.Module) -> SentenceTransformer:
             raise UnsupportedEncoderError(f"expected a SentenceTransformer, got {kind}: wrap the model in one")
         inner = found
     return inner
-
-
-def eager(model: nn.Module):
-    """A context in which compiled parts of the model run as they were written, if there are any.
-
-    torch.compile does not notice hooks that come and go: compiled code would go on filling the variables of the hook
-    that it was traced with.
-    """
-    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def fresh(features: Mapping[str, Any]) -> Features:
-    """A copy that modules may write to: they add keys, and a pooling without prompts may clear bits of the mask."""
-    return {key: value.clone() if key == "attention_mask" else value for key, value in features.items()}
-
-
-def depth_of(config: PreTrainedConfig) -> int:
-    """Number of layers that a config asks for, whatever its family calls them (``n_layers``, ``num_layers``).
-
-    Raises:
-        UnsupportedEncoderError: it names no number of layers.
-    """
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if not isinstance(depth, int):
-        raise UnsupportedEncoderError(f"a {config.model_type} model has no number of layers in its config")
-    return depth
 
 
 def truncated_config(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
@@ -252,77 +202,3 @@ def _parts(model: SentenceTransformer) -> tuple[Transformer, tuple[nn.Module, ..
     if not head or any(isinstance(module, WeightedLayerPooling) for module in head):
         raise UnsupportedEncoderError("the model needs a pooling of its last layer behind its transformer")
     return transformer, tuple(head)
-
-
-def _dissected(transformer: Transformer) -> _Anatomy:
-    """Find the layers and the final norm, and check by a probe that they are all there is.
-
-    Raises:
-        UnsupportedEncoderError: layers are shared, there is no one list of them, or something else happens between or
-            behind them.
-    """
-    backbone = transformer.model
-    depth = depth_of(backbone.config)
-    kind = f"{backbone.config.model_type} models cannot be cut"
-    names = [n for n, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    names = [name for name in names if not any(part.isdigit() for part in name.split("."))]
-    if len(names) != 1:
-        raise UnsupportedEncoderError(f"{kind}: expected one list of {depth} layers, found {len(names)}")
-    inputs, outputs, last = _probe(transformer, backbone.get_submodule(names[0]))
-    for number, (after, before) in enumerate(zip(outputs, inputs[1:], strict=False), 1):
-        if not _same(after, before):
-            raise UnsupportedEncoderError(f"{kind}: something happens between layers {number} and {number + 1}")
-    if _same(outputs[-1], last):
-        return _Anatomy(names[0], None)
-    with torch.no_grad():
-        for name, module in _norms(backbone, names[0]):
-            if _same(module(outputs[-1]), last):
-                return _Anatomy(names[0], name)
-    raise UnsupportedEncoderError(f"{kind}: what follows the last layer is not a norm")
-
-
-def _norms(backbone: nn.Module, layers: str) -> Iterator[tuple[str, nn.Module]]:
-    """The norms beside the list of layers, and beside every module around it: the nearest first."""
-    path = layers
-    while path:
-        path = path.rpartition(".")[0]
-        for name, module in backbone.get_submodule(path).named_children():
-            if type(module).__name__.lower().endswith("norm"):
-                yield f"{path}.{name}".lstrip("."), module
-
-
-@torch.no_grad()
-def _probe(transformer: Transformer, layers: nn.Module) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Inputs and outputs of every layer, and the token vectors of the whole transformer, for a short text."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def enter(module, args, kwargs):
-        inputs.append(_state(args) if args else kwargs["hidden_states"])
-
-    def leave(module, args, output):
-        outputs.append(_state(output))
-
-    backbone: Any = transformer.model
-    training = {module: module.training for module in transformer.modules()}
-    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers.children()]
-    handles += [layer.register_forward_hook(leave) for layer in layers.children()]
-    ids = torch.arange(1, 1 + PROBE, device=backbone.device) % backbone.get_input_embeddings().num_embeddings
-    try:
-        with eager(transformer):
-            last = transformer.eval()({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return inputs, outputs, last["token_embeddings"]
-
-
-def _state(output: Any) -> Tensor:
-    """The hidden states of a layer's arguments or result, which may be a tuple that starts with them."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, equal_nan=True)

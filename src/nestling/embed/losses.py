@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -13,15 +14,16 @@ from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from nestling.embed.cached import CachedRepresentation, caches_gradients
-from nestling.embed.divergence import coordinate_kl, similarity_kl
+from nestling.distill import coordinate_kl, similarity_kl
+from nestling.embed.bases import Batches, cached_value, caches_gradients, value
+from nestling.embed.cached import CachedRepresentation
 from nestling.embed.encoder import Encoder
 from nestling.embed.rotation import Rotation
 from nestling.embed.taps import taps
+from nestling.embed.teacher import checked_teacher, rows_of
 from nestling.ladder import Cup, Ladder
 
 Parts = dict[str, Tensor]
-Batches = list[list[Tensor]]  # for each column of texts, representations [b, S] of its mini-batches
 TEMPERATURE = {"similarity": 0.05, "coordinate": 1.0}
 
 
@@ -49,12 +51,14 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         cascade: the teacher of each cup is the next larger one (no narrower than it), and not the full one.
         detach_teacher: no gradient goes to the teacher.
         normalize: vectors are normalised after they were cut, as by an export that ends in Normalize, so that the
-            loss and the KL see cosines as retrieval does. Without it they see dot products, if ``loss`` takes those.
+            loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
+            distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
+            both see vectors as they are, for dot products.
         rotations: ``{depth: Rotation}``, applied to pooled vectors before they are cut.
-        teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device. It replaces
-            the full cup as the teacher, and teaches the full cup too. Labels are then row numbers ``[B, columns]``: a
-            dataset column ``label`` of lists of integers, one for each text column, gets there with
-            SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
+        teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
+            from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
+            numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
+            there with SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
 
     Returns:
         From ``forward``, a dict of scalars whose sum is the loss: ``"6x128"`` and ``"kl_6x128"`` for every cup, with
@@ -68,7 +72,8 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     The released STS code is ``StarbucksLoss(..., kl="coordinate", kl_weight=0.3, detach_teacher=False)``: what it
     calls a temperature of 0.3 multiplies the KL and divides nothing. Its retrieval code is ``kl="similarity",
-    temperature=1, normalize=False`` around a loss of dot products.
+    temperature=1, normalize=False`` around a loss of dot products. Under DistributedDataParallel the KL ranks the
+    texts of one process, whether ``loss`` gathers those of all or not.
     """
 
     loss: Any
@@ -90,7 +95,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         detach_teacher: bool = True,
         normalize: bool = True,
         rotations: Mapping[int, Rotation] | None = None,
-        teacher: Tensor | None = None,
+        teacher: Tensor | np.ndarray | None = None,
     ):
         super().__init__()
         encoder = Encoder.of(model)
@@ -106,7 +111,8 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         named = {self.cups.cup(name): weight for name, weight in (weights or {}).items()}
         self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
         self.rotations = nn.ModuleDict({str(depth): rotation for depth, rotation in (rotations or {}).items()})
-        self.teacher = teacher  # not a buffer: a table of all texts need not be on the model's device
+        # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
+        self.teacher = None if teacher is None else checked_teacher(teacher)
         self._check()
         self.teachers = self._who_teaches()
         # A text is represented by the vectors of all depths side by side, each as wide as its widest cup.
@@ -115,22 +121,19 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
     def _check(self) -> None:
         if self.kl not in (None, *TEMPERATURE):
             raise ValueError(f"kl must be 'similarity', 'coordinate' or None, got {self.kl!r}")
-        numbers = ("kl_weight", "temperature", "teacher_temperature")
-        options = {name: getattr(self, name) for name in numbers} | {
-            f"weights[{c}]": w for c, w in self.weights.items()
-        }
-        for name, value in options.items():
-            if not (isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        options = {name: getattr(self, name) for name in ("kl_weight", "temperature", "teacher_temperature")}
+        options |= {f"weights[{cup}]": weight for cup, weight in self.weights.items()}
+        for name, number in options.items():
+            if not (isfinite(number) and number > 0):
+                raise ValueError(f"{name} must be a positive number, got {number!r}")
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
             raise ValueError("EmbedDistillLoss compares coordinates with those of another model: leave rotations out")
-        if self.teacher is None:
-            return
-        if self.kl != "similarity":
+        for depth, rotation in self.rotations.items():
+            size = len(rotation.get_buffer("encode"))
+            if int(depth) not in self.cups.layers or size != self.cups.full.dims:
+                raise ValueError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
+        if self.teacher is not None and self.kl != "similarity":
             raise ValueError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
-        if self.teacher.ndim != 2 or not self.teacher.is_floating_point():
-            shape = list(self.teacher.shape)
-            raise ValueError(f"expected teacher embeddings [N, D] of floats, got {self.teacher.dtype} {shape}")
 
     def _who_teaches(self) -> dict[Cup, Cup | None]:
         """The teacher of each cup that has one; None is the external one."""
@@ -171,8 +174,9 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
     def _parts(self, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
         parts: Parts = {}
         columns = [torch.cat(batches) for batches in reps]
+        own_labels = labels if self.teacher is None else None
         for cup in self.cups:
-            parts |= self._task(cup, reps, labels, with_backward)
+            parts |= self._task(cup, reps, own_labels, with_backward)
             if cup in self.teachers:
                 kl = self.weights[cup] * self.kl_weight * self._divergence(cup, columns, labels)
                 parts[f"kl_{cup.name}"] = kl
@@ -182,58 +186,23 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     def _task(self, cup: Cup, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
         """The base loss at a cup, with its weight."""
-        slices = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
+        vectors = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
         weight = self.weights[cup]
-        if with_backward:
-            return {cup.name: weight * self._backward(slices, labels, weight)}
         if self.uses_gradient_cache:
-            return {cup.name: weight * self.loss.calculate_loss(slices, labels)}
-        found = self._direct([batches[0] for batches in slices], cup, labels)
+            return {cup.name: weight * cached_value(self.loss, vectors, labels, weight, with_backward)}
+        found = value(self.loss, [batches[0] for batches in vectors], labels)
         named = found.items() if isinstance(found, dict) else [("", found)]
-        return {f"{cup.name}_{name}".rstrip("_"): weight * value for name, value in named}
-
-    def _direct(self, embeddings: list[Tensor], cup: Cup, labels: Tensor | None) -> Tensor | Parts:
-        if self.teacher is not None:
-            labels = None  # they say which rows of the teacher these texts are
-        if isinstance(self.loss, EmbedDistillLoss):
-            return self.loss.compute_loss_from_embeddings(embeddings, self._targets(labels, cup, len(embeddings)))
-        try:
-            return self.loss.compute_loss_from_embeddings(embeddings, labels)
-        except (AttributeError, TypeError) as error:
-            if labels is not None:
-                raise
-            taken = "; with a teacher, labels are its row numbers" if self.teacher is not None else ""
-            raise ValueError(
-                f"{type(self.loss).__name__} needs labels and there are none: give the data a column named label or "
-                f"score, or choose a loss without labels{taken}"
-            ) from error
-
-    def _backward(self, slices: Batches, labels: Tensor | None, weight: float) -> Tensor:
-        """The value of a loss that caches gradients; ``weight`` times its gradient goes on to the representations."""
-        leaves = [[vectors.detach().requires_grad_() for vectors in batches] for batches in slices]
-        value = self.loss.calculate_loss(leaves, labels, with_backward=True)
-        pairs = [(s, leaf) for ss, ls in zip(slices, leaves, strict=True) for s, leaf in zip(ss, ls, strict=True)]
-        used = [(vectors, weight * leaf.grad) for vectors, leaf in pairs if leaf.grad is not None]
-        torch.autograd.backward([vectors for vectors, _ in used], [gradient for _, gradient in used])
-        return value
-
-    def _targets(self, labels: Tensor | None, cup: Cup, columns: int) -> list[Tensor]:
-        """Embeddings given as labels, ``[B, D]`` for all columns or ``[B, columns, D]``, as wide as the cup's."""
-        shape = None if labels is None else list(labels.shape)
-        if labels is None or labels.ndim not in (2, 3) or labels.shape[-1] != self.cups.full.dims:
-            raise ValueError(f"expected labels [B, D] or [B, columns, D] with D = {self.cups.full.dims}, got {shape}")
-        rows = labels if labels.ndim == 3 else labels[:, None].expand(-1, columns, -1)
-        return list(rows[..., : cup.dims].unbind(1))
+        return {f"{cup.name}_{name}".rstrip("_"): weight * part for name, part in named}
 
     def _divergence(self, cup: Cup, columns: list[Tensor], labels: Tensor | None) -> Tensor:
         """KL of a cup to its teacher."""
         normalize = self.normalize and self.kl == "similarity"
         student = [self._coordinates(column, cup, normalize) for column in columns]
         by = self.teachers[cup]
-        if by is None:
-            teacher = self._rows(labels, columns)
-        else:
+        if by is not None:
             teacher = [self._coordinates(column, by, normalize) for column in columns]
+        else:
+            teacher = rows_of(cast(Tensor, self.teacher), labels, student)
         if self.detach_teacher:
             teacher = [vectors.detach() for vectors in teacher]
         if self.kl == "coordinate":
@@ -246,23 +215,6 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         vectors = representation[:, start : start + cup.dims]
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         return unit(vectors, dim=-1) if normalize else vectors
-
-    def _rows(self, labels: Tensor | None, columns: list[Tensor]) -> list[Tensor]:
-        """The teacher's unit vectors ``[B, D]`` of the texts of each column."""
-        assert self.teacher is not None
-        shape = (len(columns[0]), len(columns))
-        if labels is None or labels.is_floating_point() or tuple(labels.shape) != shape:
-            got = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
-            raise ValueError(
-                f"with a teacher, labels are the numbers of its rows: expected integers of shape {list(shape)} "
-                f"(texts, columns), got {got}"
-            )
-        numbers = labels.to(self.teacher.device)
-        if numbers.min() < 0 or numbers.max() >= len(self.teacher):
-            low, high = int(numbers.min()), int(numbers.max())
-            raise ValueError(f"labels name rows {low} to {high} of a teacher that has {len(self.teacher)}")
-        rows = unit(self.teacher[numbers.T].to(columns[0].device).float(), dim=-1)
-        return list(rows)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of this loss."""

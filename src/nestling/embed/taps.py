@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nestling.embed.encoder import Encoder, eager, fresh
+from nestling.embed.anatomy import eager
+from nestling.embed.encoder import Encoder
 from nestling.ladder import LadderError
 
 
@@ -47,7 +48,7 @@ def taps(
         raise LadderError(f"cannot tap layers {wanted}: expected some of 1 to {encoder.depth}")
     *between, deepest = wanted
     with encoder.cut(deepest), encoder.watched(set(between)) as states, eager(model):
-        output = model(fresh(features))
+        output = model(dict(features))  # modules add keys to what they are given
     # The deepest state is taken from the output, behind what wrappers do to it: DistributedDataParallel wants the loss
     # to depend on what it returned.
     last = output["token_embeddings"]
