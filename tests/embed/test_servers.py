@@ -154,7 +154,10 @@ def test_fastembed(served):
 
 
 def test_older_sentence_transformers(served):
-    folder, pooling = served
+    folder, _ = served
+    tokens = read(folder, "tokenizer_config.json")  # its class is unknown to transformers 4 under its new name
+    assert tokens["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokens["model_input_names"] == ["input_ids", "attention_mask"]  # else it makes token types as well
     old = {"word_embedding_dimension", "pooling_mode", "include_prompt"}
     flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     old |= {f"pooling_mode_{name}" for name in flags}

@@ -12,7 +12,8 @@ each reads:
   transformers 5 saves it, EuroBERT and T5);
 * vLLM: the same types, ``pooling_mode`` or a boolean that is true, ``max_seq_length`` only beside ``do_lower_case``,
   and ``matryoshka_dimensions``, without which a request that names its dimensions is refused, even the right ones;
-* transformers 4, which some of them run on: rotary bases outside of ``rope_parameters``, else it takes its defaults;
+* transformers 4, which some of them run on: rotary bases outside of ``rope_parameters``, else it takes its defaults,
+  and the old name of tokenizers without a class of their own;
 * fastembed: ``special_tokens_map.json``, and the smaller of a tokenizer's ``max_length`` and ``model_max_length``.
 """
 
@@ -139,5 +140,8 @@ def _tokenizer(folder: Path, model: SentenceTransformer) -> None:
     }
     if (limit := longest(model)) is not None:
         config["model_max_length"] = limit
+    config["model_input_names"] = list(model.tokenizer.model_input_names)  # whose default has changed
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name until transformers 5, which still knows it
     write(path, config)
     write(folder / "special_tokens_map.json", {k: str(v) for k, v in model.tokenizer.special_tokens_map.items()})
