@@ -1,8 +1,8 @@
-"""nestling: one model, every size. `nestling.kv` makes the KV cache of a language model nested."""
+"""nestling: one model, every size. `nestling.kv`: KV caches of language models. `nestling.embed`: text encoders."""
 
 from importlib import import_module
 
-__all__ = ["kv"]
+__all__ = ["embed", "kv"]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,6 @@
-"""Distances between a model at full size and at a smaller one. Shared by both wings."""
+"""Distances between a model at full size and at a smaller one: over vocabularies, and over texts of a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,46 @@ def head_loss(
         raise ValueError(f"expected hidden states [N, H] twice and labels [N], got {shapes}")
     loss, kl, ce = _HeadLoss.apply(student, teacher.detach(), labels, head, kl_weight, ce_weight, chunk)
     return HeadLoss(loss, kl, ce)
+
+
+def similarity_rows(columns: Sequence[Tensor]) -> Tensor:
+    """Scores of each query over the texts of the batch: what retrieval ranks by.
+
+    Args:
+        columns: vectors ``[B, d]``; the first column holds the queries, all the others are ranked. A column alone is
+            ranked against itself, without each text's own score.
+
+    Returns:
+        ``[B, B * (columns - 1)]``, or ``[B, B - 1]``.
+    """
+    queries, *others = columns
+    if others:
+        return queries @ torch.cat(others).mT
+    others_only = ~torch.eye(len(queries), dtype=torch.bool, device=queries.device)
+    return (queries @ queries.mT)[others_only].view(len(queries), -1)
+
+
+def similarity_kl(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Mean over queries of ``KL(softmax(teacher rows / T') || softmax(student rows / T))``, a scalar in nats.
+
+    The two may have different widths: only their rankings meet. This is the distillation of arXiv 2410.13230 as its
+    retrieval models are trained, without a factor T^2.
+    """
+    teacher_rows, student_rows = similarity_rows(teacher), similarity_rows(student)
+    return kl_divergence(teacher_rows / teacher_temperature, student_rows / temperature).mean()
+
+
+def coordinate_kl(teacher: Sequence[Tensor], student: Sequence[Tensor], temperature: float) -> Tensor:
+    """Mean over all texts of the KL between softmaxes over the **coordinates** of their vectors, a scalar in nats.
+
+    The teacher's vectors are cut to the student's width. Coordinates are no distribution over anything; this is what
+    the released code of arXiv 2410.13230 does for STS, kept for comparison.
+    """
+    student_rows = torch.cat(list(student))
+    teacher_rows = torch.cat(list(teacher))[:, : student_rows.shape[1]]
+    return kl_divergence(teacher_rows / temperature, student_rows / temperature).mean()
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def load_model(
     cuda = torch.cuda.is_available()
     if dtype is None:
         dtype = torch.bfloat16 if cuda else torch.float32
-    source = _locate(name)
-    with _quiet():
+    source = locate(name)
+    with quiet():
         model, tokenizer = _read(name, source, dtype)
         if cuda:
             model.to("cuda")  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def models_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nestling" / "models"
 
 
-def _locate(name: str) -> Path | str:
+def locate(name: str) -> Path | str:
     """The folder or GGUF file that `name` stands for, else `name` itself, taken for a hub id."""
     if not name.strip() or "\0" in name:
         raise LoadError(f"{name!r} is no model: expected {_forms()}")
@@ -255,7 +255,7 @@ def _converted(alias: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        with tempfile.TemporaryDirectory(prefix=f".{alias}-", dir=target.parent) as temp, _quiet():
+        with tempfile.TemporaryDirectory(prefix=f".{alias}-", dir=target.parent) as temp, quiet():
             done = Path(temp) / alias
             model, tokenizer = _read(str(source), source, torch.float32)
             model.to(torch.bfloat16).save_pretrained(done)  # type: ignore[arg-type]
@@ -282,7 +282,7 @@ def _sweep(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' log and all progress bars, then put the settings back."""
     verbosity, bars, hub_bars = (
         logging.get_verbosity(),

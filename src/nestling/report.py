@@ -254,11 +254,13 @@ def heat_maps(
     col_label: str,
     vmax: float | None = None,
     unit: str = "",
+    row_names: Sequence[str] | None = None,
+    col_names: Sequence[str] | None = None,
 ) -> Figure:
     """Matrices [rows, cols] side by side on one colour scale from 0 to `vmax`, by default the largest value.
 
-    Row 0 is on top, values are printed where they fit, missing cells are grey. Raises ValueError when a panel is not
-    a matrix, and for no panels.
+    Row 0 is on top, values are printed where they fit, missing cells are grey. Rows and columns are numbered from 0
+    unless they have names. Raises ValueError when a panel is not a matrix, and for no panels.
     """
     arrays = [np.array(_scalar(panel), dtype=float) for panel in panels.values()]
     if not arrays or any(array.ndim != 2 or not array.size for array in arrays):
@@ -276,8 +278,9 @@ def heat_maps(
         image = axes.pcolormesh(np.arange(cols + 1) - 0.5, np.arange(rows + 1) - 0.5, np.ma.masked_invalid(array))
         image.set(cmap="YlGnBu", norm=norm, edgecolor="white", linewidth=0.4)
         axes.set(ylim=(rows - 0.5, -0.5), facecolor="#d0d0d0")
-        for axis, n in ((axes.yaxis, rows), (axes.xaxis, cols)):
-            axis.set_ticks(range(0, n, 2 ** max(0, math.ceil(math.log2(n / 16)))))
+        for axis, n, names in ((axes.yaxis, rows, row_names), (axes.xaxis, cols, col_names)):
+            ticks = range(0, n, 2 ** max(0, math.ceil(math.log2(n / 16))))
+            axis.set_ticks(ticks, labels=None if names is None else [names[tick] for tick in ticks])
         _dress(axes, name, col_label, row_label if axes is grid[0] else "")
         axes.spines[:].set_visible(False)
         for (row, col), v in np.ndenumerate(array) if printed else ():

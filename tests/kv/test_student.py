@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nestling import kv
+from nestling.checkpoints import TrainingError
 from nestling.distill import IGNORED, kl_divergence
 from nestling.kv import attention
-from nestling.kv.checkpoints import TrainingError
 from nestling.kv.student import Student
 
 from .families import FAMILIES, tiny_model

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from nestling import kv
+from nestling.checkpoints import TrainingError, last_whole
 from nestling.distill import IGNORED
-from nestling.kv.checkpoints import TrainingError, last_whole
 from nestling.kv.files import SIDES
 from nestling.kv.student import Student
 from nestling.kv.train import RankedWindows, train

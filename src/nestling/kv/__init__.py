@@ -1,11 +1,11 @@
 """The cache wing: nested bases for keys and values, and a cache that stores their first coordinates."""
 
+from nestling.checkpoints import TrainingError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.attention import UnsupportedModelError, attach
 from nestling.kv.cache import CacheMismatchError, NestedCache
 from nestling.kv.calibrate import fit
-from nestling.kv.checkpoints import TrainingError
 from nestling.kv.evaluate import Contender, compare, evaluate
 from nestling.kv.files import AdapterError
 from nestling.kv.moments import CalibrationError

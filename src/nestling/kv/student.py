@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from nestling.basis import Cayley
+from nestling.checkpoints import TrainingError
 from nestling.distill import IGNORED, head_loss
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import STEP
-from nestling.kv.checkpoints import TrainingError
 from nestling.kv.exact import coded
 from nestling.kv.files import SIDES
 

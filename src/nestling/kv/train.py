@@ -13,15 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from nestling.checkpoints import TrainingError, begin, run
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.calibrate import fit
-from nestling.kv.checkpoints import TrainingError, begin, last_whole
 from nestling.kv.exact import capacity
 from nestling.kv.sampling import Schedule, schedule
 from nestling.kv.sensitivity import measured_energy
@@ -168,7 +167,7 @@ def train(
             student, options, train_dataset=data, eval_dataset=budgets if len(held_out) else None, callbacks=[curve]
         )
         trainer.remove_callback(PrinterCallback)
-        _run(trainer, Path(folder), checkpoint)
+        run(trainer, Path(folder), checkpoint)
         encodes = student.bases.encodes()
     finally:
         curve.bar.stop()
@@ -292,16 +291,6 @@ def _job(adapter: KVAdapter, preset: str, recipe: Recipe, windows: Tensor, steps
         "windows": list(windows.shape), "first": windows[0, :8].tolist(), "steps": steps, "batch_size": batch_size,
         "seed": seed,
     }  # fmt: skip
-
-
-def _run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> None:
-    """Train; whatever stops it says at which step, and what there is to go on from."""
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (RuntimeError, OSError, SafetensorError) as error:
-        whole = last_whole(folder)
-        kept = "there is no checkpoint" if whole is None else f"{whole.name} is kept"
-        raise TrainingError(f"step {trainer.state.global_step + 1}: {error}; {kept} in {folder}") from error
 
 
 def _check_gradient(gradient: Tensor, layers: list[int]) -> None:

@@ -1,14 +1,18 @@
-"""Checkpoints of a training: whose they are, which of them are whole, and where to go on."""
+"""Checkpoints of a training: whose they are, which of them are whole, where to go on, and what stopped it."""
 
 import contextlib
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 JOB_FILE = "training.json"
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -44,6 +48,20 @@ def begin(folder: Path, job: dict, resume: bool) -> Path | None:
     if wrong := [f"{k}: {theirs.get(k)}, now {job[k]}" for k in job if theirs.get(k) != job[k]]:
         raise TrainingError(f"{folder} holds another training ({'; '.join(wrong)})")
     return last_whole(folder)
+
+
+def run(trainer: "Trainer", folder: Path, checkpoint: Path | None) -> None:
+    """Train; whatever stops it says at which step, and what there is to go on from.
+
+    Raises:
+        TrainingError: the training cannot go on, or a checkpoint cannot be written.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (RuntimeError, OSError, SafetensorError) as error:
+        whole = last_whole(folder)
+        kept = "there is no checkpoint" if whole is None else f"{whole.name} is kept"
+        raise TrainingError(f"step {trainer.state.global_step + 1}: {error}; {kept} in {folder}") from error
 
 
 def last_whole(folder: Path) -> Path | None:

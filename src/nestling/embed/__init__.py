@@ -1,0 +1,38 @@
+"""The embedding wing: text encoders whose every size, in layers and in coordinates, is good by itself."""
+
+try:
+    import sentence_transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "sentence_transformers":
+        raise
+    raise ImportError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
+
+from nestling.embed.encode import EvaluationError
+from nestling.embed.encoder import UnsupportedEncoderError
+from nestling.embed.errors import ExportError
+from nestling.embed.evaluate import GridEvaluator
+from nestling.embed.export import Exported, export
+from nestling.embed.load import load_encoder
+from nestling.embed.losses import StarbucksLoss
+from nestling.embed.results import save_results
+from nestling.embed.rotation import Rotation, rotations
+from nestling.embed.taps import taps
+from nestling.ladder import Cup, Ladder, LadderError
+
+__all__ = [
+    "Cup",
+    "EvaluationError",
+    "ExportError",
+    "Exported",
+    "GridEvaluator",
+    "Ladder",
+    "LadderError",
+    "Rotation",
+    "StarbucksLoss",
+    "UnsupportedEncoderError",
+    "export",
+    "load_encoder",
+    "rotations",
+    "save_results",
+    "taps",
+]

@@ -1,0 +1,81 @@
+"""The losses that can be taken at several sizes of one embedding, and how each is asked for its value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, uses_gradient_cache
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+from torch import Tensor, nn
+
+Value = Tensor | dict[str, Tensor]  # some losses return named parts
+Batches = list[list[Tensor]]  # for each column of texts, vectors [b, d] of its mini-batches
+
+
+def caches_gradients(loss: nn.Module) -> bool:
+    """Whether a loss of sentence-transformers caches gradients; any other one must take embeddings.
+
+    Raises:
+        ValueError: it can only be taken of embeddings that it makes itself.
+    """
+    cached = uses_gradient_cache(loss)
+    if cached and isinstance(loss, CachedLossMixin):
+        return True
+    if cached or not hasattr(loss, "compute_loss_from_embeddings"):
+        raise ValueError(
+            f"{type(loss).__name__} embeds texts by itself, so it cannot be taken at several sizes of one embedding: "
+            "expected a loss with compute_loss_from_embeddings, such as MultipleNegativesRankingLoss or CoSENTLoss, "
+            "or CachedMultipleNegativesRankingLoss"
+        )
+    return False
+
+
+def value(loss: Any, embeddings: Sequence[Tensor], labels: Tensor | None) -> Value:
+    """The loss of vectors ``[B, d]``, one per column of texts, cut to the size in question.
+
+    Raises:
+        ValueError: the loss needs labels and there are none, or they are of another number or shape.
+    """
+    if labels is not None and labels.shape[:1] != embeddings[0].shape[:1]:
+        raise ValueError(f"expected labels for {len(embeddings[0])} texts, got labels {list(labels.shape)}")
+    if isinstance(loss, EmbedDistillLoss):
+        return loss.compute_loss_from_embeddings(list(embeddings), _targets(labels, embeddings))
+    try:
+        return loss.compute_loss_from_embeddings(list(embeddings), labels)
+    except (AttributeError, TypeError) as error:
+        if labels is not None:
+            raise
+        raise ValueError(
+            f"{type(loss).__name__} needs labels and there are none: give the data a column named label or score, or "
+            "choose a loss without labels (those of a StarbucksLoss with a teacher are the teacher's)"
+        ) from error
+
+
+def cached_value(loss: Any, batches: Batches, labels: Tensor | None, weight: float, with_backward: bool) -> Tensor:
+    """The loss of vectors ``[b, d]`` of mini-batches.
+
+    With ``with_backward``, ``weight`` times its gradient is sent through the vectors. A loss that caches gradients
+    back-propagates by itself, into leaves: they are put between it and the vectors.
+    """
+    if not with_backward:
+        return loss.calculate_loss(batches, labels)
+    leaves = [[vectors.detach().requires_grad_() for vectors in column] for column in batches]
+    found = loss.calculate_loss(leaves, labels, with_backward=True)
+    pairs = [
+        pair for vectors, copies in zip(batches, leaves, strict=True) for pair in zip(vectors, copies, strict=True)
+    ]
+    used = [(vectors, weight * leaf.grad) for vectors, leaf in pairs if leaf.grad is not None]
+    torch.autograd.backward([vectors for vectors, _ in used], [gradient for _, gradient in used])
+    return found
+
+
+def _targets(labels: Tensor | None, embeddings: Sequence[Tensor]) -> list[Tensor]:
+    """Embeddings given as labels, ``[B, D]`` for all columns or ``[B, columns, D]``, cut to the width in question."""
+    dims = embeddings[0].shape[1]
+    if labels is None or labels.ndim not in (2, 3) or labels.shape[-1] < dims:
+        got = "none" if labels is None else list(labels.shape)
+        raise ValueError(f"expected labels [B, D] or [B, columns, D] with D from {dims} on, got {got}")
+    rows = labels if labels.ndim == 3 else labels[:, None].expand(-1, len(embeddings), -1)
+    return list(rows[..., :dims].unbind(1))

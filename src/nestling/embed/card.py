@@ -1,0 +1,71 @@
+"""The model card of an exported cup."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from nestling.embed.results import markdown
+from nestling.embed.servers import longest
+from nestling.ladder import Cup, Ladder
+
+
+def card(
+    source: SentenceTransformer,
+    served: SentenceTransformer,
+    cup: Cup,
+    ladder: Ladder,
+    rows: Sequence[Mapping[str, Any]],
+    onnx: bool,
+) -> str:
+    """Front matter, what the model is, how it is used, what was measured."""
+    base = base_name(source)
+    million = sum(p.numel() for p in served.parameters()) / 1e6
+    head = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
+    limit = longest(served)
+    facts = [
+        f"The cup **{cup.label}** ({cup.layers} layers, {cup.dims} dimensions) of "
+        f"{f'`{base}`' if base else 'an encoder'}, cut out by nestling: {million:.1f} M parameters"
+        f"{f', texts of up to {limit} tokens' if limit else ''}, unit vectors, compared by cosine.",
+        "Layers save encode time, dimensions save index bytes and search time.",
+    ]
+    if len(ladder) > 1:
+        facts.append(f"Its ladder has the cups {', '.join(c.name for c in ladder)}.")
+    parts = ["\n".join(head), f"# {base or 'encoder'}, {cup.name}", " ".join(facts), _usage(served)]
+    if onnx:
+        parts.append(_fastembed(cup))
+    measured = [row for row in rows if row.get("cup") == cup.name]
+    if measured:
+        note = "Spearman's correlation, nDCG@10 and recall@100, all x 100."
+        parts.append(f"## Measured\n\n{note}\n\n{markdown(measured)}".rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def base_name(model: SentenceTransformer) -> str:
+    """The alias or hub id that a model was loaded as; "" for a folder, which means nothing elsewhere."""
+    name = str(getattr(model[0].model, "name_or_path", "") or "")
+    local = name.startswith((".", "~", "/", "\\")) or name.count("/") > 1 or "\\" in name or Path(name).exists()
+    return "" if local else name
+
+
+def _usage(served: SentenceTransformer) -> str:
+    prompts = {name: prompt for name, prompt in served.prompts.items() if prompt}
+    note = "".join(f"\nPrompt `{name}`: {prompt!r}." for name, prompt in prompts.items())
+    return (
+        "## Use\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        'model = SentenceTransformer("this folder")\nvectors = model.encode(["a sentence"])\n```\n\n'
+        "text-embeddings-inference and vLLM serve the folder as it is, where they know the architecture." + note
+    )
+
+
+def _fastembed(cup: Cup) -> str:
+    return (
+        "## ONNX\n\n`onnx/model.onnx` takes token ids and their mask and returns unit vectors "
+        "(`sentence_embedding`). With fastembed:\n\n```python\nfrom fastembed import TextEmbedding\n"
+        "from fastembed.common.model_description import ModelSource, PoolingType\n\n"
+        f'TextEmbedding.add_custom_model("cup-{cup.name}", pooling=PoolingType.DISABLED, normalization=False,\n'
+        f'    sources=ModelSource(url="local"), dim={cup.dims}, model_file="onnx/model.onnx")\n'
+        f'model = TextEmbedding("cup-{cup.name}", specific_model_path="this folder")\n```'
+    )

@@ -1,0 +1,115 @@
+"""Embeddings of many texts at every depth that is wanted, from one forward a batch."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
+
+from nestling.embed.encoder import unwrapped
+from nestling.embed.taps import taps
+from nestling.ladder import Cup
+
+
+class EvaluationError(ValueError):
+    """Something that cannot be measured. The message names it and the reason."""
+
+
+def widths(cups: Iterable[Cup]) -> dict[int, int]:
+    """For each depth among the cups, the widest vector that one of them takes there."""
+    found: dict[int, int] = {}
+    for cup in cups:
+        found[cup.layers] = max(cup.dims, found.get(cup.layers, 0))
+    return found
+
+
+@torch.no_grad()
+def encode(
+    model: nn.Module,
+    texts: Sequence[str],
+    layers: Mapping[int, int],
+    *,
+    prompt: str = "",
+    batch_size: int = 32,
+    rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[int, Tensor]:
+    """The embeddings of texts at several depths. Batches are of texts of like length, longest first.
+
+    The model runs in eval mode and is put back into its own.
+
+    Args:
+        model: a SentenceTransformer, perhaps wrapped.
+        texts: strings; a blank one is embedded too, as its special tokens.
+        layers: for each depth, how many of the first coordinates are kept.
+        prompt: put in front of every text; the model's stored prompts are not used.
+        rotations: at each depth, what is applied to the pooled vectors ``[B, dims]`` before they are cut.
+        advance: told how many texts are done, after each batch.
+
+    Returns:
+        ``{depth: [n, width]}`` fp32 on the CPU, not normalised, in the order of the texts.
+
+    Raises:
+        EvaluationError: a vector is not finite (its text and depth are named), or a depth has no rotation.
+        LadderError, UnsupportedEncoderError: as `taps`.
+    """
+    inner = unwrapped(model)
+    if rotations is not None and (missing := sorted(set(layers) - set(rotations))):
+        raise EvaluationError(f"there is no rotation for layers {missing}: give one for every depth that is measured")
+    found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    with in_eval_mode(model):
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            features = inner.preprocess([texts[i] for i in places], prompt=prompt or None)
+            features = batch_to_device(features, inner.device)
+            for layer, pooled in taps(model, features, layers).items():
+                pooled = pooled.float()
+                if rotations is not None:
+                    pooled = rotations[layer](pooled)
+                cut = pooled[:, : layers[layer]].cpu()
+                _check_finite(cut, [texts[i] for i in places], layer)
+                found[layer][places] = cut
+            advance(len(places))
+    return found
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module):
+    """Eval mode for as long as the block lasts; then every module is as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def stored_prompts(model: SentenceTransformer) -> dict[str, str]:
+    """The prompts that a model was saved with, by use: ``sts``, ``query`` and ``passage``; "" where it has none.
+
+    They are those of the model's ``encode``, ``encode_query`` and ``encode_document``, but for one: ``passage`` is the
+    first of its prompts document, passage and corpus that is not empty. The stock method stops at an empty one, which
+    every model has, so that it never uses the prompt "passage" of the E5 family.
+    """
+
+    def first(*names: str | None) -> str:
+        return next((prompt for name in names if name and (prompt := model.prompts.get(name))), "")
+
+    return {
+        "sts": first(model.default_prompt_name),
+        "query": first("query"),
+        "passage": first("document", "passage", "corpus"),
+    }
+
+
+def _check_finite(vectors: Tensor, texts: Sequence[str], layer: int) -> None:
+    bad = ~vectors.isfinite().all(-1)
+    if bad.any():
+        raise EvaluationError(
+            f"the embedding at layer {layer} is not finite for {int(bad.sum())} of {len(texts)} texts of a batch, "
+            f"such as {texts[int(bad.int().argmax())][:60]!r}: the weights are broken, or training has diverged"
+        )

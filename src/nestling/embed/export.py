@@ -1,0 +1,212 @@
+"""A cup as a model of its own: a sentence-transformers folder of stock modules, which any server loads.
+
+The folder holds the first k layers and, as a Dense without activation, the map from the pooled vector to its first d
+coordinates (of the start rotation, if there is one), then a Normalize. So depth and width are visible to every
+runtime, and nobody has to be told to cut anything: ``truncate_dim`` would be read by sentence-transformers alone, and
+applied behind the Normalize.
+"""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from nestling.embed import graph
+from nestling.embed.card import card
+from nestling.embed.encode import encode, in_eval_mode
+from nestling.embed.encoder import Encoder, truncated_config
+from nestling.embed.errors import ExportError
+from nestling.embed.probe import probe_texts
+from nestling.embed.rotation import Rotation
+from nestling.embed.servers import rewrite, write
+from nestling.ladder import Cup, Ladder
+from nestling.models import quiet
+from nestling.records import reason
+
+TOLERANCE = 1e-5  # of coordinates of unit vectors
+LADDER_FILE = "nestling.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how close it is to the model it was cut from.
+
+    Attributes:
+        folder: where.
+        cup: its size.
+        nbytes: of all files together.
+        difference: largest difference of a coordinate of a unit vector to the taps', over probe texts.
+        onnx_difference: of the ONNX graph to the exported model, likewise; None without one.
+        int8_cosine: mean cosine of the int8 graph's vectors to those in fp32; None without one.
+    """
+
+    folder: Path
+    cup: Cup
+    nbytes: int
+    difference: float
+    onnx_difference: float | None = None
+    int8_cosine: float | None = None
+
+
+def export(
+    model: nn.Module,
+    cup: Cup | str | tuple[int, int],
+    folder: str | Path,
+    *,
+    ladder: Ladder | None = None,
+    rotation: Rotation | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
+    onnx: bool = False,
+    int8: bool = False,
+) -> Exported:
+    """Write a cup of an encoder as a standalone model.
+
+    The folder appears complete or not at all. Before that it is loaded as a stranger would load it, and must give the
+    vectors of the taps within 1e-5; the ONNX graph must give those of the folder within 1e-4.
+
+    Args:
+        model: a SentenceTransformer in fp32; it is not changed.
+        cup: the size, such as ``"6x128"``.
+        folder: must not exist yet.
+        ladder: the cups that the model was trained for, kept in ``nestling.json``. Those of this depth that are not
+            wider than the cup are declared as widths that a server may cut to. By default the cup alone.
+        rotation: the start rotation of the cup's depth, as from `rotations`.
+        rows: measured rows (`GridEvaluator.rows`) for the model card; those of the cup are shown.
+        onnx: also write ``onnx/model.onnx``: ids and mask to unit vectors, any batch and length.
+        int8: also write ``onnx/model_int8.onnx``, with weights quantised; needs ``onnx``.
+
+    Raises:
+        ExportError: the folder exists or cannot be made, weights are not fp32, ``int8`` without ``onnx``, a package is
+            missing, the rotation is of another width, or the result does not give the same vectors.
+        LadderError: the model does not have that cup.
+        UnsupportedEncoderError: the model has no layers to cut.
+    """
+    encoder, folder = Encoder.of(model), Path(folder)
+    size = Cup.parse(cup) if isinstance(cup, str) else cup if isinstance(cup, Cup) else Cup(*cup)
+    ladder = Ladder([size]) if ladder is None else ladder
+    _check(encoder, size, folder, rotation)
+    if int8 and not onnx:
+        raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
+    if onnx:
+        graph.check_installed()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
+    new = work / "new"  # made with the permissions of any folder; those of a temporary one are private
+    try:
+        with quiet():
+            _write(encoder, size, new, ladder, rotation)
+            served = _loaded(new, str(encoder.model.device))
+            difference = _difference(encoder, size, rotation, served)
+            measured = graph.write(served.cpu(), new / "onnx", int8) if onnx else (None, None)
+        (new / "README.md").write_text(card(encoder.model, served, size, ladder, rows, onnx), "utf-8")
+        nbytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+        if folder.exists():  # made by somebody else meanwhile; an empty one would be replaced without a word
+            raise ExportError(f"{folder} exists: choose another folder, or remove it")
+        new.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Exported(folder, size, nbytes, difference, *measured)
+
+
+def _check(encoder: Encoder, cup: Cup, folder: Path, rotation: Rotation | None) -> None:
+    Ladder({cup, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
+    if folder.exists():
+        raise ExportError(f"{folder} exists: choose another folder, or remove it")
+    dtypes = {parameter.dtype for parameter in encoder.model.parameters()}
+    if dtypes != {torch.float32}:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ExportError(f"the weights are {found}: load the model in float32, its vectors are compared to 1e-5")
+    if getattr(encoder.backbone, "peft_config", None):
+        raise ExportError("the model has an adapter (LoRA): merge it into the weights first")
+    if rotation is not None and rotation.encode.shape[0] != encoder.dims:
+        raise ExportError(f"the rotation is of width {rotation.encode.shape[0]}, the embeddings of {encoder.dims}")
+
+
+def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
+    with encoder.cut(cup.layers):
+        transformer = copy.deepcopy(encoder.transformer).cpu()
+    backbone: Any = transformer.model
+    backbone.config = truncated_config(encoder.transformer.model.config, cup.layers)
+    backbone.config.output_hidden_states = False
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # BERT's, which no pooling of sentence-transformers reads
+    head = [copy.deepcopy(module).cpu() for module in encoder.head]
+    small = SentenceTransformer(
+        modules=[transformer, *_narrowed(head, encoder.dims, cup.dims, rotation), Normalize()],
+        prompts={name: prompt or "" for name, prompt in encoder.model.prompts.items()},
+        default_prompt_name=encoder.model.default_prompt_name,
+        similarity_fn_name="cosine",
+        device="cpu",
+    )
+    small.save_pretrained(str(folder), create_model_card=False)
+    dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
+    rewrite(folder, small, dims)
+    write(folder / LADDER_FILE, ladder.to_json() | {"cup": cup.name, "rotated": rotation is not None})
+
+
+def _loaded(folder: Path, device: str) -> SentenceTransformer:
+    try:
+        return SentenceTransformer(str(folder), device=device, local_files_only=True)
+    except Exception as error:  # transformers 5.16, for one, cannot read back a ModernBERT with a single layer
+        raise ExportError(f"the export cannot be loaded again [{reason(error)}]") from error
+
+
+def _narrowed(head: list[nn.Module], width: int, dims: int, rotation: Rotation | None) -> list[nn.Module]:
+    """The head with a linear map to the first ``dims`` coordinates behind it; linear maps in a row become one."""
+    weight = torch.eye(dims, width) if rotation is None else rotation.weight(dims).cpu()
+    bias = None if rotation is None else rotation.bias(dims)
+    if rotation is None and dims == width:
+        return head
+    while isinstance(head[-1], Dense) and _is_linear(head[-1]):
+        inner: Any = head.pop().linear
+        if inner.bias is not None:
+            bias = weight @ inner.bias.detach() + (0 if bias is None else bias.cpu())
+        weight = weight @ inner.weight.detach()
+    narrow = Dense(weight.shape[1], dims, bias=bias is not None, activation_function=None)
+    _fill(narrow.linear, weight, bias)
+    return [*head, narrow]
+
+
+def _is_linear(dense: Dense) -> bool:
+    names = {dense.module_input_name, dense.module_output_name}
+    plain = isinstance(dense.activation_function, nn.Identity) and not dense.use_residual
+    return plain and names == {"sentence_embedding"}
+
+
+@torch.no_grad()
+def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.copy_(weight)
+    if bias is not None:
+        linear.bias.copy_(bias)
+
+
+@torch.no_grad()
+def _difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: SentenceTransformer) -> float:
+    """The largest difference between what was written and the taps.
+
+    Raises:
+        ExportError: it is above the tolerance, or the folder gives vectors of another width.
+    """
+    texts = probe_texts(served)
+    turned = None if rotation is None else {cup.layers: rotation}
+    wanted = normalize(encode(encoder.model, texts, {cup.layers: cup.dims}, rotations=turned)[cup.layers], dim=-1)
+    with in_eval_mode(served):
+        found = torch.from_numpy(served.encode(texts, prompt="", show_progress_bar=False))
+    if found.shape != wanted.shape:
+        raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {cup.dims}")
+    difference = float((found - wanted).abs().max())
+    if not difference <= TOLERANCE:
+        raise ExportError(f"the export's vectors differ from the model's by {difference:.1e}, above {TOLERANCE:.0e}")
+    return difference

@@ -1,0 +1,240 @@
+"""StarbucksLoss: one encoder is trained at every size at once, and each size follows a larger one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+from torch import Tensor, nn
+from torch.nn.functional import normalize as unit
+
+from nestling.distill import coordinate_kl, similarity_kl
+from nestling.embed.bases import Batches, cached_value, caches_gradients, value
+from nestling.embed.cached import CachedRepresentation
+from nestling.embed.encoder import Encoder
+from nestling.embed.rotation import Rotation
+from nestling.embed.taps import taps
+from nestling.embed.teacher import checked_teacher, rows_of
+from nestling.ladder import Cup, Ladder
+
+Parts = dict[str, Tensor]
+TEMPERATURE = {"similarity": 0.05, "coordinate": 1.0}
+
+
+class StarbucksLoss(CachedRepresentation, nn.Module):
+    """A sentence-transformers loss at every cup of a ladder, on every step, from one embedding of each text.
+
+    At each cup the pooled vectors of its depth are cut to its first dims, normalised, and given to ``loss``; a KL
+    divergence lets small cups follow the full one (representation learning of arXiv 2410.13230, SRL):
+
+        L = sum over cups w_c * (loss(c) + kl_weight * KL(teacher || c)),   no KL for the full cup.
+
+    Args:
+        model: the SentenceTransformer that is trained.
+        loss: any loss of the same model that has ``compute_loss_from_embeddings`` (MultipleNegativesRankingLoss,
+            CoSENTLoss, AnglELoss, MarginMSELoss, DistillKLDivLoss, TripletLoss, ...), or one that caches gradients by
+            ``CachedLossMixin`` (CachedMultipleNegativesRankingLoss): the embeddings of all cups are cached together.
+        cups: a `Ladder`, or what `Ladder.parse` takes; the full model must be in it.
+        kl: ``"similarity"``: between softmaxes of each query's similarities to all other columns of the batch;
+            ``"coordinate"``: between softmaxes over coordinates, of vectors that are not normalised, for comparison;
+            None: no distillation.
+        kl_weight: of the KL against the loss.
+        temperature: similarities, or coordinates, are divided by it; by default 0.05 (cosines) and 1.
+        teacher_temperature: the same for the teacher, by default the student's.
+        weights: of cups, by name, as in ``{"12x768": 3.0}``; 1 for those that are not named.
+        cascade: the teacher of each cup is the next larger one (no narrower than it), and not the full one.
+        detach_teacher: no gradient goes to the teacher.
+        normalize: vectors are normalised after they were cut, as by an export that ends in Normalize, so that the
+            loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
+            distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
+            both see vectors as they are, for dot products.
+        rotations: ``{depth: Rotation}``, applied to pooled vectors before they are cut.
+        teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
+            from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
+            numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
+            there with SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
+
+    Returns:
+        From ``forward``, a dict of scalars whose sum is the loss: ``"6x128"`` and ``"kl_6x128"`` for every cup, with
+        their weights. SentenceTransformerTrainer adds them up and logs each.
+
+    Raises:
+        LadderError: the cups do not fit the model.
+        UnsupportedEncoderError: the model has no layers to cut.
+        ValueError: an option is out of range, or the loss cannot be taken at several sizes. From ``forward``, if
+            labels do not suit the loss or the teacher.
+
+    The released STS code is ``StarbucksLoss(..., kl="coordinate", kl_weight=0.3, detach_teacher=False)``: what it
+    calls a temperature of 0.3 multiplies the KL and divides nothing. Its retrieval code is ``kl="similarity",
+    temperature=1, normalize=False`` around a loss of dot products. Under DistributedDataParallel the KL ranks the
+    texts of one process, whether ``loss`` gathers those of all or not.
+    """
+
+    loss: Any
+    mini_batch_size: Any  # these two are the cached base loss's own
+    mini_batch_num_tokens: Any
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        loss: nn.Module,
+        cups: Ladder | str | Iterable[Any],
+        *,
+        kl: Literal["similarity", "coordinate"] | None = "similarity",
+        kl_weight: float = 1.0,
+        temperature: float | None = None,
+        teacher_temperature: float | None = None,
+        weights: Mapping[str, float] | None = None,
+        cascade: bool = False,
+        detach_teacher: bool = True,
+        normalize: bool = True,
+        rotations: Mapping[int, Rotation] | None = None,
+        teacher: Tensor | np.ndarray | None = None,
+    ):
+        super().__init__()
+        encoder = Encoder.of(model)
+        self.cups = Ladder.parse(cups).check(encoder.depth, encoder.dims)
+        self.uses_gradient_cache = caches_gradients(loss)
+        self.model, self.loss = model, loss
+        if self.uses_gradient_cache:
+            self.mini_batch_size, self.mini_batch_num_tokens = loss.mini_batch_size, loss.mini_batch_num_tokens
+        self.kl, self.cascade, self.detach_teacher, self.normalize = kl, cascade, detach_teacher, normalize
+        self.kl_weight = kl_weight
+        self.temperature = TEMPERATURE.get(kl or "", 1.0) if temperature is None else temperature
+        self.teacher_temperature = self.temperature if teacher_temperature is None else teacher_temperature
+        named = {self.cups.cup(name): weight for name, weight in (weights or {}).items()}
+        self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
+        self.rotations = nn.ModuleDict({str(depth): rotation for depth, rotation in (rotations or {}).items()})
+        # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
+        self.teacher = None if teacher is None else checked_teacher(teacher)
+        self._check()
+        self.teachers = self._who_teaches()
+        # A text is represented by the vectors of all depths side by side, each as wide as its widest cup.
+        self.widths = {depth: max(c.dims for c in self.cups if c.layers == depth) for depth in self.cups.layers}
+
+    def _check(self) -> None:
+        if self.kl not in (None, *TEMPERATURE):
+            raise ValueError(f"kl must be 'similarity', 'coordinate' or None, got {self.kl!r}")
+        options = {name: getattr(self, name) for name in ("kl_weight", "temperature", "teacher_temperature")}
+        options |= {f"weights[{cup}]": weight for cup, weight in self.weights.items()}
+        for name, number in options.items():
+            if not (isfinite(number) and number > 0):
+                raise ValueError(f"{name} must be a positive number, got {number!r}")
+        if self.rotations and isinstance(self.loss, EmbedDistillLoss):
+            raise ValueError("EmbedDistillLoss compares coordinates with those of another model: leave rotations out")
+        for depth, rotation in self.rotations.items():
+            size = len(rotation.get_buffer("encode"))
+            if int(depth) not in self.cups.layers or size != self.cups.full.dims:
+                raise ValueError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
+        if self.teacher is not None and self.kl != "similarity":
+            raise ValueError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
+
+    def _who_teaches(self) -> dict[Cup, Cup | None]:
+        """The teacher of each cup that has one; None is the external one."""
+        if self.kl is None:
+            return {}
+        *small, full = self.cups
+        external = self.teacher is not None
+        if self.cascade:
+            larger = {cup: [other for other in self.cups if other > cup and other.dims >= cup.dims] for cup in small}
+            found: dict[Cup, Cup | None] = {cup: others[0] for cup, others in larger.items()}
+        else:
+            found = {cup: None if external else full for cup in small}
+        return found | ({full: None} if external else {})
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Parts:
+        """The parts of the loss for columns of texts, as ``model.preprocess`` makes them, and labels for ``loss``."""
+        columns = list(sentence_features)
+        if not self.uses_gradient_cache:
+            made = embed_columns(self.represent, columns)  # type: ignore[arg-type]
+            return self._parts([[column] for column in made], labels, False)
+        total = self.forward_cached(columns, labels)
+        # The total carries the hook that sends the cached gradients into the model: it must be in the sum, once.
+        name, part = next(iter(self._cached_parts.items()))
+        return {**self._cached_parts, name: part + (total - total.detach())}
+
+    def represent(self, features: dict[str, Any]) -> dict[str, Tensor]:
+        """The vectors of all depths side by side ``[B, S]``, where losses expect the embedding."""
+        rotations = {int(depth): rotation for depth, rotation in self.rotations.items()}
+        vectors = taps(self.model, features, self.widths, rotations)
+        cut = [vectors[depth][:, :width] for depth, width in self.widths.items()]
+        return {"sentence_embedding": torch.cat(cut, 1)}
+
+    def calculate_loss(self, reps: Batches, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+        """The whole loss of a batch from representations; with ``with_backward``, their gradients are set already."""
+        self._cached_parts = {k: v.detach() for k, v in self._parts(reps, labels, with_backward).items()}
+        return torch.stack(list(self._cached_parts.values())).sum()
+
+    def _parts(self, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
+        parts: Parts = {}
+        columns = [torch.cat(batches) for batches in reps]
+        own_labels = labels if self.teacher is None else None
+        for cup in self.cups:
+            parts |= self._task(cup, reps, own_labels, with_backward)
+            if cup in self.teachers:
+                kl = self.weights[cup] * self.kl_weight * self._divergence(cup, columns, labels)
+                parts[f"kl_{cup.name}"] = kl
+        if with_backward and self.teachers:
+            torch.stack([value for value in parts.values() if value.requires_grad]).sum().backward()
+        return parts
+
+    def _task(self, cup: Cup, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
+        """The base loss at a cup, with its weight."""
+        vectors = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
+        weight = self.weights[cup]
+        if self.uses_gradient_cache:
+            return {cup.name: weight * cached_value(self.loss, vectors, labels, weight, with_backward)}
+        found = value(self.loss, [batches[0] for batches in vectors], labels)
+        named = found.items() if isinstance(found, dict) else [("", found)]
+        return {f"{cup.name}_{name}".rstrip("_"): weight * part for name, part in named}
+
+    def _divergence(self, cup: Cup, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        """KL of a cup to its teacher."""
+        normalize = self.normalize and self.kl == "similarity"
+        student = [self._coordinates(column, cup, normalize) for column in columns]
+        by = self.teachers[cup]
+        if by is not None:
+            teacher = [self._coordinates(column, by, normalize) for column in columns]
+        else:
+            teacher = rows_of(cast(Tensor, self.teacher), labels, student)
+        if self.detach_teacher:
+            teacher = [vectors.detach() for vectors in teacher]
+        if self.kl == "coordinate":
+            return coordinate_kl(teacher, student, self.temperature)
+        return similarity_kl(teacher, student, self.temperature, self.teacher_temperature)
+
+    def _coordinates(self, representation: Tensor, cup: Cup, normalize: bool) -> Tensor:
+        """A cup's vectors ``[B, d]`` out of representations ``[B, S]``, in fp32 or wider."""
+        start = sum(width for depth, width in self.widths.items() if depth < cup.layers)
+        vectors = representation[:, start : start + cup.dims]
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return unit(vectors, dim=-1) if normalize else vectors
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What a model card says of this loss."""
+        config: dict[str, Any] = {"loss": self.loss, "cups": str(self.cups), "kl": self.kl}
+        if self.kl is not None:
+            names = ("kl_weight", "temperature", "teacher_temperature", "cascade", "detach_teacher")
+            config |= {name: getattr(self, name) for name in names}
+        config["weights"] = {cup.name: weight for cup, weight in self.weights.items() if weight != 1.0}
+        config["rotated_layers"] = sorted(int(depth) for depth in self.rotations)
+        return config | {"normalize": self.normalize, "external_teacher": self.teacher is not None}
+
+    @property
+    def citation(self) -> str:
+        return """
+@misc{zhuang2024starbucks,
+    title={Starbucks: Improved Training for 2D Matryoshka Embeddings},
+    author={Shengyao Zhuang and Shuai Wang and Bevan Koopman and Guido Zuccon},
+    year={2024},
+    eprint={2410.13230},
+    archivePrefix={arXiv},
+    primaryClass={cs.IR}
+}
+"""

@@ -1,0 +1,71 @@
+"""What is measured on embeddings: Spearman's correlation on scored pairs, nDCG@10 and recall@100 on retrieval sets."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn.functional import normalize
+
+CUTOFF, DEPTH = 10, 100  # of nDCG and of recall
+CHUNK = 1 << 24  # scores held at once
+
+
+def spearman(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
+    """Spearman's rank correlation of the cosine of pairs with their scores, ties given their mean rank.
+
+    Args:
+        first, second: embeddings ``[n, d]``, of any length.
+        scores: n of them.
+
+    Returns:
+        From -1 to 1; NaN if all cosines, or all scores, are equal.
+    """
+    cosines = (normalize(first, dim=-1) * normalize(second, dim=-1)).sum(-1).numpy()
+    if cosines.max() == cosines.min() or max(scores) == min(scores):
+        return math.nan
+    return float(spearmanr(cosines, scores).statistic)
+
+
+def ranking(queries: Tensor, corpus: Tensor, relevant: Sequence[Mapping[int, float]]) -> tuple[float, float]:
+    """Mean nDCG@10 and recall@100 of exact search by cosine.
+
+    Gains are those of the judgements, not only 0 and 1, and enter linearly, as in trec_eval and so in BEIR. Documents
+    with equal scores are ranked in the order of the corpus. Scores are held for a few queries at a time.
+
+    Args:
+        queries: embeddings ``[q, d]``, of any length.
+        corpus: embeddings ``[n, d]``, of any length.
+        relevant: for each query, the gain (above zero) of its relevant documents by their place in the corpus.
+
+    Returns:
+        nDCG@10, recall@100.
+    """
+    queries, lengths = normalize(queries, dim=-1), corpus.norm(dim=-1).clamp(min=1e-12)
+    rows = max(1, CHUNK // len(corpus))
+    totals = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(queries), rows):
+        scores = queries[start : start + rows] @ corpus.T / lengths
+        for row, gains in zip(scores, relevant[start : start + rows], strict=True):
+            best = _best(row, DEPTH)
+            found = sum(place in gains for place in best) / len(gains)
+            totals += torch.tensor([_ndcg(best[:CUTOFF], gains), found], dtype=torch.float64)
+    ndcg, recall = (totals / len(queries)).tolist()
+    return ndcg, recall
+
+
+def _best(scores: Tensor, count: int) -> list[int]:
+    """Places of the highest scores ``[n]``, highest first and equal ones in order, which topk does not promise."""
+    least = scores.topk(min(count, len(scores))).values[-1]
+    places = (scores >= least).nonzero()[:, 0]
+    return places[scores[places].argsort(descending=True, stable=True)][:count].tolist()
+
+
+def _ndcg(best: Sequence[int], gains: Mapping[int, float]) -> float:
+    ideal = sorted(gains.values(), reverse=True)[:CUTOFF]
+    return _dcg([gains.get(place, 0.0) for place in best]) / _dcg(ideal)
+
+
+def _dcg(gains: Sequence[float]) -> float:
+    return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains))

@@ -1,0 +1,101 @@
+"""A start for prefixes: the pooled vector of each depth in its principal components, the largest first.
+
+An orthogonal change of basis changes no similarity at full width, and can be folded into the linear map that cuts an
+exported model to its width. Centring does change similarities: a common component of all vectors is taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nestling.basis import pca
+from nestling.embed.taps import taps
+
+
+class Rotation(nn.Module):
+    """``x -> (x - mean) @ encode`` for vectors of one depth.
+
+    Args:
+        encode: ``[H, H]``, orthogonal, the most valuable coordinate first.
+        mean: ``[H]``, or None to leave vectors where they are.
+    """
+
+    encode: Tensor
+    mean: Tensor | None
+
+    def __init__(self, encode: Tensor, mean: Tensor | None = None):
+        super().__init__()
+        if (
+            encode.ndim != 2
+            or encode.shape[0] != encode.shape[1]
+            or (mean is not None and mean.shape != encode[0].shape)
+        ):
+            raise ValueError(f"expected encode [H, H] and mean [H], got {list(encode.shape)} and {_shape(mean)}")
+        self.register_buffer("encode", encode.float(), persistent=False)
+        self.register_buffer("mean", None if mean is None else mean.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Coordinates of ``[..., H]``, in its dtype."""
+        centred = x if self.mean is None else x - self.mean.to(x)
+        return centred @ self.encode.to(x)
+
+    def weight(self, dims: int) -> Tensor:
+        """The first ``dims`` coordinates as the weight ``[dims, H]`` of a linear map."""
+        return self.encode[:, :dims].mT.contiguous()
+
+    def bias(self, dims: int) -> Tensor | None:
+        """The bias ``[dims]`` that goes with `weight`; None where vectors are not centred."""
+        return None if self.mean is None else -(self.mean.double() @ self.encode[:, :dims].double()).float()
+
+
+@torch.no_grad()
+def rotations(
+    model: nn.Module, texts: Iterable[str], layers: Iterable[int], *, centred: bool = False, batch_size: int = 32
+) -> dict[int, Rotation]:
+    """The principal components of the pooled vectors at each depth, from one pass over texts.
+
+    Args:
+        model: a SentenceTransformer; it is put in eval mode for the pass.
+        texts: some thousands, as they will be embedded (with their prompts, if there are any).
+        layers: depths from 1 on.
+        centred: take the mean out, and the components of what is left.
+        batch_size: texts at a time.
+
+    Returns:
+        ``{depth: Rotation}``.
+
+    Raises:
+        ValueError: there are no texts.
+        UnsupportedEncoderError, LadderError: as `taps`.
+    """
+    ordered, depths = sorted(texts, key=len), sorted(set(layers))
+    if not ordered:
+        raise ValueError("expected texts to take principal components of, got none")
+    mode, device = model.training, next(model.parameters()).device
+    sums: dict[int, Tensor] = {}
+    moments: dict[int, Tensor] = {}
+    model.eval()
+    try:
+        for start in range(0, len(ordered), batch_size):
+            features = model.preprocess(ordered[start : start + batch_size])  # type: ignore[operator]
+            features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
+            for depth, vectors in taps(model, features, depths).items():
+                x = vectors.double().cpu()
+                sums[depth] = sums.get(depth, 0) + x.sum(0)
+                moments[depth] = moments.get(depth, 0) + x.mT @ x
+    finally:
+        model.train(mode)
+    return {depth: _components(sums[depth], moments[depth], len(ordered), centred) for depth in depths}
+
+
+def _components(total: Tensor, moment: Tensor, count: int, centred: bool) -> Rotation:
+    mean = total / count
+    covariance = moment / count - torch.outer(mean, mean) * centred
+    return Rotation(pca(covariance).encode, mean if centred else None)
+
+
+def _shape(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else list(tensor.shape)

@@ -1,0 +1,57 @@
+"""Every depth of an encoder from one forward: the vector of each k-layer model, taken where that model would end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nestling.embed.anatomy import eager
+from nestling.embed.encoder import Encoder
+from nestling.ladder import LadderError
+
+
+def taps(
+    model: nn.Module,
+    features: Mapping[str, Any],
+    layers: Iterable[int],
+    rotations: Mapping[int, nn.Module] | None = None,
+) -> dict[int, Tensor]:
+    """The pooled vector at each depth, equal to what the model of the first k layers computes.
+
+    On backbones that normalise before each layer (ModernBERT, Qwen3, Gemma 3, EuroBERT, T5) the final norm is applied
+    at every depth, as the k-layer model does; the states between their layers are no embeddings. Pooling is the
+    model's own, with what is trained behind it (Dense), but without a last Normalize: coordinates are dropped first.
+
+    One forward through ``model`` as it is wrapped, so that DistributedDataParallel sees it. Layers above the deepest
+    one asked for are not run, and states of layers that are not asked for are not kept. Gradients flow through every
+    vector.
+
+    Args:
+        model: a SentenceTransformer, or one within DistributedDataParallel or torch.compile (which runs uncompiled
+            here, see `eager`).
+        features: one batch of texts as ``model.preprocess`` makes it; it is not changed.
+        layers: depths from 1 to the model's, in any order.
+        rotations: by depth, applied to the pooled vectors.
+
+    Returns:
+        ``{depth: [B, dims]}``, not normalised, shallow first.
+
+    Raises:
+        UnsupportedEncoderError: the model has no layers to cut.
+        LadderError: no depths, or one that the model does not have.
+    """
+    encoder, rotations = Encoder.of(model), rotations or {}
+    wanted = sorted(set(layers))
+    if not wanted or wanted[0] < 1 or wanted[-1] > encoder.depth:
+        raise LadderError(f"cannot tap layers {wanted}: expected some of 1 to {encoder.depth}")
+    *between, deepest = wanted
+    with encoder.cut(deepest), encoder.watched(set(between)) as states, eager(model):
+        output = model(dict(features))  # modules add keys to what they are given
+    # The deepest state is taken from the output, behind what wrappers do to it: DistributedDataParallel wants the loss
+    # to depend on what it returned.
+    last = output["token_embeddings"]
+    tokens = {number: encoder.ended(number, states[number], last) for number in between} | {deepest: last}
+    pooled = {number: encoder.pool(features, tokens[number]) for number in wanted}
+    return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}

