@@ -68,7 +68,7 @@ class KVAdapter:
     def from_bases(
         cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], means: Mapping, info: dict
     ) -> "KVAdapter":
-        """From (key, value) bases and means by layer index, with the energies of the bases: each in a unit of its own."""
+        """From (key, value) bases and means by layer index, with the bases' energies: each in a unit of its own."""
 
         def stacked(by_layer: Mapping) -> dict[str, Tensor]:
             return {

@@ -76,9 +76,9 @@ def search(
 
     ``greedy`` is Algorithm 1 of arXiv 2410.14731: from full ranks on, lower the one rank of all layers, heads and
     sides by D / 8 that leaves the smallest KL. It measures every rank before every step, 2 L Hkv + 1 forward passes a
-    text for one step of one rank, which is what ``per_sweep=1`` does. With more, that many ranks are lowered at a time,
-    and only twice as many are measured: those just lowered, and those that cost least when they were last measured
-    (costs rise as the others are lowered, so that old ones are lower bounds, more or less). Use it as
+    text for one step of one rank, which is what ``per_sweep=1`` does. With more, that many ranks are lowered at a
+    time, and only twice as many are measured: those just lowered, and those that cost least when they were last
+    measured (costs rise as the others are lowered, so that old ones are lower bounds, more or less). Use it as
     ``allocation="greedy"``.
 
     Args:

@@ -4,8 +4,8 @@ The Fisher information of a mask on each coordinate. With labels y drawn from th
 ``F_i = E[(d log p(y) / d m_i)^2]`` and dropping coordinate i costs about ``F_i / 2`` nats of KL to the full model.
 Divided by the tokens of a text it is a KL per token.
 
-It is measured as caches will be read: sinks and recent tokens are exact for every query, so that only what is read from
-farther away counts. Most of what a head reads is near, and which heads read far is a small part of what they do.
+It is measured as caches will be read: sinks and recent tokens are exact for every query, so that only what is read
+from farther away counts. Most of what a head reads is near, and which heads read far is a small part of what they do.
 """
 
 from collections.abc import Iterable

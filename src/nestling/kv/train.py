@@ -139,8 +139,10 @@ def train(
     if eval_texts is not None:
         held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=eval_windows)))
     if adapter is None:
-        exact = {"sinks": chosen.sinks, "window": chosen.window}
-        adapter = fit(lm, None, windows, chosen.basis, progress=progress, length=length, seed=seed, **exact)
+        adapter = fit(
+            lm, None, windows, chosen.basis, length=length, sinks=chosen.sinks, window=chosen.window, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     adapter.check(lm)
     attention.attach(lm)
     attention.check_head(lm, windows[:1, :16].to(lm.device))
