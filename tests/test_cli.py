@@ -48,6 +48,20 @@ def test_fit_writes_an_adapter_and_results(place):
     assert row["basis"] == "balanced" and row["seconds"] > 0
 
 
+def test_the_demo_calibrates_measures_and_answers(place, monkeypatch):
+    monkeypatch.setattr("nestling.kv.demo.BUDGETS", (1.0, 0.75))  # heads of width 16 cannot be cut to 40 %
+    monkeypatch.setattr("nestling.kv.demo.ANSWERS", (0.75,))
+    result = run(
+        "demo", "kv", "--model", place / "lm", "--tokens", 1024, "--out", place / "demo.html",
+        "--json", place / "demo.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Calibrated on 1,024 tokens" in result.output and "75% of the full cache" in result.output
+    rows = json.loads((place / "demo.json").read_text())["rows"]
+    assert [r["budget"] for r in rows] == [None, 1.0, 0.75]
+    assert "Nothing was trained" in (place / "demo.html").read_text()
+
+
 def test_eval_measures_the_budgets(place):
     result = run(
         "kv", "eval", place / "lm", place / "adapter", "--text", place / "text.txt", "--budgets", "100,75%,0.6",

@@ -20,10 +20,10 @@ app.add_typer(demo_app, name="demo")
 def demo_kv(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or alias.")] = "smollm2",
     out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.html"),
-    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 24576,
+    tokens: Annotated[int, typer.Option(help="Calibrate on this many, even if the package has an adapter.")] = 0,
     json: Json = None,
 ) -> None:
-    """Calibrate, tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""
+    """Tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""
     from nestling.kv.demo import run
 
     check_folder(out)

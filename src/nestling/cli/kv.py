@@ -39,6 +39,8 @@ def fit(
     basis: Annotated[str, typer.Option(help="balanced, or pca (the paper's baseline).")] = "balanced",
     tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 65536,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    sinks: Annotated[int, typer.Option(help="Leading tokens that the caches will keep exact.")] = 4,
+    window: Annotated[int, typer.Option(help="Recent tokens that they will keep exact, at least.")] = 64,
     json: Json = None,
 ) -> None:
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
@@ -51,7 +53,7 @@ def fit(
     texts = read_texts(text)
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
-    adapter = kv.fit(language_model, tokenizer, texts, basis, tokens=tokens, length=length)
+    adapter = kv.fit(language_model, tokenizer, texts, basis, tokens=tokens, length=length, sinks=sinks, window=window)
     seconds = time.perf_counter() - start
     adapter.save_pretrained(out)
     layers, heads, width = adapter.shape

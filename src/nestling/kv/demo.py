@@ -14,10 +14,12 @@ from nestling.kv.allocate import RankTable
 from nestling.kv.cache import NestedCache
 from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import evaluate
+from nestling.kv.files import built_in
 from nestling.models import load_model
 
 BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
 ANSWERS = (1.0, 0.5, 0.4)
+TOKENS = 24576  # of a calibration
 STORY = """\
 The lighthouse on Skerry Point was built of grey granite and stood forty metres high. For thirty-one years it had been
 kept by a woman called Marit Olsen, who had come to the island as a girl with her father's fishing boat and never quite
@@ -134,7 +136,8 @@ def write_report(
         )
     intro = (
         "One set of nested bases serves every budget: the cache keeps the first coordinates of keys and values, and "
-        "how many is chosen per layer and head when a cache is made. Nothing was trained."
+        "how many is chosen per layer and head when a cache is made. "
+        + ("Its bases were trained by distillation." if "training" in adapter.info else "Nothing was trained.")
     )
     report.write_html(path, title, intro, sections, report.run_meta())
 
@@ -165,14 +168,23 @@ def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None
 
 
 def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
-    """The demo: calibrate, measure budgets on held-out text, answer a prompt at three sizes, write the report."""
+    """The demo: measure budgets on held-out text, answer a prompt at three sizes, write the report.
+
+    The adapter is the one that comes with the package, if it has one for the model; with ``tokens``, one that is
+    calibrated on as many.
+    """
     with console.status(f"loading {model}"):
         language_model, tokenizer = load_model(model)
     texts = list(read_texts(None))
     held_out = texts[::8]
-    start = time.perf_counter()
-    adapter = fit(language_model, tokenizer, [t for i, t in enumerate(texts) if i % 8], tokens=tokens)
-    console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
+    if not tokens and model in built_in():
+        adapter = KVAdapter.from_pretrained(model)
+        console.print(f"The adapter of the package, trained on {adapter.info['training']['tokens']:,} tokens.")
+    else:
+        start = time.perf_counter()
+        rest = [t for i, t in enumerate(texts) if i % 8]
+        adapter = fit(language_model, tokenizer, rest, tokens=tokens or TOKENS)
+        console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
     rows = evaluate(language_model, tokenizer, adapter, BUDGETS, texts=held_out, windows=1, dtype=torch.bfloat16)
     console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
     console.print(f"\nPrompt, with a story before it: {PROMPT.splitlines()[-1]}", markup=False)
