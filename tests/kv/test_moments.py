@@ -332,25 +332,28 @@ EXACT = [(0, 0), (4, 0), (1, 2)]
 
 @pytest.mark.parametrize("sinks, window", EXACT)
 @pytest.mark.parametrize("rows", [1, 8])
-def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, small, sinks, window, rows):
+@pytest.mark.parametrize("rank", [16, 8])
+def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, small, sinks, window, rows, rank):
     model, adapter, ids = small
+    ranks = torch.full((2, 2, 2), 16)
+    ranks[:, 1] = rank
     draw, drawn = torch.multinomial, []
     monkeypatch.setattr(torch, "multinomial", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     exact = {"sinks": sinks, "window": window}
-    got = sensitivity(model, adapter, ids.split(rows), **exact, seed=3)
+    got = sensitivity(model, adapter, ids.split(rows), None if rank == 16 else ranks, **exact, seed=3)
     labels = torch.cat(drawn).view(8, 24, 1)
     total = torch.zeros(2, *adapter.shape, dtype=torch.float64)
     for row in range(8):
-        mask = torch.ones_like(total, requires_grad=True)
+        mask = (torch.arange(16) < ranks[..., None]).double().requires_grad_()
         log_p = masked_log_p(model, adapter, mask, ids[row : row + 1], sinks, window)
         log_p.gather(-1, labels[row : row + 1]).sum().backward()
         total += mask.grad.square() / 2 / ids.numel()
     for expected, side in zip(total.float(), SIDES, strict=True):
         torch.testing.assert_close(got[side], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
     zero = replace(adapter, mean={side: torch.zeros_like(mean) for side, mean in adapter.mean.items()})
-    other = sensitivity(model, zero, ids.split(rows), **exact, seed=3)
-    # the means matter, but for a shift that all keys share
-    assert torch.allclose(other["key"], got["key"], rtol=1e-3) == (sinks == window == 0)
+    other = sensitivity(model, zero, ids.split(rows), None if rank == 16 else ranks, **exact, seed=3)
+    if rank == 16:  # the means matter, but for a shift that all keys share
+        assert torch.allclose(other["key"], got["key"], rtol=1e-3) == (sinks == window == 0)
     assert not torch.allclose(other["value"], got["value"], rtol=0.05)
 
 
@@ -447,21 +450,27 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
     """And orders the balanced coordinates by what they were measured to be worth; PCA keeps the paper's order."""
     exact = dict(sinks=2, window=4)
     options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, seed=5, progress=False)
-    adapter = kv.fit(tiny_model("llama-gqa"), None, ids, basis, **options, **exact)
-    model = tiny_model("llama-gqa")
+    adapter = kv.fit(tiny_model("qwen3"), None, ids, basis, **options, **exact)
+    model = tiny_model("qwen3")  # heads of width 24: energies are measured again at 16
     moments = collect_moments(model, [ids])
     bases, means = make_bases(model, moments, basis), {i: m.means(basis) for i, m in moments.items()}
-    plain = kv.KVAdapter.from_bases(model.config, bases, means, {})
-    energy = sensitivity(model, plain, [ids.view(16, 32)[[0, 2, 4, 6, 9, 11, 13, 15]]], **exact, seed=5)
+    expected = kv.KVAdapter.from_bases(model.config, bases, means, {})
+    pieces = ids.view(16, 32)
+    for chosen in ([0, 5, 10, 15], [0, 2, 4, 6, 9, 11, 13, 15]):
+        ranks = expected.ranks(2 / 3 * expected.full_elements).stacked if len(chosen) == 8 else None
+        energy = sensitivity(model, expected, [pieces[chosen]], ranks, **exact, seed=5)
+        order = {s: e.argsort(-1, descending=True) if basis == "balanced" else None for s, e in energy.items()}
+        encode = dict(expected.encode)
+        for side, o in order.items():
+            if o is not None:
+                energy[side] = energy[side].gather(-1, o)
+                encode[side] = encode[side].gather(-1, o[..., None, :].expand_as(encode[side]))
+        expected = replace(expected, encode=encode, energy=energy)
     assert adapter.info["sinks"] == 2 and adapter.info["window"] == 4
     for side in SIDES:
-        worth, encode = energy[side], plain.encode[side]
-        if basis == "balanced":
-            worth, order = worth.sort(-1, descending=True)
-            encode = encode.gather(-1, order[..., None, :].expand_as(encode))
-        torch.testing.assert_close(adapter.energy[side], worth, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(adapter.mean[side], plain.mean[side], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(adapter.encode[side], encode, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter.energy[side], expected.energy[side], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(adapter.mean[side], expected.mean[side], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapter.encode[side], expected.encode[side], rtol=1e-4, atol=1e-5)
 
 
 def test_ids_and_strings_are_the_same_text(ids):

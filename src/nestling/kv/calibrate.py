@@ -10,7 +10,7 @@ from torch import Tensor
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.moments import SKIP, collect_moments, make_bases
-from nestling.kv.sensitivity import LENGTH, PIECES, measured_energy, order_by_energy
+from nestling.kv.sensitivity import HALF, LENGTH, PIECES, measured_energy, order_by_energy
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
@@ -32,7 +32,7 @@ def fit(
     seed: int = 0,
     progress: bool = True,
 ) -> KVAdapter:
-    """Calibrate nested bases for a model's KV cache. No training: two passes over text.
+    """Calibrate nested bases for a model's KV cache. No training: a pass over text, and two over a part of it.
 
     Args:
         model: a causal LM of transformers; switched to nestling's attention, weights untouched.
@@ -42,7 +42,8 @@ def fit(
         tokens: tokens for the moments; all of the text is used if it is shorter.
         length: tokens per window. Post-RoPE statistics depend on the positions that were seen.
         batch_tokens: tokens per forward pass.
-        sensitivity_windows, sensitivity_length: number and length of the pieces on which energies are measured.
+        sensitivity_windows, sensitivity_length: number and length of the pieces on which energies are measured, at
+            half of the ranks; before that roughly, on half as many, at all ranks.
         sinks, window: exact tokens, as the caches will keep them: what is read from them costs nothing. 0 and 0 for
             caches with ``paper=True``.
         skip: leading positions of each window that are left out.
@@ -78,9 +79,11 @@ def fit(
     }
     means = {i: m.means(basis) for i, m in moments.items()}
     adapter = KVAdapter.from_bases(config, bases, means, info)
-    energy = measured_energy(
-        model, adapter, windows, pieces=sensitivity_windows, length=sensitivity_length, sinks=sinks, window=window,
-        seed=seed, progress=progress,
-    )  # fmt: skip
-    adapter = replace(adapter, energy=energy)
-    return order_by_energy(adapter) if basis == "balanced" else adapter
+    for share, pieces in ((1.0, -(-sensitivity_windows // 2)), (HALF, sensitivity_windows)):
+        energy = measured_energy(
+            model, adapter, windows, share, pieces=pieces, length=sensitivity_length, sinks=sinks, window=window,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        adapter = replace(adapter, energy=energy)
+        adapter = order_by_energy(adapter) if basis == "balanced" else adapter
+    return adapter

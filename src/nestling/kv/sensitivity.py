@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.allocate import STEP
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
 from nestling.kv.moments import CalibrationError
@@ -23,12 +24,14 @@ from nestling.kv.student import Student
 from nestling.progress import progress_bar
 
 PIECES, LENGTH = 16, 512  # texts, and their tokens
+HALF = 0.5  # of the ranks: where energies are measured for use
 
 
 def sensitivity(
     model,
     adapter: KVAdapter,
     batches: Iterable[Tensor],
+    ranks: Tensor | None = None,
     *,
     sinks: int = SINKS,
     window: int = WINDOW,
@@ -41,16 +44,20 @@ def sensitivity(
 
     Args:
         batches: token ids ``[B, T]``; every row is one sample of the gradient.
+        ranks: ``[2, L, Hkv]``, where the masks stand: at 1 below, at 0 from there on. By default all at 1.
         sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
         seed: of the labels.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
+    start = torch.ones_like(total, dtype=torch.float32)
+    if ranks is not None:
+        start = (torch.arange(start.shape[-1]) < ranks[..., None]).float()
     with attention.served(model), torch.enable_grad():
         student = Student(model, adapter, sinks=sinks, window=window).eval()
         for ids in batches:
             ids = ids.to(model.device)
-            mask = torch.ones(len(ids), *total.shape, device=model.device, requires_grad=True)
+            mask = start.to(model.device).repeat(len(ids), 1, 1, 1, 1).requires_grad_()
             log_p = student.logits(ids, student.weighted(mask)).float().log_softmax(-1)
             with torch.no_grad():
                 labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
@@ -66,6 +73,7 @@ def measured_energy(
     model,
     adapter: KVAdapter,
     windows: Tensor,
+    share: float = 1.0,
     *,
     pieces: int = PIECES,
     length: int = LENGTH,
@@ -78,6 +86,8 @@ def measured_energy(
 
     Args:
         windows: token ids ``[n, T]``; ``pieces`` of ``length`` tokens are taken from all over them.
+        share: of the ranks, by the energies that the adapter has, at which they are measured again: what coordinates
+            are worth where others are gone already.
 
     Raises:
         ValueError: if a piece holds no more than the exact tokens.
@@ -88,9 +98,11 @@ def measured_energy(
             f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need longer "
             "windows, or fewer sinks and a smaller window"
         )
+    share = max(share, min(1.0, 2 * STEP / adapter.shape[2]))  # narrow heads: some of it has to be there
+    ranks = None if share == 1 else adapter.ranks(share * adapter.full_elements).stacked
     with progress_bar(progress) as bar:
         track = bar.track(batches, description="energies")
-        return sensitivity(model, adapter, track, sinks=sinks, window=window, seed=seed)
+        return sensitivity(model, adapter, track, ranks, sinks=sinks, window=window, seed=seed)
 
 
 def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.calibrate import fit
 from nestling.kv.exact import capacity
 from nestling.kv.sampling import Schedule, schedule
-from nestling.kv.sensitivity import measured_energy
+from nestling.kv.sensitivity import HALF, measured_energy
 from nestling.kv.student import Student
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
@@ -182,7 +182,7 @@ def train(
     info = {**adapter.info, "training": training}
     trained = KVAdapter(adapter.fingerprint, encodes, adapter.mean, adapter.energy, info)
     energy = measured_energy(
-        lm, trained, windows, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress
+        lm, trained, windows, HALF, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress
     )
     return replace(trained, energy=energy)
 
