@@ -77,9 +77,10 @@ class Plan:
         turns = rotation
         if isinstance(rotation, Mapping):
             turns = {str(depth): checksum(turn) for depth, turn in rotation.items()}
+        base = self.base(None)
         return {
             "model": checksum(self.encoder.model), "cups": str(ladder), "kind": self.examples.kind,
-            "rows": len(self.examples), "data": checksum(data), "loss": None if (base := self.base(None)) is None else type(base).__name__,
+            "rows": len(self.examples), "data": checksum(data), "loss": None if base is None else type(base).__name__,
             "teacher": None if self.teacher is None else checksum(self.teacher), "rotation": turns,
             "recipe": dict(recipe or {}), "prompts": prompts, "steps": steps, "batch_size": batch,
             "learning_rate": learning_rate, "warmup": warmup, "seed": seed,

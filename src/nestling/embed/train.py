@@ -25,6 +25,7 @@ from transformers import PrinterCallback
 
 from nestling.checkpoints import begin, run
 from nestling.embed.card import trained_card
+from nestling.embed.dropout import without_dropout
 from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.evaluate import GridEvaluator
@@ -82,6 +83,7 @@ def train(
     prompts: str | Mapping[str, str] | None = None,
     teacher_prompts: str | Mapping[str, str] | None = None,
     recipe: Mapping[str, Any] | None = None,
+    dropout: bool | None = None,
     resume: bool = False,
     progress: bool = True,
     **arguments: Any,
@@ -118,6 +120,8 @@ def train(
         prompts: in front of texts, for all columns or by column; by default the model's own for ``encode``.
         teacher_prompts: the same for ``teacher``.
         recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``.
+        dropout: whether the model's dropout is on while it is trained; by default not where texts are all there is,
+            since what is followed has none, and on otherwise.
         resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
         arguments: for SentenceTransformerTrainingArguments: ``bf16, gradient_checkpointing, save_steps, eval_steps,
             gradient_accumulation_steps, weight_decay, ...``.
@@ -145,7 +149,9 @@ def train(
     work = out.with_name(f"{out.name}-checkpoints")
     texts = prompts_of(prompts, plan.examples, stored_prompts(model))
     options = _arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, arguments)
+    noisy = plan.examples.kind != "texts" if dropout is None else dropout
     job = plan.job(ladder, steps, batch, learning_rate, warmup, seed, texts, recipe, rotation)
+    job["dropout"] = noisy
     # From here on the disk is written to. First what needs no disk is tried, on a few rows.
     table = np.zeros((4 * len(plan.examples.columns), 2), np.float32) if plan.distils else None
     attempt(plan.loss(ladder, recipe, mini_batch, {}, table), plan.examples, plan.distils, texts)
@@ -167,7 +173,7 @@ def train(
             loss=srl, evaluator=measures, callbacks=[watch],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        with without_bars():
+        with without_bars(), without_dropout(model, off=not noisy):
             run(trainer, work, checkpoint)
     finally:
         watch.bar.stop()
