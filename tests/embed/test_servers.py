@@ -6,16 +6,19 @@ sentence-transformers 3 to 5.3, whose modules take no keyword that they do not k
 """
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sklearn.preprocessing import normalize
 
 from nestling.embed.export import export
 from nestling.embed.servers import longest, rewrite
 from nestling.ladder import Ladder
 
-from .families import sentence_model
+from .families import sentence_model, some_texts
 
 LEGACY = {f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Dense", "Normalize")}
 CASES = [("bert", "mean"), ("xlm-roberta", "cls"), ("modernbert", "mean"), ("qwen3", "lasttoken"), ("gemma3", "mean")]
@@ -33,6 +36,24 @@ def served(request, backbones, tmp_path):
 
 def read(folder, *path):
     return json.loads(folder.joinpath(*path).read_text("utf-8"))
+
+
+# Fields without a default of a model's config, besides those that all have (candle/src/models/*.rs).
+NEEDED = {
+    "bert": ("hidden_act", "hidden_dropout_prob", "type_vocab_size", "initializer_range", "layer_norm_eps"),
+    "mpnet": ("hidden_act", "relative_attention_num_buckets", "attention_probs_dropout_prob", "layer_norm_eps"),
+    "distilbert": ("dim", "n_layers", "n_heads", "hidden_dim", "activation"),
+    "modernbert": (
+        "hidden_activation", "initializer_cutoff_factor", "norm_eps", "norm_bias", "eos_token_id", "bos_token_id",
+        "cls_token_id", "sep_token_id", "global_rope_theta", "local_rope_theta", "attention_bias", "attention_dropout",
+        "global_attn_every_n_layers", "local_attention", "classifier_activation",
+    ),
+    "qwen3": ("attention_bias", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "eos_token_id",
+              "use_sliding_window"),
+    "gemma3": ("attention_bias", "hidden_activation", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps",
+               "rope_local_base_freq", "rope_theta", "_sliding_window_pattern", "use_bidirectional_attention"),
+}  # fmt: skip
+NEEDED["xlm-roberta"] = NEEDED["roberta"] = NEEDED["bert"]
 
 
 def is_count(value) -> bool:
@@ -62,6 +83,42 @@ def test_text_embeddings_inference(served):
     weights = load_file(folder / dense / "model.safetensors")
     assert weights["linear.weight"].shape == (config["out_features"], config["in_features"])
     assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("family", NEEDED)
+def test_configs_that_text_embeddings_inference_parses(backbones, tmp_path, family):
+    config = read(export(sentence_model(backbones(family)), "2x8", tmp_path / "cup").folder, "config.json")
+    sizes = () if family == "distilbert" else ("hidden_size", "intermediate_size", "num_attention_heads")
+    assert {*NEEDED[family], *sizes, "vocab_size", "max_position_embeddings"} <= set(config)
+    rope = config.get("rope_parameters")
+    assert rope is None or set(rope) == {"rope_theta", "rope_type"}  # one kind of layers, or a parse error
+
+
+@pytest.mark.parametrize("family", ["modernbert", "gemma3", "qwen3", "eurobert", "nomic-bert"])
+def test_rotary_bases_survive_under_their_old_names(backbones, tmp_path, family):
+    source = shutil.copytree(backbones(family), tmp_path / "source")
+    config = read(source, "config.json")
+    kinds = [part for part in config["rope_parameters"].values() if isinstance(part, dict)]
+    for number, part in enumerate(kinds or [config["rope_parameters"]]):
+        part["rope_theta"] = 3.0 + number  # far from any default
+    (source / "config.json").write_text(json.dumps(config))
+    model, texts = sentence_model(source), some_texts(9)
+    folder = export(model, "4x32", tmp_path / "cup").folder  # it checks the vectors as well
+    np.testing.assert_allclose(
+        SentenceTransformer(str(folder), device="cpu").encode(texts), normalize(model.encode(texts)), atol=1e-5
+    )
+    old = read(folder, "config.json")
+    names = {"modernbert": ("global_rope_theta", "local_rope_theta"), "gemma3": ("rope_theta", "rope_local_base_freq")}
+    assert sorted(old[name] for name in names.get(family, ("rope_theta",))) == [3.0, 4.0][: max(1, len(kinds))]
+
+
+def test_scaled_rotary_embeddings_are_left_alone(backbones, tmp_path):
+    source = shutil.copytree(backbones("qwen3"), tmp_path / "source")
+    config = read(source, "config.json")
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
+    (source / "config.json").write_text(json.dumps(config))
+    stored = read(export(sentence_model(source), "2x8", tmp_path / "cup").folder, "config.json")
+    assert stored["rope_parameters"] == config["rope_parameters"] and "rope_theta" not in stored
 
 
 def test_vllm(served):
@@ -97,7 +154,10 @@ def test_fastembed(served):
 
 
 def test_older_sentence_transformers(served):
-    folder, pooling = served
+    folder, _ = served
+    tokens = read(folder, "tokenizer_config.json")  # its class is unknown to transformers 4 under its new name
+    assert tokens["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokens["model_input_names"] == ["input_ids", "attention_mask"]  # else it makes token types as well
     old = {"word_embedding_dimension", "pooling_mode", "include_prompt"}
     flags = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     old |= {f"pooling_mode_{name}" for name in flags}

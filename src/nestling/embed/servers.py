@@ -7,9 +7,13 @@ each reads:
 
 * text-embeddings-inference: module types ``sentence_transformers.models.{Transformer,Pooling,Dense,Normalize}`` and no
   others, booleans ``pooling_mode_{cls,mean}_tokens``, all four keys of a Dense, ``max_seq_length`` as an integer where
-  there is a ``sentence_bert_config.json``, prompts that are texts, ``architectures`` and ``max_position_embeddings``;
+  there is a ``sentence_bert_config.json``, prompts that are texts, ``architectures`` and ``max_position_embeddings``,
+  and rotary bases outside of ``rope_parameters`` where there are two of them (it does not know NomicBERT as
+  transformers 5 saves it, EuroBERT and T5);
 * vLLM: the same types, ``pooling_mode`` or a boolean that is true, ``max_seq_length`` only beside ``do_lower_case``,
   and ``matryoshka_dimensions``, without which a request that names its dimensions is refused, even the right ones;
+* transformers 4, which some of them run on: rotary bases outside of ``rope_parameters``, else it takes its defaults,
+  and the old name of tokenizers without a class of their own;
 * fastembed: ``special_tokens_map.json``, and the smaller of a tokenizer's ``max_length`` and ``model_max_length``.
 """
 
@@ -31,6 +35,10 @@ POOLING = {
 }
 DENSE = ("in_features", "out_features", "bias", "activation_function")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+TWO_BASES = {  # rotary bases of models with two kinds of layers, under their old names
+    "modernbert": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
+    "gemma3_text": {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
+}
 ENDLESS = 1 << 30  # transformers gives tokenizers without a limit an astronomic one
 
 
@@ -51,10 +59,8 @@ def rewrite(folder: Path, model: SentenceTransformer, dims: Iterable[int]) -> No
             path = folder / module["path"] / "config.json"
             write(path, _dense(read(path)))
     write(folder / "modules.json", modules)
-    widths = sorted(set(dims))
-    write(
-        folder / "config.json", read(folder / "config.json") | {"is_matryoshka": True, "matryoshka_dimensions": widths}
-    )
+    path = folder / "config.json"
+    write(path, _rope(read(path)) | {"is_matryoshka": True, "matryoshka_dimensions": sorted(set(dims))})
     path = folder / "config_sentence_transformers.json"
     settings = read(path)
     settings["prompts"] = {name: prompt or "" for name, prompt in settings.get("prompts", {}).items()}  # never null
@@ -95,6 +101,22 @@ def _dense(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in DENSE or value != stock.get(key, False)}
 
 
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config with its rotary bases where they were before transformers 5, which reads both places.
+
+    Scaled variants are left as they are: they have more to them than a base.
+    """
+    rope = config.get("rope_parameters") or {}
+    names = TWO_BASES.get(config["model_type"])
+    if names is None:
+        flat = rope.get("rope_type") == "default" and "rope_theta" in rope
+        return config | ({"rope_theta": rope["rope_theta"]} if flat else {})
+    if any(rope.get(kind, {}).get("rope_type") != "default" for kind in names):
+        return config
+    kept = {key: value for key, value in config.items() if key != "rope_parameters"}
+    return kept | {name: rope[kind]["rope_theta"] for kind, name in names.items()}
+
+
 def _transformer(folder: Path, model: SentenceTransformer) -> None:
     """``sentence_bert_config.json`` as before 5.4, which newer releases read as well, with what else is set."""
     path = folder / "sentence_bert_config.json"
@@ -118,5 +140,8 @@ def _tokenizer(folder: Path, model: SentenceTransformer) -> None:
     }
     if (limit := longest(model)) is not None:
         config["model_max_length"] = limit
+    config["model_input_names"] = list(model.tokenizer.model_input_names)  # whose default has changed
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name until transformers 5, which still knows it
     write(path, config)
     write(folder / "special_tokens_map.json", {k: str(v) for k, v in model.tokenizer.special_tokens_map.items()})
