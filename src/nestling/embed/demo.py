@@ -1,0 +1,111 @@
+"""`nestling demo embed`: an encoder made elastic by following itself, one cup of it exported and put to use."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+
+from nestling import report
+from nestling.data import read_texts
+from nestling.embed.agreement import COLUMNS, agreement, full_vectors
+from nestling.embed.encoder import Encoder
+from nestling.embed.export import export
+from nestling.embed.load import load_encoder
+from nestling.embed.pages import write_demo
+from nestling.embed.sentences import sentences
+from nestling.embed.train import train
+from nestling.ladder import Ladder
+
+LONGEST = 32  # words of a sentence
+OPTIONS: dict[str, Any] = {"batch_size": 48, "learning_rate": 3e-4, "rotation": "pca"}
+QUERIES = (
+    "What happens when an error is raised?",
+    "repeat a block for every item of a list",
+    "a small function without a name",
+    "wait for something without blocking",
+)
+
+
+def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, console: Console) -> list[dict]:
+    """The demo. ``keep`` is a folder for the trained model and the cup, which are thrown away otherwise."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if keep is None else keep
+        with console.status(f"loading {model}"):
+            encoder = load_encoder(model)
+        shape = Encoder.of(encoder)
+        ladder = Ladder.default(shape.depth, shape.dims)
+        size = ladder.cups[min(1, len(ladder) - 1)] if cup is None else ladder.cup(cup)
+        pages = list(read_texts(None))
+        held_out = sentences(pages[::8], longest=LONGEST)
+        texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
+        with console.status("measuring"):
+            reference = full_vectors(encoder, held_out)
+            rows = agreement(encoder, held_out, ladder, reference, method="cut")
+            titled = [_opening(page) for page in pages]
+            found = encoder.encode(titled), encoder.encode(QUERIES)  # before the model is trained
+        start = time.perf_counter()
+        trained = train(encoder, texts, ladder, folder=folder / "elastic", steps=steps, **OPTIONS)
+        console.print(
+            f"Followed itself on {len(texts):,} sentences, {steps} steps of {OPTIONS['batch_size']}, in "
+            f"{time.perf_counter() - start:.0f} s; no labels."
+        )
+        with console.status("measuring"):
+            rows += agreement(
+                encoder, held_out, ladder, reference, rotations=trained.rotations, method="distilled"
+            )  # fmt: skip
+        title = f"{model}: agreement of every cup with the full model, on {len(held_out)} held-out sentences"
+        console.print(report.table(rows, COLUMNS, title=title))
+        small_folder = folder / size.name
+        exported = export(encoder, size, small_folder, ladder=ladder, rotation=trained.rotations[size.layers])
+        small = SentenceTransformer(str(small_folder), local_files_only=True)  # stock: nestling is not needed here
+        costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, titled)
+        costs[1]["MB"] = exported.nbytes / 1e6
+        console.print(report.table(costs, title=f"{size} as a model of its own, differs by {exported.difference:.0e}"))
+        answers = _answers({f"by {size}": (small.encode(titled), small.encode(QUERIES)), "by the full model": found},
+                           [page.splitlines()[0] for page in pages])  # fmt: skip
+        console.print(report.table(answers, title="Search in the pages"))
+        write_demo(out, rows, trained, costs, answers, title=f"nestling: {model} in {len(ladder)} sizes")
+        console.print(f"\nReport: {out}" + ("" if keep is None else f"; models: {keep}"))
+    return rows
+
+
+def _opening(page: str) -> str:
+    """The title of a page and its first sentences."""
+    return " ".join([page.splitlines()[0], *sentences([page], longest=LONGEST)[:3]])
+
+
+def _costs(models: dict[str, SentenceTransformer], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What each model takes, with encode times in turn, so that other work on the machine slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(3):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.encode(list(texts), batch_size=32)
+            seconds[name].append(time.perf_counter() - start)
+    return [
+        {
+            "model": name,
+            "million parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+            "MB": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+            "bytes per vector": 4 * Encoder.of(model).dims,
+            "texts per second": len(texts) / median(seconds[name]),
+        }
+        for name, model in models.items()
+    ]
+
+
+def _answers(found: dict[str, tuple[Any, Any]], titles: Sequence[str]) -> list[dict[str, Any]]:
+    """The two best pages of each query, by each model."""
+    rows: list[dict[str, Any]] = [{"query": query} for query in QUERIES]
+    for name, (pages, queries) in found.items():
+        for row, scores in zip(rows, queries @ pages.T, strict=True):
+            row[name] = "; ".join(titles[i] for i in scores.argsort()[::-1][:2])
+    return rows
