@@ -17,6 +17,7 @@ AGREEMENT = (
     "Agreement is Spearman's correlation between a text's similarities to all others by the cup and by the full "
     "model, the mean over texts; overlap is the share of its ten nearest neighbours that both find."
 )
+METHODS = "Cut: the model as it was; turned: in its principal components first; distilled: after the training."
 COSTS = "Layers save encode time, dims save index bytes and search time; neither saves the other."
 
 
@@ -82,7 +83,7 @@ def write_demo(
         ylabel="mean Spearman on held-out sentences",
     )  # fmt: skip
     sections = [
-        report.Section("Before and after", f"{AGREEMENT} {COSTS}", rows=rows, columns=COLUMNS, figure=figure),
+        report.Section("Before and after", f"{AGREEMENT} {COSTS} {METHODS}", rows=rows, columns=COLUMNS, figure=figure),
         *training_sections(trained.info),
         report.Section("What a cup costs", "Encode times are medians of three rounds in turn, on this machine.",
                        rows=costs),
