@@ -3,6 +3,7 @@
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,8 @@ def train(
         evaluator=evaluator, prompts=prompt, recipe={"weights": weights} if weights else None, resume=resume,
         bf16=bf16, **more,
     )  # fmt: skip
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process speaks for all
+        return
     info = trained.info
     _show_training(model, trained)
     console.print(f"{info['steps']:,} steps of {info['batch_size']} in {info['seconds']} s. Saved to {out}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +21,7 @@ from nestling.embed.load import load_encoder
 from nestling.embed.pages import write_demo
 from nestling.embed.rotation import rotations
 from nestling.embed.sentences import sentences
-from nestling.embed.train import train
+from nestling.embed.train import Trained, train
 from nestling.embed.trainer import without_bars
 from nestling.ladder import Ladder
 
@@ -40,53 +39,61 @@ QUERIES = (
 def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, console: Console) -> list[dict]:
     """The demo: cups cut, cups turned into principal components first, and cups that have followed the full model.
 
-    ``keep`` is a folder for the trained model and the cup, which are thrown away otherwise.
+    Args:
+        cup: the one that is exported and searched with; the second of the ladder by default.
+        keep: a folder for the trained model and the cup, which are thrown away otherwise.
     """
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if keep is None else keep
-        with console.status(f"loading {model}"):
-            encoder = load_encoder(model)
-        shape = Encoder.of(encoder)
-        ladder = Ladder.default(shape.depth, shape.dims)
-        size = ladder.cups[min(1, len(ladder) - 1)] if cup is None else ladder.cup(cup)
-        pages = list(read_texts(None))
-        held_out = sentences(pages[::8], longest=LONGEST)
-        texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
-        with console.status("measuring"):
-            reference = full_vectors(encoder, held_out)
-            rows = agreement(encoder, held_out, ladder, reference, method="cut")
-            turns = rotations(encoder, texts, ladder.layers)
-            rows += agreement(encoder, held_out, ladder, reference, rotations=turns, method="turned")
-            titled = [_opening(page) for page in pages]
-            found = encoder.encode(titled), encoder.encode(QUERIES)  # before the model is trained
-        start = time.perf_counter()
-        trained = train(
-            encoder, texts, ladder, folder=folder / "elastic", rotation=turns, steps=steps, batch_size=BATCH,
-            learning_rate=RATE, recipe={"weights": {ladder.full.name: FULL_WEIGHT}},
-        )  # fmt: skip
-        console.print(
-            f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
-            f"{time.perf_counter() - start:.0f} s; no labels."
-        )
-        with console.status("measuring"):
-            rows += agreement(
-                encoder, held_out, ladder, reference, rotations=trained.rotations, method="distilled"
-            )  # fmt: skip
-        title = f"{model}: agreement of every cup with the full model, on {len(held_out)} held-out sentences"
-        console.print(report.table(rows, COLUMNS, title=title))
-        small_folder = folder / size.name
-        exported = export(encoder, size, small_folder, ladder=ladder, rotation=trained.rotations[size.layers])
+    with console.status(f"loading {model}"):
+        encoder = load_encoder(model)
+    parts = Encoder.of(encoder)
+    ladder = Ladder.default(parts.depth, parts.dims)
+    size = ladder.cups[min(1, len(ladder) - 1)] if cup is None else ladder.cup(cup)
+    pages = list(read_texts(None))
+    openings = [_opening(page) for page in pages]
+    with tempfile.TemporaryDirectory() as thrown_away:
+        folder = Path(thrown_away) if keep is None else keep
+        by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
+        rows, trained = _learn(encoder, ladder, pages, folder / "elastic", steps, model, console)
+        exported = export(encoder, size, folder / size.name, ladder=ladder, rotation=trained.rotations[size.layers])
         with without_bars():
-            small = SentenceTransformer(str(small_folder), local_files_only=True)  # stock: nestling is not needed
-        costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, titled)
-        costs[1]["MB"] = exported.nbytes / 1e6
-        console.print(report.table(costs, title=f"{size} as a model of its own"))
-        answers = _answers({f"by {size}": (small.encode(titled), small.encode(QUERIES)), "by the full model": found},
-                           [page.splitlines()[0] for page in pages])  # fmt: skip
-        console.print(report.table(answers, title="Search in the pages"))
-        write_demo(out, rows, trained, costs, answers, title=f"nestling: {model} in {len(ladder)} sizes")
-        console.print(f"\nReport: {out}" + ("" if keep is None else f"; models: {keep}"))
+            small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
+        costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, openings)
+        by_cup = small.encode(openings), small.encode(list(QUERIES))
+    console.print(report.table(costs, title=f"{size} as a model of its own"))
+    titles = [page.splitlines()[0] for page in pages]
+    answers = _answers({f"by {size}": by_cup, "by the full model": by_full}, titles)
+    console.print(report.table(answers, title="Search in the pages"))
+    write_demo(out, rows, trained, costs, answers, title=f"nestling: {model} in {len(ladder)} sizes")
+    console.print(f"\nReport: {out}" + ("" if keep is None else f"; models: {keep}"))
     return rows
+
+
+def _learn(
+    encoder: SentenceTransformer, ladder: Ladder, pages: list[str], folder: Path, steps: int, name: str,
+    console: Console,
+) -> tuple[list[dict[str, Any]], Trained]:  # fmt: skip
+    """Train on seven of eight pages; agreement with the model as it was, on the others, before and after."""
+    held_out = sentences(pages[::8], longest=LONGEST)
+    texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
+    with console.status("measuring"):
+        reference = full_vectors(encoder, held_out)
+        turns = rotations(encoder, texts, ladder.layers)
+        rows = agreement(encoder, held_out, ladder, reference, method="cut")
+        rows += agreement(encoder, held_out, ladder, reference, rotations=turns, method="turned")
+    start = time.perf_counter()
+    trained = train(
+        encoder, texts, ladder, folder=folder, rotation=turns, steps=steps, batch_size=BATCH, learning_rate=RATE,
+        recipe={"weights": {ladder.full.name: FULL_WEIGHT}},
+    )  # fmt: skip
+    console.print(
+        f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
+        f"{time.perf_counter() - start:.0f} s; no labels."
+    )
+    with console.status("measuring"):
+        rows += agreement(encoder, held_out, ladder, reference, rotations=trained.rotations, method="distilled")
+    title = f"{name}: agreement of every cup with the full model, on {len(held_out)} held-out sentences"
+    console.print(report.table(rows, COLUMNS, title=title))
+    return rows, trained
 
 
 def _opening(page: str) -> str:
@@ -106,7 +113,7 @@ def _costs(models: dict[str, SentenceTransformer], texts: Sequence[str]) -> list
         {
             "model": name,
             "million parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-            "MB": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+            "MB of weights": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
             "bytes per vector": 4 * Encoder.of(model).dims,
             "texts per second": len(texts) / median(seconds[name]),
         }

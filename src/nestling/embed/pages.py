@@ -83,7 +83,8 @@ def write_demo(
         ylabel="mean Spearman on held-out sentences",
     )  # fmt: skip
     sections = [
-        report.Section("Before and after", f"{AGREEMENT} {COSTS} {METHODS}", rows=rows, columns=COLUMNS, figure=figure),
+        report.Section("Before and after", f"{AGREEMENT} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
+                       figure=figure),
         *training_sections(trained.info),
         report.Section("What a cup costs", "Encode times are medians of three rounds in turn, on this machine.",
                        rows=costs),
