@@ -299,9 +299,11 @@ def _dataset(examples: Examples, numbers: Tensor | None, rows: Tensor):
 
 
 def _without_checkpointing(model: SentenceTransformer) -> None:
+    """The backbone as it was; the name of the method differs between versions of transformers."""
     backbone: Any = Encoder.of(model).backbone
-    if hasattr(backbone, "gradient_checkpointing_disable"):
-        backbone.gradient_checkpointing_disable()
+    for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
+        if hasattr(backbone, name):
+            return getattr(backbone, name)()
 
 
 def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float) -> dict[str, Any]:
