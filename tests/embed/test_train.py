@@ -61,7 +61,7 @@ def losses_of(point: dict, name: str) -> float:
     "data, options",
     [
         (pairs(), {}),
-        (pairs(negatives=True), {"recipe": {"weights": {"4x32": 2.0}, "temperature": 0.1}}),
+        (pairs(negatives=True), {"recipe": {"weights": {embed.Cup(4, 32): 2.0}, "temperature": 0.1}}),
         (pairs(), {"mini_batch": 3}),
         (scored(), {}),
         (TEXTS, {}),
@@ -353,6 +353,9 @@ def test_folders_are_checked(encoder, tmp_path):
         ([{"anchor": "w9", "positive": " "}], {}, embed.ExampleError, "row 1: 'positive' is blank"),
         (["w9", "w9"], {}, embed.ExampleError, "all texts are the same"),
         (pairs(), {"batch_size": 33}, ValueError, "batch_size=33 does not fit 32 rows"),
+        (pairs(), {"batch_size": 1}, ValueError, "a loss compares at least two"),
+        (pairs(), {"batch_size": 4, "gradient_accumulation_steps": 4}, ValueError, "a loss compares at least two"),
+        (pairs(1), {"batch_size": None}, ValueError, "batch_size=1 does not fit 1 rows"),
         (pairs(), {"batch_size": 9, "gradient_accumulation_steps": 2}, ValueError, "must be a multiple of"),
         (pairs(), {"steps": 0}, ValueError, "steps=0"),
         (pairs(), {"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),

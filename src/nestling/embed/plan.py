@@ -78,11 +78,13 @@ class Plan:
         if isinstance(rotation, Mapping):
             turns = {str(depth): checksum(turn) for depth, turn in rotation.items()}
         base = self.base(None)
+        weights = {str(cup): weight for cup, weight in (recipe or {}).get("weights", {}).items()}
+        recipe = {**(recipe or {}), **({"weights": weights} if weights else {})}
         return {
             "model": checksum(self.encoder.model), "cups": str(ladder), "kind": self.examples.kind,
             "rows": len(self.examples), "data": checksum(data), "loss": None if base is None else type(base).__name__,
             "teacher": None if self.teacher is None else checksum(self.teacher), "rotation": turns,
-            "recipe": dict(recipe or {}), "prompts": prompts, "steps": steps, "batch_size": batch,
+            "recipe": recipe, "prompts": prompts, "steps": steps, "batch_size": batch,
             "learning_rate": learning_rate, "warmup": warmup, "seed": seed,
         }  # fmt: skip
 

@@ -143,8 +143,10 @@ def train(
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     rows = len(plan.examples)
     batch = min(BATCH, rows) if batch_size is None else batch_size
-    if not 0 < batch <= rows:
-        raise ValueError(f"batch_size={batch} does not fit {rows} rows: choose 2 to {rows}, or give more rows")
+    if not 2 * arguments.get("gradient_accumulation_steps", 1) <= batch <= rows:
+        raise ValueError(
+            f"batch_size={batch} does not fit {rows} rows: a step takes some of them, and a loss compares at least two"
+        )
     steps = max(1, round(epochs * rows / batch)) if steps is None else steps
     work = out.with_name(f"{out.name}-checkpoints")
     texts = prompts_of(prompts, plan.examples, stored_prompts(model))
