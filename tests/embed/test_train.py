@@ -16,7 +16,8 @@ from nestling import embed
 from nestling.checkpoints import TrainingError, last_whole
 from nestling.embed import GridEvaluator, StarbucksLoss, load_ladder, load_rotations, train
 from nestling.embed.encode import encode
-from nestling.embed.evaluate import Encoder
+from nestling.embed.encoder import Encoder
+from nestling.embed.rotation import Rotation
 from nestling.ladder import LadderError
 
 from .families import sentence_model, some_texts
@@ -160,9 +161,12 @@ def test_losses_of_the_users_own(encoder, tmp_path):
     base = losses.CosineSimilarityLoss(model)
     assert run(model, scored(), tmp_path / "base", loss=base).info["loss"] == "CosineSimilarityLoss"
     assert run(model, scored(), tmp_path / "made", loss=losses.AnglELoss).info["loss"] == "AnglELoss"
-    whole = StarbucksLoss(model, losses.CoSENTLoss(model), "2x16,4x32", kl=None)
-    trained = run(model, scored(), tmp_path / "whole", cups=None, loss=whole)
+    turns = {2: Rotation(torch.eye(32).flip(0))}
+    whole = StarbucksLoss(model, losses.CoSENTLoss(model), "2x16,4x32", kl=None, rotations=turns)
+    dev = GridEvaluator(sts={"dev": scored()})  # depths without a rotation are measured as they are
+    trained = run(model, scored(), tmp_path / "whole", cups=None, loss=whole, evaluator=dev)
     assert str(trained.ladder) == "2x16,4x32" and "kl_2x16" not in trained.info["curve"][0]
+    torch.testing.assert_close(load_rotations(tmp_path / "whole")[2].encode, turns[2].encode)
 
 
 def test_gradient_checkpointing_and_bf16_change_little(encoder, tmp_path):

@@ -116,6 +116,8 @@ def evaluate(
     html: Html = None,
 ) -> None:
     """Measure every cup of MODEL: STS and retrieval, or, without labelled data, agreement with the full size."""
+    from torch.nn import Identity
+
     from nestling import embed
     from nestling.embed.agreement import agreement
     from nestling.ladder import Ladder
@@ -126,16 +128,17 @@ def evaluate(
     evaluator = _evaluator(sts, retrieval, prompts, batch_size=batch_size, progress=True, grid=grid)
     texts = [] if evaluator is not None else _sentences(text)[:1000]
     encoder = loading(embed.load_encoder, model)
-    ladder, rotations = _ladder(model, cups, encoder)
+    ladder, found = _ladder(model, cups, encoder)
+    rotations = {depth: found.get(depth, Identity()) for depth in ladder.layers} if found else None
     start = time.perf_counter()
     if evaluator is not None:
-        evaluator.ladder, evaluator.rotations = ladder, rotations or None
+        evaluator.ladder, evaluator.rotations = ladder, rotations
         rows = evaluator.rows(encoder, model_name=model)
     else:
         dims = sorted({cup.dims for cup in ladder})
         sizes = Ladder((layers, width) for layers in ladder.layers for width in dims) if grid else ladder
         with console.status(f"comparing {len(texts)} sentences"):
-            rows = agreement(encoder, texts, sizes, rotations=rotations or None, prompt=prompts.get("sts"))
+            rows = agreement(encoder, texts, sizes, rotations=rotations, prompt=prompts.get("sts"))
         rows = [{"model": model, **row} for row in rows]
     show([{k: v for k, v in row.items() if k != "method"} for row in rows], f"{model}: quality of every cup")
     write_results(json, rows, time.perf_counter() - start)
@@ -258,7 +261,7 @@ def _ladder(model: str, cups: str | None, encoder: Any) -> tuple[Any, dict[int, 
     own = embed.load_ladder(model) if local else None
     ladder = embed.Ladder.parse(cups) if cups else own or embed.Ladder.default(parts.depth, parts.dims)
     rotations = embed.load_rotations(model) if local else {}
-    if rotations and (missing := sorted(set(ladder.layers) - set(rotations))):
+    if own and rotations and (missing := sorted(set(ladder.layers) - set(own.layers))):
         raise ValueError(f"{model} was trained with rotations for its own cups {own}, not for layers {missing}")
     return ladder, rotations
 

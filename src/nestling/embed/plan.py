@@ -78,7 +78,7 @@ class Plan:
         if isinstance(rotation, Mapping):
             turns = {str(depth): checksum(turn) for depth, turn in rotation.items()}
         base = self.base(None)
-        weights = {str(cup): weight for cup, weight in (recipe or {}).get("weights", {}).items()}
+        weights = {str(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
         recipe = {**(recipe or {}), **({"weights": weights} if weights else {})}
         return {
             "model": checksum(self.encoder.model), "cups": str(ladder), "kind": self.examples.kind,

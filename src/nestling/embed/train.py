@@ -141,6 +141,8 @@ def train(
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
     plan.check(cups, recipe, rotation, mini_batch, out, resume)
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
+    if isinstance(inner, StarbucksLoss) and inner.rotations:
+        rotation = {int(depth): turn for depth, turn in inner.rotations.items()}  # type: ignore[misc]
     rows = len(plan.examples)
     batch = min(BATCH, rows) if batch_size is None else batch_size
     if not 2 * arguments.get("gradient_accumulation_steps", 1) <= batch <= rows:
@@ -284,7 +286,8 @@ def _measures(evaluator: GridEvaluator | None, ladder: Ladder, turns: dict[int, 
         return None
     found = copy(evaluator)
     found.ladder = evaluator.ladder or ladder
-    found.rotations = evaluator.rotations if evaluator.rotations is not None else (turns or None)
+    if turns and evaluator.rotations is None:  # depths without one are measured as they are
+        found.rotations = {depth: turns.get(depth, nn.Identity()) for depth in ladder.layers}
     return found
 
 
