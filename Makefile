@@ -12,11 +12,12 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo demo-embed test lint bench clean
 
 help:
 	@echo "make install   environment in $(VENV)"
 	@echo "make demo      compress the cache of a small language model and show what it costs"
+	@echo "make demo-embed  make a small sentence encoder elastic and search with one of its sizes"
 	@echo "make test      the tests, offline (ARGS='tests/test_data.py -k gzip' narrows them)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, into benchmarks/results"
@@ -36,6 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/nestling demo kv
+
+demo-embed: install
+	$(BIN)/nestling demo embed
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)

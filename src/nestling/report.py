@@ -92,24 +92,24 @@ def write_json(path: str | os.PathLike[str], rows: Iterable[Row], meta: Mapping[
 
     Raises FileNotFoundError for a missing folder and TypeError for a value that JSON cannot hold; an older file stays.
     """
-    lines = ",\n".join(json.dumps(_plain(row)) for row in rows)
-    _write(path, f'{{"rows": [\n{lines}\n],\n"meta": {json.dumps(_plain(meta), indent=1)}}}\n')
+    lines = ",\n".join(json.dumps(plain(row)) for row in rows)
+    _write(path, f'{{"rows": [\n{lines}\n],\n"meta": {json.dumps(plain(meta), indent=1)}}}\n')
 
 
-def _plain(value: Any) -> Any:
-    """`value` in JSON's own types; arrays and tensors become numbers or lists."""
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types; arrays and tensors become numbers or lists, NaN and infinities None."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     raise TypeError(f"cannot write a {type(value).__name__} as JSON")
 
 

@@ -27,11 +27,11 @@ def group(folder, rank=0, size=1):
         dist.destroy_process_group()
 
 
-def starbucks(model, cached: bool) -> StarbucksLoss:
+def starbucks(model, cached: bool, **starbucks_options) -> StarbucksLoss:
     options = {"mini_batch_size": 2} if cached else {}
     kind = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    loss = StarbucksLoss(inner, kind(inner, **options), CUPS)
+    loss = StarbucksLoss(inner, kind(inner, **options), CUPS, **starbucks_options)
     loss.model = loss.loss.model = model  # as SentenceTransformerTrainer does once it has wrapped the model
     return loss
 
@@ -91,3 +91,52 @@ def test_two_processes_average_their_gradients(backbones, tmp_path):
             torch.testing.assert_close(first[cached][name], second[cached][name], rtol=0, atol=0)
             mean = (alone[0][name] + alone[1][name]) / 2
             torch.testing.assert_close(first[cached][name], mean, rtol=1e-4, atol=1e-5)
+
+
+def _train_gathered(rank: int, folder: str, backbone: str) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    with group(folder, rank, 2):
+        for cached in (False, True):
+            model = sentence_model(backbone)
+            wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+            loss = starbucks(wrapped, cached, gather_across_devices=True)
+            found[cached] = gradients(loss, batch(model, rank), wrapped)
+        model = sentence_model(backbone)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        loss = StarbucksLoss(model, None, CUPS, teacher=torch.eye(8), gather_across_devices=True)
+        loss.model = wrapped
+        model.zero_grad()
+        labels = torch.arange(4 * rank, 4 * rank + 4)[:, None]
+        torch.stack(list(loss(batch(model, rank)[:1], labels).values())).sum().backward()
+        found["alone"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_that_gather_are_one_process(backbones, tmp_path):
+    """In-batch negatives, similarity rows, and the rows of a teacher are those of both processes' texts."""
+    folder = str(backbones("bert"))
+    torch.multiprocessing.spawn(_train_gathered, (str(tmp_path), folder), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    texts = [[some_texts(4, rank + shift) for rank in (0, 1)] for shift in (0, 100)]
+    model = sentence_model(folder)
+    columns = [model.preprocess(first + second) for first, second in texts]
+    expected = {}
+    for cached in (False, True):
+        expected[cached] = gradients(starbucks(model, cached), columns, model)
+    loss = StarbucksLoss(model, None, CUPS, teacher=torch.eye(8))
+    model.zero_grad()
+    torch.stack(list(loss(columns[:1], torch.arange(8)[:, None]).values())).sum().backward()
+    expected["alone"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for kind, wanted in expected.items():
+        for name, gradient in wanted.items():
+            for rank in (0, 1):
+                torch.testing.assert_close(found[rank][kind][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_are_not_gathered_twice(encoder):
+    model = encoder()
+    inner = losses.MultipleNegativesRankingLoss(model, gather_across_devices=True)
+    with pytest.raises(ValueError, match="gathered twice"):
+        StarbucksLoss(model, inner, CUPS, gather_across_devices=True)

@@ -584,3 +584,18 @@ def test_the_stock_trainer(cached, encoder, tmp_path):
     assert "2410.13230" in card
     evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert sum(evaluated[f"eval_{name}"] for name in names) == pytest.approx(evaluated["eval_loss"], abs=1e-2)
+
+
+def test_a_teacher_alone(encoder):
+    """Without a loss there is the KL of every cup, the full one's too."""
+    model = encoder()
+    table = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    loss = StarbucksLoss(model, None, "1x8,4x32", teacher=table)
+    features, rows = [model.preprocess(some_texts(4))], torch.arange(4)[:, None]
+    parts = loss(features, rows)
+    assert set(parts) == {"kl_1x8", "kl_4x32"}
+    whole = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), "1x8,4x32", teacher=table)
+    pair = whole([features[0], features[0]], rows.expand(-1, 2))
+    assert set(pair) == {"1x8", "kl_1x8", "4x32", "kl_4x32"}
+    with pytest.raises(ValueError, match="nothing holds the full cup where it is"):
+        StarbucksLoss(model, None, "1x8,4x32")

@@ -1,4 +1,7 @@
-"""The command line: ``nestling kv ...`` and ``nestling demo``. The commands of a wing are in the wing."""
+"""The command line: ``nestling kv ...``, ``nestling embed ...`` and ``nestling demo``.
+
+The commands of a wing are in a file of their own.
+"""
 
 import time
 from pathlib import Path
@@ -6,12 +9,14 @@ from typing import Annotated
 
 import typer
 
+from nestling.cli.embed import embed_app
 from nestling.cli.kv import kv_app
 from nestling.cli.terminal import Json, check_folder, console, errors_as_messages, write_results
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="One model, every size.")
 demo_app = typer.Typer(no_args_is_help=True, help="End to end on a small real model, without the hub.")
 app.add_typer(kv_app, name="kv")
+app.add_typer(embed_app, name="embed")
 app.add_typer(demo_app, name="demo")
 
 
@@ -30,4 +35,24 @@ def demo_kv(
     check_folder(json)
     start = time.perf_counter()
     rows = run(model, out, tokens, console)
+    write_results(json, rows, time.perf_counter() - start)
+
+
+@demo_app.command("embed")
+@errors_as_messages
+def demo_embed(
+    model: Annotated[str, typer.Option(help="Hub id, folder, or alias.")] = "minilm",
+    out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report-embed.html"),
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 60,
+    cup: Annotated[str | None, typer.Option(help="Cup to export and use; default: the second of the ladder.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep the trained model and the cup in this folder.")] = None,
+    json: Json = None,
+) -> None:
+    """Make an encoder elastic by following itself, compare cups before and after, export one and search with it."""
+    from nestling.embed.demo import run
+
+    for path in (out, json, keep):
+        check_folder(path)
+    start = time.perf_counter()
+    rows = run(model, out, steps, cup, keep, console)
     write_results(json, rows, time.perf_counter() - start)

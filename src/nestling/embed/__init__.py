@@ -7,21 +7,26 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
 
+from nestling.checkpoints import TrainingError
 from nestling.embed.encode import EvaluationError
 from nestling.embed.encoder import UnsupportedEncoderError
 from nestling.embed.errors import ExportError
 from nestling.embed.evaluate import GridEvaluator
+from nestling.embed.examples import ExampleError
 from nestling.embed.export import Exported, export
+from nestling.embed.files import load_ladder, load_rotations
 from nestling.embed.load import load_encoder
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.results import save_results
 from nestling.embed.rotation import Rotation, rotations
 from nestling.embed.taps import taps
+from nestling.embed.train import Trained, train
 from nestling.ladder import Cup, Ladder, LadderError
 
 __all__ = [
     "Cup",
     "EvaluationError",
+    "ExampleError",
     "ExportError",
     "Exported",
     "GridEvaluator",
@@ -29,10 +34,15 @@ __all__ = [
     "LadderError",
     "Rotation",
     "StarbucksLoss",
+    "Trained",
+    "TrainingError",
     "UnsupportedEncoderError",
     "export",
     "load_encoder",
+    "load_ladder",
+    "load_rotations",
     "rotations",
     "save_results",
     "taps",
+    "train",
 ]

@@ -43,6 +43,47 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+def trained_card(model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any]) -> str:
+    """The card of a model whose cups were trained: what they are, how they were trained, how one is handed out."""
+    base = base_name(model)
+    head = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
+    kinds = {"texts": "texts without labels", "pairs": "pairs", "scored": "scored pairs", "rows": "rows"}
+    facts = (
+        f"{f'`{base}`' if base else 'An encoder'} whose every size is good by itself, trained by nestling on "
+        f"{training['rows']:,} {kinds[training['kind']]} ({training['steps']:,} steps of {training['batch_size']}): "
+        f"the cups (layers x dims) {', '.join(cup.name for cup in ladder)}. Cosine is the measure at every size."
+    )
+    use = (
+        "Loaded as it is, it is the full model. A smaller cup is cut out as a model of its own:\n\n```python\n"
+        "from nestling import embed\n\n"
+        f'model = embed.load_encoder("this folder")\nembed.export(model, "{ladder.cups[0]}", "small", '
+        'ladder=embed.load_ladder("this folder"))\n```\n\nor `nestling embed export "this folder" --out cups`.'
+    )
+    parts = ["\n".join(head), f"# {base or 'encoder'}, {len(ladder)} cups", facts, f"## Use\n\n{use}"]
+    measured = _measured(ladder, training)
+    if measured:
+        parts.append(f"## Measured\n\nOn held-out data, x 100.\n\n{markdown(measured)}".rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a cup of what was measured before the training, and at the step whose weights were kept."""
+    points = [p for p in training.get("curve", ()) if any(name.endswith(("mean_sts", "mean_ndcg")) for name in p)]
+    if len(points) < 2:
+        return []
+    kept = next((p for p in points if p["step"] == training.get("best_step")), points[-1])
+    rows = []
+    for cup in ladder:
+        row: dict[str, Any] = {"cup": cup.name}
+        for when, point in (("before", points[0]), ("after", kept)):
+            for kind in ("mean_sts", "mean_ndcg"):
+                name = f"{cup.name}_{kind}"
+                row |= {f"{kind} {when}": value for key, value in point.items() if f"_{key}".endswith(f"_{name}")}
+        rows.append(row)
+    return rows
+
+
 def base_name(model: SentenceTransformer) -> str:
     """The alias or hub id that a model was loaded as; "" for a folder, which means nothing elsewhere."""
     name = str(getattr(model[0].model, "name_or_path", "") or "")

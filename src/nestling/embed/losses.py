@@ -18,6 +18,7 @@ from nestling.distill import coordinate_kl, similarity_kl
 from nestling.embed.bases import Batches, cached_value, caches_gradients, value
 from nestling.embed.cached import CachedRepresentation
 from nestling.embed.encoder import Encoder
+from nestling.embed.gather import gathered
 from nestling.embed.rotation import Rotation
 from nestling.embed.taps import taps
 from nestling.embed.teacher import checked_teacher, rows_of
@@ -40,6 +41,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         loss: any loss of the same model that has ``compute_loss_from_embeddings`` (MultipleNegativesRankingLoss,
             CoSENTLoss, AnglELoss, MarginMSELoss, DistillKLDivLoss, TripletLoss, ...), or one that caches gradients by
             ``CachedLossMixin`` (CachedMultipleNegativesRankingLoss): the embeddings of all cups are cached together.
+            None, with a teacher: the cups follow it and nothing else.
         cups: a `Ladder`, or what `Ladder.parse` takes; the full model must be in it.
         kl: ``"similarity"``: between softmaxes of each query's similarities to all other columns of the batch;
             ``"coordinate"``: between softmaxes over coordinates, of vectors that are not normalised, for comparison;
@@ -59,6 +61,9 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
             from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
             numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
             there with SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
+        gather_across_devices: each process computes the loss and the KL of the texts of all processes, as one process
+            with their batches together would. Batches must be of one size; leave the option of this name off in
+            ``loss``. Without it the KL ranks the texts of one process.
 
     Returns:
         From ``forward``, a dict of scalars whose sum is the loss: ``"6x128"`` and ``"kl_6x128"`` for every cup, with
@@ -72,8 +77,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     The released STS code is ``StarbucksLoss(..., kl="coordinate", kl_weight=0.3, detach_teacher=False)``: what it
     calls a temperature of 0.3 multiplies the KL and divides nothing. Its retrieval code is ``kl="similarity",
-    temperature=1, normalize=False`` around a loss of dot products. Under DistributedDataParallel the KL ranks the
-    texts of one process, whether ``loss`` gathers those of all or not.
+    temperature=1, normalize=False`` around a loss of dot products.
     """
 
     loss: Any
@@ -83,7 +87,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
     def __init__(
         self,
         model: SentenceTransformer,
-        loss: nn.Module,
+        loss: nn.Module | None,
         cups: Ladder | str | Iterable[Any],
         *,
         kl: Literal["similarity", "coordinate"] | None = "similarity",
@@ -96,14 +100,19 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         normalize: bool = True,
         rotations: Mapping[int, Rotation] | None = None,
         teacher: Tensor | np.ndarray | None = None,
+        gather_across_devices: bool = False,
     ):
         super().__init__()
         encoder = Encoder.of(model)
         self.cups = Ladder.parse(cups).check(encoder.depth, encoder.dims)
-        self.uses_gradient_cache = caches_gradients(loss)
+        self.uses_gradient_cache = loss is not None and caches_gradients(loss)
         self.model, self.loss = model, loss
+        self.gather_across_devices = gather_across_devices
         if self.uses_gradient_cache:
-            self.mini_batch_size, self.mini_batch_num_tokens = loss.mini_batch_size, loss.mini_batch_num_tokens
+            self.mini_batch_size, self.mini_batch_num_tokens = (
+                self.loss.mini_batch_size,
+                self.loss.mini_batch_num_tokens,
+            )
         self.kl, self.cascade, self.detach_teacher, self.normalize = kl, cascade, detach_teacher, normalize
         self.kl_weight = kl_weight
         self.temperature = TEMPERATURE.get(kl or "", 1.0) if temperature is None else temperature
@@ -134,6 +143,10 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
                 raise ValueError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
         if self.teacher is not None and self.kl != "similarity":
             raise ValueError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
+        if self.loss is None and self.teacher is None:
+            raise ValueError("without a loss nothing holds the full cup where it is: give a loss, or a teacher")
+        if self.gather_across_devices and getattr(self.loss, "gather_across_devices", False):
+            raise ValueError("texts would be gathered twice: leave gather_across_devices off in the inner loss")
 
     def _who_teaches(self) -> dict[Cup, Cup | None]:
         """The teacher of each cup that has one; None is the external one."""
@@ -153,7 +166,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         columns = list(sentence_features)
         if not self.uses_gradient_cache:
             made = embed_columns(self.represent, columns)  # type: ignore[arg-type]
-            return self._parts([[column] for column in made], labels, False)
+            return self._parts(*self._gathered([[column] for column in made], labels), False)
         total = self.forward_cached(columns, labels)
         # The total carries the hook that sends the cached gradients into the model: it must be in the sum, once.
         name, part = next(iter(self._cached_parts.items()))
@@ -168,7 +181,13 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     def calculate_loss(self, reps: Batches, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
         """The whole loss of a batch from representations; with ``with_backward``, their gradients are set already."""
-        self._cached_parts = {k: v.detach() for k, v in self._parts(reps, labels, with_backward).items()}
+        reps, labels = self._gathered(reps, labels)
+        # Gathered vectors were computed from the ones whose gradients are cached: they are put between, as leaves.
+        own = [batches[0] for batches in reps] if self.gather_across_devices and with_backward else []
+        used = [[vectors.detach().requires_grad_()] for vectors in own] or reps
+        self._cached_parts = {k: v.detach() for k, v in self._parts(used, labels, with_backward).items()}
+        if own:
+            torch.autograd.backward(own, [leaf.grad for (leaf,) in used])
         return torch.stack(list(self._cached_parts.values())).sum()
 
     def _parts(self, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
@@ -184,8 +203,16 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
             torch.stack([value for value in parts.values() if value.requires_grad]).sum().backward()
         return parts
 
+    def _gathered(self, reps: Batches, labels: Tensor | None) -> tuple[Batches, Tensor | None]:
+        """Representations and labels of all processes, if they are wanted."""
+        if not self.gather_across_devices:
+            return reps, labels
+        return [[gathered(torch.cat(batches))] for batches in reps], None if labels is None else gathered(labels)
+
     def _task(self, cup: Cup, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
         """The base loss at a cup, with its weight."""
+        if self.loss is None:
+            return {}
         vectors = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
         weight = self.weights[cup]
         if self.uses_gradient_cache:

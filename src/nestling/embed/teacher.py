@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
+
+CHUNK = 1024  # texts that are embedded between two looks at the progress
+
+
+def numbered(columns: Mapping[str, Sequence[str]], prompts: Mapping[str, str]) -> tuple[list[tuple[str, str]], Tensor]:
+    """Each text that a teacher has to embed once, with its prompt, and which of them each row has.
+
+    Returns:
+        Pairs (prompt, text), and their numbers ``[rows, columns]``.
+    """
+    numbers: dict[tuple[str, str], int] = {}
+    rows = [
+        [numbers.setdefault((prompts.get(name, ""), text), len(numbers)) for text in column]
+        for name, column in columns.items()
+    ]
+    return list(numbers), torch.tensor(rows).T
+
+
+def write_table(
+    path: Path,
+    teacher: SentenceTransformer,
+    texts: Sequence[tuple[str, str]],
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Embed texts by a model of any kind, into a file of numpy's that can be mapped: ``[N, D]``, fp32.
+
+    The file appears when it is complete. The model runs in eval mode, and is put back into its own.
+
+    Args:
+        texts: pairs (prompt, text).
+        advance: told how many texts are done.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    new, mode = path.with_name(f".{path.name}.{os.getpid()}.part"), teacher.training
+    order = sorted(range(len(texts)), key=lambda i: (texts[i][0], len(texts[i][1])))
+    table = None
+    teacher.eval()
+    try:
+        for start in range(0, len(order), CHUNK):
+            places = order[start : start + CHUNK]
+            for prompt in dict.fromkeys(texts[i][0] for i in places):
+                some = [i for i in places if texts[i][0] == prompt]
+                found = teacher.encode(
+                    [texts[i][1] for i in some], prompt=prompt, batch_size=batch_size, show_progress_bar=False
+                )
+                if not np.isfinite(found).all():
+                    raise ValueError("the teacher gives embeddings that are not finite: its weights are broken")
+                if table is None:
+                    shape = (len(texts), found.shape[1])
+                    table = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape)
+                table[some] = found
+            advance(len(places))
+        if table is not None:
+            table.flush()
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+        teacher.train(mode)
 
 
 def checked_teacher(table: Tensor | np.ndarray) -> Tensor:

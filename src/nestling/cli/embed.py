@@ -1,0 +1,310 @@
+"""The commands of the embedding wing: ``nestling embed train|eval|export``.
+
+Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nestling.cli.terminal import (
+    Json,
+    Text,
+    check_folder,
+    console,
+    errors_as_messages,
+    loading,
+    show,
+    write_results,
+)
+
+embed_app = typer.Typer(no_args_is_help=True, help="Sentence encoders of every size: train, eval, export.")
+
+Encoder = Annotated[str, typer.Argument(help="Hub id, folder, or the alias minilm.", metavar="MODEL")]
+Cups = Annotated[
+    str | None,
+    typer.Option(help="Ladder, such as 2x32,4x64,6x128; default: the one it was trained for, or one for its shape."),
+]
+Sts = Annotated[list[Path] | None, typer.Option(help="Scored pairs to measure on, .jsonl; may be repeated.")]
+Retrieval = Annotated[list[Path] | None, typer.Option(help="Folder in BEIR's layout to measure on; may be repeated.")]
+Html = Annotated[Path | None, typer.Option(help="Write a report page to this file.")]
+
+
+@embed_app.command()
+@errors_as_messages
+def train(
+    model: Encoder,
+    out: Annotated[Path, typer.Option(help="Folder for the model; checkpoints go beside it.")],
+    pairs: Annotated[
+        list[Path] | None, typer.Option(help="Pairs or triplets to train on, .jsonl; may be repeated.")
+    ] = None,
+    scored: Annotated[Path | None, typer.Option(help="Scored pairs to train on, .jsonl.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Documents to follow the model itself on, without labels; default: built-in pages."),
+    ] = None,
+    cups: Cups = None,
+    teacher: Annotated[str | None, typer.Option(help="Another encoder that all cups follow.")] = None,
+    rotation: Annotated[str | None, typer.Option(help="Start from principal components: pca, or centred.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes; default 64.")] = None,
+    mini_batch: Annotated[int | None, typer.Option(help="Rows embedded at a time, for large batches.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-5,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.1,
+    weight: Annotated[list[str] | None, typer.Option(help="Of a cup, such as 12x768=3; may be repeated.")] = None,
+    sts: Sts = None,
+    retrieval: Retrieval = None,
+    prompt: Annotated[str | None, typer.Option(help="In front of all texts; default: the model's own.")] = None,
+    seed: int = 0,
+    bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    json: Json = None,
+    html: Html = None,
+) -> None:
+    """Train MODEL so that every cup is good by itself; measured on --sts and --retrieval, the best is kept."""
+    from nestling import embed
+
+    for path in (out, json, html):
+        check_folder(path)
+    data = _training_data(pairs, scored, text)
+    weights = dict(_weight(item) for item in weight or ())
+    evaluator = _evaluator(sts, retrieval, None)
+    encoder = loading(embed.load_encoder, model)
+    other = None if teacher is None else loading(embed.load_encoder, teacher)
+    if cups is None and Path(model).is_dir():
+        cups = str(embed.load_ladder(model) or "") or None
+    more: dict[str, Any] = {"gradient_checkpointing": True} if checkpointing else {}
+    trained = embed.train(
+        encoder, data, cups, folder=out, teacher=other, rotation=rotation, steps=steps, epochs=epochs,
+        batch_size=batch_size, mini_batch=mini_batch, learning_rate=learning_rate, warmup=warmup, seed=seed,
+        evaluator=evaluator, prompts=prompt, recipe={"weights": weights} if weights else None, resume=resume,
+        bf16=bf16, **more,
+    )  # fmt: skip
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process speaks for all
+        return
+    info = trained.info
+    _show_training(model, trained)
+    console.print(f"{info['steps']:,} steps of {info['batch_size']} in {info['seconds']} s. Saved to {out}")
+    write_results(json, [{"model": model, **point} for point in info["curve"]], info["seconds"])
+    if html is not None:
+        from nestling.embed.pages import write_training
+
+        write_training(html, trained, title=f"{model}: training of every cup")
+        console.print(f"Report: {html}")
+
+
+@embed_app.command("eval")
+@errors_as_messages
+def evaluate(
+    model: Encoder,
+    sts: Sts = None,
+    retrieval: Retrieval = None,
+    text: Text = None,
+    cups: Cups = None,
+    grid: Annotated[bool, typer.Option(help="Every depth of the ladder at every width of it.")] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="By use, such as query='query: '; uses: sts, query, passage; default: the model's own."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a forward.")] = 32,
+    json: Json = None,
+    html: Html = None,
+) -> None:
+    """Measure every cup of MODEL: STS and retrieval, or, without labelled data, agreement with the full size."""
+    from torch.nn import Identity
+
+    from nestling import embed
+    from nestling.embed.agreement import agreement
+    from nestling.ladder import Ladder
+
+    for path in (json, html):
+        check_folder(path)
+    prompts = dict(_prompt(item) for item in prompt or ())
+    evaluator = _evaluator(sts, retrieval, prompts, batch_size=batch_size, progress=True, grid=grid)
+    texts = [] if evaluator is not None else _sentences(text)[:1000]
+    encoder = loading(embed.load_encoder, model)
+    ladder, found = _ladder(model, cups, encoder)
+    rotations = {depth: found.get(depth, Identity()) for depth in ladder.layers} if found else None
+    start = time.perf_counter()
+    if evaluator is not None:
+        evaluator.ladder, evaluator.rotations = ladder, rotations
+        rows = evaluator.rows(encoder, model_name=model)
+    else:
+        dims = sorted({cup.dims for cup in ladder})
+        sizes = Ladder((layers, width) for layers in ladder.layers for width in dims) if grid else ladder
+        with console.status(f"comparing {len(texts)} sentences"):
+            rows = agreement(encoder, texts, sizes, rotations=rotations, prompt=prompts.get("sts"))
+        rows = [{"model": model, **row} for row in rows]
+    show([{k: v for k, v in row.items() if k != "method"} for row in rows], f"{model}: quality of every cup")
+    write_results(json, rows, time.perf_counter() - start)
+    if html is not None:
+        from nestling.embed.pages import write_evaluation
+
+        write_evaluation(html, rows, title=f"{model}: quality of every cup", grid=grid)
+        console.print(f"Report: {html}")
+
+
+@embed_app.command()
+@errors_as_messages
+def export(
+    model: Encoder,
+    out: Annotated[Path, typer.Option(help="Folder of the cup; of several, each gets its own within it.")],
+    cup: Annotated[
+        list[str] | None, typer.Option(help="Such as 6x128; may be repeated; default: all of the ladder.")
+    ] = None,
+    cups: Cups = None,
+    onnx: Annotated[bool, typer.Option(help="Also write an ONNX graph.")] = False,
+    int8: Annotated[bool, typer.Option(help="Also write an ONNX graph with int8 weights.")] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="Results of `embed eval --json`, for the model card's table.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Write cups of MODEL as models of their own, checked against it, which any server loads."""
+    from nestling import embed
+
+    for path in (out, json):
+        check_folder(path)
+    rows = [] if results is None else _rows(results)
+    encoder = loading(embed.load_encoder, model)
+    ladder, rotations = _ladder(model, cups, encoder)
+    trained = Path(model).is_dir() and embed.load_ladder(model) is not None
+    sizes = list(ladder) if not cup else [ladder.cup(name) if trained else embed.Cup.parse(name) for name in cup]
+    start, written = time.perf_counter(), []
+    for size in sizes:
+        folder = out if len(cup or ()) == 1 else out / size.name
+        with console.status(f"writing {size}"):
+            found = embed.export(
+                encoder, size, folder, ladder=ladder, rotation=rotations.get(size.layers), rows=rows,
+                onnx=onnx or int8, int8=int8,
+            )  # fmt: skip
+        checks = {"difference": found.difference}
+        checks |= {"onnx_difference": found.onnx_difference} if found.onnx_difference is not None else {}
+        checks |= {"int8_cosine": found.int8_cosine} if found.int8_cosine is not None else {}
+        written.append(
+            {"model": model, "cup": size.name, "folder": folder.name, "MB": found.nbytes / 1e6,
+             "vector_bytes": 4 * size.dims, **checks}
+        )  # fmt: skip
+    show(written, f"{model}: exported cups, and how far they are from it")
+    console.print(f"Saved to {out}")
+    write_results(json, written, time.perf_counter() - start)
+
+
+def _training_data(pairs: list[Path] | None, scored: Path | None, text: str | None) -> list[Any]:
+    """What is trained on; built-in text if nothing is named.
+
+    Raises:
+        ValueError: more than one kind is named, or files of pairs have different columns.
+    """
+    from nestling.pairs import read_pairs, read_sts
+
+    named = [flag for flag, value in (("--pairs", pairs), ("--scored", scored), ("--text", text)) if value]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)}: only one kind of data can be trained on at a time, leave one out")
+    if scored:
+        return read_sts(scored)
+    if not pairs:
+        return _sentences(text)
+    rows: list[dict[str, Any]] = []
+    for path in pairs:
+        found = read_pairs(path)
+        if rows and list(found[0]) != list(rows[0]):
+            raise ValueError(
+                f"{path}: columns {', '.join(found[0])}, expected {', '.join(rows[0])} as in {pairs[0]}: "
+                "train on one kind at a time"
+            )
+        rows += found
+    return rows
+
+
+def _sentences(text: str | None) -> list[str]:
+    from nestling.data import read_texts
+    from nestling.embed.sentences import sentences
+
+    found = sentences(read_texts(text))
+    if not found:
+        raise ValueError(f"{text}: no sentences of four words and more were found, expected prose")
+    return found
+
+
+def _evaluator(sts: list[Path] | None, retrieval: list[Path] | None, prompts: dict[str, str] | None, **options: Any):
+    """An evaluator of the sets that are named, None if there are none."""
+    from nestling.embed import GridEvaluator
+
+    if not sts and not retrieval:
+        return None
+    return GridEvaluator(sts=_named(sts or []), retrieval=_named(retrieval or []), prompts=prompts, **options)
+
+
+def _named(paths: list[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = path.resolve().name.removesuffix(".gz").removesuffix(".jsonl")
+        if name in found:
+            raise ValueError(f"{path}: there is another set called {name}, {found[name]}: rename one")
+        found[name] = path
+    return found
+
+
+def _ladder(model: str, cups: str | None, encoder: Any) -> tuple[Any, dict[int, Any]]:
+    """The cups asked for, or those the model was trained for, or some for its shape; and its rotations."""
+    from nestling import embed
+    from nestling.embed.encoder import Encoder as Parts
+
+    parts = Parts.of(encoder)
+    local = Path(model).is_dir()
+    own = embed.load_ladder(model) if local else None
+    ladder = embed.Ladder.parse(cups) if cups else own or embed.Ladder.default(parts.depth, parts.dims)
+    rotations = embed.load_rotations(model) if local else {}
+    if own and rotations and (missing := sorted(set(ladder.layers) - set(own.layers))):
+        raise ValueError(f"{model} was trained with rotations for its own cups {own}, not for layers {missing}")
+    return ladder, rotations
+
+
+def _weight(item: str) -> tuple[str, float]:
+    cup, _, number = item.partition("=")
+    try:
+        return cup.strip(), float(number)
+    except ValueError:
+        raise ValueError(f"--weight {item!r}: expected a cup and a number, such as 12x768=3") from None
+
+
+def _prompt(item: str) -> tuple[str, str]:
+    use, equals, prompt = item.partition("=")
+    if not equals:
+        raise ValueError(f"--prompt {item!r}: expected a use and a text, such as query='query: '")
+    return use.strip(), prompt
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import json
+
+    try:
+        rows = json.loads(path.read_text("utf-8"))["rows"]
+        if not all("cup" in row for row in rows):
+            raise KeyError("cup")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no results of `embed eval --json` ({error!r})") from error
+    return rows
+
+
+def _show_training(model: str, trained: Any) -> None:
+    """The first and the last point of the curve, a row a cup."""
+    points = trained.info["curve"]
+    losses = [point for point in points if "loss" in point]
+    rows = []
+    for cup in trained.ladder:
+        row: dict[str, Any] = {"cup": cup.name}
+        for when, point in (("first", losses[0]), ("last", losses[-1])) if losses else ():
+            row[f"{when} loss"] = sum(v for k, v in point.items() if k in (cup.name, f"kl_{cup.name}"))
+        for when, place in (("before", 0), ("after", -1)):
+            for kind in ("mean_sts", "mean_ndcg"):
+                found = [p[f"{cup.name}_{kind}"] for p in points if f"{cup.name}_{kind}" in p]
+                row |= {f"{kind} {when}": found[place]} if found else {}
+        rows.append(row)
+    show(rows, f"{model}: every cup, in training")

@@ -1,0 +1,86 @@
+"""How well cups agree with a full model on plain texts: what can be measured where there is no labelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from nestling.embed.encode import EvaluationError, encode, stored_prompts, widths
+from nestling.embed.encoder import Encoder
+from nestling.ladder import Cup, Ladder
+
+NEIGHBOURS = 10
+COLUMNS = {"method": "method", "cup": "cup", "agreement": "agreement", "overlap": f"overlap@{NEIGHBOURS}"}
+
+
+def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = None) -> Tensor:
+    """Unit vectors ``[n, D]`` of the whole model, fp32 on the CPU: the reference of `agreement`."""
+    encoder = Encoder.of(model)
+    size = {encoder.depth: encoder.dims}
+    return normalize(encode(model, texts, size, prompt=_prompt(model, prompt))[encoder.depth], dim=-1)
+
+
+def agreement(
+    model: nn.Module,
+    texts: Sequence[str],
+    cups: Ladder | Iterable[Cup],
+    reference: Tensor | None = None,
+    *,
+    rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    prompt: str | None = None,
+    method: str = "",
+) -> list[dict[str, Any]]:
+    """A row for each cup: ``method, cup``, and how close its rankings are to those of a full model.
+
+    ``agreement`` is Spearman's correlation between a text's similarities to all other texts by the cup and by the
+    reference, the mean over texts. ``overlap`` is the share of its ten nearest neighbours that the two have in common.
+
+    Args:
+        reference: unit vectors ``[n, D]`` of the texts; by default those of this model at full size.
+        rotations: by depth, as the cups were trained with.
+        prompt: in front of texts; by default the model's own.
+
+    Raises:
+        EvaluationError: there are too few texts to have ten neighbours.
+    """
+    if len(texts) <= NEIGHBOURS + 1:
+        raise EvaluationError(
+            f"{len(texts)} texts are too few to compare rankings on: give more than {NEIGHBOURS + 1}"
+        )
+    reference = full_vectors(model, texts, prompt) if reference is None else reference
+    wanted = _rows(reference)
+    ranks, nearest = _ranks(wanted), wanted.topk(NEIGHBOURS).indices
+    sizes = list(cups)
+    found = encode(model, texts, widths(sizes), prompt=_prompt(model, prompt), rotations=rotations)
+    rows = []
+    for cup in sizes:
+        similar = _rows(normalize(found[cup.layers][:, : cup.dims], dim=-1))
+        shared = (similar.topk(NEIGHBOURS).indices[:, :, None] == nearest[:, None, :]).any(-1)
+        spearman = torch.nn.functional.cosine_similarity(_ranks(similar), ranks, dim=-1).mean()
+        rows.append({"method": method, "cup": cup.name, "agreement": float(spearman), "overlap": _mean(shared)})
+    return rows
+
+
+def _rows(vectors: Tensor) -> Tensor:
+    """Each text's similarities to the others, ``[n, n - 1]``."""
+    count = len(vectors)
+    others = ~torch.eye(count, dtype=torch.bool)
+    return (vectors @ vectors.mT)[others].view(count, count - 1)
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """Ranks within each row, centred; ties, which similarities in fp32 hardly have, are broken by place."""
+    ranks = rows.argsort(-1).argsort(-1).double()
+    return ranks - ranks.mean(-1, keepdim=True)
+
+
+def _mean(flags: Tensor) -> float:
+    return float(flags.double().mean())
+
+
+def _prompt(model: nn.Module, prompt: str | None) -> str:
+    return stored_prompts(Encoder.of(model).model)["sts"] if prompt is None else prompt

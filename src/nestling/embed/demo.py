@@ -1,0 +1,130 @@
+"""`nestling demo embed`: an encoder made elastic by following itself, one cup of it exported and put to use."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+
+from nestling import report
+from nestling.data import read_texts
+from nestling.embed.agreement import COLUMNS, agreement, full_vectors
+from nestling.embed.encoder import Encoder
+from nestling.embed.export import export
+from nestling.embed.load import load_encoder
+from nestling.embed.pages import write_demo
+from nestling.embed.rotation import rotations
+from nestling.embed.sentences import sentences
+from nestling.embed.train import Trained, train
+from nestling.embed.trainer import without_bars
+from nestling.ladder import Ladder
+
+LONGEST = 20  # words of a sentence; longer ones are cut
+BATCH, RATE = 48, 2e-4
+FULL_WEIGHT = 4.0  # of the full cup, which has nothing to gain, and is there to stay where it is
+QUERIES = (
+    "What happens when an error is raised?",
+    "repeat a block for every item of a list",
+    "a small function without a name",
+    "wait for something without blocking",
+)
+
+
+def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, console: Console) -> list[dict]:
+    """The demo: cups cut, cups turned into principal components first, and cups that have followed the full model.
+
+    Args:
+        cup: the one that is exported and searched with; the second of the ladder by default.
+        keep: a folder for the trained model and the cup, which are thrown away otherwise.
+    """
+    with console.status(f"loading {model}"):
+        encoder = load_encoder(model)
+    parts = Encoder.of(encoder)
+    ladder = Ladder.default(parts.depth, parts.dims)
+    size = ladder.cups[min(1, len(ladder) - 1)] if cup is None else ladder.cup(cup)
+    pages = list(read_texts(None))
+    openings = [_opening(page) for page in pages]
+    with tempfile.TemporaryDirectory() as thrown_away:
+        folder = Path(thrown_away) if keep is None else keep
+        by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
+        rows, trained = _learn(encoder, ladder, pages, folder / "elastic", steps, model, console)
+        exported = export(encoder, size, folder / size.name, ladder=ladder, rotation=trained.rotations[size.layers])
+        with without_bars():
+            small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
+        costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, openings)
+        by_cup = small.encode(openings), small.encode(list(QUERIES))
+    console.print(report.table(costs, title=f"{size} as a model of its own"))
+    titles = [page.splitlines()[0] for page in pages]
+    answers = _answers({f"by {size}": by_cup, "by the full model": by_full}, titles)
+    console.print(report.table(answers, title="Search in the pages"))
+    write_demo(out, rows, trained, costs, answers, title=f"nestling: {model} in {len(ladder)} sizes")
+    console.print(f"\nReport: {out}" + ("" if keep is None else f"; models: {keep}"))
+    return rows
+
+
+def _learn(
+    encoder: SentenceTransformer, ladder: Ladder, pages: list[str], folder: Path, steps: int, name: str,
+    console: Console,
+) -> tuple[list[dict[str, Any]], Trained]:  # fmt: skip
+    """Train on seven of eight pages; agreement with the model as it was, on the others, before and after."""
+    held_out = sentences(pages[::8], longest=LONGEST)
+    texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
+    with console.status("measuring"):
+        reference = full_vectors(encoder, held_out)
+        turns = rotations(encoder, texts[::3], ladder.layers)  # a thousand are enough for a start
+        rows = agreement(encoder, held_out, ladder, reference, method="cut")
+        rows += agreement(encoder, held_out, ladder, reference, rotations=turns, method="turned")
+    start = time.perf_counter()
+    trained = train(
+        encoder, texts, ladder, folder=folder, rotation=turns, steps=steps, batch_size=BATCH, learning_rate=RATE,
+        recipe={"weights": {ladder.full.name: FULL_WEIGHT}},
+    )  # fmt: skip
+    console.print(
+        f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
+        f"{time.perf_counter() - start:.0f} s; no labels."
+    )
+    with console.status("measuring"):
+        rows += agreement(encoder, held_out, ladder, reference, rotations=trained.rotations, method="distilled")
+    title = f"{name}: agreement of every cup with the full model, on {len(held_out)} held-out sentences"
+    console.print(report.table(rows, COLUMNS, title=title))
+    return rows, trained
+
+
+def _opening(page: str) -> str:
+    """The title of a page and its first sentences."""
+    return " ".join([page.splitlines()[0], *sentences([page], longest=LONGEST)[:3]])
+
+
+def _costs(models: dict[str, SentenceTransformer], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What each model takes, with encode times in turn, so that other work on the machine slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(3):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.encode(list(texts), batch_size=32)
+            seconds[name].append(time.perf_counter() - start)
+    return [
+        {
+            "model": name,
+            "million parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+            "MB of weights": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+            "bytes per vector": 4 * Encoder.of(model).dims,
+            "texts per second": len(texts) / median(seconds[name]),
+        }
+        for name, model in models.items()
+    ]
+
+
+def _answers(found: dict[str, tuple[Any, Any]], titles: Sequence[str]) -> list[dict[str, Any]]:
+    """The two best pages of each query, by each model."""
+    rows: list[dict[str, Any]] = [{"query": query} for query in QUERIES]
+    for name, (pages, queries) in found.items():
+        for row, scores in zip(rows, queries @ pages.T, strict=True):
+            row[name] = "; ".join(titles[i] for i in scores.argsort()[::-1][:2])
+    return rows

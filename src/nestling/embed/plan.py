@@ -1,0 +1,168 @@
+"""What an encoder is trained on, and how: options that fit together, the loss of every cup, the identity of a job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import batch_to_device
+from torch import nn
+
+from nestling.checkpoints import TrainingError
+from nestling.embed.encode import in_eval_mode
+from nestling.embed.encoder import Encoder
+from nestling.embed.examples import Examples
+from nestling.embed.losses import StarbucksLoss
+from nestling.embed.partial import checksum
+from nestling.embed.trainer import check_finite
+from nestling.ladder import Ladder
+
+RECIPE = ("kl", "kl_weight", "temperature", "teacher_temperature", "weights", "cascade", "detach_teacher", "normalize")
+UNLABELLED = (
+    losses.MultipleNegativesRankingLoss,
+    losses.CachedMultipleNegativesRankingLoss,
+    losses.MultipleNegativesSymmetricRankingLoss,
+    losses.CachedMultipleNegativesSymmetricRankingLoss,
+    losses.TripletLoss,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained on what: the parts that do not change."""
+
+    encoder: Encoder
+    examples: Examples
+    given: Any  # the user's loss
+    teacher: SentenceTransformer | None
+
+    @property
+    def distils(self) -> bool:
+        """Whether an external teacher's embeddings are followed, perhaps those of the model as it was."""
+        return not isinstance(self.given, StarbucksLoss) and (
+            self.teacher is not None or self.examples.kind == "texts"
+        )
+
+    def check(self, cups, recipe, rotation, mini_batch, out: Path, resume: bool) -> None:
+        """Options that do not go together."""
+        name, model = type(self.given).__name__, self.encoder.model
+        if isinstance(rotation, str) and rotation not in ("pca", "centred"):
+            raise ValueError(f"rotation must be pca or centred, or rotations by depth, got {rotation!r}")
+        if unknown := set(recipe or {}) - set(RECIPE):
+            raise ValueError(f"recipe has no {sorted(unknown)}: expected some of {', '.join(RECIPE)}")
+        if out.exists() and not resume:
+            raise TrainingError(f"{out} exists: choose another folder, or remove it")
+        if self.given is not None and getattr(self.given, "model", model) is not model:
+            raise ValueError(f"the {name} is of another model: make it of the one that is trained")
+        if isinstance(self.given, StarbucksLoss):
+            also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": rotation}
+            if wrong := [key for key, value in also.items() if value is not None]:
+                raise ValueError(f"a StarbucksLoss has its own {', '.join(wrong)}: give those to it, or a base loss")
+        if mini_batch is not None and (self.given is not None or self.examples.kind != "pairs"):
+            raise ValueError("mini_batch is for pairs without a loss of your own: give a loss that caches gradients")
+        if self.examples.kind == "scored" and isinstance(self.given, UNLABELLED):
+            raise ValueError(f"{name} takes every pair as a good one, and these have scores: use CoSENTLoss, or pairs")
+        if self.distils and self.examples.labels is not None:
+            raise ValueError("a teacher takes the place of labels: give pairs or texts, or leave the teacher out")
+
+    def job(self, ladder, steps, batch, learning_rate, warmup, seed, prompts, recipe, rotation) -> dict[str, Any]:
+        """What a resumed training must agree on: plain JSON values."""
+        data = [self.examples.kind, self.examples.columns, self.examples.labels]
+        turns = rotation
+        if isinstance(rotation, Mapping):
+            turns = {str(depth): checksum(turn) for depth, turn in rotation.items()}
+        base = self.base(None)
+        weights = {str(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
+        recipe = {**(recipe or {}), **({"weights": weights} if weights else {})}
+        return {
+            "model": checksum(self.encoder.model), "cups": str(ladder), "kind": self.examples.kind,
+            "rows": len(self.examples), "data": checksum(data), "loss": None if base is None else type(base).__name__,
+            "teacher": None if self.teacher is None else checksum(self.teacher), "rotation": turns,
+            "recipe": recipe, "prompts": prompts, "steps": steps, "batch_size": batch,
+            "learning_rate": learning_rate, "warmup": warmup, "seed": seed,
+        }  # fmt: skip
+
+    def base(self, mini_batch: int | None) -> nn.Module | None:
+        """The loss of one cup; none where texts are all there is."""
+        model: Any = self.encoder.model
+        if self.given is not None or self.examples.kind == "texts":
+            return self.given
+        if self.examples.kind == "scored":
+            return losses.CoSENTLoss(model)
+        if mini_batch is None:
+            return losses.MultipleNegativesRankingLoss(model)
+        return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch)
+
+    def loss(self, ladder: Ladder, recipe, mini_batch, turns, table) -> StarbucksLoss:
+        """The loss of all cups."""
+        if isinstance(self.given, StarbucksLoss):
+            return self.given
+        base = self.base(mini_batch)
+        gathers = processes() > 1 and not getattr(base, "gather_across_devices", False)
+        return StarbucksLoss(
+            self.encoder.model, base, ladder, rotations=turns, teacher=table, gather_across_devices=gathers,
+            **(recipe or {}),
+        )  # fmt: skip
+
+
+def ladder_of(encoder: Encoder, cups: Any) -> Ladder:
+    found = Ladder.default(encoder.depth, encoder.dims) if cups is None else Ladder.parse(cups)
+    return found.check(encoder.depth, encoder.dims)
+
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def prompts_of(asked: str | Mapping[str, str] | None, examples: Examples, stored: Mapping[str, str]) -> dict[str, str]:
+    """The prompt of each column that has one."""
+    if isinstance(asked, Mapping):
+        if unknown := set(asked) - set(examples.columns):
+            raise ValueError(
+                f"there are no columns {sorted(unknown)} to prompt: expected {', '.join(examples.columns)}"
+            )
+        found = {name: asked.get(name, "") for name in examples.columns}
+    else:
+        found = dict.fromkeys(examples.columns, stored["sts"] if asked is None else asked)
+    return {name: prompt for name, prompt in found.items() if prompt}
+
+
+def attempt(loss: StarbucksLoss, examples: Examples, distils: bool, prompts: dict[str, str]) -> None:
+    """Compute the loss of a few rows, so that what cannot be computed is said before anything is written.
+
+    Raises:
+        ValueError: the loss cannot use the rows or their labels.
+        TrainingError: it is not finite.
+    """
+    some = min(4, len(examples))
+    model: Any = loss.model
+    features = [
+        batch_to_device(model.preprocess(column[:some], prompt=prompts.get(name)), model.device)
+        for name, column in examples.columns.items()
+    ]
+    count = len(features)
+    labels = torch.arange(some * count).view(some, count) if distils else None
+    gathers, loss.gather_across_devices = loss.gather_across_devices, False
+    try:
+        if examples.labels is not None:
+            labels = torch.tensor(examples.labels[:some])
+        with in_eval_mode(model), torch.no_grad():
+            parts = loss.to(model.device)(features, None if labels is None else labels.to(model.device))
+    except (TypeError, AttributeError, IndexError, RuntimeError) as error:
+        shown = "none" if examples.labels is None else f"like {examples.labels[0]!r}"
+        raise ValueError(
+            f"{type(loss.loss).__name__} cannot be computed of {count} columns of texts with labels {shown} "
+            f"({error}): give it the rows that it needs, or choose another loss"
+        ) from error
+    finally:
+        loss.gather_across_devices = gathers
+    try:
+        check_finite(parts)
+    except TrainingError as error:
+        raise TrainingError(f"before the first step {error}: the weights are broken, or the labels are") from error

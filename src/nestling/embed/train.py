@@ -1,0 +1,337 @@
+"""Training every cup of an encoder at once (SRL, arXiv 2410.13230), on SentenceTransformerTrainer.
+
+Batches are put together beforehand, so that a training that is resumed, or shared by several processes, sees the same
+ones. A teacher's embeddings are computed once and mapped from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from torch import Tensor, nn
+from transformers import PrinterCallback
+
+from nestling.checkpoints import begin, run
+from nestling.embed.card import trained_card
+from nestling.embed.dropout import without_dropout
+from nestling.embed.encode import stored_prompts
+from nestling.embed.encoder import Encoder
+from nestling.embed.evaluate import GridEvaluator
+from nestling.embed.examples import Examples, order
+from nestling.embed.files import LADDER_FILE, ROTATIONS_FILE, read_rotations, write_folder, write_rotations
+from nestling.embed.losses import StarbucksLoss
+from nestling.embed.plan import Plan, attempt, ladder_of, processes, prompts_of
+from nestling.embed.rotation import Rotation, rotations
+from nestling.embed.teacher import numbered, write_table
+from nestling.embed.trainer import CupTrainer, Watch, without_bars
+from nestling.ladder import Ladder
+from nestling.progress import progress_bar
+from nestling.report import plain
+
+BATCH = 64
+SAMPLE = 10_000  # texts that a start rotation is taken from
+TEACHER_FILE = "teacher.npy"
+Loss = nn.Module | Callable[[SentenceTransformer], nn.Module]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training wrote; the model itself was trained in place.
+
+    Attributes:
+        folder: a sentence-transformers folder, with ``nestling.json``.
+        ladder: the cups that were trained.
+        rotations: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
+        info: settings, seconds, and ``curve``, the losses and measurements by step; as in ``nestling.json``.
+    """
+
+    folder: Path
+    ladder: Ladder
+    rotations: dict[int, Rotation] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    model: SentenceTransformer,
+    data: Iterable[str] | Iterable[Mapping[str, Any]],
+    cups: Ladder | str | Iterable[Any] | None = None,
+    *,
+    folder: str | Path,
+    loss: Loss | None = None,
+    teacher: SentenceTransformer | None = None,
+    rotation: str | Mapping[int, Rotation] | None = None,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    batch_size: int | None = None,
+    mini_batch: int | None = None,
+    learning_rate: float = 5e-5,
+    warmup: float = 0.1,
+    seed: int = 0,
+    evaluator: GridEvaluator | None = None,
+    prompts: str | Mapping[str, str] | None = None,
+    teacher_prompts: str | Mapping[str, str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    dropout: bool | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **arguments: Any,
+) -> Trained:
+    """Train a sentence encoder so that every cup is good by itself, and save it.
+
+    What is learned follows from the data:
+
+    * pairs (`read_pairs`): MultipleNegativesRankingLoss at every cup, and small cups follow the full one;
+    * scored pairs (`read_sts`): CoSENTLoss likewise;
+    * texts: no labels. Every cup, the full one too, follows the similarities of the model as it was, at full size.
+
+    Under ``torchrun`` every process calls this; the loss is the one of the global batch, as in one process.
+
+    Args:
+        model: trained in place, on its own device or the accelerator that there is.
+        data: strings, or rows with the columns ``anchor, positive[, negative...]`` or ``sentence1, sentence2, score``;
+            with a ``loss`` of your own, any columns of texts and one of labels.
+        cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
+        folder: of the trained model, must not exist; checkpoints go beside it, into ``<folder>-checkpoints``.
+        loss: a base loss of the model for `StarbucksLoss`, a function that makes one, or a whole `StarbucksLoss`.
+        teacher: another sentence encoder, of any kind and width, that all cups follow, beside the loss if there are
+            pairs. Its embeddings are computed once.
+        rotation: ``"pca"`` turns the pooled vectors of every depth into their principal components before they are
+            cut, ``"centred"`` takes their mean out as well (see `rotations`); or rotations by depth. They are saved
+            beside the model; only exports and measurements that are given them apply them.
+        steps: of the optimiser; None for ``epochs`` passes over the data.
+        batch_size: rows a step, over all processes and accumulation steps; by default 64, or all rows if there are
+            fewer. No text comes twice in a batch where that can be had.
+        mini_batch: rows that are embedded at a time, with cached gradients: large batches in little memory (pairs).
+        learning_rate, warmup: of AdamW; it falls to zero linearly, after a rise over that share of the steps.
+        evaluator: measures on held-out data before, ten times during and after the training; the checkpoint with the
+            best mean over the cups is kept. If it has no ladder, or no rotations, it is given those of the training.
+        prompts: in front of texts, for all columns or by column; by default the model's own for ``encode``.
+        teacher_prompts: the same for ``teacher``.
+        recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``.
+        dropout: whether the model's dropout is on while it is trained; by default not where texts are all there is,
+            since what is followed has none, and on otherwise.
+        resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
+        arguments: for SentenceTransformerTrainingArguments: ``bf16, gradient_checkpointing, save_steps, eval_steps,
+            gradient_accumulation_steps, weight_decay, ...``.
+
+    Raises:
+        ExampleError: the rows cannot be trained on (which one, and why).
+        LadderError, UnsupportedEncoderError: the cups do not fit the model.
+        ValueError: options that do not go together, or labels that the loss cannot use.
+        TrainingError: the loss or a gradient is not finite (step and part are named), a checkpoint cannot be written,
+            or the folders are another training's. The last whole checkpoint is kept.
+    """
+    for package in ("accelerate", "datasets"):
+        if find_spec(package) is None:
+            raise ImportError(f"training needs {package}: pip install 'nestling[train,embed]'")
+    encoder, out = Encoder.of(model), Path(folder)
+    inner = loss if loss is None or isinstance(loss, nn.Module) else loss(model)
+    plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
+    plan.check(cups, recipe, rotation, mini_batch, out, resume)
+    ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
+    if isinstance(inner, StarbucksLoss) and inner.rotations:
+        rotation = {int(depth): turn for depth, turn in inner.rotations.items()}  # type: ignore[misc]
+    rows = len(plan.examples)
+    batch = min(BATCH, rows) if batch_size is None else batch_size
+    if not 2 * arguments.get("gradient_accumulation_steps", 1) <= batch <= rows:
+        raise ValueError(
+            f"batch_size={batch} does not fit {rows} rows: a step takes some of them, and a loss compares at least two"
+        )
+    steps = max(1, round(epochs * rows / batch)) if steps is None else steps
+    work = out.with_name(f"{out.name}-checkpoints")
+    texts = prompts_of(prompts, plan.examples, stored_prompts(model))
+    options = _arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, arguments)
+    noisy = plan.examples.kind != "texts" if dropout is None else dropout
+    job = plan.job(ladder, steps, batch, learning_rate, warmup, seed, texts, recipe, rotation)
+    job["dropout"] = noisy
+    # From here on the disk is written to. First what needs no disk is tried, on a few rows.
+    table = np.zeros((4 * len(plan.examples.columns), 2), np.float32) if plan.distils else None
+    attempt(plan.loss(ladder, recipe, mini_batch, {}, table), plan.examples, plan.distils, texts)
+    checkpoint = begin(work, job, resume)
+    started, mode = time.monotonic(), model.training
+    with options.main_process_first(local=False, desc="start"):
+        turns = _rotations(model, rotation, ladder, plan.examples, work, resume, texts)
+        numbers = None
+        if plan.distils:
+            by = prompts_of(teacher_prompts, plan.examples, stored_prompts(teacher)) if teacher else texts
+            entries, numbers = numbered(plan.examples.columns, by)
+            table = _table(work / TEACHER_FILE, teacher or model, entries, resume, progress)
+    srl = plan.loss(ladder, recipe, mini_batch, turns, table)
+    measures = _measures(evaluator, ladder, turns)
+    watch = Watch(ladder, steps, progress)
+    try:
+        trainer = CupTrainer(
+            model, options, train_dataset=_dataset(plan.examples, numbers, order(plan.examples, batch, steps, seed)),
+            loss=srl, evaluator=measures, callbacks=[watch],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        with without_bars(), without_dropout(model, off=not noisy):
+            run(trainer, work, checkpoint)
+    finally:
+        watch.bar.stop()
+        model.train(mode)
+        if options.gradient_checkpointing:
+            _without_checkpointing(model)
+    info = _info(job, trainer, watch, time.monotonic() - started)
+    trained = Trained(out, ladder, turns, info)
+    if trainer.is_world_process_zero():
+        _save(model, trained)
+    trainer.accelerator.wait_for_everyone()
+    return trained
+
+
+def _arguments(
+    work: Path, steps: int, batch: int, learning_rate: float, warmup: float, seed: int,
+    evaluator: GridEvaluator | None, prompts: dict[str, str], changes: dict[str, Any],
+) -> SentenceTransformerTrainingArguments:  # fmt: skip
+    """The trainer's arguments: our defaults under the user's ``changes``."""
+    parts = processes() * changes.get("gradient_accumulation_steps", 1)
+    if batch % parts:
+        raise ValueError(f"batch_size={batch} must be a multiple of processes times accumulation steps, {parts}")
+    if not (steps >= 1 and 0 <= warmup < 1 and math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(
+            f"steps={steps}, learning_rate={learning_rate:g} and warmup={warmup:g} must be at least 1, above 0, and "
+            "a share of the steps from 0 to below 1"
+        )
+    often = max(1, steps // 10)
+    defaults: dict[str, Any] = {
+        "output_dir": str(work),
+        "per_device_train_batch_size": batch // parts,
+        "per_device_eval_batch_size": batch // parts,
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "warmup_steps": round(warmup * steps),
+        "logging_steps": max(1, steps // 100),
+        "save_steps": often,
+        "save_total_limit": 2,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "report_to": "none",
+        "seed": seed,
+        "prompts": prompts or None,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    if evaluator is not None:
+        defaults |= {
+            "eval_strategy": "steps",
+            "eval_steps": changes.get("save_steps", often),
+            "eval_on_start": True,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": f"eval_{evaluator.name}{'_' * bool(evaluator.name)}mean",
+            "greater_is_better": True,
+        }
+    return SentenceTransformerTrainingArguments(**(defaults | _checkpointing(changes)))
+
+
+def _checkpointing(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes with gradient checkpointing under the name that this version of transformers has for it.
+
+    The other kind of it, which re-enters autograd, hides the gradients of the layers between.
+    """
+    known = {field.name for field in fields(SentenceTransformerTrainingArguments)}
+    new = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    found = {key.replace("gradient_checkpointing", new): value for key, value in changes.items()}
+    return {f"{new}_kwargs": {"use_reentrant": False}, **found} if found.get(new) else found
+
+
+def _rotations(
+    model: SentenceTransformer, rotation: Any, ladder: Ladder, examples: Examples, work: Path, resume: bool,
+    prompts: dict[str, str],
+) -> dict[int, Rotation]:  # fmt: skip
+    """The start rotations. They are kept beside the checkpoints: a resumed training must not find others."""
+    if rotation is None:
+        return {}
+    path = work / ROTATIONS_FILE
+    if path.is_file() and (resume or int(os.environ.get("RANK", 0)) > 0):  # the first process has written them
+        return read_rotations(path)
+    if isinstance(rotation, Mapping):
+        found = dict(rotation)
+    else:
+        prompted = [prompts.get(name, "") + text for name, column in examples.columns.items() for text in column]
+        texts = list(dict.fromkeys(prompted))
+        few = texts[:: -(-len(texts) // SAMPLE)]
+        found = rotations(model, few, ladder.layers, centred=rotation == "centred")
+    write_rotations(path, found)
+    return read_rotations(path)
+
+
+def _table(
+    path: Path, teacher: SentenceTransformer, entries: list[tuple[str, str]], resume: bool, progress: bool
+) -> np.ndarray:
+    """The teacher's embeddings, from the file if this training has written them already."""
+    mine = int(os.environ.get("RANK", 0)) == 0
+    if mine and not (resume and path.is_file()):
+        with progress_bar(progress) as bar:
+            task = bar.add_task("embedding by the teacher", total=len(entries))
+            write_table(path, teacher, entries, advance=lambda count: bar.advance(task, count))
+    return np.load(path, mmap_mode="c")
+
+
+def _measures(evaluator: GridEvaluator | None, ladder: Ladder, turns: dict[int, Rotation]) -> GridEvaluator | None:
+    """The user's evaluator with this training's cups and rotations, if it has none."""
+    if evaluator is None:
+        return None
+    found = copy(evaluator)
+    found.ladder = evaluator.ladder or ladder
+    if turns and evaluator.rotations is None:  # depths without one are measured as they are
+        found.rotations = {depth: turns.get(depth, nn.Identity()) for depth in ladder.layers}
+    return found
+
+
+def _dataset(examples: Examples, numbers: Tensor | None, rows: Tensor):
+    """The rows in the order of the batches, as a `datasets.Dataset`."""
+    from datasets import Dataset
+
+    columns: dict[str, list[Any]] = dict(examples.columns)
+    if numbers is not None:
+        columns["label"] = numbers.tolist()
+    elif examples.labels is not None:
+        columns["label"] = examples.labels
+    return Dataset.from_dict(columns).select(rows.tolist())
+
+
+def _without_checkpointing(model: SentenceTransformer) -> None:
+    """The backbone as it was; the name of the method differs between versions of transformers."""
+    backbone: Any = Encoder.of(model).backbone
+    for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
+        if hasattr(backbone, name):
+            return getattr(backbone, name)()
+
+
+def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float) -> dict[str, Any]:
+    """What ``nestling.json`` says of the training."""
+    left_out = ("model", "cups", "data", "teacher")
+    kept = {key: value for key, value in job.items() if key not in left_out}
+    best = trainer.state.best_model_checkpoint
+    chosen = {} if best is None else {"best_step": int(best.rsplit("-", 1)[-1]), "best": trainer.state.best_metric}
+    taught = {"teacher": job["teacher"] is not None}
+    return {**kept, **taught, "seconds": round(seconds), **chosen, "curve": watch.points}
+
+
+def _save(model: SentenceTransformer, trained: Trained) -> None:
+    """The folder, whole or not at all."""
+
+    def fill(new: Path) -> None:
+        with without_bars():
+            Encoder.of(model).model.save_pretrained(str(new), create_model_card=False)
+        named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
+        value = trained.ladder.to_json() | named | {"training": trained.info}
+        (new / LADDER_FILE).write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", "utf-8")
+        if trained.rotations:
+            write_rotations(new / ROTATIONS_FILE, trained.rotations)
+        (new / "README.md").write_text(trained_card(model, trained.ladder, trained.info), "utf-8")
+
+    write_folder(trained.folder, fill)

@@ -1,0 +1,112 @@
+"""SentenceTransformerTrainer with batches in a fixed order, that stops when a number is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from nestling.checkpoints import TrainingError
+from nestling.ladder import Ladder
+from nestling.progress import progress_bar
+
+
+class CupTrainer(SentenceTransformerTrainer):
+    """The stock trainer; rows are taken as they come, since `order` has put them into batches."""
+
+    def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
+        return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: the stock card tells of the data set's first rows and of this machine's settings."""
+
+    def track_loss_components(self, loss: dict[str, Tensor]) -> None:
+        check_finite(loss)
+        super().track_loss_components(loss)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of transformers for as long as the block lasts: one for every checkpoint that is written."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def check_finite(parts: dict[str, Tensor]) -> None:
+    """Raises:
+    TrainingError: a part of the loss is NaN or infinite; it is named.
+    """
+    finite = torch.stack([value.detach().isfinite() for value in parts.values()])
+    if not finite.all():
+        bad = [name for name, good in zip(parts, finite.tolist(), strict=True) if not good]
+        raise TrainingError(f"the loss is not finite ({', '.join(bad)})")
+
+
+class Watch(TrainerCallback):
+    """The progress bar with the loss of each cup, the training curve, and a look at the gradients.
+
+    Attributes:
+        points: ``{"step", "loss", "6x128", "kl_6x128", ..., "mean", "6x128_mean_sts", ...}``: parts of the loss, and
+            what was measured on held-out data.
+    """
+
+    def __init__(self, ladder: Ladder, steps: int, progress: bool):
+        self.ladder = ladder
+        self.points: list[dict[str, float]] = []
+        self.bar = progress_bar(progress)
+        self.task = self.bar.add_task("training", total=steps)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar.start()
+        self.points = curve(state.log_history)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """A gradient that is not finite would put NaN into the weights, and into the next checkpoint."""
+        if model is None or args.fp16:  # gradient scaling in fp16 meets infinities by design, and skips those steps
+            return
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+            bad = next((name for name, g in gradients.items() if not g.isfinite().all()), "their norm")
+            raise TrainingError(f"the gradient is not finite ({bad})")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.points = curve(state.log_history)
+        last = next((point for point in reversed(self.points) if "loss" in point), {})
+        losses = {cup.name: _of_cup(last, cup.name) for cup in self.ladder}
+        shown = ", ".join(f"{name}: {value:.3f}" for name, value in losses.items() if value is not None)
+        self.bar.update(self.task, description=f"training, loss {shown}" if shown else "training")
+
+
+def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What a trainer has logged, a row a step: losses by part, measurements by their own names."""
+    points: dict[int, dict[str, float]] = {}
+    for entry in history:
+        point = points.setdefault(int(entry["step"]), {"step": int(entry["step"])})
+        if "loss" in entry:
+            other = ("step", "epoch", "grad_norm", "learning_rate")
+            point |= {name: value for name, value in entry.items() if name not in other}
+        point |= {name[5:]: value for name, value in entry.items() if name.startswith("eval_") and "mean" in name}
+    return [points[step] for step in sorted(points) if len(points[step]) > 1]
+
+
+def _of_cup(point: dict[str, float], name: str) -> float | None:
+    """All parts of a cup's loss together."""
+    parts = [value for key, value in point.items() if key in (name, f"kl_{name}")]
+    return sum(parts) if parts else None

@@ -1,0 +1,75 @@
+"""Rows that are trained on: what is taken, what is refused, and the order of the batches."""
+
+import pytest
+
+from nestling.embed.examples import Examples, order
+
+PAIRS = [{"anchor": f"a{i}", "positive": f"p{i}"} for i in range(10)]
+SCORED = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "score": float(i % 3), "subset": "x"} for i in range(10)]
+
+
+def test_texts_are_taken_once():
+    found = Examples.of(["one", "two", "one"])
+    assert found == Examples("texts", {"text": ["one", "two"]}) and len(found) == 2
+
+
+def test_pairs_and_triplets():
+    assert Examples.of(PAIRS).columns["positive"][:2] == ["p0", "p1"]
+    triplets = Examples.of([row | {"negative": "no"} for row in PAIRS])
+    assert triplets.kind == "pairs" and list(triplets.columns) == ["anchor", "positive", "negative"]
+
+
+def test_scored_pairs_without_other_fields():
+    found = Examples.of(SCORED)
+    assert found.kind == "scored" and list(found.columns) == ["sentence1", "sentence2"]
+    assert found.labels[:4] == [0, 1, 2, 0]
+
+
+def test_rows_for_a_loss_of_ones_own():
+    rows = [{"query": f"q{i}", "good": "g", "bad": "b", "label": [i, 0.5]} for i in range(3)]
+    found = Examples.of(rows, own_loss=True)
+    assert found.kind == "rows" and list(found.columns) == ["query", "good", "bad"] and found.labels[1] == [1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "nothing to train on"),
+        ("a text", "expected a list"),
+        (["a", 3], "text 2 must be text, got 3"),
+        (["a", " "], "text 2 is blank"),
+        (["a", "a", "a"], "all texts are the same, 'a'"),
+        ([{"anchor": "a", "positive": "a"}] * 3, "all texts are the same"),
+        ([*PAIRS, {"anchor": "a"}], "row 11 has anchor: expected anchor, positive, as in row 1"),
+        ([*PAIRS, "text"], "row 11 has 'text': expected anchor, positive"),
+        ([{"anchor": "a", "positive": ""}], "row 1: 'positive' is blank"),
+        ([{"anchor": "a", "positive": None}], "row 1: 'positive' must be text, got None"),
+        ([{"left": "a", "right": "b"}], "row 1 has left, right: expected sentence1, sentence2, score; anchor"),
+        ([row | {"score": 1.0} for row in SCORED], "all scores are the same"),
+        ([*SCORED, SCORED[0] | {"score": float("nan")}], "row 11: 'score' must be a finite number"),
+        ([*SCORED, SCORED[0] | {"score": "high"}], "row 11: 'score' must be a finite number .*got 'high'"),
+        ([3], "row 1 is 3"),
+    ],
+)
+def test_bad_rows_are_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        Examples.of(data)
+
+
+def test_batches_are_passes_in_orders_of_their_own():
+    found = order(Examples.of(PAIRS), 5, 4, seed=3).tolist()
+    assert sorted(found[:10]) == sorted(found[10:]) == list(range(10)) and found[:10] != found[10:]
+    assert found == order(Examples.of(PAIRS), 5, 4, seed=3).tolist() != order(Examples.of(PAIRS), 5, 4, 4).tolist()
+
+
+def test_no_text_comes_twice_in_a_batch():
+    rows = [{"anchor": f"a{i % 8}", "positive": f"p{i}"} for i in range(40)]
+    found = order(Examples.of(rows), 8, 30, seed=0).view(30, 8)
+    for batch in found.tolist():
+        assert len({row % 8 for row in batch}) == 8
+    assert set(found.flatten().tolist()) == set(range(40))  # rows that wait are not forgotten
+
+
+def test_rows_that_all_share_a_text_are_taken_anyway():
+    rows = [{"anchor": "the same", "positive": f"p{i}"} for i in range(6)]
+    assert len(order(Examples.of(rows), 4, 3, seed=0)) == 12

@@ -1,0 +1,56 @@
+"""What lies beside a stock model: ladder and rotations; written whole or not at all."""
+
+import pytest
+import torch
+
+from nestling.embed.files import load_ladder, load_rotations, write_folder, write_rotations
+from nestling.embed.rotation import Rotation
+from nestling.ladder import Ladder, LadderError
+
+
+def test_folders_without_a_ladder(tmp_path):
+    assert load_ladder(tmp_path) is None and load_rotations(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cups": 3}', '{"cups": [{"layers": 0, "dims": 2}]}', '{"format": 9}'])
+def test_damaged_ladders_are_named(tmp_path, text):
+    (tmp_path / "nestling.json").write_text(text)
+    with pytest.raises(LadderError, match=r"nestling.json is damaged"):
+        load_ladder(tmp_path)
+
+
+def test_an_export_is_its_own_cup(tmp_path):
+    value = str(Ladder.parse("1x8,4x32").to_json() | {"cup": "1x8"}).replace("'", '"')
+    (tmp_path / "nestling.json").write_text(value)
+    assert str(load_ladder(tmp_path)) == "1x8"
+
+
+def test_rotations_round_trip(tmp_path):
+    turns = {1: Rotation(torch.eye(4).flip(0)), 3: Rotation(torch.eye(4), torch.arange(4.0))}
+    (tmp_path / "nestling.json").write_text(
+        '{"cups": [{"layers": 3, "dims": 4}], "rotations": "rotations.safetensors"}'
+    )
+    with pytest.raises(LadderError, match="rotations.safetensors is missing"):
+        load_rotations(tmp_path)
+    write_rotations(tmp_path / "rotations.safetensors", turns)
+    found = load_rotations(tmp_path)
+    assert list(found) == [1, 3] and found[1].mean is None
+    torch.testing.assert_close(found[3].mean, turns[3].mean)
+    torch.testing.assert_close(found[1].encode, turns[1].encode)
+    (tmp_path / "rotations.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(LadderError, match="rotations.safetensors is damaged"):
+        load_rotations(tmp_path)
+
+
+def test_folders_are_replaced_whole(tmp_path):
+    write_folder(tmp_path / "out", lambda new: (new / "a").write_text("1"))
+    with pytest.raises(RuntimeError):
+        write_folder(tmp_path / "out", fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "1"
+    write_folder(tmp_path / "out", lambda new: (new / "b").write_text("2"))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
+
+
+def fail(new):
+    (new / "half").write_text("")
+    raise RuntimeError("the disk is full")

@@ -1,0 +1,405 @@
+"""Training on tiny encoders: every cup gains, it resumes, two processes are as good as one, bad input is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+
+from nestling import embed
+from nestling.checkpoints import TrainingError, last_whole
+from nestling.embed import GridEvaluator, StarbucksLoss, load_ladder, load_rotations, train
+from nestling.embed.encode import encode
+from nestling.embed.encoder import Encoder
+from nestling.embed.rotation import Rotation
+from nestling.ladder import LadderError
+
+from .families import sentence_model, some_texts
+
+CUPS = "1x8,2x16,4x32"
+NAMES = ["1x8", "2x16", "4x32"]
+TEXTS = list(dict.fromkeys(some_texts(60, seed=1, longest=8)))
+FAST = dict(steps=30, batch_size=8, learning_rate=1e-3, progress=False)
+
+
+def pairs(count: int = 32, negatives: bool = False) -> list[dict]:
+    """A text means the same as its words in the other order."""
+    texts = list(dict.fromkeys(some_texts(3 * count, seed=2, longest=8)))
+    rows = [{"anchor": text, "positive": " ".join(reversed(text.split()))} for text in texts if " " in text][:count]
+    return [row | {"negative": text} for row, text in zip(rows, texts[::-1], strict=False)] if negatives else rows
+
+
+def scored(count: int = 32) -> list[dict]:
+    """The score is the share of common words."""
+    first, second = some_texts(count, seed=3, longest=6), some_texts(count, seed=4, longest=6)
+    mixed = [f"{a} {b}" if i % 2 else b for i, (a, b) in enumerate(zip(first, second, strict=True))]
+    return [
+        {"sentence1": a, "sentence2": b, "score": len({*a.split()} & {*b.split()}) / 6}
+        for a, b in zip(first, mixed, strict=True)
+    ]
+
+
+def run(model, data, folder, cups=CUPS, **options):
+    return train(model, data, cups, folder=folder, **{**FAST, **options})
+
+
+def same(one, other) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+
+
+def losses_of(point: dict, name: str) -> float:
+    return sum(value for key, value in point.items() if key in (name, f"kl_{name}"))
+
+
+@pytest.mark.parametrize(
+    "data, options",
+    [
+        (pairs(), {}),
+        (pairs(negatives=True), {"recipe": {"weights": {embed.Cup(4, 32): 2.0}, "temperature": 0.1}}),
+        (pairs(), {"mini_batch": 3}),
+        (scored(), {}),
+        (TEXTS, {}),
+        (TEXTS, {"rotation": "pca"}),
+        (pairs(), {"rotation": "centred"}),
+    ],
+    ids=["pairs", "triplets", "cached", "scored", "texts", "texts-pca", "pairs-centred"],
+)
+def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options):
+    model = encoder()
+    trained = run(model, data, tmp_path / "out", **{"steps": 60, "logging_steps": 10, **options})
+    first, *_, last = trained.info["curve"]
+    for name in NAMES[:2] if data is TEXTS else NAMES:
+        assert losses_of(last, name) < losses_of(first, name), name
+    if data is TEXTS:  # the full cup starts where it should stay
+        assert last["kl_4x32"] < 0.05
+    assert not model.training and last["step"] == 60
+    loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)  # a stock one
+    torch.testing.assert_close(loaded.encode(TEXTS[:5]), model.encode(TEXTS[:5]))
+    assert load_ladder(tmp_path / "out") == trained.ladder
+    assert sorted(load_rotations(tmp_path / "out")) == ([1, 2, 4] if options.get("rotation") else [])
+
+
+def test_texts_follow_the_model_as_it_was(encoder, tmp_path):
+    """Small cups agree better with the old full model, and the full one has not gone away from it."""
+    old, model = encoder(), encoder()
+    run(model, TEXTS, tmp_path / "out", steps=80, batch_size=32, learning_rate=3e-4)
+
+    def agreement(model, layers, dims):
+        wanted, found = (
+            torch.nn.functional.normalize(encode(m, TEXTS, {depth: width})[depth], dim=-1)
+            for m, depth, width in ((old, 4, 32), (model, layers, dims))
+        )
+        rows = torch.stack([(vectors @ vectors.mT).flatten() for vectors in (wanted, found)])
+        return float(torch.corrcoef(rows)[0, 1])
+
+    for size, gain in (((1, 8), 0.2), ((2, 16), 0.2)):
+        assert agreement(model, *size) > agreement(old, *size) + gain
+    assert agreement(model, 4, 32) > 0.97
+
+
+def test_dropout_is_off_for_texts_and_back_afterwards(encoder, tmp_path):
+    """The vectors that are followed have none; a tiny model that learns to bear it goes far away from them."""
+    model = encoder()
+    seen = []
+    drop = model[0].model.embeddings.dropout
+    drop.register_forward_hook(lambda module, args, output: seen.append((module.training, module.p)))
+    run(model, TEXTS, tmp_path / "texts", steps=2)
+    assert (True, 0.0) in seen and (True, 0.1) not in seen and drop.p == 0.1
+    run(model, pairs(), tmp_path / "pairs", steps=2)
+    assert (True, 0.1) in seen
+    seen.clear()
+    run(model, pairs(), tmp_path / "quiet", steps=2, dropout=False)
+    assert (True, 0.1) not in seen
+
+
+def test_another_encoder_teaches_texts_and_pairs(encoder, tmp_path, backbones):
+    teacher = sentence_model(backbones("distilbert"))
+    for name, data in (("texts", TEXTS), ("pairs", pairs())):
+        trained = run(encoder(), data, tmp_path / name, teacher=teacher, logging_steps=10)
+        first, *_, last = trained.info["curve"]
+        assert {"kl_1x8", "kl_4x32"} <= set(first) and ("1x8" in first) == (name == "pairs")
+        assert last["kl_4x32"] < first["kl_4x32"] and trained.info["teacher"]
+    assert (tmp_path / "texts-checkpoints" / "teacher.npy").is_file()
+
+
+def test_prompts_reach_the_loss_and_the_teacher(encoder, tmp_path):
+    """The teacher of texts under a prompt has seen the same prompt: at full size there is nothing to learn."""
+    model = encoder()
+    model.prompts, model.default_prompt_name = {"usual": "w50 w51 "}, "usual"
+    zero = run(model, TEXTS, tmp_path / "zero", steps=1, learning_rate=1e-9)
+    assert zero.info["prompts"] == {"text": "w50 w51 "}
+    other = run(encoder(), TEXTS, tmp_path / "other", steps=1, learning_rate=1e-9, prompts="w50 w51 ")
+    plain = run(encoder(), TEXTS, tmp_path / "plain", steps=1, learning_rate=1e-9, prompts="")
+    assert zero.info["curve"][0] == other.info["curve"][0] != plain.info["curve"][0]
+
+
+def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
+    model, measure = encoder(), GridEvaluator(sts={"dev": scored()})
+    trained = run(
+        model, pairs(), tmp_path / "out", evaluator=measure, rotation="pca", learning_rate=0.02, save_steps=6
+    )
+    points = {p["step"]: p["mean"] for p in trained.info["curve"] if "mean" in p}
+    assert list(points) == [0, 6, 12, 18, 24, 30]
+    best = max((step for step in points if step), key=lambda step: points[step])
+    assert trained.info["best_step"] == best
+    measure = GridEvaluator(CUPS, sts={"dev": scored()}, rotations=trained.rotations)
+    assert measure(model)["mean"] == pytest.approx(points[best])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "mean_sts before" in card and f"{100 * points[0]:.0f}"[:1] in card
+    assert GridEvaluator(sts={"dev": scored()}).ladder is None
+
+
+def test_losses_of_the_users_own(encoder, tmp_path):
+    model = encoder()
+    base = losses.CosineSimilarityLoss(model)
+    assert run(model, scored(), tmp_path / "base", loss=base).info["loss"] == "CosineSimilarityLoss"
+    assert run(model, scored(), tmp_path / "made", loss=losses.AnglELoss).info["loss"] == "AnglELoss"
+    turns = {2: Rotation(torch.eye(32).flip(0))}
+    whole = StarbucksLoss(model, losses.CoSENTLoss(model), "2x16,4x32", kl=None, rotations=turns)
+    dev = GridEvaluator(sts={"dev": scored()})  # depths without a rotation are measured as they are
+    trained = run(model, scored(), tmp_path / "whole", cups=None, loss=whole, evaluator=dev)
+    assert str(trained.ladder) == "2x16,4x32" and "kl_2x16" not in trained.info["curve"][0]
+    torch.testing.assert_close(load_rotations(tmp_path / "whole")[2].encode, turns[2].encode)
+
+
+def test_gradient_checkpointing_and_bf16_change_little(encoder, tmp_path):
+    plain, saving = encoder(), encoder()
+    run(plain, pairs(), tmp_path / "plain", steps=5, use_cpu=True)
+    run(saving, pairs(), tmp_path / "saving", steps=5, use_cpu=True, gradient_checkpointing=True)
+    same(plain, saving)
+    assert not Encoder.of(saving).backbone.is_gradient_checkpointing
+    half = encoder()
+    trained = run(half, pairs(), tmp_path / "half", steps=5, use_cpu=True, bf16=True)
+    assert {p.dtype for p in half.parameters()} == {torch.float32} and trained.info["curve"]
+
+
+def test_what_is_written_names_no_folders(encoder, tmp_path):
+    run(encoder(), TEXTS, tmp_path / "out", steps=2)
+    written = [p.read_text("utf-8") for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".md")]
+    assert written and not any(str(tmp_path) in text for text in written)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    info = json.loads((tmp_path / "out" / "nestling.json").read_text())
+    assert info["training"]["kind"] == "texts" and info["training"]["steps"] == 2
+
+
+def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
+    model = encoder()
+    trained = run(model, TEXTS, tmp_path / "out", rotation="centred")
+    folder = tmp_path / "out"
+    turns = load_rotations(folder)
+    embed.export(embed.load_encoder(folder), "2x16", tmp_path / "cup", ladder=load_ladder(folder), rotation=turns[2])
+    small = SentenceTransformer(str(tmp_path / "cup"), device="cpu")
+    wanted = encode(model, TEXTS[:4], {2: 16}, rotations={2: trained.rotations[2].cpu()})[2]
+    wanted = torch.nn.functional.normalize(wanted, dim=-1)
+    torch.testing.assert_close(torch.tensor(small.encode(TEXTS[:4])), wanted, rtol=0, atol=1e-5)
+    assert str(load_ladder(tmp_path / "cup")) == "2x16"
+
+
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch, kind):
+    options = {"save_steps": 3, "steps": 12, "rotation": "pca", "evaluator": GridEvaluator(sts={"dev": scored()})}
+    data = pairs() if kind == "pairs" else TEXTS
+    whole, part = encoder(), encoder()
+    expected = run(whole, data, tmp_path / "whole", **options)
+    forward, calls = StarbucksLoss.forward, []
+
+    def failing(self, *args):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 8:
+            raise RuntimeError("the power went")
+        return forward(self, *args)
+
+    monkeypatch.setattr(StarbucksLoss, "forward", failing)
+    with pytest.raises(TrainingError, match="step 8: the power went; checkpoint-6 is kept in"):
+        run(part, data, tmp_path / "part", **options)
+    monkeypatch.undo()
+    assert not (tmp_path / "part").exists()
+    part = encoder()
+    found = run(part, data, tmp_path / "part", resume=True, **options)
+    same(whole, part)
+    assert found.info["curve"] == expected.info["curve"] and found.info["best"] == expected.info["best"]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from tests.embed.families import sentence_model
+from tests.embed.test_train import TEXTS, pairs, run
+torch.set_num_threads(1)
+torch.manual_seed(0)
+data = TEXTS if {kind!r} == "texts" else pairs()
+run(sentence_model({backbone!r}), data, sys.argv[1], steps={steps}, use_cpu=True, save_steps=1, rotation="pca",
+    dropout={dropout}, resume=len(sys.argv) > 2)
+"""
+
+
+@pytest.fixture
+def script(tmp_path, backbones):
+    """A training as a process: ``script(kind, steps, dropout)(folder, *arguments, launcher=[...])``."""
+    root = str(Path(__file__).parents[2])
+
+    def make(kind: str, steps: int, dropout: bool):
+        path = tmp_path / f"{kind}{steps}.py"
+        path.write_text(
+            SCRIPT.format(root=root, backbone=str(backbones("bert")), kind=kind, steps=steps, dropout=dropout)
+        )
+        environment = {**os.environ, "PYTHONPATH": f"{root}/src", "OMP_NUM_THREADS": "1"}
+
+        def start(*arguments, launcher=()):
+            command = [sys.executable, *launcher, str(path), *map(str, arguments)]
+            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+        return start
+
+    return make
+
+
+def weights(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_result(tmp_path, script):
+    process = script("pairs", 40, True)
+    part = process(tmp_path / "part")
+    held = tmp_path / "part-checkpoints"
+    for _ in iter(lambda: part.poll() is None and not list(held.glob("checkpoint-1?")), False):
+        pass  # wait for a checkpoint somewhere in the middle
+    assert part.poll() is None
+    part.send_signal(signal.SIGKILL)
+    part.wait()
+    assert not (tmp_path / "part").exists()
+    for finished in (process(tmp_path / "part", "resume"), process(tmp_path / "whole")):
+        output = finished.communicate()[0].decode()
+        assert finished.returncode == 0, output
+    same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pairs", "texts"])
+def test_two_processes_are_as_good_as_one(tmp_path, script, kind):
+    """The batch, its negatives and its similarity rows are the global ones."""
+    process = script(kind, 5, False)
+    two = process(tmp_path / "two", launcher=["-m", "torch.distributed.run", "--nproc-per-node", "2"])
+    one = process(tmp_path / "one")
+    for finished in (one, two):
+        output = finished.communicate()[0].decode()
+        assert finished.returncode == 0, output
+    for point, other in zip(*(json.loads((tmp_path / n / "nestling.json").read_text())["training"]["curve"]
+                              for n in ("one", "two")), strict=True):  # fmt: skip
+        assert point == pytest.approx(other, rel=1e-3, abs=2e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(encoder, tmp_path, monkeypatch):
+    forward, calls = StarbucksLoss.forward, []
+
+    def poisoned(self, *args):
+        calls.append(torch.is_grad_enabled())
+        found = forward(self, *args)
+        return {**found, "kl_1x8": found["kl_1x8"] * torch.nan} if sum(calls) == 5 else found
+
+    monkeypatch.setattr(StarbucksLoss, "forward", poisoned)
+    with pytest.raises(TrainingError, match=r"step 5: the loss is not finite \(kl_1x8\); checkpoint-4 is kept in"):
+        run(encoder(), pairs(), tmp_path / "out", save_steps=2)
+    kept = weights(last_whole(tmp_path / "out-checkpoints"))
+    assert all(p.isfinite().all() for p in kept.parameters())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_training(encoder, tmp_path):
+    model = encoder()
+    model[0].model.encoder.layer[1].output.dense.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(TrainingError, match=r"step 1: the gradient is not finite \(.*there is no checkpoint"):
+        run(model, pairs(), tmp_path / "out")
+
+
+def test_broken_weights_are_found_before_anything_is_written(encoder, tmp_path):
+    model = encoder()
+    model[0].model.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
+    for data in (pairs(), TEXTS):
+        with pytest.raises(TrainingError, match="before the first step the loss is not finite .*2x16.*broken"):
+            run(model, data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_are_checked(encoder, tmp_path):
+    with pytest.raises(TrainingError, match="no training to resume: training.json is missing"):
+        run(encoder(), pairs(), tmp_path / "out", resume=True)
+    run(encoder(), pairs(), tmp_path / "out", steps=4)
+    with pytest.raises(TrainingError, match="out exists: choose another folder, or remove it"):
+        run(encoder(), pairs(), tmp_path / "out", steps=4)
+    with pytest.raises(TrainingError, match=r"holds another training \(.*learning_rate: 0.001, now 0.01"):
+        run(encoder(), pairs(), tmp_path / "out", steps=4, resume=True, learning_rate=0.01)
+    with pytest.raises(TrainingError, match=r"holds another training \(.*kind: pairs, now texts"):
+        run(encoder(), TEXTS, tmp_path / "out", steps=4, resume=True)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    with pytest.raises(TrainingError, match="holds checkpoints already"):
+        run(encoder(), pairs(), tmp_path / "out", steps=4)
+    again = encoder()
+    run(again, pairs(), tmp_path / "out", steps=4, resume=True)
+    same(again, weights(tmp_path / "moved"))
+
+
+@pytest.mark.parametrize(
+    "data, options, error, message",
+    [
+        (pairs(), {"cups": "1x8,5x32"}, LadderError, "5x32 is deeper than the model"),
+        (pairs(), {"cups": "1x64,4x32"}, LadderError, "1x64 is wider than the model"),
+        (pairs(), {"cups": "1x8,2x16"}, LadderError, "the full cup 4x32 is missing"),
+        (pairs(), {"cups": "1x8,1x8,4x32"}, LadderError, "twice"),
+        ([{"anchor": "w9", "positive": " "}], {}, embed.ExampleError, "row 1: 'positive' is blank"),
+        (["w9", "w9"], {}, embed.ExampleError, "all texts are the same"),
+        (pairs(), {"batch_size": 33}, ValueError, "batch_size=33 does not fit 32 rows"),
+        (pairs(), {"batch_size": 1}, ValueError, "a loss compares at least two"),
+        (pairs(), {"batch_size": 4, "gradient_accumulation_steps": 4}, ValueError, "a loss compares at least two"),
+        (pairs(1), {"batch_size": None}, ValueError, "batch_size=1 does not fit 1 rows"),
+        (pairs(), {"batch_size": 9, "gradient_accumulation_steps": 2}, ValueError, "must be a multiple of"),
+        (pairs(), {"steps": 0}, ValueError, "steps=0"),
+        (pairs(), {"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),
+        (pairs(), {"warmup": 1.5}, ValueError, "warmup=1.5"),
+        (pairs(), {"rotation": "spin"}, ValueError, "rotation must be pca or centred.* got 'spin'"),
+        (pairs(), {"recipe": {"klweight": 1}}, ValueError, "recipe has no .*klweight"),
+        (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl must be"),
+        (pairs(), {"prompts": {"query": "w9"}}, ValueError, r"no columns \['query'\] to prompt: expected anchor"),
+        (TEXTS, {"mini_batch": 4}, ValueError, "mini_batch is for pairs"),
+        (pairs(), {"loss": losses.CoSENTLoss}, ValueError, "CoSENTLoss needs labels and there are none"),
+        (scored(), {"loss": losses.MultipleNegativesRankingLoss}, ValueError, "these have scores: use CoSENTLoss"),
+        (
+            [r | {"label": [1.0, 2.0]} for r in pairs()],
+            {"loss": losses.CoSENTLoss},
+            ValueError,
+            "CoSENTLoss expects 4 labels",
+        ),
+        ([r | {"label": "good"} for r in pairs()], {"loss": losses.CoSENTLoss}, ValueError, "must be a finite number"),
+        (pairs(), {"loss": losses.CachedGISTEmbedLoss}, TypeError, "guide"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(encoder, tmp_path, data, options, error, message):
+    with pytest.raises(error, match=message):
+        run(encoder(), data, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_losses_that_do_not_fit_are_refused(encoder, tmp_path):
+    model, teacher = encoder(), encoder()
+    with pytest.raises(ValueError, match="CoSENTLoss is of another model"):
+        run(model, scored(), tmp_path / "out", loss=losses.CoSENTLoss(teacher))
+    with pytest.raises(ValueError, match="a teacher takes the place of labels"):
+        run(model, scored(), tmp_path / "out", teacher=teacher)
+    whole = StarbucksLoss(model, losses.CoSENTLoss(model), CUPS)
+    with pytest.raises(ValueError, match="a StarbucksLoss has its own cups, teacher"):
+        run(model, scored(), tmp_path / "out", loss=whole, teacher=teacher)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["nestling.embed.train"], "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"training needs accelerate: pip install 'nestling\[train,embed\]'"):
+        run(encoder(), pairs(), tmp_path / "out")
