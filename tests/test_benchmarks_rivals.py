@@ -206,12 +206,12 @@ def test_the_script(tmp_path, monkeypatch):
 
     def dying(self):
         save(self)
-        if len(self.sums) > 3:
+        if len(self.done) > 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Partial, "save", dying)
     CliRunner().invoke(app, [*base, "--only", "tasks"])
-    assert len(json.loads((tmp_path / "new" / "quality.partial.json").read_text())["sums"]) == 4
+    assert len(json.loads((tmp_path / "new" / "quality.partial.json").read_text())["done"]) == 4
     monkeypatch.setattr(Partial, "save", save)
     result = CliRunner().invoke(app, [*base, "--only", "tasks"], catch_exceptions=False)
     assert result.exit_code == 0

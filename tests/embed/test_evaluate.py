@@ -191,7 +191,7 @@ def test_a_killed_measurement_goes_on(encoder, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["partial.json"]
 
     other = GridEvaluator(LADDER, **sets, prompts={"query": "w9 "})
-    with pytest.raises(EvaluationError, match=r"of another measurement \(prompts differ\)"):
+    with pytest.raises(EvaluationError, match=r"of another job \(prompts differ\)"):
         other.rows(model, partial=file)
     with pytest.raises(EvaluationError, match=r"\(cups differ\)"):
         GridEvaluator("4x32", **sets).rows(model, partial=file)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nestling.embed.files import load_ladder, load_rotations, write_folder, write_rotations
+from nestling.embed.files import load_ladder, load_rotations, write_rotations
 from nestling.embed.rotation import Rotation
+from nestling.folders import write_folder
 from nestling.ladder import Ladder, LadderError
 
 

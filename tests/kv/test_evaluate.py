@@ -339,7 +339,7 @@ def test_passkey_answers(model, adapter, tokenizer, monkeypatch):
 
 def _known_bytes():
     partial = Partial()
-    partial.sums["stock cache of 200 tokens"] = [1.0, 1.0]
+    partial.done["stock cache of 200 tokens"] = [1.0, 1.0]
     return partial
 
 
@@ -359,7 +359,7 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
     setting = dict(texts=ids, windows=3, length=48, chunk=16, progress=False)
     with pytest.raises(KeyboardInterrupt):
         compare(model, None, [Contender("balanced-energy", 0.6, dying)], **setting, partial=Partial(file, job))
-    done = json.loads(file.read_text())["sums"]
+    done = json.loads(file.read_text())["done"]
     assert sum("text" in key for key in done) == 4, "two windows of two contenders"
 
     calls = 0
@@ -377,9 +377,9 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
 
     partial = Partial(file, job)
     assert run(model, adapter, ids, [0.6], **options, partial=partial) == expected
-    before = dict(partial.sums)
+    before = dict(partial.done)
     assert run(model, adapter, ids, [0.6], **options, partial=Partial(file, job)) == expected
-    assert Partial(file, job).sums == before
+    assert Partial(file, job).done == before
     with pytest.raises(EvaluationError, match="another job"):
         Partial(file, {"model": "other"})
     file.write_text('{"job"')

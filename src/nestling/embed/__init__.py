@@ -8,7 +8,6 @@ except ModuleNotFoundError as error:
     raise ImportError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
 
 from nestling.checkpoints import TrainingError
-from nestling.embed.encode import EvaluationError
 from nestling.embed.encoder import UnsupportedEncoderError
 from nestling.embed.errors import ExportError
 from nestling.embed.evaluate import GridEvaluator
@@ -22,6 +21,7 @@ from nestling.embed.rotation import Rotation, rotations
 from nestling.embed.taps import taps
 from nestling.embed.train import Trained, train
 from nestling.ladder import Cup, Ladder, LadderError
+from nestling.partial import EvaluationError
 
 __all__ = [
     "Cup",

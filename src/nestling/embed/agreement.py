@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from nestling.embed.encode import EvaluationError, encode, stored_prompts, widths
+from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.ladder import Cup, Ladder
+from nestling.partial import EvaluationError
 
 NEIGHBOURS = 10
 COLUMNS = {"method": "method", "cup": "cup", "agreement": "agreement", "overlap": f"overlap@{NEIGHBOURS}"}

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from nestling.embed.encoder import unwrapped
 from nestling.embed.taps import taps
 from nestling.ladder import Cup
-
-
-class EvaluationError(ValueError):
-    """Something that cannot be measured. The message names it and the reason."""
+from nestling.partial import EvaluationError
 
 
 def widths(cups: Iterable[Cup]) -> dict[int, int]:

@@ -17,12 +17,13 @@ import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
-from nestling.embed.encode import EvaluationError, encode, stored_prompts, widths
+from nestling.embed.checksum import checksum
+from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.embed.metrics import ranking, spearman
-from nestling.embed.partial import Partial, checksum
 from nestling.ladder import Cup, Ladder
 from nestling.pairs import read_sts
+from nestling.partial import EvaluationError, Partial
 from nestling.progress import progress_bar
 from nestling.report import run_meta, write_json
 from nestling.retrieval import Retrieval, read_retrieval
@@ -177,7 +178,8 @@ class GridEvaluator(BaseEvaluator):
                 if part in kept.done:
                     bar.advance(task, self._texts(part))
                 else:
-                    kept.put(part, {cup.name: metrics for cup, metrics in measure(vectors).items()})
+                    kept.done[part] = {cup.name: metrics for cup, metrics in measure(vectors).items()}
+                    kept.save()
         rows = []
         for cup in cups:
             metrics = {key: value for part in parts for key, value in kept.done[part][cup.name].items()}

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,26 +79,3 @@ def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file(tensors, new)
     os.replace(new, path)
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all: ``fill`` is given an empty one beside it, which then takes its place.
-
-    A folder of that name is replaced, and put back if that fails.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    new, old = work / "new", work / "old"
-    try:
-        new.mkdir()  # with the permissions of any folder; those of a temporary one are private
-        fill(new)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

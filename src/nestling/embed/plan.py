@@ -15,11 +15,11 @@ from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from nestling.checkpoints import TrainingError
+from nestling.embed.checksum import checksum
 from nestling.embed.encode import in_eval_mode
 from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
 from nestling.embed.losses import StarbucksLoss
-from nestling.embed.partial import checksum
 from nestling.embed.trainer import check_finite
 from nestling.ladder import Ladder
 

@@ -30,12 +30,13 @@ from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.examples import Examples, order
-from nestling.embed.files import LADDER_FILE, ROTATIONS_FILE, read_rotations, write_folder, write_rotations
+from nestling.embed.files import LADDER_FILE, ROTATIONS_FILE, read_rotations, write_rotations
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.plan import Plan, attempt, ladder_of, processes, prompts_of
 from nestling.embed.rotation import Rotation, rotations
 from nestling.embed.teacher import numbered, write_table
 from nestling.embed.trainer import CupTrainer, Watch, without_bars
+from nestling.folders import write_folder
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 from nestling.report import plain

@@ -5,9 +5,7 @@ chunks, so that a history is read as it is stored; and its bytes are those of th
 Multiple choice hides damage to a cache (it can keep its accuracy while the KL is past 1): read KL and agreement first.
 """
 
-import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,6 @@ from nestling.distill import kl_divergence
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.probes import (
-    EvaluationError,
     choice_scores,
     encode_question,
     forward,
@@ -34,6 +31,7 @@ from nestling.kv.probes import (
     passkey_prompts,
     read,
 )
+from nestling.partial import EvaluationError, Partial
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
@@ -55,38 +53,6 @@ class Contender:
     @property
     def name(self) -> str:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
-
-
-class Partial:
-    """What has been measured so far. With a file, a killed job goes on where it stopped.
-
-    Entries are lists of sums by a text key that holds the contender, the chunk and a checksum of what was read.
-
-    Args:
-        path: a JSON file, read now if it exists and replaced atomically by `save`; None keeps everything in memory.
-        job: what else the numbers depend on (model, calibration, ...), plain JSON values.
-
-    Raises:
-        EvaluationError: if the file is damaged, or was written by a job with another ``job``.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None = None, job: Mapping[str, Any] | None = None):
-        self.path, self.job = None if path is None else Path(path), json.loads(json.dumps(job or {}))
-        self.sums: dict[str, list[float]] = {}
-        if self.path is not None and self.path.exists():
-            try:
-                stored = json.loads(self.path.read_text("utf-8"))
-                theirs, self.sums = stored["job"], dict(stored["sums"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise EvaluationError(f"{self.path.name} is damaged ({error}): delete it to start again") from error
-            if theirs != self.job:
-                raise EvaluationError(f"{self.path.name} is of another job: {theirs}, not {self.job}; delete it")
-
-    def save(self) -> None:
-        if self.path is not None:
-            part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-            part.write_text(json.dumps({"job": self.job, "sums": self.sums}), "utf-8")
-            os.replace(part, self.path)
 
 
 def evaluate(
@@ -244,12 +210,12 @@ class _Run:
     def stock_bytes(self, ids: Tensor) -> list[float]:
         """What a stock cache of ``ids`` ``[n]`` holds: bytes of storage, and bytes in bf16 without slack."""
         key = f"stock cache of {len(ids)} tokens"
-        if key not in self.partial.sums:
+        if key not in self.partial.done:
             cache = self.contenders[0].make()
             read(self.model, ids[None].to(self.model.device), cache, self.chunk)
             states = [getattr(layer, side, None) for layer in cache.layers for side in ("keys", "values")]
-            self.partial.sums[key] = [held_bytes(cache), 2 * sum(s.numel() for s in states if isinstance(s, Tensor))]
-        return self.partial.sums[key]
+            self.partial.done[key] = [held_bytes(cache), 2 * sum(s.numel() for s in states if isinstance(s, Tensor))]
+        return self.partial.done[key]
 
     def set_bytes(self, contender: Contender, ids: Tensor, held: float) -> None:
         """Bytes of a cache that has read ``ids`` ``[n]``, unless those of a longer text are known."""
@@ -258,7 +224,7 @@ class _Run:
             self.results[contender.name].update(bytes_share=share, bytes_per_token=held / len(ids))
 
     def windows(self, windows: list[Tensor], advance: Callable[[int], None]) -> None:
-        sums, totals = self.partial.sums, {c.name: torch.zeros(5, dtype=torch.float64) for c in self.contenders}
+        sums, totals = self.partial.done, {c.name: torch.zeros(5, dtype=torch.float64) for c in self.contenders}
         for number, window in enumerate(windows):
             keys = {c.name: self.key(c, "text", window.tolist()) for c in self.contenders}
             ids, todo = window.to(self.model.device), [c for c in self.contenders if keys[c.name] not in sums]
@@ -301,7 +267,7 @@ class _Run:
         self.chance[task] = sum(1 / len(pairs) for pairs in encoded) / len(rows)
         for c in self.contenders:
             key = self.key(c, task, (encoded, answers))
-            if key in self.partial.sums:
+            if key in self.partial.done:
                 advance(len(rows))
             else:
                 right = 0
@@ -310,14 +276,14 @@ class _Run:
                     self.check(c, f"{task}, question {number + 1}", scores)
                     right += scores.index(max(scores)) == answer
                     advance(1)
-                self.partial.sums[key] = [right]
+                self.partial.done[key] = [right]
                 self.partial.save()
-            self.results[c.name][f"acc_{task}"] = self.partial.sums[key][0] / len(rows)
+            self.results[c.name][f"acc_{task}"] = self.partial.done[key][0] / len(rows)
 
     def passkey(self, n: int, prompts: list[tuple[Tensor, str]], advance: Callable[[int], None]) -> None:
         for c in self.contenders:
             key = self.key(c, f"passkey {n}", [(ids.tolist(), digits) for ids, digits in prompts])
-            if key in self.partial.sums:
+            if key in self.partial.done:
                 advance(len(prompts))
             else:
                 right, check = 0, bind(self.check, c, f"passkey in {n} tokens")
@@ -325,10 +291,10 @@ class _Run:
                     answer, held = passkey_answer(self.model, self.tokenizer, ids, c.make(), self.chunk, check)
                     right += answer == digits
                     advance(1)
-                self.partial.sums[key] = [right, held]
+                self.partial.done[key] = [right, held]
                 self.partial.save()
-            self.results[c.name][f"passkey_{n}"] = self.partial.sums[key][0] / len(prompts)
-            self.set_bytes(c, prompts[0][0], self.partial.sums[key][1])
+            self.results[c.name][f"passkey_{n}"] = self.partial.done[key][0] / len(prompts)
+            self.set_bytes(c, prompts[0][0], self.partial.done[key][1])
         self.longest = max(self.longest, n)
 
     def row(self, contender: Contender) -> dict[str, Any]:

@@ -7,8 +7,6 @@ adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves every bud
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nestling.folders import write_folder
 from nestling.kv.allocate import edges
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -32,28 +31,21 @@ class AdapterError(ValueError):
 def write(folder: str | Path, info: dict, tensors: dict[str, Tensor], card: str) -> None:
     """Write config, weights and card: an existing adapter in ``folder`` is replaced whole or not at all."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "kind": "nestling-kv", "nestling": _library_version(), **info}
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    new, old = work / "new", work.with_name(f"{work.name}.old")
-    try:
-        new.mkdir()  # with the permissions of any folder; those of a temporary one are private
+
+    def fill(new: Path) -> None:
         save_file(tensors, new / WEIGHTS_FILE)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (new / CARD_FILE).write_text(card or _default_card(config), encoding="utf-8")
-        if folder.exists():
-            if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
-                raise AdapterError(f"{folder} exists and is not an adapter: choose another folder")
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if folder.exists() and not _is_ours(folder):
+            raise AdapterError(f"{folder} exists and is not an adapter: choose another folder")
+
+    write_folder(folder, fill)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder may be replaced: it is empty, or holds an adapter."""
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / CONFIG_FILE).is_file())
 
 
 def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:

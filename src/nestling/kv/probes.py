@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from nestling.kv import attention
+from nestling.partial import EvaluationError
 
 Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
@@ -27,10 +28,6 @@ FILLER = (
     "Bread is baked early, and the street smells of it.", "Nobody could say who had planted the old trees.",
     "In winter the lake freezes and children skate on it.", "He painted the door red, then changed his mind.",
 )  # fmt: skip
-
-
-class EvaluationError(ValueError):
-    """Something cannot be measured; the message names the method and what went wrong."""
 
 
 def choice_pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,29 @@
+"""Folders that appear whole or not at all. Shared by both wings."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all: ``fill`` is given an empty one beside it, which then takes its place.
+
+    A folder of that name is replaced, and put back if that fails.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = work / "new", work / "old"
+    try:
+        new.mkdir()  # with the permissions of any folder; those of a temporary one are private
+        fill(new)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
