@@ -25,6 +25,7 @@ from nestling.embed.card import card
 from nestling.embed.encode import encode, in_eval_mode
 from nestling.embed.encoder import Encoder, truncated_config
 from nestling.embed.errors import ExportError
+from nestling.embed.files import LADDER_FILE
 from nestling.embed.probe import probe_texts
 from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite, write
@@ -33,7 +34,6 @@ from nestling.models import quiet
 from nestling.records import reason
 
 TOLERANCE = 1e-5  # of coordinates of unit vectors
-LADDER_FILE = "nestling.json"
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,11 @@ def uniform(layers: int, heads: int, width: int, elements: float) -> RankTable:
     return _take_steps(gains + order * 0.5, elements, width, _single_heads(layers, heads))
 
 
+def halvable(share: float, width: int) -> float:
+    """The share of the ranks, or the least that leaves heads of ``width`` something to halve if that is more."""
+    return max(share, min(1.0, 2 * STEP / width))
+
+
 def by_energy(key_energy: Tensor, value_energy: Tensor, elements: float) -> RankTable:
     """The ranks that keep the most energy: the optimum of the additive model ``loss = sum of dropped energies``.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
-from nestling.kv.allocate import STEP, edges
+from nestling.kv.allocate import STEP, edges, halvable
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
 from nestling.kv.student import Student
@@ -154,8 +154,7 @@ def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, ba
 
 def probed(meter: KLMeter, adapter: KVAdapter, budget: float, bar) -> dict[str, Tensor]:
     """The energies, scaled for each layer and side by what halving its ranks really costs at a budget."""
-    share = max(budget, min(1.0, 2 * STEP / adapter.shape[2]))  # narrow heads: something has to be left to halve
-    ranks = adapter.ranks(share * adapter.full_elements).stacked
+    ranks = adapter.ranks(halvable(budget, adapter.shape[2]) * adapter.full_elements).stacked
     energy = torch.stack([adapter.energy[s] for s in SIDES]).double()
     layers, _, width = adapter.shape
     halved = (ranks // 2).clamp_min(min(STEP, width))

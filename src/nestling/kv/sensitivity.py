@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
-from nestling.kv.allocate import STEP
+from nestling.kv.allocate import halvable
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
 from nestling.kv.moments import CalibrationError
@@ -98,7 +98,7 @@ def measured_energy(
             f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need longer "
             "windows, or fewer sinks and a smaller window"
         )
-    share = max(share, min(1.0, 2 * STEP / adapter.shape[2]))  # narrow heads: some of it has to be there
+    share = halvable(share, adapter.shape[2])
     ranks = None if share == 1 else adapter.ranks(share * adapter.full_elements).stacked
     with progress_bar(progress) as bar:
         track = bar.track(batches, description="energies")
