@@ -1,8 +1,7 @@
-"""Texts of the embedding benchmarks: triplets to train on, and sets to measure on. All from one folder of data sets."""
+"""Texts of the embedding benchmarks: triplets to train on and sets to measure on, all from one folder of data sets."""
 
 import random
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 
 from nestling.pairs import Pair, read_pairs, read_sts
@@ -24,8 +23,7 @@ def triplets(data: Path, count: int, seed: int, prompts: Mapping[str, str]) -> l
     entailed = rng.sample(read_pairs(data / "nli/nli_triplets.jsonl.gz"), share)
     captions = _captions(data, share, rng)
     asked = rng.sample(read_pairs(data / "pairs/query_passage_train.jsonl.gz"), share)
-    others = rng.sample(asked, len(asked))
-    asked = [{**row, "negative": other["anchor"]} for row, other in zip(asked, others, strict=True)]
+    asked = [{**row, "negative": other["anchor"]} for row, other in zip(asked, _next(asked), strict=True)]
     rows = [_prompted(row, prompts, "query") for row in [*entailed, *captions]]
     rows += [_prompted(row, prompts, "passage") for row in asked]
     return rng.sample(rows, len(rows))
@@ -36,8 +34,12 @@ def _captions(data: Path, count: int, rng: random.Random) -> list[Pair]:
     pairs = read_pairs(data / "pairs/caption_groups.jsonl.gz")
     first = {row["anchor"]: row for row in rng.sample(pairs, len(pairs))}
     found = rng.sample(list(first.values()), count)
-    others = rng.sample(found, count)
-    return [{**row, "negative": other["positive"]} for row, other in zip(found, others, strict=True)]
+    return [{**row, "negative": other["positive"]} for row, other in zip(found, _next(found), strict=True)]
+
+
+def _next(rows: list[Pair]) -> list[Pair]:
+    """Another row for each row."""
+    return rows[1:] + rows[:1]
 
 
 def _prompted(row: Pair, prompts: Mapping[str, str], positive: str) -> Pair:
@@ -45,7 +47,7 @@ def _prompted(row: Pair, prompts: Mapping[str, str], positive: str) -> Pair:
     return {column: prompts.get(by[column], "") + row[column] for column in by}
 
 
-def test_sets(data: Path) -> dict[str, dict[str, Path]]:
+def held_out_sets(data: Path) -> dict[str, dict[str, Path]]:
     """What `GridEvaluator` takes, ``sts`` and ``retrieval``."""
     scored = {name.split("_")[0]: data / "sts" / f"{name}.jsonl.gz" for name in STS}
     return {"sts": scored, "retrieval": {name: data / "retrieval" / name for name in RETRIEVAL}}
@@ -54,7 +56,3 @@ def test_sets(data: Path) -> dict[str, dict[str, Path]]:
 def dev_set(data: Path) -> list[dict]:
     rows = read_sts(data / "sts/stsb_dev_minus_sts16_sick.jsonl.gz")
     return random.Random(0).sample(rows, DEV)
-
-
-def texts_of(rows: list[Pair]) -> list[str]:
-    return list(dict.fromkeys(chain.from_iterable(row.values() for row in rows)))

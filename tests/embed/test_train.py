@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,23 @@ def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "mean_sts before" in card and f"{100 * points[0]:.0f}"[:1] in card
     assert GridEvaluator(sts={"dev": scored()}).ladder is None
+
+
+def test_an_exported_cup_is_trained_on(encoder, tmp_path):
+    """It has no pooler, which a checkpoint that is read back has: for the best one, and to go on."""
+    embed.export(encoder(), "2x16", tmp_path / "cup")
+    options = {"cups": "1x8,2x16", "evaluator": GridEvaluator(sts={"dev": scored()}), "learning_rate": 0.02}
+    small = embed.load_encoder(tmp_path / "cup")
+    trained = run(small, pairs(), tmp_path / "out", save_steps=6, **options)
+    points = {p["step"]: p["mean"] for p in trained.info["curve"] if "mean" in p}
+    assert trained.info["best_step"] != 30, "choose another learning rate: the best is the last"
+    measure = GridEvaluator("1x8,2x16", sts={"dev": scored()})
+    assert measure(small)["mean"] == pytest.approx(points[trained.info["best_step"]])
+    again = embed.load_encoder(tmp_path / "cup")
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out-checkpoints" / "checkpoint-30")
+    run(again, pairs(), tmp_path / "out", save_steps=6, resume=True, **options)
+    same(small, again)
 
 
 def test_losses_of_the_users_own(encoder, tmp_path):

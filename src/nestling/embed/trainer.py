@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from nestling.checkpoints import TrainingError
+from nestling.embed.encoder import unwrapped
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 
@@ -27,6 +28,17 @@ class CupTrainer(SentenceTransformerTrainer):
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the stock card tells of the data set's first rows and of this machine's settings."""
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
+        """Into the model as it is: read back from its folder, a BERT has a pooler even if the trained one has none."""
+        model = unwrapped(self.model)
+        read = SentenceTransformer(checkpoint_path, trust_remote_code=bool(model.trust_remote_code)).state_dict()
+        model.load_state_dict({name: value for name, value in read.items() if name in model.state_dict()})
+
+    def _load_best_model(self) -> None:
+        """The stock one logs it if that fails, and goes on with the last weights."""
+        if best := self.state.best_model_checkpoint:
+            self._load_from_checkpoint(best)
 
     def track_loss_components(self, loss: dict[str, Tensor]) -> None:
         check_finite(loss)
