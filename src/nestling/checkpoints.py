@@ -29,7 +29,8 @@ def begin(folder: Path, job: dict, resume: bool) -> Path | None:
         job: what a resumed training must agree on, plain JSON values.
 
     Raises:
-        TrainingError: if there are checkpoints and ``resume`` is not set, or if they are of another job.
+        TrainingError: if there are checkpoints and ``resume`` is not set, or if they are of another job, or none of
+            them can be gone on from. The first one alone, half written, is no error: nothing else is lost.
     """
     job = json.loads(json.dumps(job))
     path = folder / JOB_FILE
@@ -47,7 +48,11 @@ def begin(folder: Path, job: dict, resume: bool) -> Path | None:
         raise TrainingError(f"{path} is damaged ({error}): start again in another folder") from error
     if wrong := [f"{k}: {theirs.get(k)}, now {job[k]}" for k in job if theirs.get(k) != job[k]]:
         raise TrainingError(f"{folder} holds another training ({'; '.join(wrong)})")
-    return last_whole(folder)
+    checkpoint, found = last_whole(folder), sorted(folder.glob("checkpoint-*"))
+    if checkpoint is None and (len(found) > 1 or any(map(_is_complete, found))):
+        names = ", ".join(path.name for path in found)
+        raise TrainingError(f"{folder}: no checkpoint is whole, of {names}: remove them to start again")
+    return checkpoint
 
 
 def run(trainer: "Trainer", folder: Path, checkpoint: Path | None) -> None:
@@ -70,12 +75,16 @@ def last_whole(folder: Path) -> Path | None:
     return next((path for path in found if _is_whole(path)), None)
 
 
+def _is_complete(checkpoint: Path) -> bool:
+    return all((checkpoint / name).is_file() for name in FILES)
+
+
 def _is_whole(checkpoint: Path) -> bool:
-    if not all((checkpoint / name).is_file() for name in FILES):
+    if not _is_complete(checkpoint):
         return False
-    with contextlib.suppress(SafetensorError, OSError, ValueError, RuntimeError):
+    with contextlib.suppress(Exception):  # damaged files fail in any way
         load_file(checkpoint / FILES[0])
-        torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
         return True
     return False
