@@ -23,7 +23,10 @@ def triplets(data: Path, count: int, seed: int, prompts: Mapping[str, str]) -> l
     entailed = rng.sample(read_pairs(data / "nli/nli_triplets.jsonl.gz"), share)
     captions = _captions(data, share, rng)
     asked = rng.sample(read_pairs(data / "pairs/query_passage_train.jsonl.gz"), share)
-    asked = [{**row, "negative": other["anchor"]} for row, other in zip(asked, _next(asked), strict=True)]
+    asked = [
+        {"anchor": row["query"], "positive": row["passage"], "negative": other["query"]}
+        for row, other in zip(asked, _next(asked), strict=True)
+    ]
     rows = [_prompted(row, prompts, "query") for row in [*entailed, *captions]]
     rows += [_prompted(row, prompts, "passage") for row in asked]
     return rng.sample(rows, len(rows))

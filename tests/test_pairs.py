@@ -67,7 +67,7 @@ def test_bad_scored_pairs_are_refused_by_line(tmp_path, row, expected):
     [
         ([PAIR, {"positive": "d", "anchor": "c", "id": 3}], [PAIR, {"anchor": "c", "positive": "d"}]),
         ([{**PAIR, "negative": "n"}], [{**PAIR, "negative": "n"}]),
-        ([{"query": "q", "passage": "p", "source": "x"}], [{"anchor": "q", "positive": "p"}]),
+        ([{"query": "q", "passage": "p", "source": "x"}], [{"query": "q", "passage": "p"}]),
         (
             [{"id": 1, "texts": ["a", "b", "c"]}],
             [{"anchor": x, "positive": y} for x, y in (("a", "b"), ("a", "c"), ("b", "c"))],

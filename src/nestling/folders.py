@@ -4,19 +4,22 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
     """Write a folder whole or not at all: ``fill`` is given an empty one beside it, which then takes its place.
 
-    A folder of that name is replaced, and put back if that fails.
+    A folder of that name is replaced, and put back if that fails. Returns what ``fill`` does.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     new, old = work / "new", work / "old"
     try:
         new.mkdir()  # with the permissions of any folder; those of a temporary one are private
-        fill(new)
+        found = fill(new)
         if folder.exists():
             folder.rename(old)
         try:
@@ -25,5 +28,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             if old.exists():
                 old.rename(folder)
             raise
+        return found
     finally:
         shutil.rmtree(work, ignore_errors=True)

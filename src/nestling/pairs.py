@@ -13,7 +13,7 @@ from nestling.records import (
     JSONL,
     DataError,
     check_file,
-    check_text,
+    check_said,
     field_of,
     not_empty,
     objects,
@@ -22,6 +22,7 @@ from nestling.records import (
 )
 
 Pair = dict[str, str]
+COLUMNS = ("anchor", "positive", "negative")
 POSITIVE = (1, "1", "entailment")  # labels of a positive pair; a pair with any other label is left out
 
 
@@ -46,13 +47,14 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     A file has one of these forms, told by its first line; each of its lines must have the form's fields:
 
     * ``anchor, positive`` or ``anchor, positive, negative``;
-    * ``query, passage``;
+    * ``query, passage``, which keep these names: a model may have a prompt for each;
     * ``texts``, a list of texts that mean the same: every two of them are a pair;
     * ``text1, text2, label`` or ``premise, hypothesis, label``: pairs labelled 1 or "entailment", others are left out;
     * ``words, definition``: a dictionary's terms, joined by commas, and their meaning.
 
     Returns:
-        ``{"anchor": str, "positive": str[, "negative": str]}``, the same columns in every row, in the file's order.
+        ``{"anchor": str, "positive": str[, "negative": str]}``, or ``{"query": str, "passage": str}``, the same
+        columns in every row, in the file's order.
 
     Raises:
         DataError: the file is missing, empty or damaged, has another form, a text is blank, or no pair is positive.
@@ -95,14 +97,11 @@ def _positive(name: str) -> Iterator[Pair]:
         yield from read(where, row)
 
 
-def _plain(*fields: str) -> Callable[[str, dict[str, Any]], Iterator[Pair]]:
-    """Reader of a form whose fields are, in order, anchor, positive and perhaps negative."""
+def _plain(*fields: str, columns: tuple[str, ...] = COLUMNS) -> Callable[[str, dict[str, Any]], Iterator[Pair]]:
+    """Reader of a form whose fields are, in order, those columns, of which the last may be missing."""
 
     def read(where: str, row: dict[str, Any]) -> Iterator[Pair]:
-        yield {
-            column: _said(where, row, field)
-            for column, field in zip(("anchor", "positive", "negative"), fields, strict=False)
-        }
+        yield {column: _said(where, row, field) for column, field in zip(columns, fields, strict=False)}
 
     return read
 
@@ -136,17 +135,13 @@ def _texts(where: str, row: dict[str, Any], field: str, at_least: int) -> list[s
     if not isinstance(texts, list) or len(texts) < at_least:
         raise DataError(f"{where}: '{field}' must be a list of {at_least} or more texts, got {short(texts)}")
     for place, text in enumerate(texts):
-        check_text(where, f"{field}[{place}]", text)
-        if not text.strip():
-            raise DataError(f"{where}: '{field}[{place}]' is blank")
+        check_said(where, f"{field}[{place}]", text)
     return texts
 
 
 def _said(where: str, row: dict[str, Any], field: str) -> str:
-    """The field's text, which must not be blank: an empty sentence has an embedding, but no meaning."""
-    text = text_of(where, row, field)
-    if not text.strip():
-        raise DataError(f"{where}: '{field}' is blank")
+    text = field_of(where, row, field)
+    check_said(where, field, text)
     return text
 
 
@@ -154,7 +149,7 @@ def _said(where: str, row: dict[str, Any], field: str) -> str:
 FORMS: dict[tuple[str, ...], Callable[[str, dict[str, Any]], Iterator[Pair]]] = {
     ("anchor", "positive", "negative"): _plain("anchor", "positive", "negative"),
     ("anchor", "positive"): _plain("anchor", "positive"),
-    ("query", "passage"): _plain("query", "passage"),
+    ("query", "passage"): _plain("query", "passage", columns=("query", "passage")),
     ("texts",): _group,
     ("text1", "text2", "label"): _labelled("text1", "text2"),
     ("premise", "hypothesis", "label"): _labelled("premise", "hypothesis"),

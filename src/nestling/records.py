@@ -83,6 +83,13 @@ def check_text(where: str, field: str, value: Any) -> None:
         raise DataError(f"{where}: '{field}' has half a surrogate pair at character {error.start + 1}") from error
 
 
+def check_said(where: str, field: str, value: Any) -> None:
+    """A text that is not blank: an empty sentence has an embedding, but no meaning."""
+    check_text(where, field, value)
+    if not value.strip():
+        raise DataError(f"{where}: '{field}' is blank")
+
+
 def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

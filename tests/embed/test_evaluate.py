@@ -197,6 +197,14 @@ def test_a_killed_measurement_goes_on(encoder, tmp_path, monkeypatch):
         GridEvaluator("4x32", **sets).rows(model, partial=file)
     with pytest.raises(EvaluationError, match=r"\(sts differ\)"):
         GridEvaluator(LADDER, **sets | {"sts": {"s": scored(seed=8)}}).rows(model, partial=file)
+    model.max_seq_length = 7
+    with pytest.raises(EvaluationError, match=r"\(max_seq_length differ\)"):
+        evaluator.rows(model, partial=file)
+    model.max_seq_length = 64
+    model[1].pooling_mode = "cls"
+    with pytest.raises(EvaluationError, match=r"\(pooling differ\)"):
+        evaluator.rows(model, partial=file)
+    model[1].pooling_mode = "mean"
     with torch.no_grad():
         model[0].model.embeddings.word_embeddings.weight[50, 3] += 1e-3
     with pytest.raises(EvaluationError, match=r"\(weights differ\)"):
@@ -214,6 +222,7 @@ def test_what_cannot_be_measured_is_refused(encoder, tmp_path):
         ({"sts": {"s": [row | {"score": math.nan} for row in rows]}}, "s: a score is not a finite number"),
         ({"sts": {"s": []}}, "s: a correlation needs pairs"),
         ({"sts": {"mean_x": rows}}, "cannot be called mean_x"),
+        ({"sts": {"minutes": rows}}, "cannot be called minutes"),
         ({"sts": {"s": rows}, "prompts": {"doc": "x"}}, "unknown use of a prompt"),
     ]:
         with pytest.raises(EvaluationError, match=expected):
@@ -234,7 +243,8 @@ def test_what_cannot_be_measured_is_refused(encoder, tmp_path):
     assert math.isnan(row["s"])
     with torch.no_grad():
         model[0].model.encoder.layer[3].output.dense.bias.fill_(math.nan)
-    assert GridEvaluator("3x8", sts={"s": rows}).rows(model)[0]["s"] == pytest.approx(0, abs=1)
+    shallow = GridEvaluator("3x8", sts={"s": rows})  # does not run what is broken
+    assert shallow.rows(model) == shallow.rows(encoder())
     with pytest.raises(EvaluationError, match="the embedding at layer 4 is not finite for 1. of 1. texts"):
         GridEvaluator(LADDER, sts={"s": rows}).rows(model)
 
@@ -259,6 +269,8 @@ def test_results_as_files(tmp_path):
     assert lines[0] == "| model | method | cup | s | mean_sts |" and len(lines) == 2 + len(rows)
     assert lines[3] == "| m | cut | 1x8 | 10 | 18 |"
     assert markdown(rows, ["cup", "s"]).splitlines()[2] == "| 1x4 | 10 |"
+    agreed = [{"cup": "1x4", "agreement": 0.5, "overlap": 0.25, "minutes": 1.5, "peak_mib": 8.25, "seed": 0}]
+    assert markdown(agreed).splitlines()[2] == "| 1x4 | 50 | 25 | 1.5 | 8.25 | 0 |"
 
 
 def test_figures_show_what_was_measured():
@@ -272,6 +284,9 @@ def test_figures_show_what_was_measured():
     lines = {line.get_label(): line for line in cost_figure(rows).axes[0].lines}
     assert list(lines["cut"].get_xdata()) == [0.25, 0.5, 1.0]  # the widest cup of each depth
     assert list(lines["cut"].get_ydata()) == pytest.approx([0.18, 0.28, 0.48])
+    other = [row | {"model": "n"} for row in measured("cut")]
+    lines = {line.get_label(): line for line in cost_figure(measured("cut") + other).axes[0].lines}
+    assert {"m, cut", "n, cut"} <= set(lines) or {"cut, m", "cut, n"} <= set(lines)
     costs = {row["cup"]: 10.0 * i for i, row in enumerate(rows)}
     axes = cost_figure(rows, costs=costs, label="ms a text").axes[0]
     assert axes.get_xlabel() == "ms a text" and "FLOPs" in cost_figure(rows).axes[0].get_xlabel()

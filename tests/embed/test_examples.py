@@ -31,19 +31,38 @@ def test_rows_for_a_loss_of_ones_own():
     assert found.kind == "rows" and list(found.columns) == ["query", "good", "bad"] and found.labels[1] == [1, 0.5]
 
 
+def test_a_loss_of_ones_own_gets_every_text():
+    """Also those that the known forms do not have; ids and the subset of scored pairs are nothing to learn from."""
+    found = Examples.of([row | {"hint": "h", "id": i} for i, row in enumerate(PAIRS)], own_loss=True)
+    assert found.kind == "rows" and list(found.columns) == ["anchor", "positive", "hint"]
+    found = Examples.of([row | {"sentence3": "c"} for row in SCORED], own_loss=True)
+    assert list(found.columns) == ["sentence1", "sentence2", "sentence3"] and found.labels[:2] == [0, 1]
+    assert Examples.of(SCORED, own_loss=True).kind == "scored" and Examples.of(PAIRS, own_loss=True).kind == "pairs"
+
+
+def test_queries_and_passages_keep_their_names():
+    found = Examples.of([{"query": f"q{i}", "passage": "p", "negative": "n", "id": i} for i in range(3)])
+    assert found.kind == "pairs" and list(found.columns) == ["query", "passage", "negative"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ([], "nothing to train on"),
         ("a text", "expected a list"),
-        (["a", 3], "text 2 must be text, got 3"),
-        (["a", " "], "text 2 is blank"),
+        (["a", 3], "text 2: 'text' must be text, got 3"),
+        (["a", " "], "text 2: 'text' is blank: give a text, or leave the row out"),
         (["a", "a", "a"], "all texts are the same, 'a'"),
         ([{"anchor": "a", "positive": "a"}] * 3, "all texts are the same"),
         ([*PAIRS, {"anchor": "a"}], "row 11 has anchor: expected anchor, positive, as in row 1"),
         ([*PAIRS, "text"], "row 11 has 'text': expected anchor, positive"),
         ([{"anchor": "a", "positive": ""}], "row 1: 'positive' is blank"),
         ([{"anchor": "a", "positive": None}], "row 1: 'positive' must be text, got None"),
+        (["a", "\ud800"], "text 2: 'text' has half a surrogate pair"),
+        ([row | {"hint": "h"} for row in PAIRS], "row 1 has hint beside anchor, positive: nothing would be learned"),
+        ([*PAIRS, PAIRS[0] | {"negative": "n"}], "row 11 has negative beside anchor, positive: .*in every row"),
+        ([*PAIRS, PAIRS[0] | {"label": 1}], "row 11 has label beside anchor, positive"),
+        ([*SCORED, SCORED[0] | {"negative": ["n"]}], "row 11 has negative beside sentence1, sentence2, score"),
         ([{"left": "a", "right": "b"}], "row 1 has left, right: expected sentence1, sentence2, score; anchor"),
         ([row | {"score": 1.0} for row in SCORED], "all scores are the same"),
         ([*SCORED, SCORED[0] | {"score": float("nan")}], "row 11: 'score' must be a finite number"),

@@ -181,7 +181,7 @@ def test_an_export_can_be_cut_again(encoder, tmp_path):
 def test_the_ladder_and_the_card(encoder, tmp_path):
     model, ladder = encoder(), Ladder.parse("1x4,2x4,2x8,2x16,4x32")
     rows = [{"model": "tiny", "method": "srl", "cup": cup, "mean_sts": 0.5} for cup in ("2x8", "4x32")]
-    folder = export(model, "2x8", tmp_path / "cup", ladder=ladder, rows=rows).folder
+    folder = export(model, "2x8", tmp_path / "cup", ladder=str(ladder), rows=rows).folder
     stored = json.loads((folder / "nestling.json").read_text())
     assert Ladder.from_json(stored) == ladder and stored["cup"] == "2x8"
     config = json.loads((folder / "config.json").read_text())
@@ -190,7 +190,17 @@ def test_the_ladder_and_the_card(encoder, tmp_path):
     assert text.startswith("---\nlibrary_name: sentence-transformers\n") and "2x8" in text
     assert "| tiny | srl | 2x8 | 50 |" in text and "| 4x32 |" not in text
     written = [path.read_text("utf-8") for path in folder.rglob("*") if path.suffix in (".json", ".md")]
-    assert not any(str(tmp_path) in text for text in written)
+    assert not any(str(tmp_path.parent) in text for text in written)  # where the model was read, too
+
+
+def test_the_card_explains_what_was_measured(encoder, tmp_path):
+    for name, row, said in (
+        ("labelled", {"mean_sts": 0.5}, "nDCG@10 and recall@100"),
+        ("agreeing", {"agreement": 0.5}, "text's similarities to all others"),
+    ):
+        folder = export(encoder(), "2x8", tmp_path / name, rows=[{"cup": "2x8", "minutes": 1.5} | row]).folder
+        card = (folder / "README.md").read_text()
+        assert said in card and ("nDCG" in card) == (name == "labelled") and "| 2x8 | 1.5 | 50 |" in card
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -218,6 +228,8 @@ def test_any_cup_with_any_rotation(encoder, tmp_path, layers, dims, seed):
         ("0x8", {}, LadderError, "must be an integer from 1 on"),
         ("large", {}, LadderError, "'large' is no cup"),
         ("2x8", {"int8": True}, ExportError, "ask for onnx as well"),
+        ("2x8", {"ladder": "2x8,5x32"}, LadderError, "5x32 is deeper than the model"),
+        ("2x8", {"ladder": "2x8,large"}, LadderError, "'large' is no cup"),
         ("2x8", {"rotation": Rotation(torch.eye(8))}, ExportError, "rotation is of width 8, the embeddings of 32"),
     ],
 )

@@ -120,6 +120,19 @@ def test_graphs_that_cannot_be_made_leave_nothing(encoder, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_int8_that_is_far_off_is_refused(encoder, tmp_path, monkeypatch):
+    vectors = graph._vectors
+
+    def far(model, path):
+        wanted, found = vectors(model, path)
+        return wanted, found if path.name == "model.onnx" else found.flip(-1)
+
+    monkeypatch.setattr(graph, "_vectors", far)
+    with pytest.raises(ExportError, match=r"mean cosine to the model's vectors is -?0\.\d\d, expected at least 0.9"):
+        export(encoder(), "2x8", tmp_path / "cup", onnx=True, int8=True)
+    assert not list(tmp_path.iterdir())
+
+
 FASTEMBED = """
 import sys
 import numpy as np

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -19,9 +22,10 @@ from nestling.embed import GridEvaluator, StarbucksLoss, load_ladder, load_rotat
 from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder
 from nestling.embed.rotation import Rotation
+from nestling.embed.teacher import shared_table
 from nestling.ladder import LadderError
 
-from .families import sentence_model, some_texts
+from .families import FAMILIES, sentence_model, some_texts
 
 CUPS = "1x8,2x16,4x32"
 NAMES = ["1x8", "2x16", "4x32"]
@@ -64,7 +68,7 @@ def losses_of(point: dict, name: str) -> float:
     [
         (pairs(), {}),
         (pairs(negatives=True), {"recipe": {"weights": {embed.Cup(4, 32): 2.0}, "temperature": 0.1}}),
-        (pairs(), {"mini_batch": 3}),
+        (pairs(), {"mini_batch_size": 3}),
         (scored(), {}),
         (TEXTS, {}),
         (TEXTS, {"rotation": "pca"}),
@@ -139,6 +143,37 @@ def test_prompts_reach_the_loss_and_the_teacher(encoder, tmp_path):
     other = run(encoder(), TEXTS, tmp_path / "other", steps=1, learning_rate=1e-9, prompts="w50 w51 ")
     plain = run(encoder(), TEXTS, tmp_path / "plain", steps=1, learning_rate=1e-9, prompts="")
     assert zero.info["curve"][0] == other.info["curve"][0] != plain.info["curve"][0]
+    assert zero.info["curve"][0]["kl_4x32"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "columns, asked, expected",
+    [
+        (("query", "passage"), None, {"query": "w50 ", "passage": "w51 ", "negative": "w51 "}),
+        (("query", "passage"), {"passage": ""}, {"query": "w50 ", "negative": "w51 "}),
+        (("query", "passage"), "w53 ", {"query": "w53 ", "passage": "w53 ", "negative": "w53 "}),
+        (("anchor", "positive"), None, {"anchor": "w52 ", "positive": "w52 ", "negative": "w52 "}),
+        (("anchor", "positive"), {"anchor": "w53 "}, {"anchor": "w53 ", "positive": "w52 ", "negative": "w52 "}),
+    ],
+)
+def test_queries_and_passages_have_the_models_prompts(encoder, tmp_path, monkeypatch, columns, asked, expected):
+    """As of an E5, whose vectors are made for them; other rows do not say which of their texts is a query."""
+    model, seen, teacher = encoder(), set(), encoder("distilbert")
+    model.prompts = {"query": "w50 ", "passage": "w51 ", "usual": "w52 ", "document": ""}
+    model.default_prompt_name = "usual"
+    teacher.prompts = {"query": "w60 "}
+    rows = [dict(zip((*columns, "negative"), row.values(), strict=True)) for row in pairs(8, negatives=True)]
+    preprocess = model.preprocess
+
+    def spied(texts, prompt=None, **options):
+        seen.add(prompt or "")
+        return preprocess(texts, prompt=prompt, **options)
+
+    monkeypatch.setattr(model, "preprocess", spied)
+    trained = run(model, rows, tmp_path / "out", steps=1, prompts=asked, teacher=teacher, save_strategy="no")
+    assert trained.info["prompts"] == expected
+    assert trained.info["teacher_prompts"] == ({"query": "w60 "} if "query" in columns else {})
+    assert seen == {expected.get(name, "") for name in (*columns, "negative")}
 
 
 def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
@@ -153,7 +188,12 @@ def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
     measure = GridEvaluator(CUPS, sts={"dev": scored()}, rotations=trained.rotations)
     assert measure(model)["mean"] == pytest.approx(points[best])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "mean_sts before" in card and f"{100 * points[0]:.0f}"[:1] in card
+    (row,) = [line.split("|")[2:4] for line in card.splitlines() if line.startswith("| 1x8 |")]
+    curve = {p["step"]: p for p in trained.info["curve"]}
+    wanted = [round(100 * curve[step]["1x8_mean_sts"], 2) for step in (0, best)]
+    assert "| cup | mean_sts before | mean_sts after |" in card and list(map(float, row)) == pytest.approx(
+        wanted, abs=0.1
+    )
     assert GridEvaluator(sts={"dev": scored()}).ladder is None
 
 
@@ -189,22 +229,57 @@ def test_losses_of_the_users_own(encoder, tmp_path):
 
 def test_gradient_checkpointing_and_bf16_change_little(encoder, tmp_path):
     plain, saving = encoder(), encoder()
+    layer, seen = saving[0].model.encoder.layer[0].attention, []
+    layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     run(plain, pairs(), tmp_path / "plain", steps=5, use_cpu=True)
     run(saving, pairs(), tmp_path / "saving", steps=5, use_cpu=True, gradient_checkpointing=True)
     same(plain, saving)
     assert not Encoder.of(saving).backbone.is_gradient_checkpointing
+    once = len(seen)
+    seen.clear()
+    run(saving, pairs(), tmp_path / "again", steps=5, use_cpu=True)
+    assert once > len(seen)  # layers were computed again in the backward pass
     half = encoder()
     trained = run(half, pairs(), tmp_path / "half", steps=5, use_cpu=True, bf16=True)
-    assert {p.dtype for p in half.parameters()} == {torch.float32} and trained.info["curve"]
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    with pytest.raises(AssertionError):
+        same(plain, half)
+    torch.testing.assert_close(half.encode(TEXTS), plain.encode(TEXTS), rtol=0, atol=0.3)
+    assert trained.info["arguments"] == {"bf16": "True"}
 
 
 def test_what_is_written_names_no_folders(encoder, tmp_path):
     run(encoder(), TEXTS, tmp_path / "out", steps=2)
     written = [p.read_text("utf-8") for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".md")]
-    assert written and not any(str(tmp_path) in text for text in written)
+    assert written and not any(str(tmp_path.parent) in text for text in written)  # where the model was read, too
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     info = json.loads((tmp_path / "out" / "nestling.json").read_text())
     assert info["training"]["kind"] == "texts" and info["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize("rotation", [None, "pca", "centred"])
+def test_the_card_says_how_cups_are_exported(encoder, tmp_path, monkeypatch, rotation):
+    """Its code is run: it gives the vectors that the cup had in training."""
+    model = encoder()
+    trained = run(model, TEXTS, tmp_path / "out", steps=2, rotation=rotation)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("the full cup 4x32 has to be exported too" in card) == (rotation == "centred")
+    assert ("it is the full model" in card) != (rotation == "centred")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("this folder", "out"), {})
+    given = {1: trained.rotations[1].cpu()} if rotation else None
+    wanted = torch.nn.functional.normalize(encode(model, TEXTS[:4], {1: 8}, rotations=given)[1], dim=-1)
+    found = SentenceTransformer(str(tmp_path / "small"), device="cpu").encode(TEXTS[:4])
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=0, atol=1e-5)
+    assert load_ladder("small") == embed.Ladder.parse("1x8")
+
+
+def test_before_is_what_was_measured_before(encoder, tmp_path):
+    measure = GridEvaluator(sts={"dev": scored()}, name="dev")
+    run(encoder(), pairs(), tmp_path / "out", steps=4, save_steps=2, evaluator=measure, eval_on_start=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "mean_sts after" in card and "before" not in card
 
 
 def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
@@ -243,6 +318,28 @@ def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkey
     found = run(part, data, tmp_path / "part", resume=True, **options)
     same(whole, part)
     assert found.info["curve"] == expected.info["curve"] and found.info["best"] == expected.info["best"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch, family):
+    options = {"cups": "2x16,4x32", "steps": 2, "save_steps": 1}
+    whole, part = encoder(family), encoder(family)
+    run(whole, pairs(), tmp_path / "whole", **options)
+    forward, calls = StarbucksLoss.forward, []
+
+    def failing(self, *args):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 2:
+            raise RuntimeError("the power went")
+        return forward(self, *args)
+
+    monkeypatch.setattr(StarbucksLoss, "forward", failing)
+    with pytest.raises(TrainingError, match="step 2: the power went; checkpoint-1 is kept in"):
+        run(part, pairs(), tmp_path / "part", **options)
+    monkeypatch.undo()
+    part = encoder(family)
+    run(part, pairs(), tmp_path / "part", resume=True, **options)
+    same(whole, part)
 
 
 SCRIPT = """
@@ -316,6 +413,30 @@ def test_two_processes_are_as_good_as_one(tmp_path, script, kind):
         assert point == pytest.approx(other, rel=1e-3, abs=2e-4)
 
 
+def test_processes_share_the_work_of_a_teacher(encoder, tmp_path):
+    """Each embeds every n-th text; the table is the one that a single process writes, and nothing else is left."""
+    texts = [(prompt, text) for text in TEXTS[:9] for prompt in ("", "w50 ")]
+    for name, processes in (("one", 1), ("three", 3), ("many", 30)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "teacher.npy"
+        run = [Thread(target=shared_table, args=(path, encoder(), texts, i, processes)) for i in range(processes)]
+        [thread.start() for thread in run[::-1]]
+        [thread.join() for thread in run]
+        assert [p.name for p in path.parent.iterdir()] == ["teacher.npy"]
+        wanted = [encoder().encode(text, prompt=prompt) for prompt, text in texts]
+        torch.testing.assert_close(torch.tensor(np.load(path)), torch.tensor(np.array(wanted)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stale_teacher_is_not_followed(encoder, tmp_path):
+    """A training that was stopped before its first checkpoint may have followed other texts."""
+    held = tmp_path / "out-checkpoints"
+    held.mkdir()
+    for name in ("teacher.npy", "teacher-0-of-2.npy"):
+        np.save(held / name, np.ones((len(TEXTS), 3), np.float32))
+    run(encoder(), TEXTS, tmp_path / "out", steps=1)
+    assert [p.name for p in held.glob("teacher*")] == ["teacher.npy"] and np.load(held / "teacher.npy").shape[1] == 32
+
+
 def test_a_loss_that_is_not_finite_stops_the_training(encoder, tmp_path, monkeypatch):
     forward, calls = StarbucksLoss.forward, []
 
@@ -357,11 +478,23 @@ def test_folders_are_checked(encoder, tmp_path):
         run(encoder(), pairs(), tmp_path / "out", steps=4, resume=True, learning_rate=0.01)
     with pytest.raises(TrainingError, match=r"holds another training \(.*kind: pairs, now texts"):
         run(encoder(), TEXTS, tmp_path / "out", steps=4, resume=True)
+    short, model = encoder(), encoder()
+    short.max_seq_length = 5
+    for other, options, changed in (
+        (short, {}, "max_seq_length: 64, now 5"),
+        (encoder(pooling="cls"), {}, "pooling: .*mean.*, now .*cls"),
+        (encoder(), {"weight_decay": 0.1}, "arguments: {}, now {'weight_decay': '0.1'}"),
+        (encoder(), {"mini_batch_size": 2}, "loss_settings: "),
+        (model, {"loss": losses.MultipleNegativesRankingLoss(model, scale=3.0)}, "loss_settings: .*20.0.*now .*3.0"),
+        (encoder(), {"teacher": encoder(), "teacher_prompts": "w9 "}, "teacher_prompts: {}, now {'anchor': 'w9 '"),
+    ):
+        with pytest.raises(TrainingError, match=rf"holds another training \(.*{changed}"):
+            run(other, pairs(), tmp_path / "out", resume=True, **{"steps": 4, **options})
     (tmp_path / "out").rename(tmp_path / "moved")
     with pytest.raises(TrainingError, match="holds checkpoints already"):
         run(encoder(), pairs(), tmp_path / "out", steps=4)
     again = encoder()
-    run(again, pairs(), tmp_path / "out", steps=4, resume=True)
+    run(again, pairs(), tmp_path / "out", steps=4, resume=True, logging_steps=2)  # which changes no weight
     same(again, weights(tmp_path / "moved"))
 
 
@@ -385,10 +518,22 @@ def test_folders_are_checked(encoder, tmp_path):
         (pairs(), {"rotation": "spin"}, ValueError, "rotation must be pca or centred.* got 'spin'"),
         (pairs(), {"recipe": {"klweight": 1}}, ValueError, "recipe has no .*klweight"),
         (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl must be"),
+        (pairs(), {"max_steps": 9}, ValueError, "max_steps=9 is no option of this training: use steps"),
+        (pairs(), {"per_device_train_batch_size": 9}, ValueError, "use batch_size"),
+        (pairs(), {"num_train_epochs": 2}, ValueError, "use epochs"),
+        (pairs(), {"warmup_ratio": 0.2}, ValueError, "use warmup, a share"),
+        (pairs(), {"torch_compile": True}, ValueError, "torch_compile=True .*the model stays uncompiled"),
+        (pairs(), {"stepz": 9}, ValueError, "no option stepz"),
+        (pairs(), {"teacher_prompts": "w9 "}, ValueError, "teacher_prompts='w9 ' without a teacher"),
         (pairs(), {"prompts": {"query": "w9"}}, ValueError, r"no columns \['query'\] to prompt: expected anchor"),
-        (TEXTS, {"mini_batch": 4}, ValueError, "mini_batch is for pairs"),
+        (TEXTS, {"mini_batch_size": 4}, ValueError, "mini_batch_size=4 is for pairs"),
         (pairs(), {"loss": losses.CoSENTLoss}, ValueError, "CoSENTLoss needs labels and there are none"),
-        (scored(), {"loss": losses.MultipleNegativesRankingLoss}, ValueError, "these have scores: use CoSENTLoss"),
+        (
+            scored(),
+            {"loss": losses.MultipleNegativesRankingLoss},
+            ValueError,
+            "reads no labels, and these rows have some, such as 0.0: use CoSENTLoss",
+        ),
         (
             [r | {"label": [1.0, 2.0]} for r in pairs()],
             {"loss": losses.CoSENTLoss},
@@ -411,10 +556,49 @@ def test_losses_that_do_not_fit_are_refused(encoder, tmp_path):
         run(model, scored(), tmp_path / "out", loss=losses.CoSENTLoss(teacher))
     with pytest.raises(ValueError, match="a teacher takes the place of labels"):
         run(model, scored(), tmp_path / "out", teacher=teacher)
+    whole = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)
+    with pytest.raises(ValueError, match="MultipleNegativesRankingLoss takes every row as a good one"):
+        run(model, scored(), tmp_path / "out", cups=None, loss=whole)
     whole = StarbucksLoss(model, losses.CoSENTLoss(model), CUPS)
     with pytest.raises(ValueError, match="a StarbucksLoss has its own cups, teacher"):
         run(model, scored(), tmp_path / "out", loss=whole, teacher=teacher)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, columns, labels, message",
+    [
+        ("TripletLoss", 3, lambda i: 1.0, "TripletLoss takes every row as a good one and reads no labels"),
+        ("ContrastiveLoss", 2, lambda i: i % 2, None),
+        ("ContrastiveLoss", 2, lambda i: 0.5 if i == 7 else 1, "row 8: ContrastiveLoss cannot use the label 0.5.* 0 "),
+        ("OnlineContrastiveLoss", 2, lambda i: -1, "row 1: OnlineContrastiveLoss cannot use the label -1"),
+        ("CosineSimilarityLoss", 2, lambda i: i % 6, "row 3: CosineSimilarityLoss .*label 2: expected a cosine"),
+        ("BatchAllTripletLoss", 1, lambda i: i % 3, None),
+        ("BatchHardTripletLoss", 1, lambda i: i / 2, "row 1: BatchHardTripletLoss .*label 0.0: expected an integer"),
+        ("MarginMSELoss", 3, lambda i: i - 3.5, None),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_labels_of_the_wrong_kind_are_refused(encoder, tmp_path, name, columns, labels, message, wrapped):
+    model, texts = encoder(), list(dict.fromkeys(some_texts(90, seed=7)))[:72]
+    base = getattr(losses, name)(model)
+    loss = StarbucksLoss(model, base, "2x16,4x32") if wrapped else base
+    rows = [{f"text{n}": texts[24 * n + i] for n in range(columns)} | {"label": labels(i)} for i in range(24)]
+    options = {"loss": loss, "cups": None if wrapped else "2x16,4x32", "steps": 1}
+    if message is None:
+        assert run(model, rows, tmp_path / "out", **options).info["kind"] == "rows"
+        return
+    with pytest.raises(ValueError, match=message):
+        run(model, rows, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dot_products_are_warned_of(encoder, tmp_path):
+    model = encoder()
+    whole = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, normalize=False)
+    for name, options in (("recipe", {"recipe": {"normalize": False}}), ("whole", {"loss": whole, "cups": None})):
+        with pytest.warns(UserWarning, match="normalize=False trains for dot products, and exports give unit vectors"):
+            run(model, pairs(), tmp_path / name, steps=1, **options)
 
 
 def test_missing_packages_are_named(encoder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ except ModuleNotFoundError as error:
     raise ImportError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
 
 from nestling.checkpoints import TrainingError
+from nestling.embed.agreement import agreement
 from nestling.embed.encoder import UnsupportedEncoderError
 from nestling.embed.errors import ExportError
 from nestling.embed.evaluate import GridEvaluator
@@ -37,6 +38,7 @@ __all__ = [
     "Trained",
     "TrainingError",
     "UnsupportedEncoderError",
+    "agreement",
     "export",
     "load_encoder",
     "load_ladder",

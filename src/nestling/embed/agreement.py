@@ -15,14 +15,19 @@ from nestling.ladder import Cup, Ladder
 from nestling.partial import EvaluationError
 
 NEIGHBOURS = 10
+NOTE = (
+    "Agreement is Spearman's correlation between a text's similarities to all others by the cup and by the full "
+    "model, the mean over texts; overlap is the share of its ten nearest neighbours that both find."
+)
 COLUMNS = {"method": "method", "cup": "cup", "agreement": "agreement", "overlap": f"overlap@{NEIGHBOURS}"}
 
 
-def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = None) -> Tensor:
+def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = None, batch_size: int = 32) -> Tensor:
     """Unit vectors ``[n, D]`` of the whole model, fp32 on the CPU: the reference of `agreement`."""
     encoder = Encoder.of(model)
     size = {encoder.depth: encoder.dims}
-    return normalize(encode(model, texts, size, prompt=_prompt(model, prompt))[encoder.depth], dim=-1)
+    found = encode(model, texts, size, prompt=_prompt(model, prompt), batch_size=batch_size)
+    return normalize(found[encoder.depth], dim=-1)
 
 
 def agreement(
@@ -34,6 +39,7 @@ def agreement(
     rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     prompt: str | None = None,
     method: str = "",
+    batch_size: int = 32,
 ) -> list[dict[str, Any]]:
     """A row for each cup: ``method, cup``, and how close its rankings are to those of a full model.
 
@@ -44,6 +50,8 @@ def agreement(
         reference: unit vectors ``[n, D]`` of the texts; by default those of this model at full size.
         rotations: by depth, as the cups were trained with.
         prompt: in front of texts; by default the model's own.
+        method: what the rows say in that column.
+        batch_size: texts in a forward.
 
     Raises:
         EvaluationError: there are too few texts to have ten neighbours.
@@ -52,11 +60,12 @@ def agreement(
         raise EvaluationError(
             f"{len(texts)} texts are too few to compare rankings on: give more than {NEIGHBOURS + 1}"
         )
-    reference = full_vectors(model, texts, prompt) if reference is None else reference
+    reference = full_vectors(model, texts, prompt, batch_size) if reference is None else reference
     wanted = _rows(reference)
     ranks, nearest = _ranks(wanted), wanted.topk(NEIGHBOURS).indices
     sizes = list(cups)
-    found = encode(model, texts, widths(sizes), prompt=_prompt(model, prompt), rotations=rotations)
+    used = _prompt(model, prompt)
+    found = encode(model, texts, widths(sizes), prompt=used, rotations=rotations, batch_size=batch_size)
     rows = []
     for cup in sizes:
         similar = _rows(normalize(found[cup.layers][:, : cup.dims], dim=-1))

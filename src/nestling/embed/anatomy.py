@@ -17,6 +17,8 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from nestling.embed.modes import in_eval_mode
+
 PROBE = 4  # tokens
 
 
@@ -115,18 +117,15 @@ def _probe(transformer: Transformer, layers: nn.Module) -> tuple[list[Tensor], l
         outputs.append(state_of(output).clone())  # a next layer that writes into it is found out
 
     backbone: Any = transformer.model
-    training = {module: module.training for module in transformer.modules()}
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers.children()]
     handles += [layer.register_forward_hook(leave) for layer in layers.children()]
     ids = torch.arange(1, 1 + PROBE, device=backbone.device) % backbone.get_input_embeddings().num_embeddings
     try:
-        with eager(transformer):
-            last = transformer.eval()({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
+        with eager(transformer), in_eval_mode(transformer):
+            last = transformer({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return inputs, outputs, last["token_embeddings"]
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
+from nestling.embed.agreement import NOTE
 from nestling.embed.results import markdown
+from nestling.embed.rotation import Rotation
 from nestling.embed.servers import longest
 from nestling.ladder import Cup, Ladder
 
@@ -36,14 +38,17 @@ def card(
     parts = ["\n".join(head), f"# {base or 'encoder'}, {cup.name}", " ".join(facts), _usage(served)]
     if onnx:
         parts.append(_fastembed(cup))
-    measured = [row for row in rows if row.get("cup") == cup.name]
-    if measured:
-        note = "Spearman's correlation, nDCG@10 and recall@100, all x 100."
-        parts.append(f"## Measured\n\n{note}\n\n{markdown(measured)}".rstrip())
+    own = [row for row in rows if row.get("cup") == cup.name]
+    if own:
+        labelled = "Spearman's correlation, nDCG@10 and recall@100, all x 100."
+        note = f"{NOTE} All x 100." if any("agreement" in row for row in own) else labelled
+        parts.append(f"## Measured\n\n{note}\n\n{markdown(own)}".rstrip())
     return "\n\n".join(parts) + "\n"
 
 
-def trained_card(model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any]) -> str:
+def trained_card(
+    model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any], rotations: Mapping[int, Rotation]
+) -> str:
     """The card of a model whose cups were trained: what they are, how they were trained, how one is handed out."""
     base = base_name(model)
     head = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
@@ -54,29 +59,37 @@ def trained_card(model: SentenceTransformer, ladder: Ladder, training: Mapping[s
         f"{training['rows']:,} {kinds[training['kind']]} ({training['steps']:,} steps of {training['batch_size']}): "
         f"the cups (layers x dims) {', '.join(cup.name for cup in ladder)}. Cosine is the measure at every size."
     )
+    small, full = ladder.cups[0], ladder.full
+    whole = "Loaded as it is, it is the full model. A smaller cup is cut out as a model of its own"
+    if full.layers in rotations and rotations[full.layers].mean is not None:
+        whole = (
+            "Its vectors were centred in training, which the folder as it is does not do: the full cup "
+            f"{full} has to be exported too. A cup is cut out as a model of its own"
+        )
+    turned = f", rotation=embed.load_rotations(folder)[{small.layers}]" if small.layers in rotations else ""
     use = (
-        "Loaded as it is, it is the full model. A smaller cup is cut out as a model of its own:\n\n```python\n"
-        "from nestling import embed\n\n"
-        f'model = embed.load_encoder("this folder")\nembed.export(model, "{ladder.cups[0]}", "small", '
-        'ladder=embed.load_ladder("this folder"))\n```\n\nor `nestling embed export "this folder" --out cups`.'
+        f"{whole}:\n\n```python\nfrom nestling import embed\n\n"
+        'folder = "this folder"\nmodel, ladder = embed.load_encoder(folder), embed.load_ladder(folder)\n'
+        f'embed.export(model, "{small}", "small", ladder=ladder{turned})\n```\n\n'
+        'or, all of them, `nestling embed export "this folder" --out cups`.'
     )
     parts = ["\n".join(head), f"# {base or 'encoder'}, {len(ladder)} cups", facts, f"## Use\n\n{use}"]
-    measured = _measured(ladder, training)
-    if measured:
-        parts.append(f"## Measured\n\nOn held-out data, x 100.\n\n{markdown(measured)}".rstrip())
+    rows = measured(ladder, training)
+    if len(rows[0]) > 1:
+        parts.append(f"## Measured\n\nOn held-out data, x 100.\n\n{markdown(rows)}".rstrip())
     return "\n\n".join(parts) + "\n"
 
 
-def _measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]]:
+def measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row a cup of what was measured before the training, and at the step whose weights were kept."""
     points = [p for p in training.get("curve", ()) if any(name.endswith(("mean_sts", "mean_ndcg")) for name in p)]
-    if len(points) < 2:
-        return []
-    kept = next((p for p in points if p["step"] == training.get("best_step")), points[-1])
+    before: Mapping[str, Any] = next((p for p in points if p["step"] == 0), {})
+    last = points[-1] if points and points[-1]["step"] else {}
+    after = next((p for p in points if p["step"] == training.get("best_step")), last)
     rows = []
     for cup in ladder:
         row: dict[str, Any] = {"cup": cup.name}
-        for when, point in (("before", points[0]), ("after", kept)):
+        for when, point in (("before", before), ("after", after)):
             for kind in ("mean_sts", "mean_ndcg"):
                 name = f"{cup.name}_{kind}"
                 row |= {f"{kind} {when}": value for key, value in point.items() if f"_{key}".endswith(f"_{name}")}

@@ -4,17 +4,29 @@ import json
 import zlib
 from typing import Any
 
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 
 def checksum(value: Any) -> int:
-    """CRC-32 of a module's weights, or of anything that JSON can hold."""
+    """CRC-32 of a module's weights, of a tensor, or of anything that JSON can hold."""
     if isinstance(value, nn.Module):
         total = 0
         for name, tensor in [*value.named_parameters(), *value.named_buffers()]:
             total = zlib.crc32(_bytes(tensor), zlib.crc32(name.encode(), total))
         return total
+    if isinstance(value, Tensor):
+        return zlib.crc32(_bytes(value))
     return zlib.crc32(json.dumps(value).encode())
+
+
+def reading(model: SentenceTransformer) -> dict[str, Any]:
+    """What else an embedding depends on: how much of a text is read, and what is made of its token vectors."""
+    head = list(model.children())[1:]
+    return {
+        "max_seq_length": model.max_seq_length,
+        "pooling": [f"{type(m).__name__} {getattr(m, 'get_config_dict', dict)()}" for m in head],
+    }
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -37,7 +37,7 @@ QUERIES = (
 
 
 def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, console: Console) -> list[dict]:
-    """The demo: cups cut, cups turned into principal components first, and cups that have followed the full model.
+    """The demo: cups cut, cups rotated into principal components first, and cups that have followed the full model.
 
     Args:
         cup: the one that is exported and searched with; the second of the ladder by default.
@@ -77,17 +77,17 @@ def _learn(
     texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
     with console.status("measuring"):
         reference = full_vectors(encoder, held_out)
-        turns = rotations(encoder, texts[::3], ladder.layers)  # a thousand are enough for a start
+        start = rotations(encoder, texts[::3], ladder.layers)  # a thousand are enough for a start
         rows = agreement(encoder, held_out, ladder, reference, method="cut")
-        rows += agreement(encoder, held_out, ladder, reference, rotations=turns, method="turned")
-    start = time.perf_counter()
+        rows += agreement(encoder, held_out, ladder, reference, rotations=start, method="rotated")
+    began = time.perf_counter()
     trained = train(
-        encoder, texts, ladder, folder=folder, rotation=turns, steps=steps, batch_size=BATCH, learning_rate=RATE,
+        encoder, texts, ladder, folder=folder, rotation=start, steps=steps, batch_size=BATCH, learning_rate=RATE,
         recipe={"weights": {ladder.full.name: FULL_WEIGHT}},
     )  # fmt: skip
     console.print(
         f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
-        f"{time.perf_counter() - start:.0f} s; no labels."
+        f"{time.perf_counter() - began:.0f} s; no labels."
     )
     with console.status("measuring"):
         rows += agreement(encoder, held_out, ladder, reference, rotations=trained.rotations, method="distilled")

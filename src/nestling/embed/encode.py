@@ -1,7 +1,6 @@
 """Embeddings of many texts at every depth that is wanted, from one forward a batch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -9,6 +8,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from nestling.embed.encoder import unwrapped
+from nestling.embed.modes import in_eval_mode
 from nestling.embed.taps import taps
 from nestling.ladder import Cup
 from nestling.partial import EvaluationError
@@ -71,18 +71,6 @@ def encode(
                 found[layer][places] = cut
             advance(len(places))
     return found
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module):
-    """Eval mode for as long as the block lasts; then every module is as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def stored_prompts(model: SentenceTransformer) -> dict[str, str]:

@@ -17,10 +17,10 @@ import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
-from nestling.embed.checksum import checksum
+from nestling.embed.checksum import checksum, reading
 from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
-from nestling.embed.metrics import ranking, spearman
+from nestling.embed.metrics import BESIDE, ranking, spearman
 from nestling.ladder import Cup, Ladder
 from nestling.pairs import read_sts
 from nestling.partial import EvaluationError, Partial
@@ -106,7 +106,7 @@ class GridEvaluator(BaseEvaluator):
         self.primary_metric = "mean"
 
     def _scored(self, name: str, source: FileName | Sequence[Mapping[str, Any]]) -> _Scored:
-        if name in ("model", "method", "cup") or name.startswith(("ndcg_", "recall_", "mean_")):
+        if name in BESIDE or name.startswith(("ndcg_", "recall_", "mean_")):
             raise EvaluationError(f"an STS set cannot be called {name}: that is a column of the results")
         rows = read_sts(source) if isinstance(source, str | os.PathLike) else source
         scores = [float(row["score"]) for row in rows]
@@ -195,11 +195,13 @@ class GridEvaluator(BaseEvaluator):
 
     def _job(self, model: nn.Module, cups: list[Cup], prompts: dict[str, str]) -> dict[str, Any]:
         """What the numbers depend on."""
-        turns = {str(k): checksum(turn) for k, turn in (self.rotations or {}).items() if isinstance(turn, nn.Module)}
+        modules = {depth: module for depth, module in (self.rotations or {}).items() if isinstance(module, nn.Module)}
+        inner = Encoder.of(model).model
         sts = [[data.first.tolist(), data.second.tolist(), data.scores] for data in self.sts.values()]
         return {
-            "weights": checksum(Encoder.of(model).model),
-            "rotations": turns,
+            "weights": checksum(inner),
+            **reading(inner),
+            "rotations": {str(depth): checksum(module) for depth, module in modules.items()},
             "cups": [cup.name for cup in cups],
             "prompts": prompts,
             "sts": [list(self.sts), checksum([list(self.sentences), sts])],

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from nestling.records import DataError, check_said, short
+
 LABELS = ("label", "labels", "score", "scores")  # the columns that sentence-transformers reads as labels
-FORMS: dict[str, tuple[str, ...]] = {
-    "scored": ("sentence1", "sentence2", "score"),
-    "pairs": ("anchor", "positive"),
-}
+FORMS = {("sentence1", "sentence2"): "scored", ("anchor", "positive"): "pairs", ("query", "passage"): "pairs"}
 PATIENCE = 8  # rows that wait for another batch, in batches; above that they are taken though a text comes twice
 
 
@@ -27,8 +27,8 @@ class Examples:
     """Columns of texts and perhaps labels.
 
     Attributes:
-        kind: ``"texts"`` (strings), ``"pairs"`` (anchor, positive, perhaps negatives), ``"scored"`` (sentence1,
-            sentence2, score), or ``"rows"`` (columns of the user's own, for a loss of the user's own).
+        kind: ``"texts"`` (strings), ``"pairs"`` (anchor, positive or query, passage, perhaps negatives), ``"scored"``
+            (sentence1, sentence2, score), or ``"rows"`` (columns of the user's own, for a loss of the user's own).
         columns: texts by column, in the order in which losses see them.
         labels: one for each row, or None.
     """
@@ -43,24 +43,28 @@ class Examples:
 
         Args:
             data: strings (each is taken once), or rows of `read_pairs` or `read_sts`. With a loss of one's own, rows
-                with any columns of texts and at most one of `LABELS`.
+                with any columns of texts, all of which it gets, and at most one of `LABELS`. Columns of numbers that
+                are no labels, such as ids, are left out.
             own_loss: whether there is one.
 
         Raises:
-            ExampleError: there are no rows, one lacks a column or is of another kind, a text is blank, all texts are
-                the same, or all scores are.
+            ExampleError: there are no rows, one lacks a column, has one more or is of another kind, a text is blank,
+                all texts are the same, or all scores are.
         """
         if isinstance(data, str | Mapping):
             raise ExampleError(f"expected a list of texts or of rows, got one {type(data).__name__}")
         rows = list(data)
         if not rows:
             raise ExampleError("there is nothing to train on: expected texts, pairs or scored pairs, got none")
-        if isinstance(rows[0], str):
-            made = cls("texts", {"text": list(dict.fromkeys(_texts(rows)))})
-        else:
-            made = _table(rows, own_loss)
+        try:
+            if isinstance(rows[0], str):
+                made = cls("texts", {"text": list(dict.fromkeys(_texts(rows)))})
+            else:
+                made = _table(rows, own_loss)
+        except DataError as error:  # of a text
+            raise ExampleError(f"{error}: give a text, or leave the row out") from None
         if len({text for column in made.columns.values() for text in column}) < 2:
-            raise ExampleError(f"all texts are the same, {_short(next(iter(made.columns.values()))[0])}: give others")
+            raise ExampleError(f"all texts are the same, {short(next(iter(made.columns.values()))[0])}: give others")
         if made.kind == "scored" and len(set(made.labels or ())) < 2:
             raise ExampleError("all scores are the same: pairs without an order teach nothing, give read_pairs rows")
         return made
@@ -117,24 +121,30 @@ def _passes(count: int, seed: int) -> Iterator[int]:
 
 def _texts(rows: Sequence[Any]) -> Iterator[str]:
     for number, text in enumerate(rows, 1):
-        _check_text(f"text {number}", text)
+        check_said(f"text {number}", "text", text)
         yield text
 
 
 def _table(rows: Sequence[Any], own_loss: bool) -> Examples:
     """Columns of rows that are mappings."""
     if not isinstance(rows[0], Mapping):
-        raise ExampleError(f"row 1 is {_short(rows[0])}: expected a text, or a mapping of columns")
+        raise ExampleError(f"row 1 is {short(rows[0])}: expected a text, or a mapping of columns")
     kind, names, label = _form(rows[0], own_loss)
+    wanted = [*names, *([label] if label else [])]
     columns: dict[str, list[str]] = {name: [] for name in names}
     labels = []
     for number, row in enumerate(rows, 1):
-        wanted = [*names, *([label] if label else [])]
         if not isinstance(row, Mapping) or not all(name in row for name in wanted):
-            had = ", ".join(row) if isinstance(row, Mapping) else _short(row)
+            had = ", ".join(row) if isinstance(row, Mapping) else short(row)
             raise ExampleError(f"row {number} has {had or 'no columns'}: expected {', '.join(wanted)}, as in row 1")
+        others = [name for name in row if name not in wanted]
+        if more := [name for name in others if name in LABELS or _is_content(name, row[name])]:
+            raise ExampleError(
+                f"row {number} has {', '.join(more)} beside {', '.join(wanted)}: nothing would be learned of that, "
+                "leave it out, have it in every row as negative, or give a loss that takes it"
+            )
         for name in names:
-            _check_text(f"row {number}: {name!r}", row[name])
+            check_said(f"row {number}", name, row[name])
             columns[name].append(row[name])
         if label:
             _check_label(f"row {number}: {label!r}", row[label])
@@ -144,36 +154,31 @@ def _table(rows: Sequence[Any], own_loss: bool) -> Examples:
 
 def _form(row: Mapping[str, Any], own_loss: bool) -> tuple[str, list[str], str | None]:
     """Kind, columns of texts and the column of labels, told by the first row."""
-    if all(name in row for name in FORMS["scored"]):
-        return "scored", ["sentence1", "sentence2"], "score"
-    if all(name in row for name in FORMS["pairs"]) and not any(name in row for name in LABELS):
-        return "pairs", ["anchor", "positive", *(name for name in row if name.startswith("negative"))], None
-    if not own_loss:
-        forms = "; ".join(", ".join(names) for names in FORMS.values())
-        raise ExampleError(
-            f"row 1 has {', '.join(row) or 'no columns'}: expected {forms}; or texts; for other rows, give a loss"
-        )
+    content = [name for name in row if name not in LABELS and _is_content(name, row[name])]
     labels = [name for name in LABELS if name in row]
-    names = [name for name in row if name not in LABELS]
-    if len(labels) > 1 or not names:
+    for names, kind in FORMS.items():
+        label = ["score"] if kind == "scored" else []
+        columns = [*names, *(name for name in content if not label and name.startswith("negative"))]
+        others = set(content) - set(columns)  # which a loss of one's own may take
+        if all(name in row for name in names) and labels == label and not (own_loss and others):
+            return kind, columns, labels[0] if labels else None
+    if not own_loss:
+        expected = "sentence1, sentence2, score; anchor, positive; query, passage"
+        raise ExampleError(
+            f"row 1 has {', '.join(row) or 'no columns'}: expected {expected}; or texts; for other rows, give a loss"
+        )
+    if len(labels) > 1 or not content:
         raise ExampleError(f"row 1 has {', '.join(row) or 'no columns'}: expected texts and at most one of {LABELS}")
-    return "rows", names, labels[0] if labels else None
+    return "rows", content, labels[0] if labels else None
 
 
-def _check_text(where: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise ExampleError(f"{where} must be text, got {_short(text)}")
-    if not text.strip():
-        raise ExampleError(f"{where} is blank: leave it out, it has no meaning to learn")
+def _is_content(name: str, value: Any) -> bool:
+    """Whether a column has something to learn from: not numbers such as ids, nor the subset that `read_sts` tells."""
+    return name != "subset" and not isinstance(value, Number)
 
 
 def _check_label(where: str, label: Any) -> None:
     numbers = label if isinstance(label, list | tuple) else [label]
     for number in numbers:
         if not isinstance(number, int | float) or not math.isfinite(number):
-            raise ExampleError(f"{where} must be a finite number or a list of numbers, got {_short(label)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+            raise ExampleError(f"{where} must be a finite number or a list of numbers, got {short(label)}")

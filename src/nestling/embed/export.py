@@ -7,9 +7,7 @@ applied behind the Normalize.
 """
 
 import copy
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,15 @@ from torch.nn.functional import normalize
 
 from nestling.embed import graph
 from nestling.embed.card import card
-from nestling.embed.encode import encode, in_eval_mode
+from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder, truncated_config
 from nestling.embed.errors import ExportError
 from nestling.embed.files import LADDER_FILE
+from nestling.embed.modes import in_eval_mode
 from nestling.embed.probe import probe_texts
 from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite, write
+from nestling.folders import write_folder
 from nestling.ladder import Cup, Ladder
 from nestling.models import quiet
 from nestling.records import reason
@@ -62,7 +62,7 @@ def export(
     cup: Cup | str | tuple[int, int],
     folder: str | Path,
     *,
-    ladder: Ladder | None = None,
+    ladder: Ladder | str | Iterable[Any] | None = None,
     rotation: Rotation | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
     onnx: bool = False,
@@ -77,8 +77,9 @@ def export(
         model: a SentenceTransformer in fp32; it is not changed.
         cup: the size, such as ``"6x128"``.
         folder: must not exist yet.
-        ladder: the cups that the model was trained for, kept in ``nestling.json``. Those of this depth that are not
-            wider than the cup are declared as widths that a server may cut to. By default the cup alone.
+        ladder: the cups that the model was trained for, as `Ladder.parse` takes them, kept in ``nestling.json``. Those
+            of this depth that are not wider than the cup are declared as widths that a server may cut to. By default
+            the cup alone.
         rotation: the start rotation of the cup's depth, as from `rotations`.
         rows: measured rows (`GridEvaluator.rows`) for the model card; those of the cup are shown.
         onnx: also write ``onnx/model.onnx``: ids and mask to unit vectors, any batch and length.
@@ -86,25 +87,21 @@ def export(
 
     Raises:
         ExportError: the folder exists or cannot be made, weights are not fp32, ``int8`` without ``onnx``, a package is
-            missing, the rotation is of another width, or the result does not give the same vectors.
-        LadderError: the model does not have that cup.
+            missing, the rotation is of another width, or the result does not give the same vectors: those of int8
+            weights must have a mean cosine of 0.9.
+        LadderError: the model does not have that cup, or one of the ladder's.
         UnsupportedEncoderError: the model has no layers to cut.
     """
     encoder, folder = Encoder.of(model), Path(folder)
     size = Cup.parse(cup) if isinstance(cup, str) else cup if isinstance(cup, Cup) else Cup(*cup)
-    ladder = Ladder([size]) if ladder is None else ladder
-    _check(encoder, size, folder, rotation)
+    ladder = Ladder([size]) if ladder is None else Ladder.parse(ladder)
+    _check(encoder, size, ladder, folder, rotation)
     if int8 and not onnx:
         raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
     if onnx:
         graph.check_installed()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
-    new = work / "new"  # made with the permissions of any folder; those of a temporary one are private
-    try:
+
+    def fill(new: Path) -> Exported:
         with quiet():
             _write(encoder, size, new, ladder, rotation)
             served = _loaded(new, str(encoder.model.device))
@@ -112,18 +109,18 @@ def export(
             measured = graph.write(served.cpu(), new / "onnx", int8) if onnx else (None, None)
         (new / "README.md").write_text(card(encoder.model, served, size, ladder, rows, onnx), "utf-8")
         nbytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
-        if folder.exists():  # made by somebody else meanwhile; an empty one would be replaced without a word
-            raise ExportError(f"{folder} exists: choose another folder, or remove it")
-        new.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return Exported(folder, size, nbytes, difference, *measured)
+        _check_new(folder)  # made by somebody else meanwhile; it would be replaced without a word
+        return Exported(folder, size, nbytes, difference, *measured)
+
+    try:
+        return write_folder(folder, fill)
+    except OSError as error:
+        raise ExportError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
 
 
-def _check(encoder: Encoder, cup: Cup, folder: Path, rotation: Rotation | None) -> None:
-    Ladder({cup, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
-    if folder.exists():
-        raise ExportError(f"{folder} exists: choose another folder, or remove it")
+def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, rotation: Rotation | None) -> None:
+    Ladder({cup, *ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
+    _check_new(folder)
     dtypes = {parameter.dtype for parameter in encoder.model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -132,6 +129,11 @@ def _check(encoder: Encoder, cup: Cup, folder: Path, rotation: Rotation | None) 
         raise ExportError("the model has an adapter (LoRA): merge it into the weights first")
     if rotation is not None and rotation.encode.shape[0] != encoder.dims:
         raise ExportError(f"the rotation is of width {rotation.encode.shape[0]}, the embeddings of {encoder.dims}")
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise ExportError(f"{folder} exists: choose another folder, or remove it")
 
 
 def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
@@ -200,8 +202,8 @@ def _difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: S
         ExportError: it is above the tolerance, or the folder gives vectors of another width.
     """
     texts = probe_texts(served)
-    turned = None if rotation is None else {cup.layers: rotation}
-    wanted = normalize(encode(encoder.model, texts, {cup.layers: cup.dims}, rotations=turned)[cup.layers], dim=-1)
+    rotations = None if rotation is None else {cup.layers: rotation}
+    wanted = normalize(encode(encoder.model, texts, {cup.layers: cup.dims}, rotations=rotations)[cup.layers], dim=-1)
     with in_eval_mode(served):
         found = torch.from_numpy(served.encode(texts, prompt="", show_progress_bar=False))
     if found.shape != wanted.shape:

@@ -22,6 +22,7 @@ from nestling.embed.errors import ExportError
 from nestling.embed.probe import probe_texts
 
 TOLERANCE = 1e-4  # of coordinates of unit vectors
+CLOSE = 0.9  # the mean cosine of int8 vectors to those in fp32, at least
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LIMIT = 2**31 - 2**24  # bytes of weights: a file of protocol buffers holds 2 GiB
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what tokenizers give and runtimes feed
@@ -48,7 +49,7 @@ def write(model: SentenceTransformer, folder: Path, int8: bool) -> tuple[float, 
         The largest difference of a coordinate in fp32, and the mean cosine of int8 to fp32, if it was made.
 
     Raises:
-        ExportError: the model is too large for one file, cannot be traced, or the graph gives other vectors.
+        ExportError: the model is too large for one file, cannot be traced, or a graph gives other vectors.
     """
     nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if nbytes > LIMIT:
@@ -141,4 +142,10 @@ def _quantised(model: SentenceTransformer, source: Path, path: Path) -> float:
 
     quantize_dynamic(str(source), str(path), weight_type=QuantType.QUInt8, per_channel=True)
     wanted, found = _vectors(model, path)
-    return float(cosine_similarity(wanted, found, dim=-1).mean())
+    cosine = float(cosine_similarity(wanted, found, dim=-1).mean())
+    if not cosine >= CLOSE:
+        raise ExportError(
+            f"with int8 weights the mean cosine to the model's vectors is {cosine:.2f}, expected at least {CLOSE}: "
+            "export without int8"
+        )
+    return cosine

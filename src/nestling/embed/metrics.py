@@ -8,6 +8,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
+# Columns of results that are no metrics; all others are, sets of scored pairs under names of their own.
+BESIDE = ("model", "method", "cup", "seed", "epoch", "steps", "minutes", "seconds", "peak_mib")
 CUTOFF, DEPTH = 10, 100  # of nDCG and of recall
 CHUNK = 1 << 24  # scores held at once
 

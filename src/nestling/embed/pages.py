@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from nestling import report
-from nestling.embed.agreement import COLUMNS
+from nestling.embed.agreement import COLUMNS, NOTE
 from nestling.embed.results import FLOPS, cost_figure, grid_figure
 from nestling.embed.train import Trained
 from nestling.ladder import Cup
 
 Row = Mapping[str, Any]
-AGREEMENT = (
-    "Agreement is Spearman's correlation between a text's similarities to all others by the cup and by the full "
-    "model, the mean over texts; overlap is the share of its ten nearest neighbours that both find."
-)
-METHODS = "Cut: the model as it was; turned: in its principal components first; distilled: after the training."
+METHODS = "Cut: the model as it was; rotated: in its principal components first; distilled: after the training."
 COSTS = "Layers save encode time, dims save index bytes and search time; neither saves the other."
 
 
@@ -25,7 +21,7 @@ def write_evaluation(path: Path, rows: Sequence[Row], *, title: str, grid: bool)
     """The table of a `GridEvaluator` or of `agreement`, quality by cost, and a heat map with ``grid``."""
     labelled = any(key in row for row in rows for key in ("mean_sts", "mean_ndcg"))
     column = None if labelled else "agreement"
-    note = "Correlations, nDCG@10 and recall@100 as fractions. " if labelled else f"{AGREEMENT} "
+    note = "Correlations, nDCG@10 and recall@100 as fractions. " if labelled else f"{NOTE} "
     sections = [
         report.Section("Quality of every cup", note + COSTS, rows=_shown(rows), figure=cost_figure(rows, column))
     ]
@@ -83,7 +79,7 @@ def write_demo(
         ylabel="mean Spearman on held-out sentences",
     )  # fmt: skip
     sections = [
-        report.Section("Before and after", f"{AGREEMENT} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
+        report.Section("Before and after", f"{NOTE} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
                        figure=figure),
         *training_sections(trained.info),
         report.Section("What a cup costs", "Encode times are medians of three rounds in turn, on this machine.",

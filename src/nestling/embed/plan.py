@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +15,17 @@ from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from nestling.checkpoints import TrainingError
-from nestling.embed.checksum import checksum
-from nestling.embed.encode import in_eval_mode
+from nestling.embed.arguments import check_changes, processes, relevant
+from nestling.embed.checksum import checksum, reading
 from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
+from nestling.embed.labels import check_labels
 from nestling.embed.losses import StarbucksLoss
+from nestling.embed.modes import in_eval_mode
 from nestling.embed.trainer import check_finite
 from nestling.ladder import Ladder
 
 RECIPE = ("kl", "kl_weight", "temperature", "teacher_temperature", "weights", "cascade", "detach_teacher", "normalize")
-UNLABELLED = (
-    losses.MultipleNegativesRankingLoss,
-    losses.CachedMultipleNegativesRankingLoss,
-    losses.MultipleNegativesSymmetricRankingLoss,
-    losses.CachedMultipleNegativesSymmetricRankingLoss,
-    losses.TripletLoss,
-)
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,8 @@ class Plan:
             self.teacher is not None or self.examples.kind == "texts"
         )
 
-    def check(self, cups, recipe, rotation, mini_batch, out: Path, resume: bool) -> None:
-        """Options that do not go together."""
+    def check(self, cups, recipe, rotation, mini_batch_size, out: Path, resume: bool, arguments) -> None:
+        """Options that do not go together, and labels that the loss cannot use."""
         name, model = type(self.given).__name__, self.encoder.model
         if isinstance(rotation, str) and rotation not in ("pca", "centred"):
             raise ValueError(f"rotation must be pca or centred, or rotations by depth, got {rotation!r}")
@@ -64,51 +59,75 @@ class Plan:
             also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": rotation}
             if wrong := [key for key, value in also.items() if value is not None]:
                 raise ValueError(f"a StarbucksLoss has its own {', '.join(wrong)}: give those to it, or a base loss")
-        if mini_batch is not None and (self.given is not None or self.examples.kind != "pairs"):
-            raise ValueError("mini_batch is for pairs without a loss of your own: give a loss that caches gradients")
-        if self.examples.kind == "scored" and isinstance(self.given, UNLABELLED):
-            raise ValueError(f"{name} takes every pair as a good one, and these have scores: use CoSENTLoss, or pairs")
+        if mini_batch_size is not None and (self.given is not None or self.examples.kind != "pairs"):
+            raise ValueError(
+                f"mini_batch_size={mini_batch_size} is for pairs without a loss of your own: give a loss that caches "
+                "gradients"
+            )
         if self.distils and self.examples.labels is not None:
             raise ValueError("a teacher takes the place of labels: give pairs or texts, or leave the teacher out")
+        check_labels(self.given, self.examples.labels)
+        check_changes(arguments)
 
-    def job(self, ladder, steps, batch, learning_rate, warmup, seed, prompts, recipe, rotation) -> dict[str, Any]:
+    def job(
+        self, ladder, steps, batch, learning_rate, warmup, seed, prompts, teacher_prompts, recipe, rotation,
+        mini_batch_size, arguments,
+    ) -> dict[str, Any]:  # fmt: skip
         """What a resumed training must agree on: plain JSON values."""
         data = [self.examples.kind, self.examples.columns, self.examples.labels]
-        turns = rotation
         if isinstance(rotation, Mapping):
-            turns = {str(depth): checksum(turn) for depth, turn in rotation.items()}
-        base = self.base(None)
+            rotation = {str(depth): checksum(module) for depth, module in rotation.items()}
+        base = self.base(mini_batch_size)
         weights = {str(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
         recipe = {**(recipe or {}), **({"weights": weights} if weights else {})}
         return {
-            "model": checksum(self.encoder.model), "cups": str(ladder), "kind": self.examples.kind,
+            "model": checksum(self.encoder.model), **reading(self.encoder.model), "cups": str(ladder),
+            "kind": self.examples.kind,
             "rows": len(self.examples), "data": checksum(data), "loss": None if base is None else type(base).__name__,
-            "teacher": None if self.teacher is None else checksum(self.teacher), "rotation": turns,
-            "recipe": recipe, "prompts": prompts, "steps": steps, "batch_size": batch,
-            "learning_rate": learning_rate, "warmup": warmup, "seed": seed,
+            "loss_settings": settings_of(base),
+            "teacher": None if self.teacher is None else checksum(self.teacher), "rotation": rotation,
+            "recipe": recipe, "prompts": prompts, "teacher_prompts": teacher_prompts, "steps": steps,
+            "batch_size": batch, "learning_rate": learning_rate, "warmup": warmup, "seed": seed,
+            "arguments": relevant(arguments),
         }  # fmt: skip
 
-    def base(self, mini_batch: int | None) -> nn.Module | None:
+    def base(self, mini_batch_size: int | None) -> nn.Module | None:
         """The loss of one cup; none where texts are all there is."""
         model: Any = self.encoder.model
         if self.given is not None or self.examples.kind == "texts":
             return self.given
         if self.examples.kind == "scored":
             return losses.CoSENTLoss(model)
-        if mini_batch is None:
+        if mini_batch_size is None:
             return losses.MultipleNegativesRankingLoss(model)
-        return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch)
+        return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
 
-    def loss(self, ladder: Ladder, recipe, mini_batch, turns, table) -> StarbucksLoss:
+    def loss(self, ladder: Ladder, recipe, mini_batch_size, rotations, table) -> StarbucksLoss:
         """The loss of all cups."""
         if isinstance(self.given, StarbucksLoss):
             return self.given
-        base = self.base(mini_batch)
+        base = self.base(mini_batch_size)
         gathers = processes() > 1 and not getattr(base, "gather_across_devices", False)
         return StarbucksLoss(
-            self.encoder.model, base, ladder, rotations=turns, teacher=table, gather_across_devices=gathers,
-            **(recipe or {}),
+            self.encoder.model, base, ladder, rotations=rotations, teacher=table,
+            gather_across_devices=gathers, **(recipe or {}),
         )  # fmt: skip
+
+
+def settings_of(loss: Any) -> Any:
+    """What a loss says of its settings, and a teacher's table by its checksum: plain JSON values."""
+    if loss is None or not hasattr(loss, "get_config_dict"):
+        return None
+    found = dict(loss.get_config_dict())
+    if isinstance(loss, StarbucksLoss) and loss.teacher is not None:
+        found["external_teacher"] = checksum(loss.teacher)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return {"loss": type(value).__name__, "settings": settings_of(value)}
+        return getattr(value, "__name__", type(value).__name__)  # a function: its address is another in every process
+
+    return json.loads(json.dumps(found, default=plain))
 
 
 def ladder_of(encoder: Encoder, cups: Any) -> Ladder:
@@ -116,20 +135,23 @@ def ladder_of(encoder: Encoder, cups: Any) -> Ladder:
     return found.check(encoder.depth, encoder.dims)
 
 
-def processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def prompts_of(asked: str | Mapping[str, str] | None, examples: Examples, stored: Mapping[str, str]) -> dict[str, str]:
-    """The prompt of each column that has one."""
-    if isinstance(asked, Mapping):
-        if unknown := set(asked) - set(examples.columns):
-            raise ValueError(
-                f"there are no columns {sorted(unknown)} to prompt: expected {', '.join(examples.columns)}"
-            )
-        found = {name: asked.get(name, "") for name in examples.columns}
+    """The prompt of each column that has one.
+
+    Rows of ``query, passage`` say what each text is for: they take the model's prompts for that, negatives the
+    passage's. Other rows do not, and take the prompt that ``encode`` uses by itself, which few models have.
+    """
+    columns = examples.columns
+    if isinstance(asked, str):
+        found = dict.fromkeys(columns, asked)
+    elif {"query", "passage"} <= set(columns):
+        found = {name: stored["query" if name == "query" else "passage"] for name in columns}
     else:
-        found = dict.fromkeys(examples.columns, stored["sts"] if asked is None else asked)
+        found = dict.fromkeys(columns, stored["sts"])
+    if isinstance(asked, Mapping):
+        if unknown := set(asked) - set(columns):
+            raise ValueError(f"there are no columns {sorted(unknown)} to prompt: expected {', '.join(columns)}")
+        found |= asked
     return {name: prompt for name, prompt in found.items() if prompt}
 
 

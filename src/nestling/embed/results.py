@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from nestling.embed.metrics import BESIDE
 from nestling.ladder import Cup
 from nestling.report import curve, heat_maps, markdown_table, run_meta, write_json
 
@@ -48,7 +49,7 @@ def grid_figure(rows: Sequence[Row], column: str | None = None) -> Figure:
     depths, dims = (sorted({getattr(Cup.parse(row["cup"]), side) for row in rows}) for side in ("layers", "dims"))
     panels: dict[str, list[list[Any]]] = {}
     for row in rows:
-        cells = panels.setdefault(_line(row), [[None] * len(dims) for _ in depths])
+        cells = panels.setdefault(_line(row, rows), [[None] * len(dims) for _ in depths])
         cup = Cup.parse(row["cup"])
         cells[depths.index(cup.layers)][dims.index(cup.dims)] = row.get(column)
     return heat_maps(
@@ -82,15 +83,15 @@ def cost_figure(
     widest: dict[tuple[str, int], tuple[Cup, Row]] = {}
     for row in rows:
         cup = Cup.parse(row["cup"])
-        best = widest.setdefault((_line(row), cup.layers), (cup, row))
+        best = widest.setdefault((_line(row, rows), cup.layers), (cup, row))
         if cup.dims > best[0].dims:
-            widest[_line(row), cup.layers] = (cup, row)
+            widest[_line(row, rows), cup.layers] = (cup, row)
     deepest = max(layers for _, layers in widest)
     points = [
         {
             "cost": cup.layers / deepest if costs is None else costs[cup.name],
             "quality": row.get(column),
-            "line": _line(row),
+            "line": _line(row, rows),
         }
         for cup, row in widest.values()
     ]
@@ -99,7 +100,7 @@ def cost_figure(
 
 
 def markdown(rows: Sequence[Row], columns: Iterable[str] | None = None) -> str:
-    """The rows as a Markdown table for a model card, correlations, nDCG and recall x 100.
+    """The rows as a Markdown table for a model card, metrics (correlations, nDCG, recall, agreement) x 100.
 
     Args:
         columns: which are shown, in order; by default all that have a value in some row.
@@ -107,16 +108,18 @@ def markdown(rows: Sequence[Row], columns: Iterable[str] | None = None) -> str:
     if columns is None:
         columns = dict.fromkeys(key for row in rows for key in row if row[key] not in ("", None))
     shown = list(columns)
-    return markdown_table([{key: _hundredfold(row.get(key)) for key in shown} for row in rows])
+    return markdown_table([{key: _shown(key, row.get(key)) for key in shown} for row in rows])
 
 
-def _hundredfold(value: Any) -> Any:
-    return round(100 * value, 2) if isinstance(value, float) else value
+def _shown(key: str, value: Any) -> Any:
+    return round(100 * value, 2) if isinstance(value, float) and key not in BESIDE else value
 
 
-def _line(row: Row) -> str:
-    """What tells a method's rows from those of others."""
-    return str(row.get("method") or row.get("model") or "model")
+def _line(row: Row, rows: Sequence[Row]) -> str:
+    """What tells a row's line from others: its method, and its model where there are several."""
+    several = len({other.get("model") for other in rows}) > 1
+    parts = [row.get("method"), row.get("model") if several or not row.get("method") else None]
+    return ", ".join(str(part) for part in parts if part) or "model"
 
 
 def _means(rows: Sequence[Row]) -> list[str]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nestling.basis import pca
-from nestling.embed.taps import taps
+from nestling.embed.encode import encode
+from nestling.embed.encoder import Encoder
 
 
 class Rotation(nn.Module):
@@ -51,7 +52,6 @@ class Rotation(nn.Module):
         return None if self.mean is None else -(self.mean.double() @ self.encode[:, :dims].double()).float()
 
 
-@torch.no_grad()
 def rotations(
     model: nn.Module, texts: Iterable[str], layers: Iterable[int], *, centred: bool = False, batch_size: int = 32
 ) -> dict[int, Rotation]:
@@ -59,7 +59,8 @@ def rotations(
 
     Args:
         model: a SentenceTransformer; it is put in eval mode for the pass.
-        texts: some thousands, as they will be embedded (with their prompts, if there are any).
+        texts: some thousands, as they will be embedded (with their prompts, if there are any). Their vectors of all
+            these depths are in memory at once.
         layers: depths from 1 on.
         centred: take the mean out, and the components of what is left.
         batch_size: texts at a time.
@@ -68,32 +69,20 @@ def rotations(
         ``{depth: Rotation}``.
 
     Raises:
-        ValueError: there are no texts.
+        ValueError: there are no texts, or an embedding is not finite.
         UnsupportedEncoderError, LadderError: as `taps`.
     """
-    ordered, depths = sorted(texts, key=len), sorted(set(layers))
-    if not ordered:
+    given = list(texts)
+    if not given:
         raise ValueError("expected texts to take principal components of, got none")
-    mode, device = model.training, next(model.parameters()).device
-    sums: dict[int, Tensor] = {}
-    moments: dict[int, Tensor] = {}
-    model.eval()
-    try:
-        for start in range(0, len(ordered), batch_size):
-            features = model.preprocess(ordered[start : start + batch_size])  # type: ignore[operator]
-            features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
-            for depth, vectors in taps(model, features, depths).items():
-                x = vectors.double().cpu()
-                sums[depth] = sums.get(depth, 0) + x.sum(0)
-                moments[depth] = moments.get(depth, 0) + x.mT @ x
-    finally:
-        model.train(mode)
-    return {depth: _components(sums[depth], moments[depth], len(ordered), centred) for depth in depths}
+    widths = dict.fromkeys(sorted(set(layers)), Encoder.of(model).dims)
+    found = encode(model, given, widths, batch_size=batch_size)
+    return {depth: _components(vectors.double(), centred) for depth, vectors in found.items()}
 
 
-def _components(total: Tensor, moment: Tensor, count: int, centred: bool) -> Rotation:
-    mean = total / count
-    covariance = moment / count - torch.outer(mean, mean) * centred
+def _components(vectors: Tensor, centred: bool) -> Rotation:
+    mean = vectors.mean(0)
+    covariance = vectors.mT @ vectors / len(vectors) - torch.outer(mean, mean) * centred
     return Rotation(pca(covariance).encode, mean if centred else None)
 
 

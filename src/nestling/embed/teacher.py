@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from nestling.embed.modes import in_eval_mode
 
 CHUNK = 1024  # texts that are embedded between two looks at the progress
 
@@ -27,6 +31,47 @@ def numbered(columns: Mapping[str, Sequence[str]], prompts: Mapping[str, str]) -
         for name, column in columns.items()
     ]
     return list(numbers), torch.tensor(rows).T
+
+
+def shared_table(
+    path: Path,
+    teacher: SentenceTransformer,
+    texts: Sequence[tuple[str, str]],
+    rank: int,
+    processes: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """The file of `write_table`, if it is not there, by several processes that see one file system.
+
+    Each embeds every n-th text into a file of its own, and the first joins them. They wait by looking for the files:
+    a barrier of torch.distributed gives up after half an hour, which a large teacher takes on many texts.
+    """
+    parts = [path.with_name(f"{path.stem}-{i}-of-{processes}.npy") for i in range(min(processes, len(texts)))]
+    if processes == 1 and not path.is_file():
+        write_table(path, teacher, texts, advance=advance)
+    elif rank < len(parts) and not path.is_file() and not parts[rank].is_file():
+        write_table(parts[rank], teacher, texts[rank::processes], advance=advance)
+    if rank == 0 and not path.is_file():
+        _wait_for(parts)
+        _join(path, parts, len(texts))
+    _wait_for([path])
+
+
+def _wait_for(paths: Sequence[Path]) -> None:
+    while not all(path.is_file() for path in paths):
+        time.sleep(0.2)
+
+
+def _join(path: Path, parts: Sequence[Path], count: int) -> None:
+    tables = [np.load(part, mmap_mode="r") for part in parts]
+    new = path.with_name(f".{path.name}.{os.getpid()}.part")
+    joined = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=(count, tables[0].shape[1]))
+    for rank, table in enumerate(tables):
+        joined[rank :: len(tables)] = table
+    joined.flush()
+    os.replace(new, path)
+    for part in parts:
+        part.unlink()
 
 
 def write_table(
@@ -47,31 +92,35 @@ def write_table(
     Raises:
         ValueError: an embedding is not finite.
     """
-    new, mode = path.with_name(f".{path.name}.{os.getpid()}.part"), teacher.training
-    order = sorted(range(len(texts)), key=lambda i: (texts[i][0], len(texts[i][1])))
+    new = path.with_name(f".{path.name}.{os.getpid()}.part")
     table = None
-    teacher.eval()
     try:
-        for start in range(0, len(order), CHUNK):
-            places = order[start : start + CHUNK]
-            for prompt in dict.fromkeys(texts[i][0] for i in places):
-                some = [i for i in places if texts[i][0] == prompt]
-                found = teacher.encode(
-                    [texts[i][1] for i in some], prompt=prompt, batch_size=batch_size, show_progress_bar=False
-                )
-                if not np.isfinite(found).all():
-                    raise ValueError("the teacher gives embeddings that are not finite: its weights are broken")
-                if table is None:
-                    shape = (len(texts), found.shape[1])
-                    table = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape)
-                table[some] = found
+        for places, vectors in _embedded(teacher, texts, batch_size):
+            if not np.isfinite(vectors).all():
+                raise ValueError("the teacher gives embeddings that are not finite: its weights are broken")
+            if table is None:
+                shape = (len(texts), vectors.shape[1])
+                table = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape)
+            table[places] = vectors
             advance(len(places))
         if table is not None:
             table.flush()
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
-        teacher.train(mode)
+
+
+def _embedded(
+    teacher: SentenceTransformer, texts: Sequence[tuple[str, str]], batch_size: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Places of some texts of one prompt, and their embeddings, until all are done."""
+    order = sorted(range(len(texts)), key=lambda i: (texts[i][0], len(texts[i][1])))
+    for prompt, places in groupby(order, key=lambda i: texts[i][0]):
+        while some := list(islice(places, CHUNK)):
+            said = [texts[i][1] for i in some]
+            with in_eval_mode(teacher):
+                vectors = teacher.encode(said, prompt=prompt, batch_size=batch_size, show_progress_bar=False)
+            yield some, vectors
 
 
 def checked_teacher(table: Tensor | np.ndarray) -> Tensor:

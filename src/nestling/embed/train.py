@@ -7,23 +7,23 @@ ones. A teacher's embeddings are computed once and mapped from a file.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from nestling.checkpoints import begin, run
+from nestling.embed.arguments import processes, training_arguments
 from nestling.embed.card import trained_card
 from nestling.embed.dropout import without_dropout
 from nestling.embed.encode import stored_prompts
@@ -32,9 +32,10 @@ from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.examples import Examples, order
 from nestling.embed.files import LADDER_FILE, ROTATIONS_FILE, read_rotations, write_rotations
 from nestling.embed.losses import StarbucksLoss
-from nestling.embed.plan import Plan, attempt, ladder_of, processes, prompts_of
+from nestling.embed.modes import modes_kept
+from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
 from nestling.embed.rotation import Rotation, rotations
-from nestling.embed.teacher import numbered, write_table
+from nestling.embed.teacher import numbered, shared_table
 from nestling.embed.trainer import CupTrainer, Watch, without_bars
 from nestling.folders import write_folder
 from nestling.ladder import Ladder
@@ -76,7 +77,7 @@ def train(
     steps: int | None = None,
     epochs: float = 1.0,
     batch_size: int | None = None,
-    mini_batch: int | None = None,
+    mini_batch_size: int | None = None,
     learning_rate: float = 5e-5,
     warmup: float = 0.1,
     seed: int = 0,
@@ -101,8 +102,8 @@ def train(
 
     Args:
         model: trained in place, on its own device or the accelerator that there is.
-        data: strings, or rows with the columns ``anchor, positive[, negative...]`` or ``sentence1, sentence2, score``;
-            with a ``loss`` of your own, any columns of texts and one of labels.
+        data: strings, or rows with the columns ``anchor, positive[, negative...]``, ``query, passage[, negative...]``
+            or ``sentence1, sentence2, score``; with a ``loss`` of your own, any columns of texts and one of labels.
         cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
         folder: of the trained model, must not exist; checkpoints go beside it, into ``<folder>-checkpoints``.
         loss: a base loss of the model for `StarbucksLoss`, a function that makes one, or a whole `StarbucksLoss`.
@@ -114,18 +115,22 @@ def train(
         steps: of the optimiser; None for ``epochs`` passes over the data.
         batch_size: rows a step, over all processes and accumulation steps; by default 64, or all rows if there are
             fewer. No text comes twice in a batch where that can be had.
-        mini_batch: rows that are embedded at a time, with cached gradients: large batches in little memory (pairs).
+        mini_batch_size: rows of pairs that are embedded at a time, with cached gradients: large batches in little
+            memory.
         learning_rate, warmup: of AdamW; it falls to zero linearly, after a rise over that share of the steps.
         evaluator: measures on held-out data before, ten times during and after the training; the checkpoint with the
             best mean over the cups is kept. If it has no ladder, or no rotations, it is given those of the training.
-        prompts: in front of texts, for all columns or by column; by default the model's own for ``encode``.
+        prompts: in front of texts, for all columns or by column. Columns that are left out have the model's own: in
+            rows of ``query, passage`` its prompts for queries and for passages (`stored_prompts`), as of the E5
+            family; in others the one that ``encode`` uses by itself. ``""`` turns one off.
         teacher_prompts: the same for ``teacher``.
-        recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``.
+        recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``. Exports
+            end in a Normalize, whatever ``normalize`` was.
         dropout: whether the model's dropout is on while it is trained; by default not where texts are all there is,
             since what is followed has none, and on otherwise.
         resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
         arguments: for SentenceTransformerTrainingArguments: ``bf16, gradient_checkpointing, save_steps, eval_steps,
-            gradient_accumulation_steps, weight_decay, ...``.
+            gradient_accumulation_steps, weight_decay, ...``; not those that have a name above, nor ``torch_compile``.
 
     Raises:
         ExampleError: the rows cannot be trained on (which one, and why).
@@ -140,10 +145,12 @@ def train(
     encoder, out = Encoder.of(model), Path(folder)
     inner = loss if loss is None or isinstance(loss, nn.Module) else loss(model)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
-    plan.check(cups, recipe, rotation, mini_batch, out, resume)
+    plan.check(cups, recipe, rotation, mini_batch_size, out, resume, arguments)
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if isinstance(inner, StarbucksLoss) and inner.rotations:
-        rotation = {int(depth): turn for depth, turn in inner.rotations.items()}  # type: ignore[misc]
+        rotation = {int(depth): module for depth, module in inner.rotations.items()}  # type: ignore[misc]
+    if not (inner.normalize if isinstance(inner, StarbucksLoss) else (recipe or {}).get("normalize", True)):
+        warnings.warn("normalize=False trains for dot products, and exports give unit vectors", stacklevel=2)
     rows = len(plan.examples)
     batch = min(BATCH, rows) if batch_size is None else batch_size
     if not 2 * arguments.get("gradient_accumulation_steps", 1) <= batch <= rows:
@@ -152,25 +159,32 @@ def train(
         )
     steps = max(1, round(epochs * rows / batch)) if steps is None else steps
     work = out.with_name(f"{out.name}-checkpoints")
-    texts = prompts_of(prompts, plan.examples, stored_prompts(model))
-    options = _arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, arguments)
+    texts = by = prompts_of(prompts, plan.examples, stored_prompts(model))
+    if teacher is None and teacher_prompts:
+        raise ValueError(f"teacher_prompts={teacher_prompts!r} without a teacher: give one, or use prompts")
+    if teacher is not None:
+        by = prompts_of(teacher_prompts, plan.examples, stored_prompts(teacher))
+    options = training_arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, arguments)
     noisy = plan.examples.kind != "texts" if dropout is None else dropout
-    job = plan.job(ladder, steps, batch, learning_rate, warmup, seed, texts, recipe, rotation)
+    job = plan.job(
+        ladder, steps, batch, learning_rate, warmup, seed, texts, by, recipe, rotation, mini_batch_size, arguments
+    )
     job["dropout"] = noisy
     # From here on the disk is written to. First what needs no disk is tried, on a few rows.
     table = np.zeros((4 * len(plan.examples.columns), 2), np.float32) if plan.distils else None
-    attempt(plan.loss(ladder, recipe, mini_batch, {}, table), plan.examples, plan.distils, texts)
+    attempt(plan.loss(ladder, recipe, mini_batch_size, {}, table), plan.examples, plan.distils, texts)
     checkpoint = begin(work, job, resume)
-    started, mode = time.monotonic(), model.training
+    started, numbers = time.monotonic(), None
     with options.main_process_first(local=False, desc="start"):
-        turns = _rotations(model, rotation, ladder, plan.examples, work, resume, texts)
-        numbers = None
-        if plan.distils:
-            by = prompts_of(teacher_prompts, plan.examples, stored_prompts(teacher)) if teacher else texts
-            entries, numbers = numbered(plan.examples.columns, by)
-            table = _table(work / TEACHER_FILE, teacher or model, entries, resume, progress)
-    srl = plan.loss(ladder, recipe, mini_batch, turns, table)
-    measures = _measures(evaluator, ladder, turns)
+        start = _rotations(model, rotation, ladder, plan.examples, work, resume, texts)
+        if not resume and _rank() == 0:
+            for left in work.glob("teacher*.npy"):  # by a training that was stopped before its first checkpoint
+                left.unlink()
+    if plan.distils:
+        entries, numbers = numbered(plan.examples.columns, by)
+        table = _table(work / TEACHER_FILE, teacher or model, entries, progress)
+    srl = plan.loss(ladder, recipe, mini_batch_size, start, table)
+    measures = _measures(evaluator, ladder, start)
     watch = Watch(ladder, steps, progress)
     try:
         trainer = CupTrainer(
@@ -178,74 +192,18 @@ def train(
             loss=srl, evaluator=measures, callbacks=[watch],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        with without_bars(), without_dropout(model, off=not noisy):
+        with modes_kept(model), without_bars(), without_dropout(model, off=not noisy):
             run(trainer, work, checkpoint)
     finally:
         watch.bar.stop()
-        model.train(mode)
         if options.gradient_checkpointing:
             _without_checkpointing(model)
     info = _info(job, trainer, watch, time.monotonic() - started)
-    trained = Trained(out, ladder, turns, info)
+    trained = Trained(out, ladder, start, info)
     if trainer.is_world_process_zero():
         _save(model, trained)
     trainer.accelerator.wait_for_everyone()
     return trained
-
-
-def _arguments(
-    work: Path, steps: int, batch: int, learning_rate: float, warmup: float, seed: int,
-    evaluator: GridEvaluator | None, prompts: dict[str, str], changes: dict[str, Any],
-) -> SentenceTransformerTrainingArguments:  # fmt: skip
-    """The trainer's arguments: our defaults under the user's ``changes``."""
-    parts = processes() * changes.get("gradient_accumulation_steps", 1)
-    if batch % parts:
-        raise ValueError(f"batch_size={batch} must be a multiple of processes times accumulation steps, {parts}")
-    if not (steps >= 1 and 0 <= warmup < 1 and math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(
-            f"steps={steps}, learning_rate={learning_rate:g} and warmup={warmup:g} must be at least 1, above 0, and "
-            "a share of the steps from 0 to below 1"
-        )
-    often = max(1, steps // 10)
-    defaults: dict[str, Any] = {
-        "output_dir": str(work),
-        "per_device_train_batch_size": batch // parts,
-        "per_device_eval_batch_size": batch // parts,
-        "max_steps": steps,
-        "learning_rate": learning_rate,
-        "warmup_steps": round(warmup * steps),
-        "logging_steps": max(1, steps // 100),
-        "save_steps": often,
-        "save_total_limit": 2,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "log_level": "error",
-        "report_to": "none",
-        "seed": seed,
-        "prompts": prompts or None,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-    }
-    if evaluator is not None:
-        defaults |= {
-            "eval_strategy": "steps",
-            "eval_steps": changes.get("save_steps", often),
-            "eval_on_start": True,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": f"eval_{evaluator.name}{'_' * bool(evaluator.name)}mean",
-            "greater_is_better": True,
-        }
-    return SentenceTransformerTrainingArguments(**(defaults | _checkpointing(changes)))
-
-
-def _checkpointing(changes: dict[str, Any]) -> dict[str, Any]:
-    """The changes with gradient checkpointing under the name that this version of transformers has for it.
-
-    The other kind of it, which re-enters autograd, hides the gradients of the layers between.
-    """
-    known = {field.name for field in fields(SentenceTransformerTrainingArguments)}
-    new = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    found = {key.replace("gradient_checkpointing", new): value for key, value in changes.items()}
-    return {f"{new}_kwargs": {"use_reentrant": False}, **found} if found.get(new) else found
 
 
 def _rotations(
@@ -256,7 +214,7 @@ def _rotations(
     if rotation is None:
         return {}
     path = work / ROTATIONS_FILE
-    if path.is_file() and (resume or int(os.environ.get("RANK", 0)) > 0):  # the first process has written them
+    if path.is_file() and (resume or _rank() > 0):  # the first process has written them
         return read_rotations(path)
     if isinstance(rotation, Mapping):
         found = dict(rotation)
@@ -269,26 +227,26 @@ def _rotations(
     return read_rotations(path)
 
 
-def _table(
-    path: Path, teacher: SentenceTransformer, entries: list[tuple[str, str]], resume: bool, progress: bool
-) -> np.ndarray:
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _table(path: Path, teacher: SentenceTransformer, entries: list[tuple[str, str]], progress: bool) -> np.ndarray:
     """The teacher's embeddings, from the file if this training has written them already."""
-    mine = int(os.environ.get("RANK", 0)) == 0
-    if mine and not (resume and path.is_file()):
-        with progress_bar(progress) as bar:
-            task = bar.add_task("embedding by the teacher", total=len(entries))
-            write_table(path, teacher, entries, advance=lambda count: bar.advance(task, count))
+    with progress_bar(progress and _rank() == 0) as bar:
+        task = bar.add_task("embedding by the teacher", total=len(entries[:: processes()]))
+        shared_table(path, teacher, entries, _rank(), processes(), lambda count: bar.advance(task, count))
     return np.load(path, mmap_mode="c")
 
 
-def _measures(evaluator: GridEvaluator | None, ladder: Ladder, turns: dict[int, Rotation]) -> GridEvaluator | None:
+def _measures(evaluator: GridEvaluator | None, ladder: Ladder, start: dict[int, Rotation]) -> GridEvaluator | None:
     """The user's evaluator with this training's cups and rotations, if it has none."""
     if evaluator is None:
         return None
     found = copy(evaluator)
     found.ladder = evaluator.ladder or ladder
-    if turns and evaluator.rotations is None:  # depths without one are measured as they are
-        found.rotations = {depth: turns.get(depth, nn.Identity()) for depth in ladder.layers}
+    if start and evaluator.rotations is None:  # depths without one are measured as they are
+        found.rotations = {depth: start.get(depth, nn.Identity()) for depth in ladder.layers}
     return found
 
 
@@ -314,7 +272,7 @@ def _without_checkpointing(model: SentenceTransformer) -> None:
 
 def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float) -> dict[str, Any]:
     """What ``nestling.json`` says of the training."""
-    left_out = ("model", "cups", "data", "teacher")
+    left_out = ("model", "pooling", "cups", "data", "teacher")
     kept = {key: value for key, value in job.items() if key not in left_out}
     best = trainer.state.best_model_checkpoint
     chosen = {} if best is None else {"best_step": int(best.rsplit("-", 1)[-1]), "best": trainer.state.best_metric}
@@ -333,6 +291,6 @@ def _save(model: SentenceTransformer, trained: Trained) -> None:
         (new / LADDER_FILE).write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", "utf-8")
         if trained.rotations:
             write_rotations(new / ROTATIONS_FILE, trained.rotations)
-        (new / "README.md").write_text(trained_card(model, trained.ladder, trained.info), "utf-8")
+        (new / "README.md").write_text(trained_card(model, trained.ladder, trained.info, trained.rotations), "utf-8")
 
     write_folder(trained.folder, fill)

@@ -1,0 +1,27 @@
+"""Train and eval mode: put back as they were, module by module, since parts of a model may be in another mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to the modes within the block, every module is then in its own again."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for as long as the block lasts."""
+    with modes_kept(model):
+        model.eval()
+        yield
