@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from nestling.embed import hub
 from nestling.embed.files import load_ladder, load_rotations, write_rotations
 from nestling.embed.rotation import Rotation
 from nestling.folders import write_folder
 from nestling.ladder import Ladder, LadderError
+from nestling.models import LoadError
 
 
 def test_folders_without_a_ladder(tmp_path):
@@ -41,6 +44,40 @@ def test_rotations_round_trip(tmp_path):
     (tmp_path / "rotations.safetensors").write_bytes(b"no tensors")
     with pytest.raises(LadderError, match="rotations.safetensors is damaged"):
         load_rotations(tmp_path)
+
+
+def test_what_a_model_on_the_hub_has_is_fetched(tmp_path, monkeypatch):
+    files = {"nestling.json": '{"cups": [{"layers": 3, "dims": 4}], "rotations": "rotations.safetensors"}'}
+    (tmp_path / "nestling.json").write_text(files["nestling.json"])
+    write_rotations(tmp_path / "rotations.safetensors", {3: Rotation(torch.eye(4).flip(0))})
+    asked = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        if repository == "user/gone":
+            raise ConnectionError("401 Client Error")
+        if repository == "user/offline":
+            raise LocalEntryNotFoundError("no network")
+        if repository == "user/plain" or not (tmp_path / name).is_file():
+            raise EntryNotFoundError("404")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert str(load_ladder("user/elastic")) == "3x4"
+    torch.testing.assert_close(load_rotations("user/elastic")[3].encode, torch.eye(4).flip(0))
+    assert asked == [("user/elastic", name) for name in ("nestling.json", "nestling.json", "rotations.safetensors")]
+    assert load_ladder("user/plain") is None and load_rotations("user/plain") == {}
+    with pytest.warns(
+        UserWarning, match="nestling.json cannot be loaded from the hub.*: taken for a model without cups"
+    ):
+        assert load_ladder("user/offline") is None
+    with pytest.raises(
+        LoadError, match="user/gone: no folder has that name, and nestling.json cannot be loaded from the hub"
+    ):
+        load_ladder("user/gone")
+    (tmp_path / "rotations.safetensors").unlink()
+    with pytest.raises(LadderError, match="user/elastic: rotations.safetensors is missing"):
+        load_rotations("user/elastic")
 
 
 def test_folders_are_replaced_whole(tmp_path):

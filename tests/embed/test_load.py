@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from transformers import BertModel
 
 from nestling.embed.export import export
 from nestling.embed.load import load_encoder
@@ -87,7 +89,7 @@ def cut(path: Path) -> None:
         (plain, "not a sentence encoder, the folder has no modules.json"),
         (keep_first, "expected modules Transformer, Pooling, ..., found Transformer"),
         (lambda f: (f / "modules.json").write_text("[{"), "modules.json is damaged"),
-        (lambda f: (f / "modules.json").write_text("[]"), "not a sentence encoder|cannot be loaded"),
+        (lambda f: (f / "modules.json").write_text("[]"), "the folder cannot be loaded.*An empty modules list"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "the folder cannot be loaded; expected modules.json"),
         (lambda f: (f / "model.safetensors").unlink(), "the folder cannot be loaded"),
@@ -103,6 +105,31 @@ def test_a_damaged_folder_is_refused(folder, damage, expected):
     with pytest.raises(LoadError, match=expected) as error:
         load_encoder(folder)
     assert str(folder) in str(error.value)
+
+
+def test_a_model_is_read_once(saved, folder, monkeypatch):
+    """Unless the names in its file are others than its own, as those of T5's tied embedding."""
+    read, load = [], BertModel.from_pretrained.__func__
+    monkeypatch.setattr(
+        BertModel, "from_pretrained", classmethod(lambda *args, **kw: read.append(1) or load(*args, **kw))
+    )
+    load_encoder(saved[1])
+    assert len(read) == 1
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"bert.{k}": v for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    torch.testing.assert_close(load_encoder(folder).cpu().encode(TEXTS), saved[0].encode(TEXTS))
+    assert len(read) == 2
+
+
+def test_pickled_weights_of_a_dense_are_refused(saved, tmp_path):
+    model = SentenceTransformer(modules=[*saved[0], Dense(32, 8)], device="cpu")
+    model.save_pretrained(str(tmp_path / "safe"))
+    assert load_encoder(tmp_path / "safe").encode(TEXTS).shape == (3, 8)
+    model.save_pretrained(str(tmp_path / "pickled"))
+    (tmp_path / "pickled" / "2_Dense" / "model.safetensors").unlink()
+    torch.save(model[2].state_dict(), tmp_path / "pickled" / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="2_Dense has no model.safetensors, and other weights are not read"):
+        load_encoder(tmp_path / "pickled")
 
 
 def test_a_missing_pooler_is_no_damage(folder):
@@ -130,7 +157,7 @@ def test_other_names(tmp_path):
     with pytest.raises(LoadError, match="no such file or folder"):
         load_encoder("./nowhere")
     with pytest.raises(
-        LoadError, match="nobody/nothing: no folder has that name, and it cannot be loaded from the hub"
+        LoadError, match="nobody/nothing: no folder has that name, and modules.json cannot be loaded from the hub"
     ):
         load_encoder("nobody/nothing")
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))

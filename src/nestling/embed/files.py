@@ -2,13 +2,14 @@
 
 ``nestling.json`` has the cups (`Ladder.to_json`), how they were trained, and, in the folder of an export, which cup it
 is. ``rotations.safetensors`` has ``DEPTH.encode`` ``[H, H]`` and perhaps ``DEPTH.mean`` ``[H]``, fp32, where training
-started from a rotation: pooled vectors are turned by it before they are cut. Stock readers ignore both files.
+started from a rotation, which is applied to pooled vectors before they are cut. Stock readers ignore both files.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,43 +17,56 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nestling.embed.hub import UnreachableError, find_file
 from nestling.embed.rotation import Rotation
 from nestling.ladder import Cup, Ladder, LadderError
 
 LADDER_FILE, ROTATIONS_FILE = "nestling.json", "rotations.safetensors"
 
 
-def load_ladder(folder: str | os.PathLike[str]) -> Ladder | None:
-    """The cups that the encoder in a folder was trained for; of an export, its own cup alone. None if none are named.
+def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
+    """The cups that an encoder was trained for; of an export, its own cup alone. None if none are named.
+
+    Args:
+        name: a folder or a hub id, as for `load_encoder`.
 
     Raises:
         LadderError: ``nestling.json`` is damaged.
+        LoadError: there is no such model.
     """
-    found = read(folder)
+    found = read(name)
     if found is None:
         return None
     return Ladder([Cup.parse(str(found["cup"]))]) if "cup" in found else Ladder.from_json(found)
 
 
-def load_rotations(folder: str | os.PathLike[str]) -> dict[int, Rotation]:
-    """The rotation of each depth that the encoder in a folder was trained with; empty if there were none.
+def load_rotations(name: str | os.PathLike[str]) -> dict[int, Rotation]:
+    """The rotation of each depth that an encoder was trained with; empty if there were none.
+
+    Args:
+        name: a folder or a hub id, as for `load_encoder`.
 
     Raises:
         LadderError: a file is damaged, or the rotations that ``nestling.json`` speaks of are missing.
+        LoadError: there is no such model.
     """
-    found, path = read(folder), Path(folder) / ROTATIONS_FILE
+    found = read(name)
     if found is None or not found.get("rotations"):
         return {}
+    path = find_file(name, ROTATIONS_FILE)
+    if path is None:
+        raise LadderError(f"{name}: {ROTATIONS_FILE} is missing, and {LADDER_FILE} says that the cups need it")
+    return read_rotations(path)
+
+
+def read(name: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """All of ``nestling.json``; None if there is no such file, or none can be asked for, with a warning."""
     try:
-        return read_rotations(path)
-    except FileNotFoundError:
-        raise LadderError(f"{path} is missing: {LADDER_FILE} says that the cups need it") from None
-
-
-def read(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """All of ``nestling.json``; None if there is no such file."""
-    path = Path(folder) / LADDER_FILE
-    if not path.is_file():
+        path = find_file(name, LADDER_FILE)
+    except UnreachableError as error:  # most models have none, and this one itself may be in the cache
+        warnings.warn(f"{error}: taken for a model without cups of its own", stacklevel=3)
+        return None
+    if path is None:
         return None
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -74,8 +88,8 @@ def read_rotations(path: Path) -> dict[int, Rotation]:
 
 def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:
     """The file that `read_rotations` reads, written whole or not at all."""
-    tensors = {f"{depth}.encode": turn.encode.cpu().contiguous() for depth, turn in rotations.items()}
-    tensors |= {f"{depth}.mean": turn.mean.cpu() for depth, turn in rotations.items() if turn.mean is not None}
+    tensors = {f"{depth}.encode": rotation.encode.cpu().contiguous() for depth, rotation in rotations.items()}
+    tensors |= {f"{depth}.mean": made.mean.cpu() for depth, made in rotations.items() if made.mean is not None}
     new = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file(tensors, new)
     os.replace(new, path)

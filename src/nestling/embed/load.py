@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from nestling.embed.hub import find_file
 from nestling.models import ALIASES, LoadError, locate, quiet
 from nestling.records import reason
 
@@ -62,9 +64,10 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def _read(name: str, source: Path | str) -> SentenceTransformer:
-    local = isinstance(source, Path)
+    local, missing = isinstance(source, Path), []
     weights = {"dtype": torch.float32, "use_safetensors": True}
     try:
+        _check_dense(name, source)
         model = SentenceTransformer(str(source), local_files_only=local, model_kwargs=weights)
         kinds = [type(module) for module in model]
         if not kinds or kinds[0] is not Transformer or Pooling not in kinds:
@@ -72,16 +75,41 @@ def _read(name: str, source: Path | str) -> SentenceTransformer:
             raise LoadError(
                 f"{name}: not a sentence encoder; expected modules Transformer, Pooling, ..., found {found}"
             )
-        backbone: Any = type(model[0].model)
-        _, report = backbone.from_pretrained(str(source), output_loading_info=True, **weights)
+        backbone: Any = model[0].model
+        # Where transformers renames weights, or ties them, names differ: then it reads the file again and reports.
+        if backbone.state_dict().keys() - _stored(source, backbone.base_model_prefix):
+            _, report = type(backbone).from_pretrained(str(source), output_loading_info=True, **weights)
+            missing = sorted(report["missing_keys"])
     except (LoadError, MemoryError):
         raise
     except Exception as error:  # damaged files fail in any way: OSError, KeyError, SafetensorError ...
         raise LoadError(f"{name}: {_advice(local)} [{reason(error)}]") from error
     # Weights that a file lacks are made up at random, which embeds without an error. No pooling reads BERT's pooler.
-    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+    if missing := [key for key in missing if not key.startswith("pooler.")]:
         raise LoadError(f"{name}: the weights lack {len(missing)} tensors of the model, such as {missing[0]}")
     return model
+
+
+def _check_dense(name: str, source: Path | str) -> None:
+    """Stock code would unpickle the weights of a module that has no others."""
+    modules = find_file(source, "modules.json")
+    for module in json.loads(modules.read_text("utf-8")) if modules is not None else ():
+        path = module["path"]
+        pickled = module["type"].endswith(".Dense") and find_file(source, f"{path}/model.safetensors") is None
+        if pickled:
+            raise LoadError(
+                f"{name}: {path} has no model.safetensors, and other weights are not read: load the model in "
+                "sentence-transformers, if you trust it, and save it again"
+            )
+
+
+def _stored(source: Path | str, prefix: str) -> set[str]:
+    """Names of the tensors in ``model.safetensors``, without the prefix that a model with a head gives them."""
+    path = find_file(source, "model.safetensors")
+    if path is None:
+        return set()
+    with safe_open(path, "pt") as file:
+        return {key.removeprefix(f"{prefix}.") for key in file.keys()}
 
 
 def _advice(local: bool) -> str:
