@@ -6,12 +6,15 @@ import string
 from pathlib import Path
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from nestling import embed
 from nestling.cli import app
+from nestling.cli.embed import _show_training
 
 from .embed.families import save_backbone, sentence_model
 
@@ -139,6 +142,51 @@ def test_export_all_cups_and_one_with_onnx(place):
     assert row["cup"] == "2x16" and row["sts"] == pytest.approx(whole["2x16"], abs=1e-4)
 
 
+def test_several_cups_are_all_exported_or_none(place):
+    arguments = ("embed", "export", place / "trained", "--out", place / "several", "--cup", "1x8", "--cup")
+    failed = run(*arguments, "1x8")
+    assert failed.exit_code == 1 and "exists" in flat(failed)
+    assert not (place / "several").exists() and not [p for p in place.iterdir() if p.name.startswith(".")]
+    assert run(*arguments, "2x16").exit_code == 0
+    assert sorted(p.name for p in (place / "several").iterdir()) == ["1x8", "2x16"]
+    again = run(*arguments, "4x32")
+    assert again.exit_code == 1 and "several exists: choose another folder" in flat(again)
+
+
+def test_training_goes_on_with_the_rotations_of_a_folder(place):
+    arguments = ("embed", "train", place / "trained", "--text", place / "text.txt", "--steps", 2, "--batch-size", 8)
+    old = embed.load_rotations(place / "trained")
+    assert run(*arguments, "--out", place / "further").exit_code == 0
+    assert run(*arguments, "--out", place / "fewer", "--cups", "2x16,4x32").exit_code == 0
+    result = run(*arguments, "--out", place / "centred", "--rotation", "centred")
+    assert result.exit_code == 0, result.output
+    further, fewer, other = (embed.load_rotations(place / name) for name in ("further", "fewer", "centred"))
+    assert list(further) == [1, 2, 4] and list(fewer) == [2, 4] and other[1].mean is not None
+    for depth, rotation in further.items():
+        torch.testing.assert_close(rotation.encode, old[depth].encode, rtol=0, atol=0)
+
+
+def test_prompts_of_a_training_by_column(place):
+    result = run(
+        "embed", "train", place / "model", "--out", place / "prompted", "--pairs", place / "pairs.jsonl", "--steps", 1,
+        "--batch-size", 8, "--prompt", "anchor=find: ", "--prompt", "positive=a=b ",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    training = json.loads((place / "prompted" / "nestling.json").read_text())["training"]
+    assert training["prompts"] == {"anchor": "find: ", "positive": "a=b "}
+
+
+def test_the_closing_table_is_of_the_weights_that_are_kept(capsys):
+    curve = [
+        {"step": 0, "1x8_mean_sts": 0.11}, {"step": 5, "loss": 3.0, "1x8": 2.0, "kl_1x8": 1.0, "1x8_mean_sts": 0.66},
+        {"step": 10, "loss": 1.5, "1x8": 1.0, "kl_1x8": 0.5, "1x8_mean_sts": 0.22},
+    ]  # fmt: skip
+    info = {"curve": curve, "best_step": 5}
+    _show_training("m", embed.Trained(Path("out"), embed.Ladder.parse("1x8"), {}, info))
+    shown = capsys.readouterr().out
+    assert "0.66" in shown and "0.11" in shown and "0.22" not in shown
+
+
 def test_export_int8(place):
     pytest.importorskip("onnxruntime")
     result = run("embed", "export", place / "trained", "--cup", "1x8", "--out", place / "one", "--int8")
@@ -153,7 +201,7 @@ def test_the_demo_on_a_tiny_model(place):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads((place / "demo.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"cut", "turned", "distilled"} and len(rows) % 3 == 0
+    assert {row["method"] for row in rows} == {"cut", "rotated", "distilled"} and len(rows) % 3 == 0
     page = (place / "demo.html").read_text()
     assert "Searching the pages" in page and "<svg" in page
     assert len(list((place / "kept").glob("*/modules.json"))) == 2
@@ -177,8 +225,17 @@ def test_the_demo_on_a_tiny_model(place):
         (("train", "gone", "--out", "new", "--pairs", "pairs.jsonl"), "gone"),
         (("eval", "model", "--sts", "pairs.jsonl"), "pairs.jsonl, line 1: no field 'sentence1'"),
         (("eval", "model", "--sts", "sts.jsonl", "--sts", "other/sts.jsonl"), "another set called sts"),
+        (("train", "model", "--out", "new", "--steps", "4", "--epochs", "2"), "--steps 4 and --epochs 2: both say"),
+        (("train", "model", "--out", "new", "--pairs", "pairs.jsonl", "--prompt", "query: "), "a name and a text"),
+        (("train", "model", "--out", "new", "--pairs", "pairs.jsonl", "--prompt", "text=a"), "no columns ['text']"),
+        (("train", "trained", "--out", "new", "--cups", "1x8,3x8,4x32"), "trained with rotations for its own cups"),
+        (("eval", "model", "--sts", "sts.jsonl", "--text", "text.txt"), "--text is what is measured on where"),
+        (("eval", "model", "--sts", "sts.jsonl", "--prompt", "query=a"), "--prompt query: nothing that is measured"),
+        (("eval", "model", "--text", "text.txt", "--prompt", "passage=a"), "expected sts"),
+        (("export", "model", "--out", "new", "--cups", "1x8,4x32", "--cup", "2x8"), "2x8 is not in the ladder"),
+        (("export", "trained", "--out", "new", "--results", "agree.json"), "no results of trained at 1x8, 2x16, 4x32"),
         (("eval", "model", "--retrieval", "nothing"), "nothing: no such folder"),
-        (("eval", "model", "--sts", "sts.jsonl", "--prompt", "query"), "expected a use and a text"),
+        (("eval", "model", "--sts", "sts.jsonl", "--prompt", "query"), "expected a name and a text"),
         (("eval", "model", "--sts", "sts.jsonl", "--cups", "5x8"), "5x8 is deeper than the model"),
         (("eval", "trained", "--sts", "sts.jsonl", "--cups", "3x8"), "trained with rotations for its own cups"),
         (("export", "trained", "--out", "new", "--cup", "3x8"), "3x8 is not in the ladder"),
@@ -190,6 +247,7 @@ def test_errors_are_one_clear_line(place, monkeypatch, arguments, words):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("short.txt").write_text("too short")
+    Path("agree.json").write_text('{"rows": [{"model": "other", "cup": "1x8"}]}')
     result = run("embed", *arguments)
     assert result.exit_code == 1
     assert words in flat(result)

@@ -48,17 +48,22 @@ def train(
     ] = None,
     cups: Cups = None,
     teacher: Annotated[str | None, typer.Option(help="Another encoder that all cups follow.")] = None,
-    rotation: Annotated[str | None, typer.Option(help="Start from principal components: pca, or centred.")] = None,
+    rotation: Annotated[
+        str | None, typer.Option(help="Start from principal components: pca, or centred; default: MODEL's, if any.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes; default 64.")] = None,
-    mini_batch: Annotated[int | None, typer.Option(help="Rows embedded at a time, for large batches.")] = None,
+    mini_batch_size: Annotated[int | None, typer.Option(help="Rows embedded at a time, for large batches.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-5,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.1,
     weight: Annotated[list[str] | None, typer.Option(help="Of a cup, such as 12x768=3; may be repeated.")] = None,
     sts: Sts = None,
     retrieval: Retrieval = None,
-    prompt: Annotated[str | None, typer.Option(help="In front of all texts; default: the model's own.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="By column, such as anchor='query: '; may be repeated; default: the model's own."),
+    ] = None,
     seed: int = 0,
     bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,
@@ -72,17 +77,20 @@ def train(
     for path in (out, json, html):
         check_folder(path)
     data = _training_data(pairs, scored, text)
+    if steps is not None and epochs is not None:
+        raise ValueError(f"--steps {steps} and --epochs {epochs:g}: both say how long, leave one out")
     weights = dict(_weight(item) for item in weight or ())
+    prompts = dict(_prompt(item) for item in prompt or ())
     evaluator = _evaluator(sts, retrieval, None)
     encoder = loading(embed.load_encoder, model)
     other = None if teacher is None else loading(embed.load_encoder, teacher)
-    if cups is None and Path(model).is_dir():
-        cups = str(embed.load_ladder(model) or "") or None
+    ladder, found = _ladder(model, cups, encoder, rotated=rotation is None)
+    start = rotation or {depth: found[depth] for depth in ladder.layers if depth in found} or None
     more: dict[str, Any] = {"gradient_checkpointing": True} if checkpointing else {}
     trained = embed.train(
-        encoder, data, cups, folder=out, teacher=other, rotation=rotation, steps=steps, epochs=epochs,
-        batch_size=batch_size, mini_batch=mini_batch, learning_rate=learning_rate, warmup=warmup, seed=seed,
-        evaluator=evaluator, prompts=prompt, recipe={"weights": weights} if weights else None, resume=resume,
+        encoder, data, ladder, folder=out, teacher=other, rotation=start, steps=steps, epochs=epochs or 1.0,
+        batch_size=batch_size, mini_batch_size=mini_batch_size, learning_rate=learning_rate, warmup=warmup, seed=seed,
+        evaluator=evaluator, prompts=prompts or None, recipe={"weights": weights} if weights else None, resume=resume,
         bf16=bf16, **more,
     )  # fmt: skip
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process speaks for all
@@ -119,12 +127,16 @@ def evaluate(
     from torch.nn import Identity
 
     from nestling import embed
-    from nestling.embed.agreement import agreement
     from nestling.ladder import Ladder
 
     for path in (json, html):
         check_folder(path)
+    if text is not None and (sts or retrieval):
+        raise ValueError("--text is what is measured on where there is no --sts and no --retrieval: leave it out")
     prompts = dict(_prompt(item) for item in prompt or ())
+    uses = (["query", "passage"] if retrieval else []) + (["sts"] if sts or not retrieval else [])
+    if unused := [use for use in prompts if use not in uses]:
+        raise ValueError(f"--prompt {unused[0]}: nothing that is measured has that use, expected {', '.join(uses)}")
     evaluator = _evaluator(sts, retrieval, prompts, batch_size=batch_size, progress=True, grid=grid)
     texts = [] if evaluator is not None else _sentences(text)[:1000]
     encoder = loading(embed.load_encoder, model)
@@ -138,7 +150,9 @@ def evaluate(
         dims = sorted({cup.dims for cup in ladder})
         sizes = Ladder((layers, width) for layers in ladder.layers for width in dims) if grid else ladder
         with console.status(f"comparing {len(texts)} sentences"):
-            rows = agreement(encoder, texts, sizes, rotations=rotations, prompt=prompts.get("sts"))
+            rows = embed.agreement(
+                encoder, texts, sizes, rotations=rotations, prompt=prompts.get("sts"), batch_size=batch_size
+            )
         rows = [{"model": model, **row} for row in rows]
     show([{k: v for k, v in row.items() if k != "method"} for row in rows], f"{model}: quality of every cup")
     write_results(json, rows, time.perf_counter() - start)
@@ -153,7 +167,7 @@ def evaluate(
 @errors_as_messages
 def export(
     model: Encoder,
-    out: Annotated[Path, typer.Option(help="Folder of the cup; of several, each gets its own within it.")],
+    out: Annotated[Path, typer.Option(help="New folder, of the cup; of several, each gets its own within it.")],
     cup: Annotated[
         list[str] | None, typer.Option(help="Such as 6x128; may be repeated; default: all of the ladder.")
     ] = None,
@@ -165,31 +179,35 @@ def export(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Write cups of MODEL as models of their own, checked against it, which any server loads."""
+    """Write cups of MODEL as models of their own, all or none, checked against it, which any server loads."""
     from nestling import embed
+    from nestling.folders import write_folder
 
     for path in (out, json):
         check_folder(path)
-    rows = [] if results is None else _rows(results)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another folder, or remove it")
     encoder = loading(embed.load_encoder, model)
     ladder, rotations = _ladder(model, cups, encoder)
-    trained = Path(model).is_dir() and embed.load_ladder(model) is not None
-    sizes = list(ladder) if not cup else [ladder.cup(name) if trained else embed.Cup.parse(name) for name in cup]
-    start, written = time.perf_counter(), []
-    for size in sizes:
-        folder = out if len(cup or ()) == 1 else out / size.name
+    given = cups is not None or embed.load_ladder(model) is not None
+    sizes = list(ladder) if not cup else [ladder.cup(name) if given else embed.Cup.parse(name) for name in cup]
+    rows = [] if results is None else _rows(results, model, [size.name for size in sizes])
+
+    def write(size: Any, folder: Path) -> dict[str, Any]:
         with console.status(f"writing {size}"):
             found = embed.export(
                 encoder, size, folder, ladder=ladder, rotation=rotations.get(size.layers), rows=rows,
                 onnx=onnx or int8, int8=int8,
             )  # fmt: skip
-        checks = {"difference": found.difference}
-        checks |= {"onnx_difference": found.onnx_difference} if found.onnx_difference is not None else {}
-        checks |= {"int8_cosine": found.int8_cosine} if found.int8_cosine is not None else {}
-        written.append(
-            {"model": model, "cup": size.name, "folder": folder.name, "MB": found.nbytes / 1e6,
-             "vector_bytes": 4 * size.dims, **checks}
-        )  # fmt: skip
+        checks = {name: getattr(found, name) for name in ("difference", "onnx_difference", "int8_cosine")}
+        row = {"model": model, "cup": size.name, "folder": folder.name, "MB": found.nbytes / 1e6}
+        return row | {"vector_bytes": 4 * size.dims} | {k: v for k, v in checks.items() if v is not None}
+
+    start = time.perf_counter()
+    if len(cup or ()) == 1:
+        written = [write(sizes[0], out)]
+    else:
+        written = write_folder(out, lambda new: [write(size, new / size.name) for size in sizes])
     show(written, f"{model}: exported cups, and how far they are from it")
     console.print(f"Saved to {out}")
     write_results(json, written, time.perf_counter() - start)
@@ -251,16 +269,15 @@ def _named(paths: list[Path]) -> dict[str, Path]:
     return found
 
 
-def _ladder(model: str, cups: str | None, encoder: Any) -> tuple[Any, dict[int, Any]]:
-    """The cups asked for, or those the model was trained for, or some for its shape; and its rotations."""
+def _ladder(model: str, cups: str | None, encoder: Any, rotated: bool = True) -> tuple[Any, dict[int, Any]]:
+    """The cups asked for, or those the model was trained for, or some for its shape; and its rotations, if wanted."""
     from nestling import embed
     from nestling.embed.encoder import Encoder as Parts
 
     parts = Parts.of(encoder)
-    local = Path(model).is_dir()
-    own = embed.load_ladder(model) if local else None
+    own = embed.load_ladder(model)
     ladder = embed.Ladder.parse(cups) if cups else own or embed.Ladder.default(parts.depth, parts.dims)
-    rotations = embed.load_rotations(model) if local else {}
+    rotations = embed.load_rotations(model) if rotated else {}
     if own and rotations and (missing := sorted(set(ladder.layers) - set(own.layers))):
         raise ValueError(f"{model} was trained with rotations for its own cups {own}, not for layers {missing}")
     return ladder, rotations
@@ -277,11 +294,12 @@ def _weight(item: str) -> tuple[str, float]:
 def _prompt(item: str) -> tuple[str, str]:
     use, equals, prompt = item.partition("=")
     if not equals:
-        raise ValueError(f"--prompt {item!r}: expected a use and a text, such as query='query: '")
+        raise ValueError(f"--prompt {item!r}: expected a name and a text, such as query='query: '")
     return use.strip(), prompt
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:
+    """The rows of a results file that are of this model and some of these cups."""
     import json
 
     try:
@@ -290,21 +308,24 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             raise KeyError("cup")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results of `embed eval --json` ({error!r})") from error
-    return rows
+    models = sorted({str(row.get("model")) for row in rows})
+    own = [row for row in rows if Path(str(row.get("model"))) == Path(model) and row["cup"] in cups]
+    if not own:
+        raise ValueError(
+            f"{path} has no results of {model} at {', '.join(cups)}, it is of {', '.join(models)}: measure it first"
+        )
+    return own
 
 
 def _show_training(model: str, trained: Any) -> None:
-    """The first and the last point of the curve, a row a cup."""
-    points = trained.info["curve"]
-    losses = [point for point in points if "loss" in point]
+    """A row a cup: its loss in the first and the last point of the curve, and what was measured at the one kept."""
+    from nestling.embed.card import measured
+
+    losses = [point for point in trained.info["curve"] if "loss" in point]
     rows = []
-    for cup in trained.ladder:
+    for cup, found in zip(trained.ladder, measured(trained.ladder, trained.info), strict=True):
         row: dict[str, Any] = {"cup": cup.name}
         for when, point in (("first", losses[0]), ("last", losses[-1])) if losses else ():
             row[f"{when} loss"] = sum(v for k, v in point.items() if k in (cup.name, f"kl_{cup.name}"))
-        for when, place in (("before", 0), ("after", -1)):
-            for kind in ("mean_sts", "mean_ndcg"):
-                found = [p[f"{cup.name}_{kind}"] for p in points if f"{cup.name}_{kind}" in p]
-                row |= {f"{kind} {when}": found[place]} if found else {}
-        rows.append(row)
+        rows.append(row | found)
     show(rows, f"{model}: every cup, in training")
