@@ -2,19 +2,18 @@
 
     python benchmarks/embed_quality.py --data FOLDER --work FOLDER --model e5-small [--ways srl,cut]
 
-Every way is run in a process of its own, whose peak memory is reported. Ways that are in the results file already are
-not measured again, and trainings in WORK are not run again: a killed run goes on.
+Every training is run in a process of its own, whose peak memory is reported; minutes are without the dev set, and with
+the embedding of all texts by a teacher. Ways that are in the results file already with that seed are not measured
+again, and trainings in WORK, which is of one seed, are not run again: a killed run goes on.
 """
 
 import json
-import multiprocessing
 import time
 from pathlib import Path
 
-import torch
 import typer
 from embed_data import dev_set, held_out_sets, triplets
-from embed_rivals import WAYS, Job
+from embed_rivals import WAYS, Job, Sized, apart, loaded, rotations_of
 from rich.console import Console
 
 from nestling import embed
@@ -23,57 +22,63 @@ from nestling.ladder import Ladder
 from nestling.report import run_meta, table, write_json
 
 MEASURED_LENGTH = 128  # tokens of a text
+RUN = ("command", "date", "commit", "seconds")  # of run_meta
 
 
-def measured(way: str, job: Job, data: Path, name: str) -> list[dict]:
-    """Rows of one way."""
-    rows = []
-    for sized in WAYS[way](job):
-        turns = None
-        if sized.turns is not None:
-            turns = {depth: sized.turns.get(depth, torch.nn.Identity()) for depth in sized.ladder.layers}
-        evaluator = embed.GridEvaluator(sized.ladder, **held_out_sets(data), rotations=turns, progress=True)
-        partial = job.work / f"{way}-{sized.ladder.full}.partial.json"
-        found = evaluator.rows(sized.encoder(MEASURED_LENGTH), model_name=name, method=way, partial=partial)
-        rows += [{**row, "minutes": sized.minutes, "peak_mib": sized.peak_mib} for row in found]
-    return rows
+def measured(sized: Sized, way: str, job: Job, data: Path, name: str) -> list[dict]:
+    """Rows of one encoder."""
+    sets, model = held_out_sets(data), loaded(sized.folder, MEASURED_LENGTH)
+    evaluator = embed.GridEvaluator(sized.ladder, **sets, rotations=rotations_of(sized), progress=True)
+    partial = job.work / f"{way}-{sized.ladder.full}.partial.json"
+    found = evaluator.rows(model, model_name=name, method=way, partial=partial)
+    cost = {"minutes": sized.minutes, "peak_mib": sized.peak_mib}
+    named = ("model", "method", "cup")
+    return [{**{key: row[key] for key in named}, "seed": job.seed, **row, **cost} for row in found]
 
 
 def main(
     data: Path = typer.Option(..., help="The folder of the data sets."),
-    work: Path = typer.Option(..., help="Folder of trained models."),
+    work: Path = typer.Option(..., help="Folder of trained models, of this model and seed alone."),
     model: str = typer.Option("e5-small", help="Folder or hub id."),
     name: str | None = typer.Option(None, help="Of the model, in the results."),
     ladder: str = typer.Option("2x32,4x64,6x128,8x192,10x256,12x384", help="The cups."),
     ways: str = typer.Option(",".join(WAYS), help="What is run."),
-    teacher: str | None = typer.Option(None, help="Folder or hub id of the strong teacher."),
+    teacher: str | None = typer.Option(None, help="Folder or hub id of the strong teacher, of srl-teacher."),
     steps: int = typer.Option(75),
     batch: int = typer.Option(64, help="Rows a step."),
     learning_rate: float = typer.Option(1e-4, help="Of all trainings."),
     seed: int = typer.Option(0),
     out: Path = typer.Option(Path("benchmarks/results/embed_quality.json"), help="Joined with what is there."),
 ):
+    chosen = ways.split(",")
+    if unknown := set(chosen) - set(WAYS):
+        raise typer.BadParameter(f"--ways has no {', '.join(sorted(unknown))}: expected some of {', '.join(WAYS)}")
+    if "srl-teacher" in chosen and teacher is None:
+        raise typer.BadParameter("the way srl-teacher needs --teacher: name one, or leave the way out of --ways")
     encoder = embed.load_encoder(model)
     rows = triplets(data, steps * batch, seed, stored_prompts(encoder))
     job = Job(model, Ladder.parse(ladder), rows, dev_set(data), work, steps, batch, learning_rate, seed, teacher)
     label = name or Path(model).name
-    settings = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "ladder": ladder, "seed": seed}
-    old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"settings": {}}}
+    settings = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "ladder": ladder}
+    settings["teacher"] = None if teacher is None else Path(teacher).name
+    old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"settings": {}, "runs": []}}
     known = old["meta"]["settings"].setdefault(label, settings)
     if known != settings:
         raise typer.BadParameter(f"{out.name} has other settings for {label}, {known} and not {settings}")
-    found, console = old["rows"], Console()
-    work.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    for way in ways.split(","):
-        if any(row["model"] == label and row["method"] == way for row in found):
+    job.begin()
+    found, runs = old["rows"], old["meta"]["runs"]
+    for way in chosen:
+        if any((row["model"], row["method"], row["seed"]) == (label, way, seed) for row in found):
             continue
         start = time.monotonic()
-        with context.Pool(1) as pool:
-            found += pool.apply(measured, (way, job, data, label))
+        for sized in WAYS[way](job):
+            found += apart(measured, sized, way, job, data, label)
+        meta = run_meta(time.monotonic() - start)
+        runs.append({"model": label, "method": way, "seed": seed} | {key: meta[key] for key in RUN})
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, found, {**run_meta(time.monotonic() - start), "settings": old["meta"]["settings"]})
-    columns = ("model", "method", "cup", "mean_sts", "mean_ndcg", "mean_recall", "minutes", "peak_mib")
+        write_json(out, found, {**meta, "settings": old["meta"]["settings"], "runs": runs})
+    console = Console()
+    columns = ("model", "method", "cup", "seed", "mean_sts", "mean_ndcg", "mean_recall", "minutes", "peak_mib")
     console.print(table([{key: row.get(key) for key in columns} for row in found]))
 
 

@@ -1,30 +1,35 @@
 """Ways to get encoders of several sizes out of one, all on the same rows in the same batches, for as many steps.
 
-Each way writes sentence-transformers folders and is not run again where they are.
+Each way writes sentence-transformers folders and is not run again where they are. Every training has a process of its
+own, so that its peak memory is its own.
 """
 
 import json
-import resource
+import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer import losses
 
 from nestling import embed
+from nestling.embed.checksum import checksum
 from nestling.embed.examples import Examples, order
-from nestling.embed.files import ROTATIONS_FILE, read_rotations
-from nestling.embed.rotation import rotations
+from nestling.embed.files import ROTATIONS_FILE, read_rotations, write_rotations
 from nestling.embed.trainer import CupTrainer
 from nestling.ladder import Cup, Ladder
 from nestling.pairs import Pair
+from nestling.report import write_json
 
 TRAINED_LENGTH = 64  # tokens of a text; what is measured is longer
 
@@ -43,13 +48,35 @@ class Job:
     learning_rate: float
     seed: int
     teacher: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # of embed.train, for the ways that use the ladder
 
-    def encoder(self, length: int = TRAINED_LENGTH) -> SentenceTransformer:
-        return _loaded(self.model, length)
+    def begin(self) -> None:
+        """Make WORK, or check that what is in it was trained by this job.
 
-    def evaluator(self, ladder: Any) -> embed.GridEvaluator:
-        return embed.GridEvaluator(ladder, sts={"dev": self.dev})
+        Raises:
+            ValueError: it is another's; what differs is named.
+        """
+        mine = {
+            "model": self.model, "ladder": str(self.ladder), "steps": self.steps, "batch": self.batch,
+            "learning_rate": self.learning_rate, "seed": self.seed, "teacher": self.teacher, "rows": len(self.rows),
+            "data": checksum([self.rows, self.dev]), "length": TRAINED_LENGTH,
+        }  # fmt: skip
+        path = self.work / "job.json"
+        if not path.is_file():
+            if self.work.is_dir() and any(self.work.iterdir()):
+                raise ValueError(f"{self.work} holds something else: choose another folder")
+            self.work.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(mine, indent=2))
+        theirs = json.loads(path.read_text())
+        if wrong := [f"{key}: {theirs.get(key)}, now {mine[key]}" for key in mine if theirs.get(key) != mine[key]]:
+            raise ValueError(
+                f"{self.work} holds the trainings of another job ({'; '.join(wrong)}): choose another folder"
+            )
+
+    def encoder(self) -> SentenceTransformer:
+        return loaded(self.model, TRAINED_LENGTH)
+
+    def evaluator(self, ladder: Any) -> "Timed":
+        return Timed(ladder, sts={"dev": self.dev})
 
 
 @dataclass(frozen=True)
@@ -60,10 +87,20 @@ class Sized:
     ladder: Ladder
     minutes: float = 0.0
     peak_mib: float | None = None
-    turns: dict | None = None  # start rotations by depth
+    rotations: Path | None = None  # a file
 
-    def encoder(self, length: int) -> SentenceTransformer:
-        return _loaded(self.folder, length)
+
+class Timed(embed.GridEvaluator):
+    """An evaluator that adds up how long it takes, over all copies of it in a process."""
+
+    seconds = 0.0
+
+    def __call__(self, *args, **options):
+        start = time.monotonic()
+        try:
+            return super().__call__(*args, **options)
+        finally:
+            Timed.seconds += time.monotonic() - start
 
 
 class Unprompted(SentenceTransformer):
@@ -75,127 +112,155 @@ class Unprompted(SentenceTransformer):
         )
 
 
-def cut(job: Job, rotation: str | None = None) -> list[Sized]:
-    """The model as it is, perhaps with start rotations."""
-    turns = None
-    if rotation:
-        texts = list(dict.fromkeys(text for row in job.rows for text in row.values()))[:5000]
-        turns = rotations(job.encoder(), texts, job.ladder.layers, centred=rotation == "centred")
-    return [Sized(job.model, job.ladder, turns=turns)]
+def apart(function: Callable, *args: Any) -> Any:
+    """The result of a function in a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
-def full(job: Job) -> list[Sized]:
-    """Trained at full size only, then cut."""
-    return [_ours(job, "full", job.encoder(), Ladder([job.ladder.full]), measured=job.ladder)]
-
-
-def srl(job: Job, name: str = "srl", **options: Any) -> list[Sized]:
-    """Every cup on every step."""
-    return [_ours(job, name, job.encoder(), job.ladder, **(job.options | options))]
-
-
-def taught(job: Job) -> list[Sized]:
-    """The same, and all cups follow a strong teacher too."""
-    if job.teacher is None:
-        raise ValueError("the way srl-teacher needs --teacher")
-    teacher = embed.load_encoder(job.teacher)
-    teacher.__class__ = Unprompted
-    return srl(job, "srl-teacher", teacher=teacher)
-
-
-def separate(job: Job) -> list[Sized]:
-    """A model for each cup, cut and then trained by itself. Its Dense starts as the cut and is trained too."""
-    return [_ours(job, f"separate-{cup}", _small(job, cup), Ladder([cup])) for cup in job.ladder.cups[:-1]]
-
-
-def students(job: Job) -> list[Sized]:
-    """The same, where each also follows the similarities of the model that was trained at full size."""
-    found = []
-    for cup in job.ladder.cups[:-1]:
-        teacher = full(job)[0].encoder(TRAINED_LENGTH)
-        found.append(_ours(job, f"student-{cup}", _small(job, cup), Ladder([cup]), teacher=teacher))
-    return found
-
-
-def stock(job: Job, name: str, kind: type) -> list[Sized]:
-    """A loss of sentence-transformers with its own trainer, on the batches of `embed.train`.
-
-    Without a Normalize module, which would hide the lengths of vectors from the KL of Matryoshka2dLoss.
-    """
-
-    def train(folder: Path) -> None:
-        encoder = job.encoder()
-        model = SentenceTransformer(modules=[m for m in encoder.children() if not isinstance(m, Normalize)])
-        model.prompts, model.default_prompt_name = encoder.prompts, encoder.default_prompt_name
-        dims = sorted({cup.dims for cup in job.ladder}, reverse=True)
-        loss = kind(model, losses.MultipleNegativesRankingLoss(model), dims)
-        often = max(1, job.steps // 3)
-        examples = Examples.of(job.rows)
-        data = Dataset.from_dict(examples.columns).select(order(examples, job.batch, job.steps, job.seed).tolist())
-        arguments = SentenceTransformerTrainingArguments(
-            f"{folder}-checkpoints", per_device_train_batch_size=job.batch, max_steps=job.steps, seed=job.seed,
-            learning_rate=job.learning_rate, warmup_steps=round(0.1 * job.steps), report_to="none", save_steps=often,
-            eval_strategy="steps", eval_steps=often, load_best_model_at_end=True, metric_for_best_model="eval_mean",
-            save_total_limit=2,
-        )  # fmt: skip
-        CupTrainer(model, arguments, train_dataset=data, loss=loss, evaluator=job.evaluator(job.ladder)).train()
-        model.save_pretrained(str(folder), create_model_card=False)
-
-    return [_once(job, name, train, job.ladder)]
-
-
-def _ours(job: Job, name: str, model: SentenceTransformer, ladder: Ladder, measured=None, **options: Any) -> Sized:
-    often = max(1, job.steps // 3)
-
-    def train(folder: Path) -> None:
-        embed.train(
-            model, job.rows, ladder, folder=folder, steps=job.steps, batch_size=job.batch, seed=job.seed,
-            learning_rate=job.learning_rate, evaluator=job.evaluator(ladder), prompts="", teacher_prompts="",
-            eval_on_start=False, save_steps=often, **options,
-        )  # fmt: skip
-
-    return _once(job, name, train, measured or ladder)
-
-
-def _once(job: Job, name: str, train: Callable[[Path], None], measured: Ladder) -> Sized:
-    """Train into a folder, unless it is there."""
-    folder, notes = job.work / name, job.work / f"{name}.json"
-    if not notes.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(f"{folder}-checkpoints", ignore_errors=True)
-        start = time.monotonic()
-        train(folder)
-        minutes = (time.monotonic() - start) / 60
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        notes.write_text(json.dumps({"minutes": minutes, "peak_mib": peak}))
-        shutil.rmtree(f"{folder}-checkpoints", ignore_errors=True)
-    path = folder / ROTATIONS_FILE
-    turns = read_rotations(path) if path.is_file() else None
-    return Sized(folder, measured, turns=turns, **json.loads(notes.read_text()))
-
-
-def _small(job: Job, cup: Cup) -> SentenceTransformer:
-    folder = job.work / f"cut-{cup}"
-    if not folder.is_dir():
-        embed.export(job.encoder(), cup, folder)
-    return _loaded(folder, TRAINED_LENGTH)
-
-
-def _loaded(name: str | Path, length: int) -> SentenceTransformer:
+def loaded(name: str | Path, length: int) -> SentenceTransformer:
     model = embed.load_encoder(name)
     model.max_seq_length = length
     return model
 
 
+def cut(job: Job, rotation: str | None = None) -> list[Sized]:
+    """The model as it is, perhaps with start rotations."""
+    path = None if rotation is None else job.work / f"cut-{rotation}.safetensors"
+    if path is not None and not path.is_file():
+        apart(_components, job, rotation == "centred", path)
+    return [Sized(job.model, job.ladder, rotations=path)]
+
+
+def full(job: Job) -> list[Sized]:
+    """Trained at full size only, then cut."""
+    return [_once(job, "full-then-cut", job.ladder, _ours, Ladder([job.ladder.full]))]
+
+
+def srl(job: Job) -> list[Sized]:
+    """Every cup on every step."""
+    return [_once(job, "srl", job.ladder, _ours, job.ladder)]
+
+
+def taught(job: Job) -> list[Sized]:
+    """The same, and all cups follow a strong teacher too."""
+    return [_once(job, "srl-teacher", job.ladder, _ours, job.ladder, None, job.teacher)]
+
+
+def separate(job: Job) -> list[Sized]:
+    """A model for each cup, cut and then trained by itself. Its Dense starts as the cut and is trained too."""
+    cups = job.ladder.cups[:-1]
+    return [_once(job, f"separate-{cup}", Ladder([cup]), _ours, Ladder([cup]), _small(job, cup)) for cup in cups]
+
+
+def students(job: Job) -> list[Sized]:
+    """The same, where each also follows the similarities of the model that was trained at full size."""
+    (teacher,), cups = full(job), job.ladder.cups[:-1]
+    return [
+        _once(job, f"student-{cup}", Ladder([cup]), _ours, Ladder([cup]), _small(job, cup), teacher.folder)
+        for cup in cups
+    ]
+
+
+def stock(job: Job, name: str) -> list[Sized]:
+    """A loss of sentence-transformers with its own trainer, on the batches of `embed.train`."""
+    return [_once(job, name, job.ladder, _stock, name)]
+
+
+def _once(job: Job, name: str, measured: Ladder, train: Callable[..., float], *args: Any) -> Sized:
+    """Train into a folder, unless it is there."""
+    folder, notes = job.work / name, job.work / f"{name}.json"
+    if not notes.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(f"{folder}-checkpoints", ignore_errors=True)
+        write_json(notes, [], apart(_trained, train, job, folder, *args))
+        shutil.rmtree(f"{folder}-checkpoints", ignore_errors=True)
+    path = folder / ROTATIONS_FILE
+    return Sized(folder, measured, **json.loads(notes.read_text())["meta"], rotations=path if path.is_file() else None)
+
+
+def _trained(train: Callable[..., float], job: Job, folder: Path, *args: Any) -> dict[str, float]:
+    """Minutes of a training without those on the dev set, and the peak memory of this process."""
+    minutes = train(job, folder, *args)
+    # What getrusage tells would be the parent's peak, if that is higher: it outlives the start of a new program.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return {"minutes": minutes, "peak_mib": int(peak[1]) / 1024 if peak else float("nan")}
+
+
+def _ours(
+    job: Job, folder: Path, ladder: Ladder, start: Path | None = None, teacher: str | Path | None = None
+) -> float:
+    """`embed.train` of the model, or of a smaller start. A teacher's embedding of all texts is in the time."""
+    model = job.encoder() if start is None else loaded(start, TRAINED_LENGTH)
+    guide = None if teacher is None else embed.load_encoder(teacher)
+    if guide is not None and teacher == job.teacher:
+        guide.__class__ = Unprompted
+    began, options = time.monotonic(), {} if guide is None else {"teacher": guide}
+    embed.train(
+        model, job.rows, ladder, folder=folder, steps=job.steps, batch_size=job.batch, seed=job.seed,
+        learning_rate=job.learning_rate, evaluator=job.evaluator(ladder), prompts="", teacher_prompts="",
+        eval_on_start=False, save_steps=max(1, job.steps // 3), **options,
+    )  # fmt: skip
+    return (time.monotonic() - began - Timed.seconds) / 60
+
+
+def _stock(job: Job, folder: Path, name: str) -> float:
+    """Without a Normalize module, which would hide the lengths of vectors from the KL of Matryoshka2dLoss."""
+    encoder = job.encoder()
+    model = SentenceTransformer(modules=[m for m in encoder.children() if not isinstance(m, Normalize)])
+    model.prompts, model.default_prompt_name = encoder.prompts, encoder.default_prompt_name
+    dims = sorted({cup.dims for cup in job.ladder}, reverse=True)
+    loss = STOCK[name](model, losses.MultipleNegativesRankingLoss(model), dims)
+    often = max(1, job.steps // 3)
+    examples = Examples.of(job.rows)
+    data = Dataset.from_dict(examples.columns).select(order(examples, job.batch, job.steps, job.seed).tolist())
+    arguments = SentenceTransformerTrainingArguments(
+        f"{folder}-checkpoints", per_device_train_batch_size=job.batch, max_steps=job.steps, seed=job.seed,
+        learning_rate=job.learning_rate, warmup_steps=round(0.1 * job.steps), report_to="none", save_steps=often,
+        eval_strategy="steps", eval_steps=often, load_best_model_at_end=True, metric_for_best_model="eval_mean",
+        save_total_limit=2,
+    )  # fmt: skip
+    began = time.monotonic()
+    CupTrainer(model, arguments, train_dataset=data, loss=loss, evaluator=job.evaluator(job.ladder)).train()
+    model.save_pretrained(str(folder), create_model_card=False)
+    return (time.monotonic() - began - Timed.seconds) / 60
+
+
+def _components(job: Job, centred: bool, path: Path) -> None:
+    texts = list(dict.fromkeys(text for row in job.rows for text in row.values()))[:5000]
+    write_rotations(path, embed.rotations(job.encoder(), texts, job.ladder.layers, centred=centred))
+
+
+def _small(job: Job, cup: Cup) -> Path:
+    """The folder of a cup that is cut and not trained."""
+    folder = job.work / f"cut-{cup}"
+    if not folder.is_dir():
+        apart(_export, job, cup, folder)
+    return folder
+
+
+def _export(job: Job, cup: Cup, folder: Path) -> None:
+    embed.export(job.encoder(), cup, folder)
+
+
+def rotations_of(sized: Sized) -> dict | None:
+    """What `GridEvaluator` applies: at every depth the rotation, if there is one."""
+    if sized.rotations is None:
+        return None
+    found = read_rotations(sized.rotations)
+    return {depth: found.get(depth, torch.nn.Identity()) for depth in sized.ladder.layers}
+
+
+STOCK = {"st-mrl": losses.MatryoshkaLoss, "st-2d": losses.Matryoshka2dLoss}
 WAYS: dict[str, Callable[[Job], list[Sized]]] = {
     "cut": cut,
     "cut-pca": partial(cut, rotation="pca"),
     "cut-centred": partial(cut, rotation="centred"),
-    "full": full,
-    "mrl": partial(stock, name="mrl", kind=losses.MatryoshkaLoss),
-    "2dmse": partial(stock, name="2dmse", kind=losses.Matryoshka2dLoss),
+    "full-then-cut": full,
+    "st-mrl": partial(stock, name="st-mrl"),
+    "st-2d": partial(stock, name="st-2d"),
     "separate": separate,
-    "students": students,
+    "student": students,
     "srl": srl,
     "srl-teacher": taught,
 }

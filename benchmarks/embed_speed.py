@@ -45,7 +45,7 @@ def encoding(models: dict[str, SentenceTransformer], steps: int) -> list[dict]:
             for turn in range(steps + 1):
                 for name, model in models.items():
                     start = time.perf_counter()
-                    model.encode(given, batch_size=batch, show_progress_bar=False)
+                    model.encode(given, prompt="", batch_size=batch, show_progress_bar=False)
                     if turn:
                         seconds[name].append(time.perf_counter() - start)
             for name, model in models.items():
