@@ -108,17 +108,25 @@ def test_a_damaged_folder_is_refused(folder, damage, expected):
 
 
 def test_a_model_is_read_once(saved, folder, monkeypatch):
-    """Unless the names in its file are others than its own, as those of T5's tied embedding."""
+    """From one file, from parts, and from the file of a model with a head."""
     read, load = [], BertModel.from_pretrained.__func__
     monkeypatch.setattr(
         BertModel, "from_pretrained", classmethod(lambda *args, **kw: read.append(1) or load(*args, **kw))
     )
     load_encoder(saved[1])
     assert len(read) == 1
-    weights = load_file(folder / "model.safetensors")
+    saved[0][0].model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    load_encoder(folder)
+    assert len(read) == 2
+    for part in folder.glob("model*"):
+        part.unlink()
+    read.clear()
+    weights = load_file(saved[1] / "model.safetensors")
     save_file({f"bert.{k}": v for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     torch.testing.assert_close(load_encoder(folder).cpu().encode(TEXTS), saved[0].encode(TEXTS))
-    assert len(read) == 2
+    assert len(read) == 1
 
 
 def test_pickled_weights_of_a_dense_are_refused(saved, tmp_path):

@@ -104,12 +104,16 @@ def _check_dense(name: str, source: Path | str) -> None:
 
 
 def _stored(source: Path | str, prefix: str) -> set[str]:
-    """Names of the tensors in ``model.safetensors``, without the prefix that a model with a head gives them."""
-    path = find_file(source, "model.safetensors")
-    if path is None:
-        return set()
-    with safe_open(path, "pt") as file:
-        return {key.removeprefix(f"{prefix}.") for key in file.keys()}
+    """Names of the tensors in the weights' files, without the prefix that a model with a head gives them."""
+    whole = find_file(source, "model.safetensors")
+    index = None if whole is not None else find_file(source, "model.safetensors.index.json")
+    names: list[str] = []
+    if whole is not None:
+        with safe_open(whole, "pt") as file:
+            names = list(file.keys())
+    elif index is not None:
+        names = list(json.loads(index.read_text("utf-8"))["weight_map"])
+    return {name.removeprefix(f"{prefix}.") for name in names}
 
 
 def _advice(local: bool) -> str:

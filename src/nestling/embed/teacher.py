@@ -44,7 +44,8 @@ def shared_table(
     """The file of `write_table`, if it is not there, by several processes that see one file system.
 
     Each embeds every n-th text into a file of its own, and the first joins them. They wait by looking for the files:
-    a barrier of torch.distributed gives up after half an hour, which a large teacher takes on many texts.
+    a barrier of torch.distributed gives up after half an hour, which a large teacher takes on many texts. That one of
+    them has died is for the launcher to notice, as torchrun does.
     """
     parts = [path.with_name(f"{path.stem}-{i}-of-{processes}.npy") for i in range(min(processes, len(texts)))]
     if processes == 1 and not path.is_file():
