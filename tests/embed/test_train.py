@@ -352,7 +352,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 data = TEXTS if {kind!r} == "texts" else pairs()
 run(sentence_model({backbone!r}), data, sys.argv[1], steps={steps}, use_cpu=True, save_steps=1, rotation="pca",
-    dropout={dropout}, resume=len(sys.argv) > 2)
+    dropout={dropout}, resume=len(sys.argv) > 2, adam_epsilon=1e-4)
 """
 
 
@@ -401,7 +401,11 @@ def test_a_killed_process_goes_on_to_the_same_result(tmp_path, script):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairs", "texts"])
 def test_two_processes_are_as_good_as_one(tmp_path, script, kind):
-    """The batch, its negatives and its similarity rows are the global ones."""
+    """The batch, its negatives and its similarity rows are the global ones.
+
+    Adam's epsilon is large: where the model follows itself, the first gradient of the full cup is rounding alone, which
+    Adam would make steps of full length of.
+    """
     process = script(kind, 5, False)
     two = process(tmp_path / "two", launcher=["-m", "torch.distributed.run", "--nproc-per-node", "2"])
     one = process(tmp_path / "one")
