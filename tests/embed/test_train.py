@@ -403,8 +403,8 @@ def test_a_killed_process_goes_on_to_the_same_result(tmp_path, script):
 def test_two_processes_are_as_good_as_one(tmp_path, script, kind):
     """The batch, its negatives and its similarity rows are the global ones.
 
-    Adam's epsilon is large: where the model follows itself, the first gradient of the full cup is rounding alone, which
-    Adam would make steps of full length of.
+    Adam's epsilon is large: where the model follows itself, the first gradient of the full cup is rounding alone, of
+    which Adam would make steps of full length.
     """
     process = script(kind, 5, False)
     two = process(tmp_path / "two", launcher=["-m", "torch.distributed.run", "--nproc-per-node", "2"])

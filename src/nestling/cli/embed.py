@@ -88,10 +88,10 @@ def train(
     start = rotation or {depth: found[depth] for depth in ladder.layers if depth in found} or None
     more: dict[str, Any] = {"gradient_checkpointing": True} if checkpointing else {}
     trained = embed.train(
-        encoder, data, ladder, folder=out, teacher=other, rotation=start, steps=steps, epochs=epochs or 1.0,
-        batch_size=batch_size, mini_batch_size=mini_batch_size, learning_rate=learning_rate, warmup=warmup, seed=seed,
-        evaluator=evaluator, prompts=prompts or None, recipe={"weights": weights} if weights else None, resume=resume,
-        bf16=bf16, **more,
+        encoder, data, ladder, folder=out, teacher=other, rotation=start, steps=steps,
+        epochs=1.0 if epochs is None else epochs, batch_size=batch_size, mini_batch_size=mini_batch_size,
+        learning_rate=learning_rate, warmup=warmup, seed=seed, evaluator=evaluator, prompts=prompts or None,
+        recipe={"weights": weights} if weights else None, resume=resume, bf16=bf16, **more,
     )  # fmt: skip
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process speaks for all
         return

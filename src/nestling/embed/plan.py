@@ -77,17 +77,16 @@ class Plan:
         data = [self.examples.kind, self.examples.columns, self.examples.labels]
         if isinstance(rotation, Mapping):
             rotation = {str(depth): checksum(module) for depth, module in rotation.items()}
-        base = self.base(mini_batch_size)
+        base, taught = self.base(mini_batch_size), self.teacher
         weights = {str(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
         recipe = {**(recipe or {}), **({"weights": weights} if weights else {})}
         return {
             "model": checksum(self.encoder.model), **reading(self.encoder.model), "cups": str(ladder),
-            "kind": self.examples.kind,
-            "rows": len(self.examples), "data": checksum(data), "loss": None if base is None else type(base).__name__,
-            "loss_settings": settings_of(base),
-            "teacher": None if self.teacher is None else checksum(self.teacher), "rotation": rotation,
-            "recipe": recipe, "prompts": prompts, "teacher_prompts": teacher_prompts, "steps": steps,
-            "batch_size": batch, "learning_rate": learning_rate, "warmup": warmup, "seed": seed,
+            "kind": self.examples.kind, "rows": len(self.examples), "data": checksum(data),
+            "loss": None if base is None else type(base).__name__, "loss_settings": settings_of(base),
+            "teacher": None if taught is None else {"model": checksum(taught), **reading(taught)},
+            "rotation": rotation, "recipe": recipe, "prompts": prompts, "teacher_prompts": teacher_prompts,
+            "steps": steps, "batch_size": batch, "learning_rate": learning_rate, "warmup": warmup, "seed": seed,
             "arguments": relevant(arguments),
         }  # fmt: skip
 
