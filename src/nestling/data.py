@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nestling.records import (
     JSONL,
     DataError,
+    Skip,
     check_file,
     check_text,
     field_of,
@@ -15,6 +16,7 @@ from nestling.records import (
     not_empty,
     objects,
     reason,
+    refuse,
     short,
     text_of,
 )
@@ -22,7 +24,7 @@ from nestling.records import (
 TEXT = (".txt", ".txt.gz")
 
 
-def read_texts(source: str | os.PathLike[str] | None = None) -> Iterator[str]:
+def read_texts(source: str | os.PathLike[str] | None = None, skip: Skip | None = None) -> Iterator[str]:
     """Yield documents, one string each, never blank, always in the same order.
 
     Args:
@@ -35,6 +37,8 @@ def read_texts(source: str | os.PathLike[str] | None = None) -> Iterator[str]:
             * None: the English help pages in ``pydoc_data.topics`` of the standard library, 0.5 MB, by name. They
               differ a little from one Python to the next.
 
+        skip: called with the error of each line that is not as described, which is then left out; None stops there.
+
     Raises:
         DataError: on the call if there is no such file or data set; while iterating if the file is empty, damaged, not
             UTF-8, or a line is not as described. What came before the bad line has been yielded by then.
@@ -45,13 +49,13 @@ def read_texts(source: str | os.PathLike[str] | None = None) -> Iterator[str]:
     suffix = name.lower()
     if suffix.endswith(TEXT):
         check_file(name)
-        return not_empty(name, _blocks(name))
+        return not_empty(name, _blocks(name, skip))
     if suffix.endswith(JSONL):
         check_file(name)
-        return not_empty(name, _json_texts(name))
+        return not_empty(name, _json_texts(name, skip))
     if os.path.isfile(name) or not name.strip():
         raise DataError(f"{name or '(empty name)'}: unknown kind of file; expected {', '.join(TEXT + JSONL)}")
-    return not_empty(name, _dataset(name))
+    return not_empty(name, _dataset(name, skip))
 
 
 def read_multiple_choice(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -79,9 +83,9 @@ def _help_pages() -> Iterator[str]:
     return (topics[name] for name in sorted(topics))
 
 
-def _blocks(name: str) -> Iterator[str]:
+def _blocks(name: str, skip: Skip | None) -> Iterator[str]:
     block: list[str] = []
-    for _, line in lines(name):
+    for _, line in lines(name, skip):
         if line.strip():
             block.append(line)
         elif block:
@@ -91,9 +95,18 @@ def _blocks(name: str) -> Iterator[str]:
         yield "\n".join(block).strip()
 
 
-def _json_texts(name: str) -> Iterator[str]:
-    for where, row in objects(name):
-        text = text_of(where, row, "text")
+def _json_texts(name: str, skip: Skip | None) -> Iterator[str]:
+    return _said(objects(name, skip), skip)
+
+
+def _said(rows: Iterable[tuple[str, Any]], skip: Skip | None) -> Iterator[str]:
+    """The texts of rows, each beside where it is; blank ones are left out."""
+    for where, row in rows:
+        try:
+            text = text_of(where, row, "text")
+        except DataError as error:
+            refuse(error, None, skip)
+            continue
         if text.strip():
             yield text
 
@@ -115,7 +128,7 @@ def _questions(name: str) -> Iterator[dict[str, Any]]:
         yield {"question": question, "choices": choices, "answer": answer}
 
 
-def _dataset(name: str) -> Iterator[str]:
+def _dataset(name: str, skip: Skip | None) -> Iterator[str]:
     if not importlib.util.find_spec("datasets"):
         raise DataError(
             f"{name}: no such file ({', '.join(TEXT + JSONL)}); to read it as a data set: pip install 'nestling[data]'"
@@ -130,17 +143,17 @@ def _dataset(name: str) -> Iterator[str]:
             f"{name}: neither a file ({', '.join(TEXT + JSONL)}) nor a data set that can be opened, "
             f"NAME[:CONFIG[:SPLIT]] [{reason(error)}]"
         ) from error
-    return _column(name, rows)
+    return _column(name, rows, skip)
 
 
-def _column(name: str, rows: Any) -> Iterator[str]:
+def _column(name: str, rows: Any, skip: Skip | None) -> Iterator[str]:
+    return _said(_numbered(name, rows), skip)
+
+
+def _numbered(name: str, rows: Any) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
-            text = text_of(f"{name}, row {number}", row, "text")
-            if text.strip():
-                yield text
-    except DataError:
-        raise
+            yield f"{name}, row {number}", row
     except Exception as error:
         raise DataError(f"{name}: reading stopped after row {number} [{reason(error)}]") from error

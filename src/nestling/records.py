@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 JSONL = (".jsonl", ".jsonl.gz")
@@ -31,35 +31,54 @@ def not_empty(name: str, items: Iterator[Any], what: str = "entry") -> Iterator[
         raise DataError(f"{name}: empty; expected at least one {what}")
 
 
-def lines(name: str) -> Iterator[tuple[str, str]]:
-    """Each line of a UTF-8 file, gzipped or not, without its end, and where it is: ``"FILE, line 3"``."""
+Skip = Callable[[DataError], None]  # told of a line that is left out
+
+
+def lines(name: str, skip: Skip | None = None) -> Iterator[tuple[str, str]]:
+    """Each line of a UTF-8 file, gzipped or not, without its end, and where it is: ``"FILE, line 3"``.
+
+    A line that is not UTF-8 ends the reading, or is left out if there is a ``skip`` to tell; so in `objects`.
+    """
     number = 0
     try:
         with gzip.open(name, "rb") if name.lower().endswith(".gz") else open(name, "rb") as file:
             for number, raw in enumerate(file, 1):
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
-                yield f"{name}, line {number}", raw.rstrip(b"\r\n").decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line)") from error
+                try:
+                    text = raw.rstrip(b"\r\n").decode()
+                except UnicodeDecodeError as error:
+                    bad = f"{name}, line {number}: not UTF-8 (byte {error.start + 1} of the line)"
+                    refuse(DataError(bad), error, skip)
+                    continue
+                yield f"{name}, line {number}", text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{name}: damaged or truncated gzip after line {number} ({error})") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
-def objects(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def objects(name: str, skip: Skip | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each JSON object of a JSON Lines file, and where it is. Blank lines are skipped."""
-    for where, line in lines(name):
+    for where, line in lines(name, skip):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON ({error})") from error
+            refuse(DataError(f"{where}: not valid JSON ({error})"), error, skip)
+            continue
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object, got {short(row)}")
+            refuse(DataError(f"{where}: expected a JSON object, got {short(row)}"), None, skip)
+            continue
         yield where, row
+
+
+def refuse(bad: DataError, cause: Exception | None, skip: Skip | None) -> None:
+    """Raise the error, or tell the one who asked to go on without the line."""
+    if skip is None:
+        raise bad from cause
+    skip(bad)
 
 
 def field_of(where: str, row: dict[str, Any], field: str) -> Any:

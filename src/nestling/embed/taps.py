@@ -43,7 +43,18 @@ def taps(
         LadderError: no depths, or one that the model does not have.
     """
     encoder, rotations = Encoder.of(model), rotations or {}
-    wanted = sorted(set(layers))
+    tokens = token_taps(model, features, layers)
+    pooled = {number: encoder.pool(features, states) for number, states in tokens.items()}
+    return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}
+
+
+def token_taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[int]) -> dict[int, Tensor]:
+    """What `taps` pools: the token vectors of each depth's model, ``{depth: [B, T, H]}``, shallow first.
+
+    Raises:
+        UnsupportedEncoderError, LadderError: as `taps`.
+    """
+    encoder, wanted = Encoder.of(model), sorted(set(layers))
     if not wanted or wanted[0] < 1 or wanted[-1] > encoder.depth:
         raise LadderError(f"cannot tap layers {wanted}: expected some of 1 to {encoder.depth}")
     *between, deepest = wanted
@@ -52,6 +63,4 @@ def taps(
     # The deepest state is taken from the output, behind what wrappers do to it: DistributedDataParallel wants the loss
     # to depend on what it returned.
     last = output["token_embeddings"]
-    tokens = {number: encoder.ended(number, states[number], last) for number in between} | {deepest: last}
-    pooled = {number: encoder.pool(features, tokens[number]) for number in wanted}
-    return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}
+    return {number: encoder.ended(number, states[number], last) for number in between} | {deepest: last}

@@ -119,6 +119,6 @@ def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _of_cup(point: dict[str, float], name: str) -> float | None:
-    """All parts of a cup's loss together."""
-    parts = [value for key, value in point.items() if key in (name, f"kl_{name}")]
+    """All parts of a cup's loss together; of a pre-training, its masked words by the encoder alone."""
+    parts = [value for key, value in point.items() if key in (name, f"kl_{name}", f"mlm_{name}")]
     return sum(parts) if parts else None
