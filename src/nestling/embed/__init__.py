@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
 
 from nestling.checkpoints import TrainingError
 from nestling.embed.agreement import agreement
+from nestling.embed.corpus import Texts
 from nestling.embed.encoder import UnsupportedEncoderError
 from nestling.embed.errors import ExportError
 from nestling.embed.evaluate import GridEvaluator
@@ -17,6 +18,8 @@ from nestling.embed.export import Exported, export
 from nestling.embed.files import load_ladder, load_rotations
 from nestling.embed.load import load_encoder
 from nestling.embed.losses import StarbucksLoss
+from nestling.embed.masking import MaskingError
+from nestling.embed.pretrain import pretrain
 from nestling.embed.results import save_results
 from nestling.embed.rotation import Rotation, rotations
 from nestling.embed.taps import taps
@@ -33,8 +36,10 @@ __all__ = [
     "GridEvaluator",
     "Ladder",
     "LadderError",
+    "MaskingError",
     "Rotation",
     "StarbucksLoss",
+    "Texts",
     "Trained",
     "TrainingError",
     "UnsupportedEncoderError",
@@ -43,6 +48,7 @@ __all__ = [
     "load_encoder",
     "load_ladder",
     "load_rotations",
+    "pretrain",
     "rotations",
     "save_results",
     "taps",

@@ -80,6 +80,24 @@ def trained_card(
     return "\n\n".join(parts) + "\n"
 
 
+def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any]) -> str:
+    """The card of a model that was only pre-trained: what it is, and that it is no encoder to use yet."""
+    base = base_name(model)
+    head = ["---", "library_name: sentence-transformers"]
+    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
+    kind = "masked-language model" if training["decoder"] is None else "masked autoencoder (SMAE, arXiv 2410.13230)"
+    facts = (
+        f"{f'`{base}`' if base else 'An encoder'}, pre-trained by nestling as a {kind} on {training['tokens']:,} tokens "
+        f"({training['steps']:,} steps of {training['batch_size']}) at the cups (layers x dims) "
+        f"{', '.join(cup.name for cup in ladder)}."
+    )
+    use = (
+        "A start for training on pairs, scored pairs or texts, which gives it vectors that can be compared:\n\n```sh\n"
+        'nestling embed train "this folder" --pairs pairs.jsonl --out trained\n```'
+    )
+    return "\n\n".join(["\n".join(head), f"# {base or 'encoder'}, pre-trained", facts, f"## Use\n\n{use}"]) + "\n"
+
+
 def measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row a cup of what was measured before the training, and at the step whose weights were kept."""
     points = [p for p in training.get("curve", ()) if any(name.endswith(("mean_sts", "mean_ndcg")) for name in p)]

@@ -16,7 +16,7 @@ from nestling.models import ALIASES, LoadError, locate, quiet
 from nestling.records import reason
 
 
-def load_encoder(name: str | os.PathLike[str]) -> SentenceTransformer:
+def load_encoder(name: str | os.PathLike[str], pooling: str | None = None) -> SentenceTransformer:
     """Load a sentence encoder.
 
     Only safetensors weights are read, in float32, and code that comes with a checkpoint is never run. A folder or an
@@ -26,6 +26,8 @@ def load_encoder(name: str | os.PathLike[str]) -> SentenceTransformer:
     Args:
         name: the built-in alias ``minilm``, a folder as ``SentenceTransformer.save_pretrained`` writes it, or a hub
             id. An alias wins over a folder of that name; write ``./minilm`` for the folder.
+        pooling: ``"mean"``, ``"cls"``, or another that `Pooling` knows, for a folder of transformers' own, which has
+            none; such a folder is refused without it. Nothing is changed in one that has modules.
 
     Returns:
         A stock SentenceTransformer in eval mode, on the GPU where there is one.
@@ -39,9 +41,11 @@ def load_encoder(name: str | os.PathLike[str]) -> SentenceTransformer:
         raise LoadError(f"{name}: a language model, not a sentence encoder; try minilm")
     source = locate(name)
     if isinstance(source, Path):
-        _check_folder(name, source)
+        plain = pooling is not None and not (source / "modules.json").exists()
+        if not plain or source.is_file():
+            _check_folder(name, source)
     with quiet():
-        model = _read(name, source)
+        model = _read(name, source, pooling)
     backbone: Any = model[0].model
     backbone.name_or_path = backbone.config.name_or_path = name
     model.model_card_data.base_model = name
@@ -55,7 +59,7 @@ def _check_folder(name: str, folder: Path) -> None:
     if not (folder / "modules.json").is_file():
         raise LoadError(
             f"{name}: not a sentence encoder, the folder has no modules.json; to make one of a plain transformer, "
-            "save SentenceTransformer(modules=[Transformer(folder), Pooling(width)])"
+            'give pooling="mean"'
         )
     try:
         json.loads((folder / "modules.json").read_text("utf-8"))
@@ -63,12 +67,17 @@ def _check_folder(name: str, folder: Path) -> None:
         raise LoadError(f"{name}: modules.json is damaged [{reason(error)}]") from error
 
 
-def _read(name: str, source: Path | str) -> SentenceTransformer:
+def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransformer:
     local, missing = isinstance(source, Path), []
     weights = {"dtype": torch.float32, "use_safetensors": True}
     try:
         _check_dense(name, source)
-        model = SentenceTransformer(str(source), local_files_only=local, model_kwargs=weights)
+        if isinstance(source, Path) and pooling is not None and not (source / "modules.json").exists():
+            transformer = Transformer(str(source), model_kwargs=weights | {"local_files_only": True})
+            pool = Pooling(transformer.get_embedding_dimension(), pooling)  # type: ignore[arg-type]
+            model = SentenceTransformer(modules=[transformer, pool])
+        else:
+            model = SentenceTransformer(str(source), local_files_only=local, model_kwargs=weights)
         kinds = [type(module) for module in model]
         if not kinds or kinds[0] is not Transformer or Pooling not in kinds:
             found = ", ".join(kind.__name__ for kind in kinds) or "none"

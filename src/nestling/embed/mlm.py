@@ -225,13 +225,14 @@ def embedded(encoder: Encoder, ids: Tensor) -> Tensor:
 
 
 def positions(encoder: Encoder, ids: Tensor) -> Tensor | None:
-    """The embeddings of the places of texts ``[B, T]`` padded on the right, ``[B, T, H]``; None for rotary ones."""
+    """The embeddings of the places of texts ``[B, T]``, ``[B, T, H]``, without their words; None for rotary ones."""
     table: Any = getattr(encoder.backbone.embeddings, "position_embeddings", None)
     if table is None:
         return None
-    start = 0 if table.padding_idx is None else table.padding_idx + 1
-    numbers = start + torch.arange(ids.shape[1], device=ids.device)
-    return table(numbers.clamp_max(table.num_embeddings - 1)).expand(len(ids), -1, -1)
+    if table.padding_idx is None:
+        return table(torch.arange(ids.shape[1], device=ids.device)).expand(len(ids), -1, -1)
+    tokens = (ids != table.padding_idx).long()  # RoBERTa and MPNet count them from behind the padding's place
+    return table(tokens.cumsum(1) * tokens + table.padding_idx)
 
 
 def turns(encoder: Encoder, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -201,7 +201,7 @@ def train(
     info = _info(job, trainer, watch, time.monotonic() - started)
     trained = Trained(out, ladder, start, info)
     if trainer.is_world_process_zero():
-        _save(model, trained)
+        save(model, trained, "training", trained_card(model, ladder, info, start))
     trainer.accelerator.wait_for_everyone()
     return trained
 
@@ -280,17 +280,22 @@ def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float
     return {**kept, **taught, "seconds": round(seconds), **chosen, "curve": watch.points}
 
 
-def _save(model: SentenceTransformer, trained: Trained) -> None:
-    """The folder, whole or not at all."""
+def save(model: SentenceTransformer, trained: Trained, name: str, card: str) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        name: of ``trained.info`` in ``nestling.json``.
+        card: the model card.
+    """
 
     def fill(new: Path) -> None:
         with without_bars():
             Encoder.of(model).model.save_pretrained(str(new), create_model_card=False)
         named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
-        value = trained.ladder.to_json() | named | {"training": trained.info}
+        value = trained.ladder.to_json() | named | {name: trained.info}
         (new / LADDER_FILE).write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", "utf-8")
         if trained.rotations:
             write_rotations(new / ROTATIONS_FILE, trained.rotations)
-        (new / "README.md").write_text(trained_card(model, trained.ladder, trained.info, trained.rotations), "utf-8")
+        (new / "README.md").write_text(card, "utf-8")
 
     write_folder(trained.folder, fill)

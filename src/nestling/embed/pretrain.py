@@ -1,0 +1,279 @@
+"""Pre-training every cup of an encoder (SMAE, arXiv 2410.13230) on transformers' Trainer, from text alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from nestling.checkpoints import TrainingError, begin, run
+from nestling.embed.card import pretrained_card
+from nestling.embed.checksum import checksum
+from nestling.embed.collate import Collator, MaskedBatches
+from nestling.embed.corpus import Corpus, Position, Texts
+from nestling.embed.dropout import without_dropout
+from nestling.embed.encode import in_eval_mode
+from nestling.embed.encoder import Encoder
+from nestling.embed.masking import Masking
+from nestling.embed.mlm import check, positions_of
+from nestling.embed.plan import ladder_of, processes
+from nestling.embed.smae import DecoderKind, MaskedAutoencoder
+from nestling.embed.train import Trained, save
+from nestling.embed.trainer import Watch, check_finite, without_bars
+from nestling.ladder import Ladder
+
+LONGEST = 512  # tokens, where nobody says how many
+
+
+def pretrain(
+    model: SentenceTransformer,
+    texts: str | os.PathLike[str] | Iterable[Any],
+    cups: Ladder | str | Iterable[Any] | None = None,
+    *,
+    folder: str | Path,
+    steps: int,
+    batch_size: int = 64,
+    length: int | None = None,
+    encoder_ratio: float = 0.2,
+    decoder_ratio: float = 0.4,
+    decoder: DecoderKind | None = "plain",
+    cups_per_step: int | None = None,
+    learning_rate: float = 1e-4,
+    warmup: float = 0.05,
+    seed: int = 0,
+    dropout: bool = True,
+    skip_bad: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    **arguments: Any,
+) -> Trained:
+    """Pre-train a sentence encoder as a masked autoencoder at every cup, and save it.
+
+    The losses are those of `nestling.embed.smae.MaskedAutoencoder`. The result is a start for `nestling.embed.train`,
+    not yet an encoder whose vectors can be compared. ``decoder=None`` with the full cup alone is plain masked-language
+    modelling. The checkpoint's masked-language head is used if it has one, else a new one; neither it nor the decoder
+    is part of the result.
+
+    Under ``torchrun`` every process calls this, and all read the same text; the loss is the one of the global batch.
+
+    Args:
+        model: of a family in `nestling.embed.mlm.FAMILIES`, with a pooling and nothing trained behind it. Trained in
+            place, on its own device or the accelerator that there is.
+        texts: a file or data set as `nestling.data.read_texts` names them, `Texts` of several, or strings (or rows with
+            a field ``text``) in anything that can be read again: it is read in its own order, pass after pass, never
+            as a whole. Longer ones are cut into windows.
+        cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
+        folder: of the trained model, must not exist; checkpoints go beside it, into ``<folder>-checkpoints``.
+        steps: of the optimiser.
+        batch_size: windows a step, over all processes and accumulation steps.
+        length: tokens of a window; by default as many as the model reads, 512 at most.
+        encoder_ratio, decoder_ratio: shares of the tokens that encoder and decoder have to predict, whole words; the
+            encoder's are among the decoder's.
+        decoder: ``"plain"`` (the paper's), ``"enhanced"`` (RetroMAE's), or None.
+        cups_per_step: train the full cup and so many less one others in a step, drawn anew for each; all by default.
+        learning_rate, warmup: of AdamW; it falls to zero as a cosine, after a rise over that share of the steps.
+        dropout: whether the model's dropout is on.
+        skip_bad: leave out lines of ``texts``'s file that are not as expected, and count them (``info["bad_lines"]``).
+        resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
+        arguments: for transformers' TrainingArguments: ``bf16, save_steps, logging_steps, gradient_accumulation_steps,
+            weight_decay, dataloader_num_workers, ...``.
+
+    Returns:
+        `Trained`; ``info`` has the settings, ``tokens`` (of all windows read), ``seconds``, ``head`` (``"own"`` or
+        ``"new"``), ``bad_lines``, ``left_out`` (windows with nothing to mask), and ``curve``: ``mlm_6x128`` and
+        ``dec_6x128`` by step, means over masked tokens in nats.
+
+    Raises:
+        DataError: there are no texts, or one is not as expected; file and line are named.
+        MaskingError: the tokenizer cannot mask words, there is nothing to mask, or the ratios cannot be.
+        LadderError, UnsupportedEncoderError: the cups do not fit the model, or it cannot be pre-trained.
+        ValueError: options that do not go together.
+        TrainingError: the loss or a gradient is not finite (step and part are named), a checkpoint cannot be written,
+            or the folders are another training's. The last whole checkpoint is kept.
+    """
+    if find_spec("accelerate") is None:
+        raise ImportError("training needs accelerate: pip install 'nestling[train,embed]'")
+    out, started, mode = Path(folder), time.monotonic(), model.training
+    if out.exists() and not resume:
+        raise TrainingError(f"{out} exists: choose another folder, or remove it")
+    check(model)
+    parts = Encoder.of(model)
+    ladder = ladder_of(parts, cups)
+    _check_options(decoder, cups_per_step, len(ladder))
+    longest = _longest(model)
+    length = min(longest, LONGEST) if length is None else length
+    if length > longest:
+        raise ValueError(f"length={length} is more than the {longest} tokens that the model reads")
+    work = out.with_name(f"{out.name}-checkpoints")
+    options = _arguments(work, steps, batch_size, learning_rate, warmup, seed, arguments)
+    source = Texts([texts], skip_bad) if isinstance(texts, str | os.PathLike) else texts
+    corpus = Corpus(source, model.tokenizer, length, batch_size, seed)
+    special = set(model.tokenizer.all_special_ids)
+    ordinary = np.array([i for i in range(parts.backbone.config.vocab_size) if i not in special])  # type: ignore[union-attr]
+    masking = Masking(model.tokenizer.mask_token_id, ordinary, encoder_ratio, decoder_ratio)
+    padding = model.tokenizer.pad_token_id or 0
+    collator = Collator(masking, padding, len(ladder), cups_per_step, decoder == "enhanced")
+    smae = MaskedAutoencoder(model, ladder, decoder, seed)
+    # From here on the disk is written to. First the loss of a few windows is computed, which needs none.
+    first = next(corpus.batches())
+    _attempt(smae, collator(first, batch_size)[:4])
+    job = {
+        "model": checksum(model), "head": "new" if smae.head.new else "own", "cups": str(ladder), "decoder": decoder,
+        "encoder_ratio": encoder_ratio, "decoder_ratio": decoder_ratio, "cups_per_step": cups_per_step,
+        "length": length, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup": warmup,
+        "weight_decay": options.weight_decay, "dropout": dropout, "seed": seed,
+        "data": checksum([window.ids.tolist() for window in first.windows]),
+    }  # fmt: skip
+    checkpoint = begin(work, job, resume)
+    place = Place.of(checkpoint)
+    batches = MaskedBatches(
+        corpus, collator, steps, Position(**place.after), options.process_index, options.world_size,
+        options.gradient_accumulation_steps,
+    )  # fmt: skip
+    watch = Watch(ladder, steps, progress)
+    try:
+        trainer = MaskedTrainer(smae, options, train_dataset=batches, callbacks=[watch, place])
+        trainer.remove_callback(PrinterCallback)
+        with without_bars(), without_dropout(smae, off=not dropout):
+            run(trainer, work, checkpoint)
+    finally:
+        watch.bar.stop()
+        model.train(mode)
+    kept = {key: value for key, value in job.items() if key not in ("model", "cups", "data")}
+    counted = {"tokens": place.tokens, "passes": place.after["turn"], "left_out": corpus.left_out}
+    counted["bad_lines"] = getattr(source, "bad", 0)
+    seconds = round(time.monotonic() - started)
+    trained = Trained(out, ladder, {}, {**kept, **counted, "seconds": seconds, "curve": watch.points})
+    if trainer.is_world_process_zero():
+        save(model, trained, "pretraining", pretrained_card(model, ladder, trained.info))
+    trainer.accelerator.wait_for_everyone()
+    return trained
+
+
+class Place(TrainerCallback, ExportableState):
+    """Where the next batch starts, and how many tokens have been read; kept in each checkpoint's trainer_state.json."""
+
+    def __init__(self, after: dict[str, int] | None = None, tokens: int = 0):
+        self.after, self.tokens = after or Position().to_json(), tokens
+
+    @classmethod
+    def of(cls, checkpoint: Path | None) -> Place:
+        """The place that a checkpoint was written at; the start if there is none.
+
+        Raises:
+            TrainingError: the checkpoint does not say.
+        """
+        if checkpoint is None:
+            return cls()
+        path = checkpoint / "trainer_state.json"
+        try:
+            return cls(**json.loads(path.read_text("utf-8"))["stateful_callbacks"][cls.__name__]["attributes"])
+        except (KeyError, TypeError) as error:
+            raise TrainingError(f"{path} does not say how far the corpus was read ({error!r}): start again") from error
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"after": self.after, "tokens": self.tokens}}
+
+
+class MaskedTrainer(Trainer):
+    """The stock trainer; batches are taken as they come, and parts of the loss are checked and logged."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parts: dict[str, list[Tensor]] = {}
+        self.place = next(found for found in self.callback_handler.callbacks if isinstance(found, Place))
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_dataset, batch_size=None, num_workers=min(1, self.args.dataloader_num_workers))  # type: ignore[arg-type]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.place.after, tokens = inputs.pop("after"), inputs.pop("tokens")
+        self.place.tokens += tokens
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        parts = model(**inputs)
+        loss = parts.pop("loss")
+        check_finite(parts)
+        for name, value in parts.items():
+            self.parts.setdefault(name, []).append(value.detach())
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.parts:
+            means = torch.stack([torch.stack(values).mean() for values in self.parts.values()])
+            means = self.accelerator.reduce(means, "mean")
+            logs = logs | dict(zip(self.parts, means.tolist(), strict=True))
+            self.parts = {}
+        super().log(logs, start_time)
+
+
+def _check_options(decoder: str | None, cups_per_step: int | None, cups: int) -> None:
+    if decoder not in ("plain", "enhanced", None):
+        raise ValueError(f"decoder must be plain, enhanced or None, got {decoder!r}")
+    if cups_per_step is not None and not 1 <= cups_per_step <= cups:
+        raise ValueError(f"cups_per_step={cups_per_step}: expected 1 to {cups}, as many as the ladder has")
+
+
+def _longest(model: SentenceTransformer) -> int:
+    limits = (model.max_seq_length, positions_of(Encoder.of(model)))
+    return min(limit for limit in limits if limit is not None)
+
+
+def _attempt(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
+    """Compute the loss of a few windows, so that broken weights are found before anything is written."""
+    device = smae.encoder.device
+    try:
+        for row in rows:
+            with in_eval_mode(smae), torch.no_grad():
+                parts = smae(**{name: tensor.to(device) for name, tensor in row.items()})
+            check_finite(parts)
+    except TrainingError as error:
+        raise TrainingError(f"before the first step {error}: the weights are broken") from error
+
+
+def _arguments(
+    work: Path, steps: int, batch: int, learning_rate: float, warmup: float, seed: int, changes: dict[str, Any]
+) -> TrainingArguments:
+    """The trainer's arguments: our defaults under the user's ``changes``."""
+    parts = processes() * changes.get("gradient_accumulation_steps", 1)
+    if batch < 1 or batch % parts:
+        raise ValueError(f"batch_size={batch} must be a multiple of processes times accumulation steps, {parts}")
+    if not (steps >= 1 and 0 <= warmup < 1 and math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(
+            f"steps={steps}, learning_rate={learning_rate:g} and warmup={warmup:g} must be at least 1, above 0, and "
+            "a share of the steps from 0 to below 1"
+        )
+    defaults: dict[str, Any] = {
+        "output_dir": str(work),
+        "per_device_train_batch_size": batch // parts,
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(warmup * steps),
+        "weight_decay": 1e-3,
+        "logging_steps": max(1, steps // 100),
+        "save_steps": max(1, steps // 10),
+        "save_total_limit": 2,
+        "ignore_data_skip": True,  # the corpus starts where it was left
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "report_to": "none",
+        "seed": seed,
+    }
+    return TrainingArguments(**(defaults | changes))
