@@ -71,7 +71,8 @@ class Collator:
 class MaskedBatches(IterableDataset):
     """What one process reads: its parts of ``steps`` batches, one for each step of accumulation.
 
-    Each has ``after``, the `Position` behind its batch, as a dict, and ``tokens``, how many the global batch has.
+    Each has ``after``, the `Position` behind its batch, as a dict, and ``tokens``: how many the global batch has, in
+    the first part that a process takes of it, and 0 in the others.
 
     Args:
         rank, processes, accumulation: which process this is, of how many, and parts that each takes of a batch.
@@ -88,9 +89,10 @@ class MaskedBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.corpus.batches(self.start):
             parts = self.collator(batch, self.processes * self.accumulation)
-            about = {"after": batch.after.to_json(), "tokens": sum(len(window.ids) for window in batch.windows)}
+            after, tokens = batch.after.to_json(), sum(len(window.ids) for window in batch.windows)
             for turn in range(self.accumulation):
-                yield {**parts[turn * self.processes + self.rank], **about}
+                part = parts[turn * self.processes + self.rank]
+                yield {**part, "after": after, "tokens": 0 if turn else tokens}
 
 
 def _stacked(rows: list[np.ndarray], width: int, padding: int | bool) -> Tensor:

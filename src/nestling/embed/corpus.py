@@ -145,8 +145,8 @@ class Corpus:
     def _cut(self, pool: list[Window], start: Position, following: Position) -> Iterator[Batch]:
         """The batches of a pool that have not been read: windows of like length, in random order."""
         rng = np.random.default_rng((self.seed, start.pool))
-        missing = -len(pool) % self.batch_size  # at the end of a pass, some windows come twice to fill the last batch
-        places = np.concatenate((np.arange(len(pool)), rng.choice(len(pool), missing)))
+        missing = -len(pool) % self.batch_size  # at the end of a pass, some come twice to fill the last batch
+        places = np.concatenate((np.arange(len(pool)), rng.choice(len(pool), missing, missing > len(pool))))
         lengths = np.array([len(pool[place].ids) for place in places])
         places = places[np.lexsort((rng.random(len(places)), lengths))]
         batches = rng.permutation(places.reshape(-1, self.batch_size))
