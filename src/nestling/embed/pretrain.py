@@ -197,7 +197,9 @@ class MaskedTrainer(Trainer):
         self.place = next(found for found in self.callback_handler.callbacks if isinstance(found, Place))
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train_dataset, batch_size=None, num_workers=min(1, self.args.dataloader_num_workers))  # type: ignore[arg-type]
+        # A generator of its own: a loader that starts takes a random number, which a resumed training must not lose.
+        workers, own = min(1, self.args.dataloader_num_workers), torch.Generator()
+        return DataLoader(self.train_dataset, batch_size=None, num_workers=workers, generator=own)  # type: ignore[arg-type]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.place.after, tokens = inputs.pop("after"), inputs.pop("tokens")

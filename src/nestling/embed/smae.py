@@ -45,6 +45,8 @@ class MaskedAutoencoder(nn.Module):
         LadderError: the cups do not fit the model.
     """
 
+    accepts_loss_kwargs = False  # the Trainer divides by the steps of accumulation
+
     def __init__(self, model: SentenceTransformer, cups: Ladder, decoder: DecoderKind | None = "plain", seed: int = 0):
         super().__init__()
         check(model)
