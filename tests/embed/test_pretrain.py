@@ -42,7 +42,9 @@ def same(one, other) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"decoder": "enhanced"}, {"cups_per_step": 2}], ids=["plain", "enhanced", "some"])
+@pytest.mark.parametrize(
+    "options", [{}, {"decoder": "enhanced"}, {"cups_per_step": 2}], ids=["plain", "enhanced", "some"]
+)
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_every_loss_of_every_cup_falls(encoder, tmp_path, family, options):
     model = encoder(family, "cls")
@@ -82,7 +84,9 @@ def test_plain_masked_language_modelling_is_the_full_cup_without_a_decoder(encod
     assert "as a masked-language model" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("options", [{}, {"decoder": "enhanced", "cups_per_step": 2}, {"gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"decoder": "enhanced", "cups_per_step": 2}, {"gradient_accumulation_steps": 2}]
+)
 def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch, options):
     """In the middle of a pass, with dropout on; what is left behind is read over without being trained on."""
     options = {"save_steps": 3, "logging_steps": 1, **options}

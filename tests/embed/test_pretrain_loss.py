@@ -57,7 +57,9 @@ def gradients(smae, parts) -> dict[str, torch.Tensor]:
 def close(found, expected, atol=1e-5):
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -113,7 +115,7 @@ def test_a_new_head_is_drawn_by_the_seed_and_leaves_the_callers_random_numbers_a
 
 @pytest.mark.parametrize("family", KNOWN)
 def test_enhanced_decoding_is_a_text_read_place_by_place(family, encoder):
-    """Each place by itself, through the layer as transformers wrote it: the query is one more token that only reads."""
+    """Each place by itself, through transformers' own layer: the query is one more token, which only reads."""
     model = encoder(family)
     cups = Ladder.parse("2x16,4x32")
     smae, (given,) = autoencoder(model, "enhanced", cups), batch(enhanced=True, count=2)
@@ -150,7 +152,9 @@ def test_enhanced_decoding_is_a_text_read_place_by_place(family, encoder):
 def table_input(backbone, ids):
     """The numbers of places that the model itself looks up."""
     seen = []
-    handle = backbone.embeddings.position_embeddings.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = backbone.embeddings.position_embeddings.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     backbone.embeddings(input_ids=ids)
     handle.remove()
     return seen[0]

@@ -87,8 +87,8 @@ def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mappin
     head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
     kind = "masked-language model" if training["decoder"] is None else "masked autoencoder (SMAE, arXiv 2410.13230)"
     facts = (
-        f"{f'`{base}`' if base else 'An encoder'}, pre-trained by nestling as a {kind} on {training['tokens']:,} tokens "
-        f"({training['steps']:,} steps of {training['batch_size']}) at the cups (layers x dims) "
+        f"{f'`{base}`' if base else 'An encoder'}, pre-trained by nestling as a {kind} on {training['tokens']:,} "
+        f"tokens ({training['steps']:,} steps of {training['batch_size']}) at the cups (layers x dims) "
         f"{', '.join(cup.name for cup in ladder)}."
     )
     use = (

@@ -36,13 +36,17 @@ class Collator:
         windows, rng = batch.windows, batch.rng
         masked = [self.masking(window, rng) for window in windows]
         width = max(len(window.ids) for window in windows)
-        rebuilt = [window.words >= 0 if self.enhanced else m.decoder_mask for window, m in zip(windows, masked, strict=True)]
+        rebuilt = [
+            window.words >= 0 if self.enhanced else m.decoder_mask for window, m in zip(windows, masked, strict=True)
+        ]
         table: dict[str, Tensor] = {
             "input_ids": _stacked([m.encoder_ids for m in masked], width, self.padding),
             "attention_mask": _stacked([np.ones_like(window.ids) for window in windows], width, 0),
             "labels": _stacked([window.ids for window in windows], width, self.padding),
             "masked": _stacked([m.encoder_mask for m in masked], width, False),
-            "decoder_ids": _stacked([self._seen(w, m) for w, m in zip(windows, masked, strict=True)], width, self.padding),
+            "decoder_ids": _stacked(
+                [self._seen(w, m) for w, m in zip(windows, masked, strict=True)], width, self.padding
+            ),
             "rebuilt": _stacked(rebuilt, width, False),
         }
         if self.enhanced:

@@ -87,8 +87,8 @@ class Batch:
 class Corpus:
     """Batches of windows of a corpus.
 
-    Texts that are longer than ``length`` tokens are cut into windows, each with special tokens of its own. Windows with
-    fewer than two words that can be masked are left out.
+    Texts that are longer than ``length`` tokens are cut into windows, each with special tokens of its own. Windows
+    with fewer than two words that can be masked are left out.
 
     Args:
         texts: strings, or mappings with a field ``text`` (rows of a data set); to be read more than once.
@@ -115,7 +115,9 @@ class Corpus:
                 "set, or Texts([...]) of files"
             )
         if not getattr(tokenizer, "is_fast", False):
-            raise MaskingError("the tokenizer is not a fast one (of tokenizers): it does not tell which tokens are a word")
+            raise MaskingError(
+                "the tokenizer is not a fast one (of tokenizers): it does not tell which tokens are a word"
+            )
         if tokenizer.mask_token_id is None:
             raise MaskingError("the tokenizer has no mask token: choose a model that was trained with one, or add one")
         if length < (least := tokenizer.num_special_tokens_to_add() + FEWEST):

@@ -59,7 +59,7 @@ def _check_folder(name: str, folder: Path) -> None:
     if not (folder / "modules.json").is_file():
         raise LoadError(
             f"{name}: not a sentence encoder, the folder has no modules.json; to make one of a plain transformer, "
-            'give pooling="mean"'
+            'load it with pooling="mean"'
         )
     try:
         json.loads((folder / "modules.json").read_text("utf-8"))
@@ -74,7 +74,7 @@ def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransfo
         _check_dense(name, source)
         if isinstance(source, Path) and pooling is not None and not (source / "modules.json").exists():
             transformer = Transformer(str(source), model_kwargs=weights | {"local_files_only": True})
-            pool = Pooling(transformer.get_embedding_dimension(), pooling)  # type: ignore[arg-type]
+            pool = Pooling(transformer.get_embedding_dimension(), pooling)
             model = SentenceTransformer(modules=[transformer, pool])
         else:
             model = SentenceTransformer(str(source), local_files_only=local, model_kwargs=weights)

@@ -90,7 +90,7 @@ def check(model: nn.Module) -> None:
             behind it, or its word embeddings have another width than its layers.
     """
     encoder = Encoder.of(model)
-    config: Any = encoder.backbone.config
+    config = _config(encoder)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnsupportedEncoderError(
@@ -113,9 +113,17 @@ def positions_of(encoder: Encoder) -> int | None:
     """Tokens that the model has positions for; None if it has no such limit. RoBERTa's start behind the padding's."""
     table = getattr(encoder.backbone.embeddings, "position_embeddings", None)
     if table is None:
-        config: Any = encoder.backbone.config
-        return config.max_position_embeddings
+        return _config(encoder).max_position_embeddings
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def vocabulary_of(encoder: Encoder) -> int:
+    """Tokens that the model has word embeddings for."""
+    return _config(encoder).vocab_size
+
+
+def _config(encoder: Encoder) -> Any:
+    return encoder.backbone.config
 
 
 def masked_head(model: SentenceTransformer, seed: int) -> MaskedHead:
@@ -125,7 +133,7 @@ def masked_head(model: SentenceTransformer, seed: int) -> MaskedHead:
     vocabulary. A new one has the family's form, weights drawn by ``seed``, and the word embeddings as its output.
     """
     encoder = Encoder.of(model)
-    config: Any = encoder.backbone.config
+    config = _config(encoder)
     family, short = FAMILIES[config.model_type], truncated_config(config, 1)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -133,7 +141,7 @@ def masked_head(model: SentenceTransformer, seed: int) -> MaskedHead:
         new = found is None or found.config.vocab_size != config.vocab_size
         if found is None or new:
             found = AutoModelForMaskedLM.from_config(short)
-    return MaskedHead(found, family, new).to(encoder.backbone.device, torch.float32)
+    return MaskedHead(found, family, new).to(model.device, torch.float32)
 
 
 def _checkpoint(name: str, config: Any, family: Family) -> Any:
@@ -160,6 +168,7 @@ class Decoder(nn.Module):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.layer = copy.deepcopy(encoder.layers[0])
+        self.family = FAMILIES[_config(encoder).model_type]
 
     def forward(self, encoder: Encoder, ids: Tensor, vectors: Tensor, visible: Tensor, wanted: Tensor,
                 enhanced: bool) -> Tensor:  # fmt: skip
@@ -172,7 +181,7 @@ class Decoder(nn.Module):
             wanted: ``[B, T]`` bool, places that are rebuilt.
             enhanced: queries are sentence vectors and positions (RetroMAE, equation 4), not tokens.
         """
-        parts = FAMILIES[encoder.backbone.config.model_type].layer(self.layer)  # type: ignore[union-attr]
+        parts = self.family.layer(self.layer)
         tokens = embedded(encoder, ids)
         places, kept = _gathered(wanted)  # [B, M]
         at = places[..., None].expand(-1, -1, tokens.shape[-1])
@@ -221,7 +230,7 @@ def _gathered(wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 def embedded(encoder: Encoder, ids: Tensor) -> Tensor:
     """What the first layer gets, ``[B, T, H]``: words, positions, norm and dropout."""
-    return encoder.backbone.embeddings(input_ids=ids)  # type: ignore[operator,union-attr]
+    return encoder.backbone.embeddings(input_ids=ids)  # type: ignore[operator]
 
 
 def positions(encoder: Encoder, ids: Tensor) -> Tensor | None:
@@ -242,7 +251,7 @@ def turns(encoder: Encoder, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor
         return lambda x, places: x
 
     def turned(x: Tensor, places: Tensor) -> Tensor:
-        cos, sin = (part[:, None] for part in rotary(tokens, places, encoder.backbone.config.layer_types[0]))  # type: ignore[union-attr]
+        cos, sin = (part[:, None] for part in rotary(tokens, places, _config(encoder).layer_types[0]))
         half = x.shape[-1] // 2
         other = torch.cat((-x[..., half:], x[..., :half]), -1)
         return (x.float() * cos + other.float() * sin).to(x.dtype)

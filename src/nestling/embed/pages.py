@@ -51,7 +51,7 @@ def training_sections(info: Mapping[str, Any]) -> list[report.Section]:
         if name.endswith(("_mean_sts", "_mean_ndcg"))
     ]
     losses = [
-        {"step": p["step"], "loss": value, "part": name.replace("kl_", "KL ")}
+        {"step": p["step"], "loss": value, "part": name.replace("_", " ").replace("kl", "KL")}
         for p in points
         if "loss" in p
         for name, value in p.items()
@@ -60,8 +60,10 @@ def training_sections(info: Mapping[str, Any]) -> list[report.Section]:
     figure = report.curve(
         losses, "step", "loss", "part", title="While training", xlabel="step", ylabel="loss", log_y=True
     )
-    sections = [report.Section("Loss of every cup", "A batch's loss, and the KL to the teacher's rankings.",
-                               figure=figure)]  # fmt: skip
+    note = "A batch's loss, and the KL to the teacher's rankings."
+    if any(row["part"].startswith("mlm") for row in losses):
+        note = "Nats per masked token: by the encoder (mlm), and by the decoder from the sentence vector (dec)."
+    sections = [report.Section("Loss of every cup", note, figure=figure)]
     if measured:
         what = "mean Spearman or nDCG@10"
         figure = report.curve(measured, "step", "value", "cup", title="Held-out data", xlabel="step", ylabel=what)

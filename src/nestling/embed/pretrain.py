@@ -28,7 +28,7 @@ from nestling.embed.dropout import without_dropout
 from nestling.embed.encode import in_eval_mode
 from nestling.embed.encoder import Encoder
 from nestling.embed.masking import Masking
-from nestling.embed.mlm import check, positions_of
+from nestling.embed.mlm import check, positions_of, vocabulary_of
 from nestling.embed.plan import ladder_of, processes
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
 from nestling.embed.train import Trained, save
@@ -72,9 +72,9 @@ def pretrain(
     Args:
         model: of a family in `nestling.embed.mlm.FAMILIES`, with a pooling and nothing trained behind it. Trained in
             place, on its own device or the accelerator that there is.
-        texts: a file or data set as `nestling.data.read_texts` names them, `Texts` of several, or strings (or rows with
-            a field ``text``) in anything that can be read again: it is read in its own order, pass after pass, never
-            as a whole. Longer ones are cut into windows.
+        texts: a file or data set as `nestling.data.read_texts` names them, `Texts` of several, or strings (or rows
+            with a field ``text``) in anything that can be read again: it is read in its own order, pass after pass,
+            never as a whole. Texts longer than ``length`` are cut into windows, each of which is an example.
         cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
         folder: of the trained model, must not exist; checkpoints go beside it, into ``<folder>-checkpoints``.
         steps: of the optimiser.
@@ -122,7 +122,7 @@ def pretrain(
     source = Texts([texts], skip_bad) if isinstance(texts, str | os.PathLike) else texts
     corpus = Corpus(source, model.tokenizer, length, batch_size, seed)
     special = set(model.tokenizer.all_special_ids)
-    ordinary = np.array([i for i in range(parts.backbone.config.vocab_size) if i not in special])  # type: ignore[union-attr]
+    ordinary = np.array([i for i in range(vocabulary_of(parts)) if i not in special])
     masking = Masking(model.tokenizer.mask_token_id, ordinary, encoder_ratio, decoder_ratio)
     padding = model.tokenizer.pad_token_id or 0
     collator = Collator(masking, padding, len(ladder), cups_per_step, decoder == "enhanced")
@@ -164,7 +164,7 @@ def pretrain(
 
 
 class Place(TrainerCallback, ExportableState):
-    """Where the next batch starts, and how many tokens have been read; kept in each checkpoint's trainer_state.json."""
+    """Where the next batch starts, and how many tokens have been read; in each checkpoint's trainer_state.json."""
 
     def __init__(self, after: dict[str, int] | None = None, tokens: int = 0):
         self.after, self.tokens = after or Position().to_json(), tokens

@@ -1,0 +1,166 @@
+"""What pre-training is worth: STS and retrieval of every cup after the same fine-tuning, with and without it.
+
+    python benchmarks/smae.py --data FOLDER --work FOLDER --text FILE [--text FILE] --start FOLDER [--arms srl,smae-srl]
+
+Arms: `srl` fine-tunes the start as it is; `mlm-srl` after plain masked-language modelling of the same windows (the
+control); `smae-srl` after SMAE; `smae-separate` after SMAE, a model for each cup by itself. `smae-enhanced-srl` and
+`smae-some-srl` are SMAE with enhanced decoding, and with two cups a step. Without --start it is a BERT with random
+weights (--layers x --dims) and the tokenizer of --tokenizer. Every arm is run in a process of its own; arms that are
+in the results file are not run again, and a pre-training that was killed goes on at its last checkpoint.
+"""
+
+import json
+import multiprocessing
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from embed_data import dev_set, triplets
+from embed_quality import rows_of
+from embed_rivals import Job, Sized, full, separate, srl
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import BertConfig, BertModel
+
+from nestling import embed
+from nestling.embed.encode import stored_prompts
+from nestling.embed.files import read
+from nestling.ladder import Ladder
+from nestling.report import run_meta, table, write_json
+
+SMAE: dict[str, dict[str, Any]] = {
+    "smae": {},
+    "smae-enhanced": {"decoder": "enhanced"},
+    "smae-some": {"cups_per_step": 2},
+}
+ARMS = ("srl", "mlm-srl", "smae-srl", "smae-separate", "smae-enhanced-srl", "smae-some-srl")
+ASKED = "srl,mlm-srl,smae-srl,smae-separate"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A fine-tuning, and the pre-trainings before it."""
+
+    job: Job  # from the start
+    texts: list[str]
+    steps: int
+    batch: int
+    length: int
+    learning_rate: float
+
+    def pretrained(self, kind: str) -> Path:
+        """The folder of a pre-training, ``mlm`` or one of `SMAE`; not run again where it is there."""
+        folder = self.job.work / f"{kind}-{self.steps}"
+        if folder.is_dir():
+            return folder
+        plain = kind == "mlm"
+        embed.pretrain(
+            embed.load_encoder(self.job.model), embed.Texts(self.texts),
+            Ladder([self.job.ladder.full]) if plain else self.job.ladder, folder=folder, steps=self.steps,
+            batch_size=self.batch, length=self.length, learning_rate=self.learning_rate, seed=self.job.seed,
+            resume=Path(f"{folder}-checkpoints").is_dir(), **({"decoder": None} if plain else SMAE[kind]),
+        )  # fmt: skip
+        return folder
+
+
+def arm(name: str, study: Study, data: Path, label: str) -> list[dict]:
+    """Rows of one arm, with what its pre-training took."""
+    job, taken = study.job, {}
+    if name != "srl":
+        folder = study.pretrained(name.rpartition("-")[0])
+        job = replace(job, model=str(folder), work=study.job.work / f"{name}-{study.steps}-tuned")
+        job.work.mkdir(exist_ok=True)
+        info = (read(folder) or {})["pretraining"]
+        taken = {"pretrain_tokens": info["tokens"], "pretrain_minutes": info["seconds"] / 60}
+    rows = rows_of(_tuned(name, job), name, job.work, data, label)
+    return [{**row, "seed": job.seed, "pretrain_steps": study.steps if taken else 0, **taken} for row in rows]
+
+
+def _tuned(name: str, job: Job) -> list[Sized]:
+    if not name.endswith("separate"):
+        return srl(job)
+    return [*separate(job), *(replace(sized, ladder=Ladder([job.ladder.full])) for sized in full(job))]
+
+
+def random_start(folder: Path, layers: int, dims: int, tokenizer: str, seed: int) -> Path:
+    """A sentence encoder that has learned nothing: a BERT of that shape, mean pooling."""
+    if folder.is_dir():
+        return folder
+    words = embed.load_encoder(tokenizer).tokenizer
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=dims, num_hidden_layers=layers, num_attention_heads=max(1, dims // 64),
+        intermediate_size=4 * dims, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    plain = folder.with_name(f"{folder.name}-backbone")
+    BertModel(config).save_pretrained(plain)
+    words.save_pretrained(plain)
+    SentenceTransformer(modules=[Transformer(str(plain)), Pooling(dims, "mean")]).save_pretrained(str(folder))
+    return folder
+
+
+def main(
+    data: Path = typer.Option(..., help="The folder of the data sets."),
+    work: Path = typer.Option(..., help="Folder of trained models."),
+    text: list[str] = typer.Option(..., help="What is pre-trained on; may be repeated."),
+    start: str | None = typer.Option(None, help="Folder, hub id or alias; without, random weights."),
+    layers: int = typer.Option(6, help="Of a random start."),
+    dims: int = typer.Option(256, help="Of a random start."),
+    tokenizer: str = typer.Option("minilm", help="Encoder whose tokenizer a random start has."),
+    ladder: str = typer.Option("", help="The cups; by default those for the shape of the start."),
+    arms: str = typer.Option(ASKED, help=f"Some of {', '.join(ARMS)}."),
+    pretrain_steps: str = typer.Option(
+        "1000", help="Of pre-trainings; several, with commas, for a curve over tokens."
+    ),
+    pretrain_batch: int = typer.Option(64, help="Windows a step."),
+    length: int = typer.Option(128, help="Tokens of a window."),
+    pretrain_rate: float = typer.Option(1e-4, help="Learning rate of pre-trainings."),
+    steps: int = typer.Option(300, help="Of fine-tuning."),
+    batch: int = typer.Option(64, help="Rows a step of fine-tuning."),
+    learning_rate: float = typer.Option(1e-4, help="Of fine-tuning."),
+    seed: int = typer.Option(0, help="Of everything; run again with others for error bars."),
+    name: str | None = typer.Option(None, help="Of the start, in the results."),
+    out: Path = typer.Option(Path("benchmarks/results/smae.json"), help="Joined with what is there."),
+):
+    label = name or (Path(start).name if start else f"random-{layers}x{dims}")
+    place = work / f"{label}-{seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    model = start or str(random_start(place / "start", layers, dims, tokenizer, seed))
+    encoder = embed.load_encoder(model)
+    parts = embed.encoder.Encoder.of(encoder)
+    cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)
+    rows = triplets(data, steps * batch, seed, stored_prompts(encoder))
+    job = Job(model, cups, rows, dev_set(data), place, steps, batch, learning_rate, seed)
+    settings = {"ladder": str(cups), "steps": steps, "batch": batch, "learning_rate": learning_rate, "length": length,
+                "pretrain_batch": pretrain_batch, "pretrain_rate": pretrain_rate,
+                "text": [Path(t).name for t in text]}  # fmt: skip
+    old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"settings": {}}}
+    known = old["meta"]["settings"].setdefault(label, settings)
+    if known != settings:
+        raise typer.BadParameter(f"{out.name} has other settings for {label}, {known} and not {settings}")
+    found, context = old["rows"], multiprocessing.get_context("spawn")
+    for number in [int(n) for n in pretrain_steps.split(",")]:
+        study = Study(job, text, number, pretrain_batch, length, pretrain_rate)
+        for chosen in arms.split(","):
+            if chosen not in ARMS:
+                raise typer.BadParameter(f"{chosen!r} is no arm: choose some of {', '.join(ARMS)}")
+            key = {"model": label, "method": chosen, "seed": seed, "pretrain_steps": 0 if chosen == "srl" else number}
+            if any(all(row.get(k) == v for k, v in key.items()) for row in found):
+                continue
+            began = time.monotonic()
+            with context.Pool(1) as pool:
+                found += pool.apply(arm, (chosen, study, data, label))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, found, {**run_meta(time.monotonic() - began), "settings": old["meta"]["settings"]})
+    columns = ("model", "method", "seed", "pretrain_steps", "pretrain_tokens", "pretrain_minutes", "cup", "mean_sts",
+               "mean_ndcg", "minutes")  # fmt: skip
+    Console().print(table([{key: row.get(key) for key in columns} for row in found]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

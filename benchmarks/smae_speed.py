@@ -1,0 +1,148 @@
+"""Speed and memory of a pre-training step, against the same losses as one would first write them.
+
+    OMP_WAIT_POLICY=passive python benchmarks/smae_speed.py [--model FOLDER | --layers 6 --dims 256] [--threads 1]
+
+Both take the gradient of the same batch by the same weights, in turns (interleaved); medians are reported. The losses
+must agree to 1e-5. Memory is the peak of a process that does nothing else, over what it had before the step; on a GPU
+what torch has allocated. Random tokens will do: neither time nor memory depends on them.
+"""
+
+import json
+import multiprocessing
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+from smae import random_start
+from smae_naive import naive
+
+from nestling import embed
+from nestling.embed.collate import Collator
+from nestling.embed.corpus import Batch, Position
+from nestling.embed.encoder import Encoder
+from nestling.embed.masking import Masking, Window
+from nestling.embed.mlm import vocabulary_of
+from nestling.embed.smae import MaskedAutoencoder
+from nestling.ladder import Ladder
+from nestling.progress import progress_bar
+from nestling.report import run_meta, table, write_json
+
+METHODS = {"naive": naive, "nestling": lambda smae, batch: smae(**batch)}
+CLOSE = 1e-5  # relative difference of the losses
+
+
+def autoencoder(model: SentenceTransformer, ladder: str) -> MaskedAutoencoder:
+    parts = Encoder.of(model)
+    cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)
+    return MaskedAutoencoder(model, cups).eval()  # without dropout, so that losses can be compared
+
+
+def masked(smae: MaskedAutoencoder, count: int, length: int) -> dict[str, torch.Tensor]:
+    """Texts of random words of one token, under both masks."""
+    words, rng = smae.encoder.tokenizer, np.random.default_rng(0)
+    special = set(words.all_special_ids)
+    ordinary = np.array([i for i in range(vocabulary_of(Encoder.of(smae.encoder))) if i not in special])
+    row = np.array([-1, *range(length - 2), -1])
+    first, last = words.cls_token_id, words.sep_token_id
+    windows = [Window(np.array([first, *rng.choice(ordinary, length - 2), last]), row) for _ in range(count)]
+    (found,) = Collator(Masking(words.mask_token_id, ordinary), 0, len(smae.cups))(Batch(windows, rng, Position()))
+    return {name: tensor.to(smae.encoder.device) for name, tensor in found.items()}
+
+
+def step(method: str, smae: MaskedAutoencoder, batch: dict[str, torch.Tensor], bf16: bool) -> float:
+    """The loss, once its gradient has been taken."""
+    smae.zero_grad()
+    with torch.autocast(smae.encoder.device.type, torch.bfloat16, enabled=bf16):
+        loss = METHODS[method](smae, batch)["loss"]
+    loss.backward()
+    return loss.item()  # waits for a GPU
+
+
+def timed(smae: MaskedAutoencoder, batch: dict[str, torch.Tensor], turns: int, bf16: bool) -> dict[str, dict]:
+    """Median seconds and the loss of each method."""
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    losses: dict[str, float] = {}
+    with progress_bar() as bar:
+        for turn in bar.track(range(turns + 1), description="timing"):
+            for name in METHODS:
+                start = time.perf_counter()
+                losses[name] = step(name, smae, batch, bf16)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: {"seconds": statistics.median(seconds[name]), "loss": losses[name]} for name in METHODS}
+
+
+def peak_mib(method: str, model: str, ladder: str, count: int, length: int, bf16: bool, threads: int) -> float:
+    """In a process of its own: what two steps need beside the model, its gradients among it."""
+    torch.set_num_threads(threads)
+    smae = autoencoder(embed.load_encoder(model), ladder)
+    batch = masked(smae, count, length)
+    if smae.encoder.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        before = pages * resource.getpagesize()
+    for _ in range(2):
+        step(method, smae, batch, bf16)
+    cuda = smae.encoder.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (peak - before) / 2**20
+
+
+def main(
+    work: Path = typer.Option(..., help="Folder of a random start."),
+    model: str | None = typer.Option(None, help="Folder, hub id or alias; without, random weights."),
+    layers: int = typer.Option(6, help="Of random weights."),
+    dims: int = typer.Option(256, help="Of random weights."),
+    tokenizer: str = typer.Option("minilm", help="Encoder whose vocabulary random weights have."),
+    ladder: str = typer.Option("", help="The cups; by default those for the shape."),
+    batch: int = typer.Option(16, help="Texts a step."),
+    length: int = typer.Option(128, help="Tokens of a text."),
+    turns: int = typer.Option(7, help="Timed steps of each."),
+    bf16: bool = typer.Option(False, help="Autocast; losses are not compared then."),
+    threads: int = typer.Option(1, help="Of torch."),
+    name: str | None = typer.Option(None, help="Of the model, in the results."),
+    out: Path = typer.Option(Path("benchmarks/results/smae_speed.json"), help="Joined with what is there."),
+):
+    began = time.monotonic()
+    torch.set_num_threads(threads)
+    label = name or (Path(model).name if model else f"random-{layers}x{dims}")
+    work.mkdir(parents=True, exist_ok=True)
+    source = model or str(random_start(work / f"{label}-start", layers, dims, tokenizer, 0))
+    smae = autoencoder(embed.load_encoder(source), ladder)
+    given = masked(smae, batch, length)
+    found = timed(smae, given, turns, bf16)
+    difference = abs(found["naive"]["loss"] / found["nestling"]["loss"] - 1)
+    if not bf16 and difference > CLOSE:
+        raise RuntimeError(f"the losses differ by {difference:.1e}: they must be the same to {CLOSE:g}")
+    context = multiprocessing.get_context("spawn")
+    for method, row in found.items():
+        with context.Pool(1) as pool:
+            row["mib"] = pool.apply(peak_mib, (method, source, ladder, batch, length, bf16, threads))
+    rows = [
+        {
+            "model": label, "method": method, "cups": str(smae.cups), "vocabulary": vocabulary_of(Encoder.of(smae.encoder)),
+            "batch": batch, "tokens": length, "bf16": bf16, "device": smae.encoder.device.type,
+            "ms": 1000 * row["seconds"], "tokens_per_s": batch * length / row["seconds"], "step_mib": row["mib"],
+            "speed_over_naive": found["naive"]["seconds"] / row["seconds"],
+            "memory_over_naive": row["mib"] / found["naive"]["mib"], "loss": row["loss"],
+        }
+        for method, row in found.items()
+    ]  # fmt: skip
+    key = ("model", "batch", "tokens", "bf16", "device", "cups")
+    old = json.loads(out.read_text("utf-8"))["rows"] if out.exists() else []
+    rows = [row for row in old if any(row[k] != rows[0][k] for k in key)] + rows
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, rows, {**run_meta(time.monotonic() - began), "turns": turns})
+    Console().print(table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
