@@ -1,6 +1,6 @@
 """What pre-training is worth: STS and retrieval of every cup after the same fine-tuning, with and without it.
 
-    python benchmarks/smae.py --data FOLDER --work FOLDER --text FILE [--text FILE] --start FOLDER [--arms srl,smae-srl]
+    python benchmarks/smae.py --data FOLDER --work FOLDER --text FILE [--text FILE] [--start FOLDER] [--arms srl]
 
 Arms: `srl` fine-tunes the start as it is; `mlm-srl` after plain masked-language modelling of the same windows (the
 control); `smae-srl` after SMAE; `smae-separate` after SMAE, a model for each cup by itself. `smae-enhanced-srl` and
@@ -29,6 +29,7 @@ from transformers import BertConfig, BertModel
 
 from nestling import embed
 from nestling.embed.encode import stored_prompts
+from nestling.embed.encoder import Encoder
 from nestling.embed.files import read
 from nestling.ladder import Ladder
 from nestling.report import run_meta, table, write_json
@@ -132,7 +133,7 @@ def main(
     place.mkdir(parents=True, exist_ok=True)
     model = start or str(random_start(place / "start", layers, dims, tokenizer, seed))
     encoder = embed.load_encoder(model)
-    parts = embed.encoder.Encoder.of(encoder)
+    parts = Encoder.of(encoder)
     cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)
     rows = triplets(data, steps * batch, seed, stored_prompts(encoder))
     job = Job(model, cups, rows, dev_set(data), place, steps, batch, learning_rate, seed)

@@ -126,9 +126,10 @@ def main(
     for method, row in found.items():
         with context.Pool(1) as pool:
             row["mib"] = pool.apply(peak_mib, (method, source, ladder, batch, length, bf16, threads))
+    size = vocabulary_of(Encoder.of(smae.encoder))
     rows = [
         {
-            "model": label, "method": method, "cups": str(smae.cups), "vocabulary": vocabulary_of(Encoder.of(smae.encoder)),
+            "model": label, "method": method, "cups": str(smae.cups), "vocabulary": size,
             "batch": batch, "tokens": length, "bf16": bf16, "device": smae.encoder.device.type,
             "ms": 1000 * row["seconds"], "tokens_per_s": batch * length / row["seconds"], "step_mib": row["mib"],
             "speed_over_naive": found["naive"]["seconds"] / row["seconds"],
