@@ -5,12 +5,11 @@
 Arms: `srl` fine-tunes the start as it is; `mlm-srl` after plain masked-language modelling of the same windows (the
 control); `smae-srl` after SMAE; `smae-separate` after SMAE, a model for each cup by itself. `smae-enhanced-srl` and
 `smae-some-srl` are SMAE with enhanced decoding, and with two cups a step. Without --start it is a BERT with random
-weights (--layers x --dims) and the tokenizer of --tokenizer. Every arm is run in a process of its own; arms that are
+weights (--layers x --dims) and the tokenizer of --tokenizer. Every training is run in a process of its own; arms that are
 in the results file are not run again, and a pre-training that was killed goes on at its last checkpoint.
 """
 
 import json
-import multiprocessing
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 import typer
 from embed_data import dev_set, triplets
-from embed_quality import rows_of
-from embed_rivals import Job, Sized, full, separate, srl
+from embed_quality import measured
+from embed_rivals import Job, Sized, apart, full, separate, srl
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -57,29 +56,32 @@ class Study:
     def pretrained(self, kind: str) -> Path:
         """The folder of a pre-training, ``mlm`` or one of `SMAE`; not run again where it is there."""
         folder = self.job.work / f"{kind}-{self.steps}"
-        if folder.is_dir():
-            return folder
-        plain = kind == "mlm"
-        embed.pretrain(
-            embed.load_encoder(self.job.model), embed.Texts(self.texts),
-            Ladder([self.job.ladder.full]) if plain else self.job.ladder, folder=folder, steps=self.steps,
-            batch_size=self.batch, length=self.length, learning_rate=self.learning_rate, seed=self.job.seed,
-            resume=Path(f"{folder}-checkpoints").is_dir(), **({"decoder": None} if plain else SMAE[kind]),
-        )  # fmt: skip
+        if not folder.is_dir():
+            apart(_pretrain, self, kind, folder)
         return folder
+
+
+def _pretrain(study: Study, kind: str, folder: Path) -> None:
+    plain, job = kind == "mlm", study.job
+    embed.pretrain(
+        embed.load_encoder(job.model), embed.Texts(study.texts),
+        Ladder([job.ladder.full]) if plain else job.ladder, folder=folder, steps=study.steps,
+        batch_size=study.batch, length=study.length, learning_rate=study.learning_rate, seed=job.seed,
+        resume=Path(f"{folder}-checkpoints").is_dir(), **({"decoder": None} if plain else SMAE[kind]),
+    )  # fmt: skip
 
 
 def arm(name: str, study: Study, data: Path, label: str) -> list[dict]:
     """Rows of one arm, with what its pre-training took."""
-    job, taken = study.job, {}
+    job, taken = replace(study.job, work=study.job.work / name), {"pretrain_steps": 0}
     if name != "srl":
         folder = study.pretrained(name.rpartition("-")[0])
         job = replace(job, model=str(folder), work=study.job.work / f"{name}-{study.steps}-tuned")
-        job.work.mkdir(exist_ok=True)
         info = (read(folder) or {})["pretraining"]
-        taken = {"pretrain_tokens": info["tokens"], "pretrain_minutes": info["seconds"] / 60}
-    rows = rows_of(_tuned(name, job), name, job.work, data, label)
-    return [{**row, "seed": job.seed, "pretrain_steps": study.steps if taken else 0, **taken} for row in rows]
+        taken = {"pretrain_steps": study.steps, "pretrain_tokens": info["tokens"],
+                 "pretrain_minutes": info["seconds"] / 60}  # fmt: skip
+    job.begin()
+    return [{**row, **taken} for sized in _tuned(name, job) for row in apart(measured, sized, name, job, data, label)]
 
 
 def _tuned(name: str, job: Job) -> list[Sized]:
@@ -144,7 +146,7 @@ def main(
     known = old["meta"]["settings"].setdefault(label, settings)
     if known != settings:
         raise typer.BadParameter(f"{out.name} has other settings for {label}, {known} and not {settings}")
-    found, context = old["rows"], multiprocessing.get_context("spawn")
+    found = old["rows"]
     for number in [int(n) for n in pretrain_steps.split(",")]:
         study = Study(job, text, number, pretrain_batch, length, pretrain_rate)
         for chosen in arms.split(","):
@@ -154,8 +156,7 @@ def main(
             if any(all(row.get(k) == v for k, v in key.items()) for row in found):
                 continue
             began = time.monotonic()
-            with context.Pool(1) as pool:
-                found += pool.apply(arm, (chosen, study, data, label))
+            found += arm(chosen, study, data, label)
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, found, {**run_meta(time.monotonic() - began), "settings": old["meta"]["settings"]})
     columns = ("model", "method", "seed", "pretrain_steps", "pretrain_tokens", "pretrain_minutes", "cup", "mean_sts",

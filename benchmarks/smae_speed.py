@@ -8,8 +8,7 @@ what torch has allocated. Random tokens will do: neither time nor memory depends
 """
 
 import json
-import multiprocessing
-import resource
+import re
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
+from embed_rivals import apart
 from smae import random_start
 from smae_naive import naive
 
@@ -83,17 +83,16 @@ def peak_mib(method: str, model: str, ladder: str, count: int, length: int, bf16
     torch.set_num_threads(threads)
     smae = autoencoder(embed.load_encoder(model), ladder)
     batch = masked(smae, count, length)
-    if smae.encoder.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before = pages * resource.getpagesize()
+    cuda = smae.encoder.device.type == "cuda"
+    before = torch.cuda.memory_allocated() / 2**20 if cuda else _mib("VmRSS")
     for _ in range(2):
         step(method, smae, batch, bf16)
-    cuda = smae.encoder.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (peak - before) / 2**20
+    return (torch.cuda.max_memory_allocated() / 2**20 if cuda else _mib("VmHWM")) - before
+
+
+def _mib(name: str) -> float:
+    """Of this process. What getrusage tells would be the parent's peak, if that is higher."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def main(
@@ -122,10 +121,8 @@ def main(
     difference = abs(found["naive"]["loss"] / found["nestling"]["loss"] - 1)
     if not bf16 and difference > CLOSE:
         raise RuntimeError(f"the losses differ by {difference:.1e}: they must be the same to {CLOSE:g}")
-    context = multiprocessing.get_context("spawn")
     for method, row in found.items():
-        with context.Pool(1) as pool:
-            row["mib"] = pool.apply(peak_mib, (method, source, ladder, batch, length, bf16, threads))
+        row["mib"] = apart(peak_mib, method, source, ladder, batch, length, bf16, threads)
     size = vocabulary_of(Encoder.of(smae.encoder))
     rows = [
         {

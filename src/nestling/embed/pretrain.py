@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterable
@@ -20,16 +19,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import ExportableState
 
 from nestling.checkpoints import TrainingError, begin, run
+from nestling.embed.arguments import check_changes, relevant, training_arguments
 from nestling.embed.card import pretrained_card
 from nestling.embed.checksum import checksum
 from nestling.embed.collate import Collator, MaskedBatches
 from nestling.embed.corpus import Corpus, Position, Texts
 from nestling.embed.dropout import without_dropout
-from nestling.embed.encode import in_eval_mode
 from nestling.embed.encoder import Encoder
 from nestling.embed.masking import Masking
 from nestling.embed.mlm import check, positions_of, vocabulary_of
-from nestling.embed.plan import ladder_of, processes
+from nestling.embed.modes import in_eval_mode, modes_kept
+from nestling.embed.plan import ladder_of
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
 from nestling.embed.train import Trained, save
 from nestling.embed.trainer import Watch, check_finite, without_bars
@@ -106,7 +106,7 @@ def pretrain(
     """
     if find_spec("accelerate") is None:
         raise ImportError("training needs accelerate: pip install 'nestling[train,embed]'")
-    out, started, mode = Path(folder), time.monotonic(), model.training
+    out, started = Path(folder), time.monotonic()
     if out.exists() and not resume:
         raise TrainingError(f"{out} exists: choose another folder, or remove it")
     check(model)
@@ -134,7 +134,7 @@ def pretrain(
         "model": checksum(model), "head": "new" if smae.head.new else "own", "cups": str(ladder), "decoder": decoder,
         "encoder_ratio": encoder_ratio, "decoder_ratio": decoder_ratio, "cups_per_step": cups_per_step,
         "length": length, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup": warmup,
-        "weight_decay": options.weight_decay, "dropout": dropout, "seed": seed,
+        "dropout": dropout, "seed": seed, "arguments": relevant(arguments),
         "data": checksum([window.ids.tolist() for window in first.windows]),
     }  # fmt: skip
     checkpoint = begin(work, job, resume)
@@ -147,11 +147,10 @@ def pretrain(
     try:
         trainer = MaskedTrainer(smae, options, train_dataset=batches, callbacks=[watch, place])
         trainer.remove_callback(PrinterCallback)
-        with without_bars(), without_dropout(smae, off=not dropout):
+        with modes_kept(model), without_bars(), without_dropout(smae, off=not dropout):
             run(trainer, work, checkpoint)
     finally:
         watch.bar.stop()
-        model.train(mode)
     kept = {key: value for key, value in job.items() if key not in ("model", "cups", "data")}
     counted = {"tokens": place.tokens, "passes": place.after["turn"], "left_out": corpus.left_out}
     counted["bad_lines"] = getattr(source, "bad", 0)
@@ -250,32 +249,16 @@ def _attempt(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
 def _arguments(
     work: Path, steps: int, batch: int, learning_rate: float, warmup: float, seed: int, changes: dict[str, Any]
 ) -> TrainingArguments:
-    """The trainer's arguments: our defaults under the user's ``changes``."""
-    parts = processes() * changes.get("gradient_accumulation_steps", 1)
-    if batch < 1 or batch % parts:
-        raise ValueError(f"batch_size={batch} must be a multiple of processes times accumulation steps, {parts}")
-    if not (steps >= 1 and 0 <= warmup < 1 and math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(
-            f"steps={steps}, learning_rate={learning_rate:g} and warmup={warmup:g} must be at least 1, above 0, and "
-            "a share of the steps from 0 to below 1"
-        )
-    defaults: dict[str, Any] = {
-        "output_dir": str(work),
-        "per_device_train_batch_size": batch // parts,
-        "max_steps": steps,
-        "learning_rate": learning_rate,
+    """The trainer's arguments: those of fine-tunings, but for the paper's schedule and decay."""
+    if batch < 1:
+        raise ValueError(f"batch_size={batch} must be at least 1")
+    if wrong := [name for name in changes if name.startswith(("gradient_checkpointing", "activation_checkpointing"))]:
+        raise ValueError(f"{wrong[0]} is no option of a pre-training: turn it on in the model's backbone beforehand")
+    check_changes(changes)
+    defaults = {
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(warmup * steps),
         "weight_decay": 1e-3,
-        "logging_steps": max(1, steps // 100),
-        "save_steps": max(1, steps // 10),
-        "save_total_limit": 2,
         "ignore_data_skip": True,  # the corpus starts where it was left
-        "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "log_level": "error",
-        "report_to": "none",
-        "seed": seed,
     }
-    return TrainingArguments(**(defaults | changes))
+    return training_arguments(work, steps, batch, learning_rate, warmup, seed, None, {}, defaults | changes)
