@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
+from embed_rivals import apart
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from embed_rivals import apart
 from smae import random_start
 from smae_naive import naive
 
