@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nestling.records import (
@@ -154,6 +154,8 @@ def _numbered(name: str, rows: Any) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
+            if not isinstance(row, Mapping):
+                raise TypeError(f"expected a row of columns, got {short(row)}")
             yield f"{name}, row {number}", row
     except Exception as error:
         raise DataError(f"{name}: reading stopped after row {number} [{reason(error)}]") from error
