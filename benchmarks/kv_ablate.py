@@ -2,7 +2,7 @@
 
     python benchmarks/kv_ablate.py --data FOLDER --start CALIBRATED [--pca CALIBRATED] [--arms path,fixed]
 
-All runs see the same texts in the same order, and everything is compressed, as in the paper: beside exact recent tokens
+All runs see the same texts in the same order, and everything is compressed, as in the paper: beside exact tokens
 short trainings differ by less than they can be told apart. What is measured is the KL on held-out WikiText at shares
 of the ranks, read as in a decode. Arms that are in the results file already are not run again.
 """
