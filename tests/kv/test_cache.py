@@ -22,7 +22,8 @@ from nestling.kv import cache as cache_module
 from nestling.kv.allocate import RankTable
 from nestling.kv.cache import CHUNK, NestedCache, NestedLayer, make_cache
 from nestling.kv.exact import BLOCK, ExactStore, capacity
-from nestling.kv.groups import Buffer, RankGroup
+from nestling.kv.buffer import Buffer
+from nestling.kv.groups import RankGroup
 
 from .families import FAMILIES, tiny_model
 

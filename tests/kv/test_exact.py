@@ -9,6 +9,7 @@ from nestling.kv import products
 from nestling.kv.allocate import RankTable
 from nestling.kv.exact import BLOCK, ExactStore, capacity
 from nestling.kv.groups import RankGroup
+from nestling.kv.packed import Layout
 
 from .test_cache import one_layer
 
@@ -186,7 +187,7 @@ def test_a_group_keeps_no_more_of_the_bases_than_its_ranks():
     bases = {
         f"{side}_{name}": torch.eye(16).repeat(3, 1, 1) for side in ("key", "value") for name in ("encode", "decode")
     }
-    group = RankGroup([0, 2], 0, bases, (4, 8), chunk=16)
+    group = RankGroup([0, 2], 0, bases, (Layout.of_rank(4), Layout.of_rank(8)), chunk=16)
     for side, rank in enumerate((4, 8)):
         for matrices in (group.encode[side], group.decode[side]):
             assert matrices.untyped_storage().nbytes() == 2 * rank * 16 * 4

@@ -11,10 +11,12 @@ from torch import Tensor
 from nestling.basis import NestedBasis
 from nestling.kv import allocate, attention
 from nestling.kv.allocate import CONTEXT, RankTable
+from nestling.kv.bits import BitTable, by_bits, losses
 from nestling.kv.cache import CHUNK, NestedCache, make_cache
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, AdapterError, path_names, read, write
 
+BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
 SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
 
 
@@ -28,6 +30,9 @@ class KVAdapter:
         mean: likewise, fp32 ``[L, Hkv, D]``: what coordinates that are not stored are taken to be at.
         energy: likewise, fp32 ``[L, Hkv, D]``: KL to the full model in nats per token expected from dropping each
             coordinate.
+        noise: likewise, fp32 ``[L, Hkv, D]``: KL in nats per token if a coordinate was off by as much as it varies,
+            independently for every token. With it come ``step`` (of quantisers, see `nestling.kv.quantise`) and
+            ``info["errors"]``; empty in adapters that were made without, whose caches are not quantised.
         paths: searched allocations by name, ``[2, L, Hkv, steps]`` (keys, values): what each step of a rank is worth,
             for `nestling.kv.allocate.by_gains`; the larger, the longer it is kept as the budget falls.
         info: how it was made (basis, tokens, base model name): plain JSON values.
@@ -41,14 +46,16 @@ class KVAdapter:
     info: dict = field(default_factory=dict)
     card: str = ""
     paths: dict[str, Tensor] = field(default_factory=dict)
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    step: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         layers, heads, width = self.shape
         for side in SIDES:
+            by_coordinate = {name: getattr(self, name) for name in BY_COORDINATE}
             for name, tensor, shape in (
                 ("encode", self.encode[side], (layers, heads, width, width)),
-                ("mean", self.mean[side], (layers, heads, width)),
-                ("energy", self.energy[side], (layers, heads, width)),
+                *((name, values[side], (layers, heads, width)) for name, values in by_coordinate.items() if values),
             ):
                 if tuple(tensor.shape) != shape:
                     raise AdapterError(f"{side} {name}: shape {list(tensor.shape)}, expected {list(shape)}")
@@ -58,6 +65,8 @@ class KVAdapter:
             expected = [2, layers, heads, len(allocate.edges(width)) - 1]
             if list(path.shape) != expected or not torch.isfinite(path).all():
                 raise AdapterError(f"path {name}: shape {list(path.shape)}, expected finite {expected}")
+        if self.quantises and any((self.step[side] <= 0).any() for side in SIDES):
+            raise AdapterError("step: holds values that are not positive")
         inverses = {side: torch.linalg.inv_ex(self.encode[side].double()) for side in SIDES}
         for side, (inverse, info) in inverses.items():
             if info.any() or not torch.isfinite(inverse).all():
@@ -114,6 +123,29 @@ class KVAdapter:
         known = ", ".join(map(repr, ("energy", "uniform", *self.paths)))
         raise allocate.BudgetError(f"allocation must be {known} or a rank table, got {allocation!r}")
 
+    @property
+    def quantises(self) -> bool:
+        """Whether caches can be quantised: noise, steps and errors were measured."""
+        return bool(self.noise and self.step and self.info.get("errors"))
+
+    def bits(self, bits: float, allocation: str | BitTable = "energy") -> BitTable:
+        """The bits of every block of coordinates for a number of bits per token.
+
+        Raises:
+            AdapterError: if the adapter was made without `noise`.
+            BudgetError: for budgets out of reach, tables of the wrong shape, unknown allocations.
+        """
+        if not self.quantises:
+            raise AdapterError("this adapter has no noise and steps to quantise by: calibrate or train it again")
+        if isinstance(allocation, BitTable):
+            allocation.check(*self.shape)
+            return allocation
+        if allocation != "energy":
+            raise allocate.BudgetError(f"allocation of bits must be 'energy' or a bit table, got {allocation!r}")
+        energy, noise = (torch.stack([values[s] for s in SIDES]) for values in (self.energy, self.noise))
+        errors = torch.tensor([self.info["errors"][s] for s in SIDES])
+        return by_bits(losses(energy, noise, errors), bits)
+
     def cache(
         self,
         model,
@@ -130,6 +162,7 @@ class KVAdapter:
         chunk: int = CHUNK,
         offloading: bool = False,
         tokens: float = 1.0,
+        bits: bool = False,
     ) -> NestedCache:
         """An empty cache for ``model.generate(past_key_values=...)``, and the model switched to read it.
 
@@ -149,6 +182,7 @@ class KVAdapter:
             chunk: tokens by which storage grows.
             tokens: share of the tokens that is kept, those that were read most (and sinks and recent ones); the
                 budget is that of a cache of all tokens, so both shares multiply. It has attention weights computed.
+            bits: quantise coordinates, each at the width that pays: 1 to 8 bits, none, or all 16.
             offloading: keep layers in host memory between their turns, as transformers' offloaded caches do.
 
         Raises:
@@ -164,8 +198,12 @@ class KVAdapter:
             raise allocate.BudgetError(
                 f"sinks={sinks} and window={window} must not be negative, chunk={chunk} at least 1"
             )
-        elements = 0.0
-        if not isinstance(allocation, RankTable | Mapping):
+        elements, table = 0.0, isinstance(allocation, RankTable | BitTable | Mapping)
+        if bits or isinstance(allocation, BitTable):
+            dtype = dtype or (model.dtype if model.dtype.itemsize == 2 else torch.bfloat16)
+            if dtype.itemsize != 2:
+                raise allocate.BudgetError(f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits")
+        if not table:
             itemsize = (dtype or model.dtype).itemsize
             elements = allocate.elements_per_token(
                 self.full_elements,
@@ -177,7 +215,10 @@ class KVAdapter:
             )
         elif budget is not None or bytes_per_token is not None:
             raise allocate.BudgetError("a rank table is a budget by itself: leave out budget and bytes_per_token")
-        ranks = self.ranks(elements, allocation)
+        if bits or isinstance(allocation, BitTable):
+            ranks: RankTable | BitTable = self.bits(16 * elements, allocation)  # type: ignore[arg-type]
+        else:
+            ranks = self.ranks(elements, allocation)
         attention.attach(model)
         return make_cache(
             {layer: self._layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
@@ -194,8 +235,8 @@ class KVAdapter:
         )
 
     def _layer_bases(self, row: int) -> dict[str, Tensor]:
-        tensors = {"encode": self.encode, "decode": self.decode, "mean": self.mean}
-        return {f"{side}_{name}": tensors[name][side][row] for side in SIDES for name in tensors}
+        tensors = {"encode": self.encode, "decode": self.decode, "mean": self.mean, "step": self.step}
+        return {f"{side}_{name}": values[side][row] for side in SIDES for name, values in tensors.items() if values}
 
     def check(self, model) -> None:
         """Raise `AdapterError` unless ``model`` has the adapter's fingerprint; the message lists what differs."""
@@ -215,7 +256,8 @@ class KVAdapter:
             f"layers.{layer}.{side}.{name}": values[side][row].contiguous()
             for row, layer in enumerate(self.fingerprint["layers"])
             for side in SIDES
-            for name, values in (("encode", self.encode), ("mean", self.mean), ("energy", self.energy))
+            for name in ("encode", *BY_COORDINATE)
+            if (values := getattr(self, name))
         }
         for name, path in self.paths.items():
             for row, layer in enumerate(self.fingerprint["layers"]):
@@ -243,7 +285,8 @@ class KVAdapter:
             return {s: torch.stack([tensors[f"layers.{i}.{s}.{name}"] for i in layers]).float() for s in SIDES}
 
         paths = {name: torch.stack([*stack(f"path.{name}").values()]) for name in path_names(tensors)}
-        return cls(fingerprint, stack("encode"), stack("mean"), stack("energy"), config, card, paths)
+        noise, step = ({} if f"layers.{layers[0]}.key.{n}" not in tensors else stack(n) for n in ("noise", "step"))
+        return cls(fingerprint, stack("encode"), stack("mean"), stack("energy"), config, card, paths, noise, step)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the adapter to the hub and return its address."""

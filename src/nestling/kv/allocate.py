@@ -126,7 +126,7 @@ def uniform(layers: int, heads: int, width: int, elements: float) -> RankTable:
     # A fixed order among equals that spreads over layers: the golden ratio's multiples modulo one.
     spread = (torch.arange(layers * heads, dtype=torch.float64) * 0.6180339887498949) % 1
     order = torch.stack((spread, 1 + spread)).reshape(2, layers, heads, 1) / 2
-    return _take_steps(gains + order * 0.5, elements, width, _single_heads(layers, heads))
+    return _take_steps(gains + order * 0.5, elements, width, single_heads(layers, heads))
 
 
 def halvable(share: float, width: int) -> float:
@@ -167,9 +167,10 @@ def by_gains(gains: Tensor, elements: float, width: int) -> RankTable:
     """
     layers, heads = gains.shape[1:3]
     gains = _decreasing(gains)
-    table = _take_steps(gains, elements, width, _single_heads(layers, heads))
+    table = _take_steps(gains, elements, width, single_heads(layers, heads))
     if heads > MAX_GROUPS:
-        table = _take_steps(gains, elements, width, [_cluster(table, row) for row in range(layers)])
+        ranks = table.stacked.double()
+        table = _take_steps(gains, elements, width, [cluster(ranks[:, row].T) for row in range(layers)])
     return table
 
 
@@ -178,7 +179,7 @@ def edges(width: int) -> list[int]:
     return [*range(0, width, STEP), width]
 
 
-def _single_heads(layers: int, heads: int) -> list[list[list[int]]]:
+def single_heads(layers: int, heads: int) -> list[list[list[int]]]:
     return [[[h] for h in range(heads)] for _ in range(layers)]
 
 
@@ -238,12 +239,11 @@ def _decreasing(gains: Tensor) -> Tensor:
     return out
 
 
-def _cluster(table: RankTable, row: int) -> list[list[int]]:
-    """Merge heads of a layer, the nearest ranks first, until `MAX_GROUPS` groups are left."""
-    ranks = torch.stack((table.keys[row], table.values[row]), -1).double()
-    groups = [[h] for h in range(len(ranks))]
+def cluster(sizes_of_heads: Tensor) -> list[list[int]]:
+    """Merge heads of a layer, those of the nearest sizes ``[Hkv, 2]`` first, until `MAX_GROUPS` groups are left."""
+    groups = [[h] for h in range(len(sizes_of_heads))]
     while len(groups) > MAX_GROUPS:
-        centres = torch.stack([ranks[g].mean(0) for g in groups])
+        centres = torch.stack([sizes_of_heads[g].mean(0) for g in groups])
         sizes = torch.tensor([float(len(g)) for g in groups], dtype=torch.float64)
         merge_cost = torch.cdist(centres, centres).square() * (sizes[:, None] * sizes / (sizes[:, None] + sizes))
         merge_cost.fill_diagonal_(torch.inf)

@@ -16,9 +16,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nestling.kv import attention, coordinates
 from nestling.kv.allocate import RankTable
+from nestling.kv.bits import BitTable
 from nestling.kv.evict import HeavyHitters, attention_mass
 from nestling.kv.exact import BLOCK, ExactStore
 from nestling.kv.groups import RankGroup, shared_biases
+from nestling.kv.packed import Layout
 from nestling.kv.products import cast
 
 CHUNK = 256  # tokens by which storage grows
@@ -257,11 +259,11 @@ class NestedCache(Cache):
     Made by `KVAdapter.cache`. Layers with full attention are `NestedLayer`; the others are transformers' own.
 
     Attributes:
-        ranks: the `RankTable` in use.
+        ranks: the `RankTable` or `BitTable` in use.
         config: the model's (text) config.
     """
 
-    def __init__(self, layers: list, ranks: RankTable, config: PreTrainedConfig, **kwargs):
+    def __init__(self, layers: list, ranks: RankTable | BitTable, config: PreTrainedConfig, **kwargs):
         super().__init__(layers=layers, **kwargs)
         self.ranks, self.config = ranks, config
 
@@ -278,7 +280,7 @@ class NestedCache(Cache):
 
 def make_cache(
     bases: dict[int, dict[str, Tensor]],
-    ranks: RankTable,
+    ranks: RankTable | BitTable,
     config: PreTrainedConfig,
     *,
     device: torch.device,
@@ -295,8 +297,8 @@ def make_cache(
     layers = attention.stock_layers(config)
     for row, (index, layer_bases) in enumerate(bases.items()):
         on_device = {name: tensor.to(device) for name, tensor in layer_bases.items()}
-        members = sorted(ranks.groups(row))  # by their first heads: most often the model's order
-        full = all(pair == (on_device["key_encode"].shape[-1],) * 2 for _, pair in members)
+        members = _layouts(ranks, row, width := on_device["key_encode"].shape[-1])
+        full = all(len(layout.plain) == width for _, pair in members for layout in pair)
         groups: list[RankGroup] = []
         for heads, pair in members:
             start = groups[-1].stop if groups else 0
@@ -306,6 +308,13 @@ def make_cache(
         hitters = HeavyHitters(tokens, sinks, window) if tokens < 1 else None
         layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters)
     return NestedCache(layers, ranks, config, offloading=offloading)
+
+
+def _layouts(table: RankTable | BitTable, row: int, width: int) -> list[tuple[list[int], tuple[Layout, Layout]]]:
+    """Heads of a layer that are stored alike, and how; by their first heads, most often the model's order."""
+    if isinstance(table, RankTable):
+        return [(heads, (Layout.of_rank(k), Layout.of_rank(v))) for heads, (k, v) in sorted(table.groups(row))]
+    return [(h, (Layout.of_bits(k, width), Layout.of_bits(v, width))) for h, (k, v) in sorted(table.groups(row))]
 
 
 def _stored(layer) -> list[Tensor]:

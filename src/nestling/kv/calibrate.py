@@ -1,7 +1,6 @@
 """Calibration: nested bases for a model from text alone, without training."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.moments import SKIP, collect_moments, make_bases
-from nestling.kv.sensitivity import HALF, LENGTH, PIECES, measured_energy, order_by_energy
+from nestling.kv.sensitivity import LENGTH, PIECES, measure
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
@@ -79,11 +78,7 @@ def fit(
     }
     means = {i: m.means(basis) for i, m in moments.items()}
     adapter = KVAdapter.from_bases(config, bases, means, info)
-    for share, pieces in ((1.0, -(-sensitivity_windows // 2)), (HALF, sensitivity_windows)):
-        energy = measured_energy(
-            model, adapter, windows, share, pieces=pieces, length=sensitivity_length, sinks=sinks, window=window,
-            seed=seed, progress=progress,
-        )  # fmt: skip
-        adapter = replace(adapter, energy=energy)
-        adapter = order_by_energy(adapter) if basis == "balanced" else adapter
-    return adapter
+    return measure(
+        model, adapter, windows, pieces=sensitivity_windows, length=sensitivity_length, sinks=sinks, window=window,
+        sort=basis == "balanced", seed=seed, progress=progress,
+    )  # fmt: skip

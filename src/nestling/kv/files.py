@@ -2,7 +2,8 @@
 
 Two files beside a card: ``adapter_config.json`` (format version, the model's fingerprint, how the bases were made) and
 ``adapter_model.safetensors`` with, for each layer l, ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and
-``.energy`` ``[Hkv, D]``, all fp32. ``decode`` is not stored: it is the inverse of ``encode``. A searched allocation
+``.energy`` ``[Hkv, D]``, all fp32; in adapters that caches can be quantised by also ``.noise`` and ``.step``
+``[Hkv, D]``. ``decode`` is not stored: it is the inverse of ``encode``. A searched allocation
 adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves every budget.
 """
 
@@ -86,6 +87,8 @@ def path_names(tensors: Iterable[str]) -> list[str]:
 def _check_tensors(weights: Path, model: dict, tensors: dict[str, Tensor]) -> None:
     heads, width = model["num_key_value_heads"], model["head_dim"]
     shapes = {"encode": [heads, width, width], "mean": [heads, width], "energy": [heads, width]}
+    if f"layers.{model['layers'][0]}.key.noise" in tensors:
+        shapes |= {"noise": [heads, width], "step": [heads, width]}
     shapes |= {f"path.{name}": [heads, len(edges(width)) - 1] for name in path_names(tensors)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
     if missing := sorted(set(expected) - set(tensors)):

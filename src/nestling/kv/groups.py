@@ -9,83 +9,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nestling.kv.buffer import Buffer
+from nestling.kv.pack import BLOCK
+from nestling.kv.packed import Layout, PackedRows
 from nestling.kv.products import cast, product, product_into, work_dtype
 
 SIDES = ("key", "value")
 
 
-class Buffer:
-    """Coordinates of tokens that grow in place: ``[h, B, w, capacity]``, of which the first ``length`` are in use.
-
-    Growing copies once per chunk; appending writes in place. A coordinate of all tokens is a row: for the few queries
-    of a decode step, products with such storage read up to twice as many bytes per second. The tensor is compact in w:
-    no slice of a wider tensor, which would keep the full width alive.
-
-    ``by_token=True`` stores ``[h, B, capacity, w]`` instead, which is what SDPA reads.
-    """
-
-    def __init__(self, chunk: int, by_token: bool = False):
-        self.chunk, self.dim = chunk, 2 if by_token else 3
-        self.data: Tensor | None = None
-        self._flat: Tensor | None = None  # the same memory
-        self.length = 0
-
-    def append(self, new: Tensor, dtype: torch.dtype) -> None:
-        """Add t tokens, ``[h, B, w, t]`` or, by token, ``[h, B, t, w]``."""
-        count = new.shape[self.dim]
-        end = self.length + count
-        if self.data is None or end > self.data.shape[self.dim]:
-            shape = list(new.shape)
-            shape[self.dim] = -(-end // self.chunk) * self.chunk
-            grown = new.new_empty(shape, dtype=dtype)
-            if self.length:
-                grown.narrow(self.dim, 0, self.length).copy_(self.view())
-            self._store(grown)
-        assert self.data is not None
-        self.data.narrow(self.dim, self.length, count).copy_(new)
-        self.length = end
-
-    def view(self) -> Tensor:
-        """The tokens in use, ``[h, B, w, length]`` or, by token, ``[h, B, length, w]``."""
-        assert self.data is not None, "nothing was appended"
-        return self.data.narrow(self.dim, 0, self.length)
-
-    def flat(self) -> Tensor:
-        """The tokens in use as products take them, ``[h * B, w, length]`` or, by token, ``[h * B, length, w]``."""
-        assert self._flat is not None, "nothing was appended"
-        return self._flat.narrow(self.dim - 1, 0, self.length)
-
-    def _store(self, data: Tensor) -> None:
-        self.data, self._flat = data, data.flatten(0, 1)
-
-    def select(self, places: Tensor) -> None:
-        """Keep the tokens at ``places`` ``[h, B, k]`` alone, in storage that fits them."""
-        view, dtype = self.view(), self.view().dtype
-        index = places.unsqueeze(5 - self.dim)
-        index = index.expand(*[view.shape[d] if d == 5 - self.dim else index.shape[d] for d in range(4)])
-        kept = view.gather(self.dim, index)
-        self.reset()
-        self.append(kept, dtype)
-
-    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device."""
-        if self.data is not None:
-            self._store(change(self.data).contiguous())
-
-    def reset(self) -> None:
-        self.data, self._flat, self.length = None, None, 0
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.data is None else self.data.untyped_storage().nbytes()
-
-
 class RankGroup:
-    """The KV heads of one layer that share a rank for keys and a rank for values.
+    """The KV heads of one layer that share a layout of keys and one of values.
 
     ``heads`` in the model's order; in tensors of the layer they are at ``start`` and the following places.
-    ``encode``, transposed, and ``decode``: ``[h, r, D]`` of keys and of values. None at full width, where keys or
-    values are kept as they are.
+    ``encode``, transposed, and ``decode``: ``[h, r, D]`` of keys and of values, in the order of the layouts. None at
+    full width, where keys or values are kept as they are.
     """
 
     def __init__(
@@ -93,17 +30,27 @@ class RankGroup:
         heads: list[int],
         start: int,
         bases: dict[str, Tensor],
-        ranks: tuple[int, int],
+        layouts: tuple[Layout, Layout],
         chunk: int,
         by_token: bool = False,
     ):
-        """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``."""
+        """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``; for layouts with codes also
+        {key,value}_mean and _step ``[Hkv, D]``."""
         self.heads, self.start, self.stop = heads, start, start + len(heads)
-        encode = [_cut(bases[f"{side}_encode"].mT, heads, rank) for side, rank in zip(SIDES, ranks, strict=True)]
-        decode = [_cut(bases[f"{side}_decode"], heads, rank) for side, rank in zip(SIDES, ranks, strict=True)]
+        self.layouts, self.chunk = layouts, chunk
         self.device = bases["key_encode"].device
-        self.encode, self.decode = encode, decode
-        self.rows = [Buffer(chunk, by_token) for _ in ranks]
+        self.encode = [_rows_of(bases[f"{s}_encode"].mT, heads, kept) for s, kept in zip(SIDES, layouts, strict=True)]
+        self.decode = [_rows_of(bases[f"{s}_decode"], heads, kept) for s, kept in zip(SIDES, layouts, strict=True)]
+        self.rows = [self._storage(bases, side, chunk, by_token) for side in (0, 1)]
+
+    def _storage(self, bases: dict[str, Tensor], side: int, chunk: int, by_token: bool) -> Buffer | PackedRows:
+        layout, encode, name = self.layouts[side], self.encode[side], SIDES[side]
+        if not layout.widths:
+            return Buffer(chunk, by_token)
+        assert encode is not None, "a coded side is never at full width"
+        centre = (encode[:, len(layout.plain) :] @ bases[f"{name}_mean"][self.heads, :, None])[..., 0]
+        step = _padded(bases[f"{name}_step"][self.heads, :, None], 1.0)[:, layout.coded, 0]
+        return PackedRows(layout, centre, step, chunk)
 
     @property
     def length(self) -> int:
@@ -125,19 +72,19 @@ class RankGroup:
 
     def score(self, query: Tensor, batch: int, scaling: float, into: Tensor) -> None:
         """Logits of the tokens held, ``(q D_k^T) k'^T``: of ``query`` ``[Hkv * B, n, D]`` into ``[Hkv * B, n, T]``."""
-        rows, keys, decode = self._part(query, batch), self.rows[0].flat(), self.decode[0]
+        rows, decode = self._part(query, batch), self.decode[0]
         if decode is None:
             pass
         elif batch == 1:  # as D_k q^T: products are faster with a left side that lies transposed
             rows = product(cast(decode, rows.dtype), rows.mT).mT
         else:
             rows = _by_head(rows, cast(decode, rows.dtype).mT)
-        product_into(self._part(into, batch), rows, cast(keys, rows.dtype), alpha=scaling)
+        self.rows[0].score(rows, self._part(into, batch), scaling)
 
     def add_output(self, weight: Tensor, batch: int, out: Tensor) -> None:
         """Add ``(w v') D_v`` of the tokens held: of weights ``[Hkv * B, n, T]`` to ``out`` ``[Hkv * B, n, D]``."""
-        values, decode, out = cast(self.rows[1].flat(), weight.dtype), self.decode[1], self._part(out, batch)
-        rows = product(self._part(weight, batch), values.mT)
+        decode, out = self.decode[1], self._part(out, batch)
+        rows = self.rows[1].weighted(self._part(weight, batch))
         if decode is None:
             out += rows
         elif batch == 1:
@@ -152,11 +99,11 @@ class RankGroup:
 
     def expand(self, side: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Keys (side 0) or values (side 1) of the tokens held, decoded, ``[h, B, T, D]``; ``bias`` of the layer."""
-        rows, decode = self.rows[side].view().mT, self.decode[side]
+        decode = self.decode[side]
         if decode is None:
-            return rows.to(dtype)
-        work = work_dtype(rows.device, dtype)
-        states = rows.to(work) @ decode[:, None].to(work)
+            return self.rows[side].coordinates(dtype)
+        work = work_dtype(decode.device, dtype)
+        states = self.rows[side].coordinates(work) @ decode[:, None].to(work)
         return (states if bias is None else states + bias[self.start : self.stop, None].to(work)).to(dtype)
 
     def select(self, places: Tensor) -> None:
@@ -167,7 +114,7 @@ class RankGroup:
     def crop(self, remove: int) -> None:
         """Forget the last ``remove`` tokens held."""
         for rows in self.rows:
-            rows.length -= remove
+            rows.crop(remove)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to every stored tensor."""
@@ -184,10 +131,10 @@ class RankGroup:
 
 
 def shared_biases(groups: list[RankGroup], bases: dict[str, Tensor]) -> list[Tensor | None]:
-    """Of keys and of values, the part of the mean that no group keeps: ``[Hkv, 1, D]`` in the order of the groups.
+    """Of keys and of values, the part of the mean that is not in what groups hold: ``[Hkv, 1, D]`` in their order.
 
     It is zero for heads at full width, and None if it is for all of them. ``bases`` may hold {key,value}_mean
-    ``[Hkv, D]``: what the coordinates that are not stored are taken to be at.
+    ``[Hkv, D]``: what the coordinates that are not stored are taken to be at, and what coded ones are counted from.
     """
     found: list[Tensor | None] = []
     for side, name in enumerate(SIDES):
@@ -205,15 +152,22 @@ def _by_head(rows: Tensor, basis: Tensor) -> Tensor:
 
 
 def _rest(mean: Tensor, group: RankGroup, side: int) -> Tensor:
-    """What coordinates that a group does not store hold of means ``[h, 1, D]``."""
-    encode, decode = group.encode[side], group.decode[side]
+    """What coordinates that a group does not store, or codes, hold of means ``[h, 1, D]``."""
+    encode, decode, plain = group.encode[side], group.decode[side], len(group.layouts[side].plain)
     if encode is None or decode is None:
         return torch.zeros_like(mean)
-    return mean - mean @ encode.mT @ decode
+    return mean - mean @ encode[:, :plain].mT @ decode[:, :plain]
 
 
-def _cut(matrices: Tensor, heads: list[int], rank: int) -> Tensor | None:
-    """The first ``rank`` rows of some heads' matrices; None at full width."""
-    if rank == matrices.shape[-1]:
+def _rows_of(matrices: Tensor, heads: list[int], layout: Layout) -> Tensor | None:
+    """The rows of some heads' matrices that a layout keeps, in its order; None if all are kept as they are."""
+    if len(layout.plain) == matrices.shape[-1]:
         return None
-    return matrices[heads, :rank].contiguous()  # indexing by a list copies, so the full width can be freed
+    kept = [*layout.plain, *layout.coded]
+    return _padded(matrices[heads], 0.0)[:, kept].contiguous()  # indexing copies, so the full width can be freed
+
+
+def _padded(matrices: Tensor, value: float) -> Tensor:
+    """``[h, D, n]`` with more rows, to whole blocks of coordinates."""
+    missing = -matrices.shape[1] % BLOCK
+    return torch.nn.functional.pad(matrices, (0, 0, 0, missing), value=value) if missing else matrices

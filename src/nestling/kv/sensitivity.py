@@ -20,6 +20,7 @@ from nestling.kv.allocate import halvable
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
 from nestling.kv.moments import CalibrationError
+from nestling.kv.noise import Noise
 from nestling.kv.student import Student
 from nestling.progress import progress_bar
 
@@ -36,6 +37,7 @@ def sensitivity(
     sinks: int = SINKS,
     window: int = WINDOW,
     seed: int = 0,
+    noise: Noise | None = None,
 ) -> dict[str, Tensor]:
     """The KL per token expected from fixing each coordinate at its mean, fp32 ``[L, Hkv, D]`` by side.
 
@@ -47,6 +49,7 @@ def sensitivity(
         ranks: ``[2, L, Hkv]``, where the masks stand: at 1 below, at 0 from there on. By default all at 1.
         sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
         seed: of the labels.
+        noise: is shown the same passes.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
@@ -58,7 +61,9 @@ def sensitivity(
         for ids in batches:
             ids = ids.to(model.device)
             mask = start.to(model.device).repeat(len(ids), 1, 1, 1, 1).requires_grad_()
-            log_p = student.logits(ids, student.weighted(mask)).float().log_softmax(-1)
+            masked = student.weighted(mask)
+            masked.watch = noise
+            log_p = student.logits(ids, masked).float().log_softmax(-1)
             with torch.no_grad():
                 labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
             (gradient,) = torch.autograd.grad(log_p.gather(-1, labels).sum(), mask)
@@ -69,40 +74,54 @@ def sensitivity(
     return {side: (total[i] / tokens).float() for i, side in enumerate(SIDES)}
 
 
-def measured_energy(
+def measure(
     model,
     adapter: KVAdapter,
     windows: Tensor,
-    share: float = 1.0,
     *,
     pieces: int = PIECES,
     length: int = LENGTH,
     sinks: int = SINKS,
     window: int = WINDOW,
+    sort: bool = False,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, Tensor]:
-    """The energies of an adapter, measured on pieces of text; see `sensitivity`.
+) -> KVAdapter:
+    """The adapter with what its coordinates are worth, measured on pieces of text.
+
+    Twice: at full ranks on half of the pieces, with the noise of coordinates; and on all of them at half of the ranks
+    that follow from it, since what coordinates are worth depends on which others are gone.
 
     Args:
         windows: token ids ``[n, T]``; ``pieces`` of ``length`` tokens are taken from all over them.
-        share: of the ranks, by the energies that the adapter has, at which they are measured again: what coordinates
-            are worth where others are gone already.
+        sinks, window: exact tokens, as the caches will keep them.
+        sort: put the coordinates of every head in the order of their energies.
 
     Raises:
         ValueError: if a piece holds no more than the exact tokens.
     """
-    batches = spread(windows, pieces, length, attention.text_config(model).vocab_size)
-    if batches[0].shape[1] <= (exact := capacity(sinks, window)):
-        raise ValueError(
-            f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need longer "
-            "windows, or fewer sinks and a smaller window"
-        )
-    share = halvable(share, adapter.shape[2])
-    ranks = None if share == 1 else adapter.ranks(share * adapter.full_elements).stacked
-    with progress_bar(progress) as bar:
-        track = bar.track(batches, description="energies")
-        return sensitivity(model, adapter, track, ranks, sinks=sinks, window=window, seed=seed)
+    size = attention.text_config(model).vocab_size
+    exact = {"sinks": sinks, "window": window}
+    for share, count in ((1.0, -(-pieces // 2)), (HALF, pieces)):
+        batches = spread(windows, count, length, size)
+        if batches[0].shape[1] <= (held := capacity(sinks, window)):
+            raise ValueError(
+                f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {held} exact ones: energies need "
+                "longer windows, or fewer sinks and a smaller window"
+            )
+        noise = Noise(adapter, model.device) if share == 1 else None
+        ranks = None if share == 1 else adapter.ranks(halvable(share, adapter.shape[2]) * adapter.full_elements)
+        with progress_bar(progress) as bar:
+            track = bar.track(batches, description="energies")
+            stacked = None if ranks is None else ranks.stacked
+            energy = sensitivity(model, adapter, track, stacked, seed=seed, noise=noise, **exact)
+        adapter = replace(adapter, energy=energy)
+        if noise is not None:
+            cost, step, errors = noise.measured(sum(ids.numel() for ids in batches))
+            adapter = replace(adapter, noise=cost, step=step, info={**adapter.info, "errors": errors})
+        if sort:
+            adapter = order_by_energy(adapter)
+    return adapter
 
 
 def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[Tensor, ...]:
@@ -123,4 +142,9 @@ def order_by_energy(adapter: KVAdapter) -> KVAdapter:
     """
     order = {side: energy.argsort(-1, descending=True) for side, energy in adapter.energy.items()}
     encode = {s: adapter.encode[s].gather(-1, o[..., None, :].expand_as(adapter.encode[s])) for s, o in order.items()}
-    return replace(adapter, encode=encode, energy={s: adapter.energy[s].gather(-1, o) for s, o in order.items()})
+    sorted_ones = {
+        name: {s: values[s].gather(-1, o) for s, o in order.items()}
+        for name in ("energy", "noise", "step")
+        if (values := getattr(adapter, name))
+    }
+    return replace(adapter, encode=encode, **sorted_ones)

@@ -4,6 +4,7 @@ Nothing is stored smaller here. Every key and value is projected onto its first 
 gradients by the bases at the cost of two matmuls of a head's width. The teacher is the same model without projections.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,7 @@ class Masked:
         offsets: ``[B, 2, L, Hkv, D]``, the part of the mean outside of the kept coordinates.
         sinks, window: leading tokens, and most recent ones of every query, that are read exact as in `ExactStore`.
         served: layer indices that came by: a model that drops the argument on its way would train nothing.
+        watch: is shown keys or values and what is read of them: (side, row, states, cut), ``[B, Hkv, T, D]`` both.
     """
 
     rows: dict[int, int]
@@ -97,6 +99,7 @@ class Masked:
     sinks: int
     window: int
     served: set[int]
+    watch: Callable[[int, int, Tensor, Tensor], None] | None = None
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
         """Attention output ``[B, Tq, Hq, D]`` of a whole text without padding, causal."""
@@ -114,7 +117,10 @@ class Masked:
     def _project(self, states: Tensor, side: int, row: int) -> Tensor:
         """Keys (side 0) or values (side 1) ``[B, Hkv, T, D]`` with the coordinates beyond the rank at their mean."""
         projector, offset = self.projectors[:, side, row], self.offsets[:, side, row, :, None]
-        return states @ projector.to(states.dtype) + offset.to(states.dtype)
+        cut = states @ projector.to(states.dtype) + offset.to(states.dtype)
+        if self.watch is not None:
+            self.watch(side, row, states, cut)
+        return cut
 
     def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:
         """Queries from ``start`` on: every token behind them is read once, exact or cut."""

@@ -23,7 +23,7 @@ from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.calibrate import fit
 from nestling.kv.exact import capacity
 from nestling.kv.sampling import Schedule, schedule
-from nestling.kv.sensitivity import HALF, measured_energy
+from nestling.kv.sensitivity import measure
 from nestling.kv.student import Student
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
@@ -181,10 +181,7 @@ def train(
     training = {"preset": preset, **asdict(chosen), **measured, **sizes, "curve": curve.points}
     info = {**adapter.info, "training": training}
     trained = KVAdapter(adapter.fingerprint, encodes, adapter.mean, adapter.energy, info)
-    energy = measured_energy(
-        lm, trained, windows, HALF, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress
-    )
-    return replace(trained, energy=energy)
+    return measure(lm, trained, windows, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress)
 
 
 class RankedWindows(torch.utils.data.Dataset):

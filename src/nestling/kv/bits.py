@@ -1,0 +1,142 @@
+"""From a budget to bits: how many each block of eight coordinates is stored with, none to sixteen.
+
+One allocator over ranks and precision. A block costs its bits, and loses what was measured: at no bits the energies of
+its coordinates, at b bits their noise (KL per token if each coordinate was off by as much as it varies) times the
+error of a quantiser of b bits. On the lower hull of these points every further bit gains less than the one before, so
+taking all steps of all blocks in order of gain per bit is the optimum of reverse water-filling, for every budget at
+once: the bits at a smaller budget are never more than those at a larger one, in any block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestling.kv.allocate import MAX_GROUPS, BudgetError, cluster, single_heads
+from nestling.kv.pack import BLOCK
+from nestling.kv.quantise import WIDTHS
+
+CHOICES = (0, *WIDTHS, 16)
+
+
+@dataclass(frozen=True)
+class BitTable:
+    """Bits of every block of coordinates: ``keys`` and ``values``, int64 ``[L, Hkv, blocks]``."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def stacked(self) -> Tensor:
+        """Keys and values in one tensor, ``[2, L, Hkv, blocks]``."""
+        return torch.stack((self.keys, self.values))
+
+    @property
+    def bits(self) -> int:
+        """Bits stored per token, keys and values of all layers."""
+        return int(self.stacked.sum()) * BLOCK
+
+    def groups(self, row: int) -> list[tuple[list[int], tuple[tuple[int, ...], tuple[int, ...]]]]:
+        """The heads of a layer that have the same bits: (heads, (bits of keys, of values)), most bits first."""
+        pairs = [tuple(tuple(side[row, h].tolist()) for side in (self.keys, self.values)) for h in range(self.heads)]
+        return [([h for h, p in enumerate(pairs) if p == pair], pair) for pair in sorted(set(pairs), reverse=True)]  # type: ignore[misc]
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1]
+
+    def check(self, layers: int, heads: int, width: int) -> None:
+        """Raise `BudgetError` unless the table fits ``layers`` x ``heads`` heads of ``width`` coordinates."""
+        shape = [layers, heads, -(-width // BLOCK)]
+        for name, bits in (("keys", self.keys), ("values", self.values)):
+            if list(bits.shape) != shape:
+                raise BudgetError(f"bit table: {name} is {list(bits.shape)}, expected {shape}")
+            if wrong := sorted(set(bits.flatten().tolist()) - set(CHOICES)):
+                raise BudgetError(f"bit table: {name} holds {wrong[0]} bits, expected some of {CHOICES}")
+
+    def to_dict(self) -> dict[str, list[list[list[int]]]]:
+        return {"keys": self.keys.tolist(), "values": self.values.tolist()}
+
+
+def losses(energy: Tensor, noise: Tensor, errors: Tensor) -> Tensor:
+    """What every block loses at each of `CHOICES`, in nats per token: ``[2, L, Hkv, blocks, choices]``.
+
+    Args:
+        energy, noise: ``[2, L, Hkv, D]``.
+        errors: of the quantisers of `WIDTHS` on keys and values, as shares of the mean squares, ``[2, widths]``.
+    """
+    missing = -energy.shape[-1] % BLOCK
+    lost = noise[..., None] * errors[:, None, None, None]
+    all_of_them = torch.cat((energy[..., None], lost, torch.zeros_like(energy[..., None])), -1)
+    padded = torch.nn.functional.pad(all_of_them, (0, 0, 0, missing))
+    return padded.unflatten(-2, (-1, BLOCK)).sum(-2)
+
+
+def by_bits(lost: Tensor, bits: float) -> BitTable:
+    """The table with the least loss of those with at most ``bits`` per token, to within one step.
+
+    Heads of a layer are in at most `MAX_GROUPS` groups.
+
+    Args:
+        lost: as from `losses`.
+
+    Raises:
+        BudgetError: if a loss is not finite, or not even one bit of one block fits.
+    """
+    if not torch.isfinite(lost).all():
+        raise BudgetError("losses must be finite: calibrate the adapter again")
+    layers, heads = lost.shape[1:3]
+    table = _take_steps(lost.double(), bits, single_heads(layers, heads))
+    if heads > MAX_GROUPS:
+        used = table.sum(-1).double()
+        units = [cluster(used[:, row].T) for row in range(layers)]
+        table = _take_steps(lost.double(), bits, units)
+    if not table.any():
+        raise BudgetError(f"{bits:.0f} bits per token are fewer than the smallest step takes: raise the budget")
+    return BitTable(table[0], table[1])
+
+
+def _take_steps(lost: Tensor, bits: float, units: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Take steps in order of gain per bit, and stop at the first that does not fit: so tables are nested."""
+    steps = sorted(
+        (
+            (gain, place, choice, cost * len(unit))
+            for layer, groups in enumerate(units)
+            for unit in groups
+            for place, losses_of_block in _blocks(lost, layer, unit)
+            for gain, choice, cost in hull(losses_of_block)
+        ),
+        key=lambda step: (-step[0], step[1]["order"]),
+    )
+    table = torch.zeros(lost.shape[:-1], dtype=torch.int64)
+    for gain, place, choice, cost in steps:
+        if gain <= 0 or cost > bits:
+            break
+        table[place["side"], place["layer"], place["unit"], place["block"]] = choice
+        bits -= cost
+    return table
+
+
+def _blocks(lost: Tensor, layer: int, unit: Sequence[int]) -> list[tuple[dict[str, Any], list[float]]]:
+    """Where each block of some heads is, and what it loses at each choice."""
+    mean = lost[:, layer, unit].mean(1)
+    return [
+        ({"side": side, "layer": layer, "unit": list(unit), "block": block, "order": (block, side, layer, unit[0])},
+         mean[side, block].tolist())
+        for side in (0, 1) for block in range(mean.shape[1])
+    ]  # fmt: skip
+
+
+def hull(lost: Sequence[float]) -> list[tuple[float, int, int]]:
+    """Steps on the lower hull of a block's losses: (gain per bit, bits from there on, bits more per token)."""
+    found, at = [], 0
+    while at < len(CHOICES) - 1:
+        slopes = [
+            ((lost[at] - lost[to]) / (BLOCK * (CHOICES[to] - CHOICES[at])), to) for to in range(at + 1, len(CHOICES))
+        ]
+        gain, to = max(slopes, key=lambda slope: (slope[0], slope[1]))
+        found.append((gain, CHOICES[to], BLOCK * (CHOICES[to] - CHOICES[at])))
+        at = to
+    return found

@@ -1,0 +1,60 @@
+"""Codes of 1 to 8 bits packed into bytes, eight coordinates at a time: b bits of eight coordinates are b bytes.
+
+A width is the sum of fields of 8, 4, 2 and 1 bits, those of its binary digits (3 bits are 2 and 1). A field of f bits
+of eight coordinates takes f bytes: byte j holds coordinates j, j + f, j + 2 f and so on, the first in its lowest bits.
+Tokens are the last axis and are not packed with each other, so that they can be appended one by one.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+BLOCK = 8  # coordinates
+FIELDS = (8, 4, 2, 1)
+
+
+def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
+    """Bytes ``[..., sum(widths), t]`` of codes ``[..., 8 * len(widths), t]`` uint8, a width for each eight.
+
+    The fields of 8 bits of all blocks come first, then those of 4, 2 and 1.
+    """
+    blocks = codes.unflatten(-2, (len(widths), BLOCK))
+    rows = []
+    for field in FIELDS:
+        members = [i for i, width in enumerate(widths) if width & field]
+        if members:
+            chosen = torch.stack([blocks[..., i, :, :] >> _below(widths[i], field) for i in members], -3)
+            parts = (chosen & ((1 << field) - 1)).unflatten(-2, (BLOCK // field, field))  # [..., place, row, t]
+            packed = parts[..., 0, :, :].clone()
+            for place in range(1, BLOCK // field):
+                packed |= parts[..., place, :, :] << (place * field)
+            rows.append(packed.flatten(-3, -2))
+    return torch.cat(rows, -2)
+
+
+def unpack(rows: Tensor, widths: Sequence[int]) -> Tensor:
+    """The inverse: codes ``[..., 8 * len(widths), t]``; equal widths must lie together."""
+    fields, start = {}, 0
+    for field in FIELDS:
+        if count := sum(bool(width & field) for width in widths):
+            packed = rows.narrow(-2, start, field * count).unflatten(-2, (count, field))
+            mask = (1 << field) - 1
+            parts = [(packed >> shift) & mask for shift in range(0, 8, field)] if field < 8 else [packed]
+            fields[field] = torch.cat(parts, -2)
+            start += field * count
+    taken = dict.fromkeys(FIELDS, 0)
+    codes = []
+    for width, run in groupby(widths):
+        count, code = len(list(run)), torch.zeros((), dtype=torch.uint8, device=rows.device)
+        for field in [f for f in FIELDS if width & f]:
+            code = code | fields[field].narrow(-3, taken[field], count) << _below(width, field)
+            taken[field] += count
+        codes.append(code.flatten(-3, -2))
+    return torch.cat(codes, -2)
+
+
+def _below(width: int, field: int) -> int:
+    """Bits of a width that are lower than those of one of its fields."""
+    return width & (field - 1)

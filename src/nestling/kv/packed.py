@@ -1,0 +1,156 @@
+"""Coordinates at 1 to 16 bits each: quantised about their means, packed, and read block by block of tokens.
+
+Nothing is expanded as a whole, and nothing is quantised twice: codes are appended once, and attention unpacks some
+hundred tokens at a time. Scales are static and folded into queries and outputs, so that what is unpacked are integers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from nestling.kv import quantise
+from nestling.kv.buffer import Buffer
+from nestling.kv.pack import BLOCK, pack, unpack
+from nestling.kv.products import cast, product
+
+TOKENS = 1024  # unpacked at a time
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Layout:
+    """Which coordinates of a head are kept, and how.
+
+    Attributes:
+        plain: coordinates that are stored as they are, in the precision of the cache.
+        widths: bits of the blocks of eight coordinates that are coded, in falling order.
+        blocks: which blocks those are.
+    """
+
+    plain: tuple[int, ...]
+    widths: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+
+    @classmethod
+    def of_rank(cls, rank: int) -> "Layout":
+        return cls(tuple(range(rank)))
+
+    @classmethod
+    def of_bits(cls, bits: Sequence[int], width: int) -> "Layout":
+        """Of the bits of each block of a head of ``width`` coordinates: 0, one of `quantise.WIDTHS`, or 16."""
+        plain = [i for i in range(width) if bits[i // BLOCK] == 16]
+        coded = sorted((b for b in range(len(bits)) if 0 < bits[b] < 16), key=lambda b: -bits[b])
+        return cls(tuple(plain), tuple(bits[b] for b in coded), tuple(coded))
+
+    @property
+    def coded(self) -> list[int]:
+        """Coordinates that are coded, eight a block: those of a last block may lie beyond the width of the head."""
+        return [block * BLOCK + i for block in self.blocks for i in range(BLOCK)]
+
+
+class PackedRows:
+    """Coordinates of tokens by a `Layout`; to a rank group what `Buffer` is where nothing is coded.
+
+    Args:
+        centre, step: of the coded coordinates ``[h, w]``, in the order of the layout: see `quantise`.
+    """
+
+    dim = 3
+
+    def __init__(self, layout: Layout, centre: Tensor, step: Tensor, chunk: int):
+        self.layout, self.rank = layout, len(layout.plain)
+        self.plain = Buffer(chunk) if layout.plain else None
+        self.codes = Buffer(chunk)
+        self.centre, self.step = centre[:, None, :, None], step[:, None, :, None]
+        runs, start = [], 0
+        for bits, run in groupby(layout.widths):
+            count = BLOCK * len(list(run))
+            runs.append((bits, start, count))
+            start += count
+        self.runs = runs
+        self.scale = torch.cat([quantise.scale(step[:, a : a + n], bits) for bits, a, n in runs], -1)[:, None]
+        self.offset = torch.cat([step.new_full((n,), quantise.offset(bits)) for bits, _, n in runs])
+
+    @property
+    def length(self) -> int:
+        return self.codes.length
+
+    def append(self, new: Tensor, dtype: torch.dtype) -> None:
+        """Add coordinates ``[h, B, w, t]``: the plain ones, then the coded ones. They are rounded to ``dtype`` first,
+        so that codes do not depend on how wide a coordinate was before (see `NestedCache.shrink`)."""
+        new = new.to(dtype)
+        if self.plain is not None:
+            self.plain.append(new[:, :, : self.rank], dtype)
+        self._append_codes(self._quantised(new[:, :, self.rank :].float() - self.centre))
+
+    def _quantised(self, z: Tensor) -> Tensor:
+        return torch.cat(
+            [quantise.quantise(z[:, :, a : a + n], self.step[:, :, a : a + n], bits) for bits, a, n in self.runs], 2
+        )
+
+    def _append_codes(self, codes: Tensor) -> None:
+        self.codes.append(pack(codes, self.layout.widths), torch.uint8)
+
+    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """Codes of some tokens at a time: start, count, ``[h * B, w, count]``."""
+        rows = self.codes.flat()
+        for start in range(0, self.length, TOKENS):
+            count = min(TOKENS, self.length - start)
+            yield start, count, unpack(rows.narrow(2, start, count), self.layout.widths).to(dtype)
+
+    def _of_batch(self, scale: Tensor, heads: int) -> Tensor:
+        """``[h, 1, w]`` to ``[h * B, 1, w]``."""
+        return scale if heads == len(scale) else scale.repeat_interleave(heads // len(scale), 0)
+
+    def score(self, rows: Tensor, into: Tensor, scaling: float) -> None:
+        """``scaling * rows @ coordinates``: of ``[h * B, n, w]`` into ``[h * B, n, length]``."""
+        scaled = rows[..., self.rank :] * (cast(self._of_batch(self.scale, len(rows)), rows.dtype) * scaling)
+        shift = scaled @ cast(self.offset, rows.dtype)[:, None]
+        if self.plain is not None:
+            self.plain.score(rows[..., : self.rank], into, scaling)
+        for start, count, codes in self._blocks(rows.dtype):
+            part, found = into.narrow(2, start, count), product(scaled, codes).sub_(shift)
+            if self.plain is None:
+                part.copy_(found)
+            else:
+                part.add_(found)
+
+    def weighted(self, weight: Tensor) -> Tensor:
+        """The sums of coordinates with weights ``[h * B, n, length]``: ``[h * B, n, w]``."""
+        total = weight.sum(-1, keepdim=True)
+        out = -total * cast(self.offset, weight.dtype)
+        for start, count, codes in self._blocks(weight.dtype):
+            out += product(weight.narrow(2, start, count), codes.mT)
+        out *= cast(self._of_batch(self.scale, len(weight)), weight.dtype)
+        return out if self.plain is None else torch.cat((self.plain.weighted(weight), out), -1)
+
+    def coordinates(self, dtype: torch.dtype) -> Tensor:
+        """What is held, ``[h, B, length, w]``; coded ones about their means."""
+        values = unpack(self.codes.view(), self.layout.widths).to(dtype).mT
+        values = (values - self.offset.to(dtype)) * self.scale[:, None].to(dtype)
+        return values if self.plain is None else torch.cat((self.plain.coordinates(dtype), values), -1)
+
+    def _parts(self) -> list[Buffer]:
+        return [self.codes] if self.plain is None else [self.plain, self.codes]
+
+    def select(self, places: Tensor) -> None:
+        for part in self._parts():
+            part.select(places)
+
+    def crop(self, remove: int) -> None:
+        for part in self._parts():
+            part.crop(remove)
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        for part in self._parts():
+            part.apply(change)
+
+    def reset(self) -> None:
+        for part in self._parts():
+            part.reset()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts())

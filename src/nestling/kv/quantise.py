@@ -1,0 +1,68 @@
+"""Scalar quantisers of 1 to 8 bits whose codes are nested: dropping bits of a code gives the code of a smaller width.
+
+A coordinate z, taken about its mean, has one step: that of 4 bits. Cells at other widths are the step times a power
+of two, so every boundary of a coarse quantiser is one of each finer one. Codes at the ends reach to infinity.
+"""
+
+import torch
+from torch import Tensor
+
+WIDTHS = (1, 2, 3, 4, 8)  # bits of a code; a coordinate that is not coded has 0 bits, or 16 and is stored as it is
+CELLS = {1: 8.0, 2: 4.0, 3: 2.0, 4: 1.0, 8: 0.125}  # a cell, in steps
+# Where a cell's values lie in the mean, from its middle towards zero: outer cells are wide, and densities fall.
+SHRINK = {1: 0.65, 2: 0.93, 3: 1.0, 4: 1.02, 8: 1.0}
+TRIED = (0.22, 0.24, 0.26, 0.28, 0.30, 0.32, 0.34, 0.36, 0.39, 0.42, 0.46, 0.50)  # steps, in root mean squares
+
+
+def quantise(z: Tensor, step: Tensor, bits: int) -> Tensor:
+    """Codes of z, uint8 in 0 .. 2^bits - 1; ``step`` is broadcast, and positive."""
+    half = 1 << (bits - 1)
+    return (z / (step * CELLS[bits])).floor_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
+
+
+def offset(bits: int) -> float:
+    """What codes are counted from: the value of a code is ``(code - offset) * scale``."""
+    return (1 << (bits - 1)) - 0.5
+
+
+def scale(step: Tensor, bits: int) -> Tensor:
+    """The value of one code more."""
+    return step * (CELLS[bits] * SHRINK[bits])
+
+
+def narrowed(code: Tensor, bits: int, fewer: int) -> Tensor:
+    """The code that the same value has at ``fewer`` bits."""
+    if bits == fewer:
+        return code
+    shift = round(torch.log2(torch.tensor(CELLS[fewer] / CELLS[bits])).item())
+    middle, half = 1 << (bits - 1), 1 << (fewer - 1)
+    return ((code.int() - middle) >> shift).clamp_(-half, half - 1).add_(half).to(torch.uint8)
+
+
+def chosen_steps(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps that serve all widths, and what is lost at each.
+
+    Args:
+        samples: coordinates about their means, ``[..., N, D]``.
+
+    Returns:
+        Steps ``[..., D]``, those of `TRIED` with the smallest geometric mean of the errors at 2, 3 and 4 bits, and the
+        errors there, ``[..., D, len(WIDTHS)]``: mean squares, as shares of those of the samples.
+    """
+    power = samples.square().mean(-2).clamp_min(torch.finfo(samples.dtype).tiny)
+    best = torch.full_like(power, torch.inf)
+    steps, errors = torch.ones_like(power), torch.ones(*power.shape, len(WIDTHS), dtype=samples.dtype)
+    for share in TRIED:
+        step = share * power.sqrt()
+        found = torch.stack([_error(samples, step, bits) for bits in WIDTHS], -1) / power[..., None]
+        criterion = found[..., [WIDTHS.index(bits) for bits in (2, 3, 4)]].clamp_min(1e-12).log().sum(-1)
+        better = criterion < best
+        best, steps = torch.where(better, criterion, best), torch.where(better, step, steps)
+        errors = torch.where(better[..., None], found, errors)
+    return steps, errors
+
+
+def _error(samples: Tensor, step: Tensor, bits: int) -> Tensor:
+    step = step[..., None, :]
+    value = (quantise(samples, step, bits) - offset(bits)) * scale(step, bits)
+    return (value - samples).square().mean(-2)
