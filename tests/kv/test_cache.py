@@ -20,9 +20,9 @@ from nestling.basis import balanced
 from nestling.kv import attention
 from nestling.kv import cache as cache_module
 from nestling.kv.allocate import RankTable
+from nestling.kv.buffer import Buffer
 from nestling.kv.cache import CHUNK, NestedCache, NestedLayer, make_cache
 from nestling.kv.exact import BLOCK, ExactStore, capacity
-from nestling.kv.buffer import Buffer
 from nestling.kv.groups import RankGroup
 
 from .families import FAMILIES, tiny_model

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -220,7 +221,7 @@ class KVAdapter:
         else:
             ranks = self.ranks(elements, allocation)
         attention.attach(model)
-        return make_cache(
+        made = make_cache(
             {layer: self._layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
             ranks,
             attention.text_config(model),
@@ -233,6 +234,12 @@ class KVAdapter:
             offloading=offloading,
             tokens=tokens,
         )
+        if not table:
+            made.remake = partial(
+                self.cache, model, allocation=allocation, sinks=sinks, window=window, exact_prompt=exact_prompt,
+                context=context, dtype=dtype, chunk=chunk, offloading=offloading, tokens=tokens, bits=bits,
+            )  # fmt: skip
+        return made
 
     def _layer_bases(self, row: int) -> dict[str, Tensor]:
         tensors = {"encode": self.encode, "decode": self.decode, "mean": self.mean, "step": self.step}

@@ -58,8 +58,8 @@ class Buffer:
         return product(weight, cast(self.flat(), weight.dtype).mT)
 
     def coordinates(self, dtype: torch.dtype) -> Tensor:
-        """What is held, ``[h, B, length, w]``; not for storage by token."""
-        return self.view().mT.to(dtype)
+        """What is held, ``[h, B, length, w]``."""
+        return (self.view() if self.dim == 2 else self.view().mT).to(dtype)
 
     def _store(self, data: Tensor) -> None:
         self.data, self._flat = data, data.flatten(0, 1)

@@ -15,13 +15,14 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nestling.kv import attention, coordinates
-from nestling.kv.allocate import RankTable
+from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.bits import BitTable
 from nestling.kv.evict import HeavyHitters, attention_mass
 from nestling.kv.exact import BLOCK, ExactStore
 from nestling.kv.groups import RankGroup, shared_biases
 from nestling.kv.packed import Layout
 from nestling.kv.products import cast
+from nestling.kv.shrink import take
 
 CHUNK = 256  # tokens by which storage grows
 SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
@@ -88,7 +89,7 @@ class NestedLayer(CacheLayerMixin):
         self.groups, self.exact, self.biases, self.hitters = groups, exact, biases, hitters
         self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
         self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
-        order = [h for group in groups for h in group.heads]
+        order = self._order()
         self.heads = len(order)
         self.order: tuple[Tensor, Tensor] | None = None  # from the model's order of heads to the groups', and back
         if order != sorted(order):
@@ -164,10 +165,36 @@ class NestedLayer(CacheLayerMixin):
     def expand(self, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values of all tokens, ``[B, Hkv, T, D]``: as they are stored where nothing is compressed."""
         if self.uncompressed:
-            states = [rows.view().to(dtype) for rows in self.groups[0].rows]
+            states = [rows.coordinates(dtype) for rows in self.groups[0].rows]
         else:
             states = coordinates.expand(self.groups, self.exact, self.biases, dtype)
         return [self._heads_second(side) for side in states]
+
+    def _order(self) -> list[int]:
+        """Heads of the model in the order in which they are stored."""
+        return [head for group in self.groups for head in group.heads]
+
+    def take(self, old: "NestedLayer") -> None:
+        """Become what this empty layer would be, had it been given the tokens of another one with no fewer bits."""
+        self.length, self._shape, self._module, self.hitters = old.length, old._shape, old._module, old.hitters
+        if not old.is_initialized:
+            return
+        self.dtype, self.device, self.is_initialized = old.dtype, old.device, True
+        if old.uncompressed and self.exact is not None:  # which has no exact store
+            keys, values = (old._heads_second(rows.coordinates(self.dtype)) for rows in old.groups[0].rows)
+            for coded in self.exact.append((self._heads_first(keys), self._heads_first(values)), self.dtype):
+                for group in self.groups:
+                    group.append(coded, self.dtype)
+            return
+        order, held = self._order(), old._order()
+        self.exact = old.exact
+        if order != held:
+            there = torch.tensor([held.index(head) for head in order], device=self.device)
+            for part in (self.exact, self.hitters):
+                if part is not None:
+                    part.apply(lambda tensor: tensor.index_select(0, there))
+        for group in self.groups:
+            take(group, old.groups, self.dtype)
 
     def _heads_first(self, states: Tensor) -> Tensor:
         """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
@@ -266,6 +293,31 @@ class NestedCache(Cache):
     def __init__(self, layers: list, ranks: RankTable | BitTable, config: PreTrainedConfig, **kwargs):
         super().__init__(layers=layers, **kwargs)
         self.ranks, self.config = ranks, config
+        self.remake: Callable[[float], NestedCache] | None = None  # an empty cache like this of another budget
+
+    def shrink(self, budget: float) -> None:
+        """Lower the budget of a cache in use: coordinates and bits are dropped in place, a layer at a time.
+
+        What is left is what a cache of that budget would hold of the same tokens, and is not read again. Exact
+        tokens stay exact.
+
+        Args:
+            budget: share of the full cache, as for `KVAdapter.cache`.
+
+        Raises:
+            BudgetError: if the budget is out of reach, or larger than the one in use.
+            CacheMismatchError: if the cache was made with a table of its own and not with a budget.
+        """
+        if self.remake is None:
+            raise CacheMismatchError("this cache was made with a table, not with a budget: it cannot be shrunk")
+        new = self.remake(budget)
+        if (new.ranks.stacked > self.ranks.stacked).any():
+            raise BudgetError(f"budget={budget:g} is larger than the one in use: a cache only shrinks")
+        for index, (layer, old) in enumerate(zip(new.layers, self.layers, strict=True)):
+            if isinstance(layer, NestedLayer) and isinstance(old, NestedLayer):
+                layer.take(old)
+                self.layers[index] = layer
+        self.ranks = new.ranks
 
     @property
     def nbytes(self) -> int:

@@ -59,16 +59,20 @@ class RankGroup:
 
     def append(self, states: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         """Store keys and values of the layer ``[Hkv, B, t, D]``, as far as they are of this group's heads."""
-        for rows, encode, state in zip(self.rows, self.encode, states, strict=True):
-            state = state[self.start : self.stop]
-            if encode is not None:
-                heads, batch, count, width = state.shape
-                work = work_dtype(state.device, state.dtype)
-                columns = state.to(work).reshape(heads, batch * count, width).mT
-                coordinates = product(encode.to(work), columns)
-                rows.append(coordinates.view(heads, -1, batch, count).transpose(1, 2), dtype)
-            else:
-                rows.append(state if rows.dim == 2 else state.mT, dtype)
+        for side, state in enumerate(states):
+            self.append_side(side, state[self.start : self.stop], dtype)
+
+    def append_side(self, side: int, state: Tensor, dtype: torch.dtype) -> None:
+        """Store keys (side 0) or values (side 1) of the group's heads, ``[h, B, t, D]``."""
+        rows, encode = self.rows[side], self.encode[side]
+        if encode is None:
+            rows.append(state if rows.dim == 2 else state.mT, dtype)
+            return
+        heads, batch, count, width = state.shape
+        work = work_dtype(state.device, state.dtype)
+        columns = state.to(work).reshape(heads, batch * count, width).mT
+        coordinates = product(encode.to(work), columns)
+        rows.append(coordinates.view(heads, -1, batch, count).transpose(1, 2), dtype)
 
     def score(self, query: Tensor, batch: int, scaling: float, into: Tensor) -> None:
         """Logits of the tokens held, ``(q D_k^T) k'^T``: of ``query`` ``[Hkv * B, n, D]`` into ``[Hkv * B, n, T]``."""

@@ -83,15 +83,19 @@ class PackedRows:
         new = new.to(dtype)
         if self.plain is not None:
             self.plain.append(new[:, :, : self.rank], dtype)
-        self._append_codes(self._quantised(new[:, :, self.rank :].float() - self.centre))
+        z = new[:, :, self.rank :].float() - self.centre
+        runs = [quantise.quantise(z[:, :, a : a + n], self.step[:, :, a : a + n], bits) for bits, a, n in self.runs]
+        self.append_codes(torch.cat(runs, 2))
 
-    def _quantised(self, z: Tensor) -> Tensor:
-        return torch.cat(
-            [quantise.quantise(z[:, :, a : a + n], self.step[:, :, a : a + n], bits) for bits, a, n in self.runs], 2
-        )
-
-    def _append_codes(self, codes: Tensor) -> None:
+    def append_codes(self, codes: Tensor) -> None:
+        """Add codes ``[h, B, w, t]``, one to a byte."""
         self.codes.append(pack(codes, self.layout.widths), torch.uint8)
+
+    def quantised(self, coordinates: Tensor, head: int, number: int) -> Tensor:
+        """Codes ``[B, 8, t]`` of the coordinates of the coded block of that number, of the head at a place."""
+        part = slice(number * BLOCK, (number + 1) * BLOCK)
+        centred = coordinates.float() - self.centre[head, :, part]
+        return quantise.quantise(centred, self.step[head, :, part], self.layout.widths[number])
 
     def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """Codes of some tokens at a time: start, count, ``[h * B, w, count]``."""
@@ -131,6 +135,12 @@ class PackedRows:
         values = unpack(self.codes.view(), self.layout.widths).to(dtype).mT
         values = (values - self.offset.to(dtype)) * self.scale[:, None].to(dtype)
         return values if self.plain is None else torch.cat((self.plain.coordinates(dtype), values), -1)
+
+    def code_of(self, head: int, block: int) -> tuple[Tensor, int]:
+        """Codes ``[B, 8, length]`` of a block of coordinates of the head at a place, and their bits."""
+        place = self.layout.blocks.index(block)
+        codes = unpack(self.codes.view()[head], self.layout.widths)
+        return codes[:, place * BLOCK : (place + 1) * BLOCK], self.layout.widths[place]
 
     def _parts(self) -> list[Buffer]:
         return [self.codes] if self.plain is None else [self.plain, self.codes]

@@ -147,4 +147,4 @@ def order_by_energy(adapter: KVAdapter) -> KVAdapter:
         for name in ("energy", "noise", "step")
         if (values := getattr(adapter, name))
     }
-    return replace(adapter, encode=encode, **sorted_ones)
+    return replace(adapter, encode=encode, **sorted_ones)  # type: ignore[arg-type]
