@@ -84,11 +84,14 @@ class NestedLayer(CacheLayerMixin):
         dtype: torch.dtype | None,
         exact_prompt: bool,
         hitters: HeavyHitters | None = None,
+        index: int = 0,
     ):
         super().__init__()
+        self.index = index
         self.groups, self.exact, self.biases, self.hitters = groups, exact, biases, hitters
         self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
         self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
+        self.quantised = any(layout.widths for group in groups for layout in group.layouts)
         order = self._order()
         self.heads = len(order)
         self.order: tuple[Tensor, Tensor] | None = None  # from the model's order of heads to the groups', and back
@@ -124,6 +127,8 @@ class NestedLayer(CacheLayerMixin):
                     f"{[batch, heads, width]}: use a cache per batch, or cache.reset() first"
                 )
             self._shape = (batch, heads, width)
+        if self.quantised:
+            self._check_finite(key_states, value_states)
         states = self._heads_first(key_states), self._heads_first(value_states)
         for coded in [states] if self.exact is None else self.exact.append(states, self.dtype):
             for group in self.groups:
@@ -132,6 +137,12 @@ class NestedLayer(CacheLayerMixin):
         self.length += count
         handle = NestedHandle(self, prompt)
         return handle, handle
+
+    def _check_finite(self, *states: Tensor) -> None:
+        """A code for NaN would be read as a number."""
+        for name, state in zip(("keys", "values"), states, strict=True):
+            if not torch.isfinite(state).all():
+                raise ValueError(f"layer {self.index}: {name} hold NaN or infinity, which cannot be quantised")
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention in coordinates: ``[B, Tq, Hq, D]`` from ``query`` ``[B, Hq, Tq, D]``."""
@@ -358,7 +369,7 @@ def make_cache(
         exact = ExactStore(sinks, window, block) if (sinks or window) and not full else None
         biases = shared_biases(groups, on_device)
         hitters = HeavyHitters(tokens, sinks, window) if tokens < 1 else None
-        layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters)
+        layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters, index)
     return NestedCache(layers, ranks, config, offloading=offloading)
 
 

@@ -67,7 +67,7 @@ class ExactStore:
             gone.append(tuple(r[:, :, :held] for r in rows))
             self._write([r[:, :, held:] for r in rows], self.sinks)
         if new:
-            gone.append(tuple(s[:, :, :new] for s in states))
+            gone.append(tuple(s[:, :, :new].to(self.data[0].dtype) for s in states))
         self._write([s[:, :, new:] for s in states], self.length - held)
         self.length += count - leave
         return gone

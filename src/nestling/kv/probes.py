@@ -20,6 +20,7 @@ from nestling.partial import EvaluationError
 
 Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
+STATIC = ("encode", "decode", "biases", "order", "centre", "step", "scale", "offset")  # of a nested cache
 PASSKEY_DEPTHS = (0.1, 0.35, 0.6, 0.85)
 FILLER = (
     "The grass is green and the sky is blue.", "A ship leaves the harbour before the sun is up.",
@@ -164,8 +165,8 @@ def held_bytes(cache: Cache) -> int:
     """Bytes of storage that a cache of any kind really holds.
 
     Every tensor that can be reached from its layers counts with its whole untyped storage, once; so do the parts of
-    quantised tensors, with scales. Left out is what does not grow: bases, means and the order of heads of a nested
-    cache, scalar settings.
+    quantised tensors, with scales. Left out is what does not grow: bases, means, steps and the order of heads of a
+    nested cache, scalar settings.
     """
     storages: dict[tuple[str, int], int] = {}
     seen: set[int] = set()
@@ -189,7 +190,7 @@ def held_bytes(cache: Cache) -> int:
                 walk(value)
         elif hasattr(item, "__dict__") and not isinstance(item, type | torch.nn.Module | PreTrainedConfig):
             for name, value in vars(item).items():
-                if name not in ("encode", "decode", "biases", "order"):
+                if name not in STATIC:
                     walk(value)
 
     walk(list(cache.layers))

@@ -18,18 +18,23 @@ from nestling.kv.quantise import narrowed
 def take(new: RankGroup, old: Sequence[RankGroup], dtype: torch.dtype) -> None:
     """Fill an empty group with what groups of the same layer hold, as far as it keeps it."""
     for side in (0, 1):
-        heads = [_find(old, head) for head in new.heads]
-        if heads[0][0].encode[side] is None:
-            states = torch.stack([group.rows[side].coordinates(dtype)[place] for group, place in heads])
+        sources = [_find(old, head) for head in new.heads]
+        rows = new.rows[side]
+        if new.encode[side] is None:
+            states = torch.stack([group.rows[side].coordinates(dtype)[place] for group, place in sources])
             new.append_side(side, states, dtype)
             continue
-        rows, layout = new.rows[side], new.layouts[side]
+        heads = [_coordinates(new, i, side, *source, dtype) for i, source in enumerate(sources)]
         if isinstance(rows, Buffer):
-            rows.append(torch.stack([_plain(*head, side, layout.plain) for head in heads]), dtype)
-        else:
-            if rows.plain is not None:
-                rows.plain.append(torch.stack([_plain(*head, side, layout.plain) for head in heads]), dtype)
-            rows.append_codes(torch.stack([_codes(*head, side, rows, i) for i, head in enumerate(heads)]))
+            rows.append(torch.stack([plain for plain, _ in heads]), dtype)
+            continue
+        if rows.plain is not None:
+            rows.plain.append(torch.stack([plain for plain, _ in heads]), dtype)
+        coded = [
+            torch.cat([_code(rows, i, number, *block) for number, block in enumerate(blocks)], 1)
+            for i, (_, blocks) in enumerate(heads)
+        ]
+        rows.append_codes(torch.stack(coded))
 
 
 def _find(groups: Sequence[RankGroup], head: int) -> tuple[RankGroup, int]:
@@ -38,25 +43,34 @@ def _find(groups: Sequence[RankGroup], head: int) -> tuple[RankGroup, int]:
     return group, group.heads.index(head)
 
 
-def _plain(group: RankGroup, place: int, side: int, wanted: Sequence[int]) -> Tensor:
-    """Coordinates of a head that were stored as they are, ``[B, w, T]``."""
-    rows, held = group.rows[side], group.layouts[side].plain
-    data = rows if isinstance(rows, Buffer) else rows.plain
-    if data is None or not wanted:
-        some = rows if isinstance(rows, Buffer) else rows.codes
-        return some.view()[place, :, :0]
-    return data.view()[place][:, [held.index(i) for i in wanted]]
-
-
-def _codes(group: RankGroup, place: int, side: int, rows: PackedRows, head: int) -> Tensor:
-    """Codes of a head as ``rows`` keep them at the place ``head``, ``[B, w, T]``."""
-    held, layout, found = group.rows[side], group.layouts[side], []
-    for number, (block, bits) in enumerate(zip(rows.layout.blocks, rows.layout.widths, strict=True)):
-        if isinstance(held, PackedRows) and block in layout.blocks:
-            found.append(narrowed(*held.code_of(place, block), bits))
+def _coordinates(
+    new: RankGroup, head: int, side: int, group: RankGroup, place: int, dtype: torch.dtype
+) -> tuple[Tensor, list[tuple[Tensor, int]]]:
+    """What a head keeps of what a group holds of it: coordinates that are stored as they are ``[B, w, T]``, and for
+    each coded block codes and their bits, or coordinates and 16, ``[B, 8, T]``."""
+    layout, held, rows = new.layouts[side], group.layouts[side], group.rows[side]
+    count = len(layout.plain)
+    if group.encode[side] is None:  # keys or values as they were
+        encode = new.encode[side]
+        assert encode is not None
+        z = (encode[head] @ rows.coordinates(encode.dtype)[place].mT).to(dtype)
+        blocks = [z[:, i : i + BLOCK] for i in range(count, z.shape[1], BLOCK)]
+        return z[:, :count], [(block, 16) for block in blocks]
+    plain = rows if isinstance(rows, Buffer) else rows.plain
+    stored = plain.view()[place] if plain is not None else rows.coordinates(dtype)[place].mT[:, :0]
+    found: list[tuple[Tensor, int]] = []
+    for block in layout.blocks:
+        if isinstance(rows, PackedRows) and block in held.blocks:
+            found.append(rows.code_of(place, block))
         else:
-            inside = [i for i in range(block * BLOCK, (block + 1) * BLOCK) if i in layout.plain]
-            z = _plain(group, place, side, inside)
-            z = torch.nn.functional.pad(z, (0, 0, 0, BLOCK - len(inside)))
-            found.append(rows.quantised(z, head, number))
-    return torch.cat(found, 1)
+            inside = [held.plain.index(i) for i in range(block * BLOCK, (block + 1) * BLOCK) if i in held.plain]
+            missing = (0, 0, 0, BLOCK - len(inside))
+            found.append((torch.nn.functional.pad(stored[:, inside], missing), 16))
+    return stored[:, [held.plain.index(i) for i in layout.plain]], found
+
+
+def _code(rows: PackedRows, head: int, number: int, values: Tensor, bits: int) -> Tensor:
+    """The codes ``[B, 8, T]`` that the coded block of that number has, of codes of ``bits`` or of coordinates."""
+    if bits == 16:
+        return rows.quantised(values, head, number)
+    return narrowed(values, bits, rows.layout.widths[number])
