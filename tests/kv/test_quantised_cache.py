@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nestling import kv
+from nestling.kv import kernels
 from nestling.kv.allocate import BudgetError
 from nestling.kv.bits import CHOICES, BitTable
 from nestling.kv.cache import CacheMismatchError, NestedLayer
@@ -99,13 +100,23 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
         assert far.any(-1).float().mean() < 0.05, "more than a rounding error at the border of a cell"
 
 
-@settings(deadline=None, max_examples=25)
+@pytest.fixture(params=["compiled", "torch"])
+def products(request, monkeypatch):
+    """With the compiled products, if there is a compiler, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("there is no C compiler")
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     bits=st.lists(st.sampled_from(CHOICES), min_size=3, max_size=3).filter(lambda b: any(0 < x < 16 for x in b)),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),
 )
-def test_rows_are_read_as_they_were_rounded(bits, lengths, seed):
+@torch.no_grad()
+def test_rows_are_read_as_they_were_rounded(products, bits, lengths, seed):
     """Scores, weighted sums and coordinates against values rounded one by one; a width of 20 ends in half a block."""
     rng = torch.Generator().manual_seed(seed)
     layout, width = Layout.of_bits(bits, 20), 20

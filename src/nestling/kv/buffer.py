@@ -49,6 +49,11 @@ class Buffer:
         assert self._flat is not None, "nothing was appended"
         return self._flat.narrow(self.dim - 1, 0, self.length)
 
+    def whole(self) -> Tensor:
+        """All of the storage as ``[h * B, w, capacity]``, contiguous; not for storage by token."""
+        assert self._flat is not None, "nothing was appended"
+        return self._flat
+
     def score(self, rows: Tensor, into: Tensor, scaling: float) -> None:
         """``scaling * rows @ coordinates``: of ``[h * B, n, w]`` into ``[h * B, n, length]``."""
         product_into(into, rows, cast(self.flat(), rows.dtype), alpha=scaling)

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from nestling.kv import quantise
+from nestling.kv import kernels, quantise
 from nestling.kv.buffer import Buffer
 from nestling.kv.pack import BLOCK, pack, unpack
 from nestling.kv.products import cast, product
@@ -114,6 +114,9 @@ class PackedRows:
         shift = scaled @ cast(self.offset, rows.dtype)[:, None]
         if self.plain is not None:
             self.plain.score(rows[..., : self.rank], into, scaling)
+        if kernels.usable(self.codes.flat(), rows.dtype):
+            data = self.codes.whole()
+            return kernels.score(data, self.length, self.layout.widths, scaled, shift, into, self.plain is not None)
         for start, count, codes in self._blocks(rows.dtype):
             part, found = into.narrow(2, start, count), product(scaled, codes).sub_(shift)
             if self.plain is None:
@@ -125,8 +128,11 @@ class PackedRows:
         """The sums of coordinates with weights ``[h * B, n, length]``: ``[h * B, n, w]``."""
         total = weight.sum(-1, keepdim=True)
         out = -total * cast(self.offset, weight.dtype)
-        for start, count, codes in self._blocks(weight.dtype):
-            out += product(weight.narrow(2, start, count), codes.mT)
+        if kernels.usable(self.codes.flat(), weight.dtype):
+            out += kernels.weighted(self.codes.whole(), self.length, self.layout.widths, weight)
+        else:
+            for start, count, codes in self._blocks(weight.dtype):
+                out += product(weight.narrow(2, start, count), codes.mT)
         out *= cast(self._of_batch(self.scale, len(weight)), weight.dtype)
         return out if self.plain is None else torch.cat((self.plain.weighted(weight), out), -1)
 

@@ -1,0 +1,95 @@
+"""Products with packed codes in C, compiled for this machine when they are first needed, where there is a compiler.
+
+Without one everything works, in torch, more slowly. ``NESTLING_KERNELS=0`` does without them.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nestling.kv.quantise import WIDTHS
+
+SOURCE = Path(__file__).with_name("packed.c")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if os.environ.get("NESTLING_KERNELS") == "0" or compiler is None:
+        return None
+    machine = f"{platform.machine()} {platform.node()} {torch.backends.cpu.get_cpu_capability()} {compiler} {FLAGS}"
+    name = hashlib.sha256(SOURCE.read_bytes() + machine.encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nestling" / "kernels" / f"{name}.so"
+    try:
+        if not path.is_file():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        new = Path(work) / path.name
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(new)], check=True, capture_output=True, timeout=120)
+        new.replace(path)
+
+
+def usable(rows: Tensor, dtype: torch.dtype) -> bool:
+    return rows.device.type == "cpu" and dtype == torch.float32 and not torch.is_grad_enabled() and bool(library())
+
+
+def score(rows: Tensor, tokens: int, widths: tuple[int, ...], query: Tensor, shift: Tensor, into: Tensor, add: bool):
+    """``query @ codes - shift`` into, or added to, ``[g, n, tokens]`` whose last axis is contiguous.
+
+    Args:
+        rows: ``[g, packed rows, capacity]`` uint8, contiguous.
+        query: ``[g, n, w]``; ``shift``: ``[g, n, 1]``; fp32.
+    """
+    query, shift = query.contiguous(), shift.contiguous()
+    groups, queries, width = query.shape
+    assert into.stride(2) == 1 and into.stride(0) == queries * into.stride(1), "not as the kernel writes"
+    library().nestling_score(  # type: ignore[union-attr]
+        _pointer(rows), _long(rows.shape[2]), _long(rows.shape[1]), _counts(widths), _pointer(query), _pointer(shift),
+        _long(groups), _long(queries), _long(width), _long(tokens), _pointer(into), _long(into.stride(1)),
+        ctypes.c_int(add), ctypes.c_int(torch.get_num_threads()),
+    )  # fmt: skip
+
+
+def weighted(rows: Tensor, tokens: int, widths: tuple[int, ...], weight: Tensor) -> Tensor:
+    """``weight @ codes^T``, ``[g, n, w]``, of weights ``[g, n, tokens]`` fp32."""
+    groups, queries, _ = weight.shape
+    if weight.stride(2) != 1 or weight.stride(0) != queries * weight.stride(1):
+        weight = weight.contiguous()
+    out = weight.new_empty(groups, queries, 8 * len(widths))
+    library().nestling_weighted(  # type: ignore[union-attr]
+        _pointer(rows), _long(rows.shape[2]), _long(rows.shape[1]), _counts(widths), _pointer(weight),
+        _long(weight.stride(1)), _long(groups), _long(queries), _long(out.shape[2]), _long(tokens), _pointer(out),
+        ctypes.c_int(torch.get_num_threads()),
+    )  # fmt: skip
+    return out
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+_long = ctypes.c_int64
+
+
+@cache
+def _counts(widths: tuple[int, ...]) -> ctypes.Array:
+    """Blocks of each width, most bits first."""
+    return (ctypes.c_int64 * len(WIDTHS))(*[widths.count(bits) for bits in sorted(WIDTHS, reverse=True)])
