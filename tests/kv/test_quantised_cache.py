@@ -241,3 +241,21 @@ def test_a_budget_below_the_smallest_and_other_precisions_are_refused(fitted):
         made.adapter.cache(made.model, 0.3, bits=True, dtype=torch.float32)
     with pytest.raises(BudgetError, match="or a bit table"):
         made.adapter.cache(made.model, 0.3, bits=True, allocation="greedy")
+
+
+def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
+    made = fitted("llama-gqa")
+    options = dict(bits=True, sinks=2, window=3, exact_prompt=False, context=400, chunk=16)
+    cache = made.adapter.cache(made.model, limit_mib=0.05, **options)
+    text, budgets = ids.repeat(1, 8)[:1, :400], []
+    with torch.no_grad():
+        for part in text.split(10, 1):
+            made.model(input_ids=part, past_key_values=cache)
+            assert held_bytes(cache) <= 0.05 * 2**20
+            budgets.append(cache.budget)
+    assert budgets[0] == 1 and budgets == sorted(budgets, reverse=True) and 2 < len(set(budgets)) < 20
+    assert cache.full_nbytes > 3 * cache.nbytes > 0.1 * 2**20
+    with pytest.raises(BudgetError, match="do not fit into a limit of 0.0 MiB"):
+        made.model(input_ids=text, past_key_values=made.adapter.cache(made.model, limit_mib=0.001, **options))
+    with pytest.raises(BudgetError, match="must be positive"):
+        made.adapter.cache(made.model, limit_mib=-1, **options)

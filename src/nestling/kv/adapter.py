@@ -164,6 +164,7 @@ class KVAdapter:
         offloading: bool = False,
         tokens: float = 1.0,
         bits: bool = False,
+        limit_mib: float | None = None,
     ) -> NestedCache:
         """An empty cache for ``model.generate(past_key_values=...)``, and the model switched to read it.
 
@@ -184,6 +185,8 @@ class KVAdapter:
             tokens: share of the tokens that is kept, those that were read most (and sinks and recent ones); the
                 budget is that of a cache of all tokens, so both shares multiply. It has attention weights computed.
             bits: quantise coordinates, each at the width that pays: 1 to 8 bits, none, or all 16.
+            limit_mib: MiB that the compressed layers never exceed: the cache shrinks as the text grows, from
+                ``budget`` (1 if there is none) down.
             offloading: keep layers in host memory between their turns, as transformers' offloaded caches do.
 
         Raises:
@@ -199,6 +202,8 @@ class KVAdapter:
             raise allocate.BudgetError(
                 f"sinks={sinks} and window={window} must not be negative, chunk={chunk} at least 1"
             )
+        if limit_mib is not None and budget is None and bytes_per_token is None:
+            budget = 1.0
         elements, table = 0.0, isinstance(allocation, RankTable | BitTable | Mapping)
         if bits or isinstance(allocation, BitTable):
             dtype = dtype or (model.dtype if model.dtype.itemsize == 2 else torch.bfloat16)
@@ -234,7 +239,13 @@ class KVAdapter:
             offloading=offloading,
             tokens=tokens,
         )
+        if limit_mib is not None and (table or limit_mib <= 0):
+            raise allocate.BudgetError(
+                f"limit_mib={limit_mib:g} must be positive, and goes with a budget, not a table"
+            )
         if not table:
+            made.limit = None if limit_mib is None else int(limit_mib * 2**20)
+            made.budget = budget if budget is not None else bytes_per_token / (self.full_elements * itemsize)
             made.remake = partial(
                 self.cache, model, allocation=allocation, sinks=sinks, window=window, exact_prompt=exact_prompt,
                 context=context, dtype=dtype, chunk=chunk, offloading=offloading, tokens=tokens, bits=bits,

@@ -18,7 +18,7 @@ from nestling.kv import attention, coordinates
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.bits import BitTable
 from nestling.kv.evict import HeavyHitters, attention_mass
-from nestling.kv.exact import BLOCK, ExactStore
+from nestling.kv.exact import BLOCK, ExactStore, coded
 from nestling.kv.groups import RankGroup, shared_biases
 from nestling.kv.packed import Layout
 from nestling.kv.products import cast
@@ -130,9 +130,9 @@ class NestedLayer(CacheLayerMixin):
         if self.quantised:
             self._check_finite(key_states, value_states)
         states = self._heads_first(key_states), self._heads_first(value_states)
-        for coded in [states] if self.exact is None else self.exact.append(states, self.dtype):
+        for gone in [states] if self.exact is None else self.exact.append(states, self.dtype):
             for group in self.groups:
-                group.append(coded, self.dtype)
+                group.append(gone, self.dtype)
         prompt = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
         self.length += count
         handle = NestedHandle(self, prompt)
@@ -193,9 +193,9 @@ class NestedLayer(CacheLayerMixin):
         self.dtype, self.device, self.is_initialized = old.dtype, old.device, True
         if old.uncompressed and self.exact is not None:  # which has no exact store
             keys, values = (old._heads_second(rows.coordinates(self.dtype)) for rows in old.groups[0].rows)
-            for coded in self.exact.append((self._heads_first(keys), self._heads_first(values)), self.dtype):
+            for gone in self.exact.append((self._heads_first(keys), self._heads_first(values)), self.dtype):
                 for group in self.groups:
-                    group.append(coded, self.dtype)
+                    group.append(gone, self.dtype)
             return
         order, held = self._order(), old._order()
         self.exact = old.exact
@@ -229,6 +229,14 @@ class NestedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def expected_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
+        """Bytes of storage for that many tokens, of elements of ``itemsize`` bytes where they are not coded."""
+        left, exact = tokens, 0
+        if self.exact is not None:
+            left = coded(tokens, self.exact.sinks, self.exact.window, self.exact.block)
+            exact = 2 * self.heads * self.groups[0].width * self.exact.capacity * itemsize
+        return batch * (exact + sum(group.expected_bytes(left, itemsize) for group in self.groups))
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""
         if tokens_to_remove > 0:
@@ -241,9 +249,9 @@ class NestedLayer(CacheLayerMixin):
                     raise CacheMismatchError(f"{remove} tokens cannot be taken back: before them some were evicted")
             if self.hitters is not None:
                 self.hitters.crop(remove)
-            coded = remove if self.exact is None else self.exact.crop(remove, self.groups[0].length)
+            gone = remove if self.exact is None else self.exact.crop(remove, self.groups[0].length)
             for group in self.groups:
-                group.crop(coded)
+                group.crop(gone)
             self.length -= remove
 
     def reset(self) -> None:
@@ -305,6 +313,38 @@ class NestedCache(Cache):
         super().__init__(layers=layers, **kwargs)
         self.ranks, self.config = ranks, config
         self.remake: Callable[[float], NestedCache] | None = None  # an empty cache like this of another budget
+        self.budget = 1.0
+        self.limit: int | None = None  # bytes that are never exceeded: the budget falls as the text grows
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if self.limit is not None and layer_idx == next(i for i, _ in self._nested()):
+            itemsize = (self._nested()[0][1].storage_dtype or key_states.dtype).itemsize
+            self._make_room(key_states.shape[0], self.get_seq_length() + key_states.shape[2], itemsize)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _nested(self) -> list[tuple[int, NestedLayer]]:
+        return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, NestedLayer)]
+
+    def _make_room(self, batch: int, tokens: int, itemsize: int) -> None:
+        """Shrink as far as that many tokens take, and an eighth more, so that it is not done for every token."""
+        assert self.limit is not None and self.remake is not None
+        if self._expected(batch, tokens, itemsize) <= self.limit:
+            return
+        budget, most = self.budget, self.limit
+        while True:
+            budget *= 0.9
+            try:
+                made = self.remake(budget)
+            except BudgetError as error:
+                raise BudgetError(
+                    f"{tokens} tokens do not fit into a limit of {most / 2**20:.1f} MiB: {error}"
+                ) from error
+            if made._expected(batch, tokens + tokens // 8, itemsize) <= most:
+                return self.shrink(budget)
+
+    def _expected(self, batch: int, tokens: int, itemsize: int) -> int:
+        """Bytes that the nested layers take for that many tokens."""
+        return sum(layer.expected_bytes(batch, tokens, itemsize) for _, layer in self._nested())
 
     def shrink(self, budget: float) -> None:
         """Lower the budget of a cache in use: coordinates and bits are dropped in place, a layer at a time.
@@ -328,7 +368,7 @@ class NestedCache(Cache):
             if isinstance(layer, NestedLayer) and isinstance(old, NestedLayer):
                 layer.take(old)
                 self.layers[index] = layer
-        self.ranks = new.ranks
+        self.ranks, self.budget = new.ranks, budget
 
     @property
     def nbytes(self) -> int:

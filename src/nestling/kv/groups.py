@@ -37,7 +37,7 @@ class RankGroup:
         """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``; for layouts with codes also
         {key,value}_mean and _step ``[Hkv, D]``."""
         self.heads, self.start, self.stop = heads, start, start + len(heads)
-        self.layouts, self.chunk = layouts, chunk
+        self.layouts, self.chunk, self.width = layouts, chunk, bases["key_encode"].shape[-1]
         self.device = bases["key_encode"].device
         self.encode = [_rows_of(bases[f"{s}_encode"].mT, heads, kept) for s, kept in zip(SIDES, layouts, strict=True)]
         self.decode = [_rows_of(bases[f"{s}_decode"], heads, kept) for s, kept in zip(SIDES, layouts, strict=True)]
@@ -56,6 +56,11 @@ class RankGroup:
     def length(self) -> int:
         """Tokens held."""
         return self.rows[0].length
+
+    def expected_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of storage for that many tokens of one text."""
+        row = sum(len(layout.plain) * itemsize + sum(layout.widths) for layout in self.layouts)
+        return len(self.heads) * row * -(-tokens // self.chunk) * self.chunk
 
     def append(self, states: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         """Store keys and values of the layer ``[Hkv, B, t, D]``, as far as they are of this group's heads."""
