@@ -24,7 +24,7 @@ from nestling import kv
 from nestling.data import read_texts
 from nestling.kv import student
 from nestling.kv.files import SIDES
-from nestling.kv.sensitivity import measured_energy
+from nestling.kv.sensitivity import measure
 from nestling.models import load_model
 from nestling.report import run_meta, table, write_json
 from nestling.tokens import token_windows
@@ -67,7 +67,7 @@ def random_start(lm, adapter: kv.KVAdapter, windows: Tensor) -> kv.KVAdapter:
     rng = torch.Generator().manual_seed(0)
     encode = {s: torch.linalg.qr(torch.randn(adapter.encode[s].shape, generator=rng)).Q for s in SIDES}
     changed = replace(adapter, encode=encode)
-    return replace(changed, energy=measured_energy(lm, changed, windows, **EXACT))
+    return measure(lm, changed, windows, **EXACT)
 
 
 def main(
@@ -104,7 +104,7 @@ def main(
         with (
             TemporaryDirectory() as folder,
             mock.patch.object(student, "MaskedBases", bases),
-            mock.patch("nestling.kv.train.measured_energy", lambda lm, trained, *_, **__: trained.energy),  # not used
+            mock.patch("nestling.kv.train.measure", lambda lm, trained, *_, **__: trained),  # not used
         ):
             trained = kv.train(
                 lm, None, texts, adapter, folder=folder, tokens=tokens, length=length, batch_size=1,

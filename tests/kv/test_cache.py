@@ -21,7 +21,7 @@ from nestling.kv import attention
 from nestling.kv import cache as cache_module
 from nestling.kv.allocate import RankTable
 from nestling.kv.buffer import Buffer
-from nestling.kv.cache import CHUNK, NestedCache, NestedLayer, make_cache
+from nestling.kv.cache import CHUNK, Maker, NestedCache, NestedLayer, make_cache
 from nestling.kv.exact import BLOCK, ExactStore, capacity
 from nestling.kv.groups import RankGroup
 
@@ -704,7 +704,7 @@ def storages(root) -> dict[int, int]:
             todo += vars(item).values()
         else:
             assert not hasattr(item, "__dict__") or isinstance(
-                item, RankTable | LlamaConfig | torch.dtype | torch.device
+                item, RankTable | LlamaConfig | Maker | torch.dtype | torch.device
             ), item
     return {address: size for address, size in found.items() if size}
 

@@ -13,7 +13,7 @@ from nestling.kv import attention
 from nestling.kv import moments as module
 from nestling.kv.files import SIDES
 from nestling.kv.moments import SKIP, collect_moments, make_bases
-from nestling.kv.sensitivity import measured_energy, sensitivity, spread
+from nestling.kv.sensitivity import measure, sensitivity, spread
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -399,7 +399,7 @@ def test_what_only_near_tokens_read_is_worth_nothing(ids):
     energy = sensitivity(model, adapter, [ids[:2, :19]], sinks=1, window=3)  # up to 18 recent ones are exact
     assert all(float(e.abs().max()) == 0 for e in energy.values())
     with pytest.raises(ValueError, match="pieces of 19 tokens hold nothing beyond the 19 exact ones"):
-        measured_energy(model, adapter, ids[:, :19], sinks=1, window=3)
+        measure(model, adapter, ids[:, :19], sinks=1, window=3)
 
 
 def test_pieces_are_from_all_over_the_windows():

@@ -1,5 +1,7 @@
 """Caches with coordinates at 1 to 16 bits: numbers of a model with rounded states, real bytes, shrinking in place."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -183,6 +185,16 @@ def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids, family, b
         assert one.exact is None or one.exact.length == other.exact.length
     out = made.model.generate(input_ids=ids[:2, :44], past_key_values=cache, max_new_tokens=4, do_sample=False)
     assert out.shape == (2, 48) and cache.get_seq_length() == 47
+
+
+def test_a_copy_shrinks_by_itself_and_copies_no_model(fitted, ids):
+    made = fitted("llama-gqa")
+    cache = made.adapter.cache(made.model, 0.5, bits=True, window=0, context=200)
+    run(made.model, ids[:1, :40], cache, [40])
+    other, before = copy.deepcopy(cache), cache.nbytes
+    assert other.remake is cache.remake
+    other.shrink(0.25)
+    assert other.nbytes < before == cache.nbytes
 
 
 def test_shrinking_up_is_refused_and_changes_nothing(fitted, ids):

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from nestling.basis import NestedBasis
 from nestling.kv import allocate, attention
 from nestling.kv.allocate import CONTEXT, RankTable
 from nestling.kv.bits import BitTable, by_bits, losses
-from nestling.kv.cache import CHUNK, NestedCache, make_cache
+from nestling.kv.cache import CHUNK, Maker, NestedCache, make_cache
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, AdapterError, path_names, read, write
 
@@ -246,10 +245,11 @@ class KVAdapter:
         if not table:
             made.limit = None if limit_mib is None else int(limit_mib * 2**20)
             made.budget = budget if budget is not None else bytes_per_token / (self.full_elements * itemsize)
-            made.remake = partial(
-                self.cache, model, allocation=allocation, sinks=sinks, window=window, exact_prompt=exact_prompt,
-                context=context, dtype=dtype, chunk=chunk, offloading=offloading, tokens=tokens, bits=bits,
+            options = dict(
+                allocation=allocation, sinks=sinks, window=window, exact_prompt=exact_prompt, context=context,
+                dtype=dtype, chunk=chunk, offloading=offloading, tokens=tokens, bits=bits,
             )  # fmt: skip
+            made.remake = Maker(self.cache, model, options)
         return made
 
     def _layer_bases(self, row: int) -> dict[str, Tensor]:

@@ -299,6 +299,21 @@ class NestedLayer(CacheLayerMixin):
         return 2 * batch * heads * self.length * width
 
 
+class Maker:
+    """Makes empty caches like one, of other budgets. Copies of a cache share it, and the model is not kept alive."""
+
+    def __init__(self, make: Callable[..., "NestedCache"], model, options: dict):
+        self.make, self.model, self.options = make, weakref.ref(model), options
+
+    def __call__(self, budget: float) -> "NestedCache":
+        if (model := self.model()) is None:
+            raise CacheMismatchError("the model that this cache was made for is gone")
+        return self.make(model, budget, **self.options)
+
+    def __deepcopy__(self, memo) -> "Maker":
+        return self
+
+
 class NestedCache(Cache):
     """A cache for ``model.generate(past_key_values=...)`` that holds a share of the stock cache's bytes.
 
@@ -312,7 +327,7 @@ class NestedCache(Cache):
     def __init__(self, layers: list, ranks: RankTable | BitTable, config: PreTrainedConfig, **kwargs):
         super().__init__(layers=layers, **kwargs)
         self.ranks, self.config = ranks, config
-        self.remake: Callable[[float], NestedCache] | None = None  # an empty cache like this of another budget
+        self.remake: Maker | None = None
         self.budget = 1.0
         self.limit: int | None = None  # bytes that are never exceeded: the budget falls as the text grows
 
