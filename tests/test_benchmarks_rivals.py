@@ -62,21 +62,20 @@ def test_int8_equals_numpy(x):
 
 
 @settings(deadline=None, max_examples=60)
-@given(STATES)
-def test_int4_equals_numpy(x):
-    width = x.shape[-1]
+@given(STATES, st.sampled_from([2, 3, 4]))
+def test_groups_equal_numpy(x, bits):
+    width, most = x.shape[-1], 2**bits - 1
     group = math.gcd(32, width)
-    packed, scale, minimum = rivals.quantise4(torch.from_numpy(x))
+    packed, scale, minimum = rivals.quantise_groups(torch.from_numpy(x), bits)
     groups = x.reshape(*x.shape[:-1], -1, group)
     low = groups.min(-1, keepdims=True).astype(np.float16)
-    step = (np.maximum(groups.max(-1, keepdims=True) - low.astype(np.float32), 0) / np.float32(15)).astype(np.float16)
+    step = np.maximum(groups.max(-1, keepdims=True) - low.astype(np.float32), 0) / np.float32(most)
+    step = step.astype(np.float16)
     divisor = np.where(step == 0, 1, step).astype(np.float32)
-    codes = np.clip(np.rint((groups - low.astype(np.float32)) / divisor), 0, 15).astype(np.uint8)
-    assert packed.dtype == torch.uint8 and packed.shape == (*x.shape[:-1], width // 2)
+    codes = np.clip(np.rint((groups - low.astype(np.float32)) / divisor), 0, most).astype(np.uint8)
+    assert packed.dtype == torch.uint8 and packed.shape == (*x.shape[:-1], bits * width // 8)
     assert scale.shape == minimum.shape == (*x.shape[:-1], width // group)
-    np.testing.assert_array_equal(packed.numpy() & 15, codes.reshape(x.shape)[..., ::2])
-    np.testing.assert_array_equal(packed.numpy() >> 4, codes.reshape(x.shape)[..., 1::2])
-    back = rivals.dequantise4(packed, scale, minimum).numpy()
+    back = rivals.dequantise_groups(packed, scale, minimum, bits).numpy()
     expected = codes.astype(np.float32) * step.astype(np.float32) + low.astype(np.float32)
     np.testing.assert_array_equal(back, expected.reshape(x.shape))
     largest = np.abs(groups).max(-1, keepdims=True)
@@ -88,11 +87,38 @@ def test_int4_equals_numpy(x):
 @given(npst.arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([32, 64])), elements=st.integers(0, 15)))
 def test_int4_packing_is_lossless(codes):
     codes[:, ::32], codes[:, 1::32] = 0, 15  # every group uses its whole range, so the step is 1
-    packed, scale, minimum = rivals.quantise4(torch.from_numpy(codes.astype(np.float32)))
-    assert (rivals.dequantise4(packed, scale, minimum).numpy() == codes).all()
+    packed = rivals.quantise_groups(torch.from_numpy(codes.astype(np.float32)), 4)
+    assert (rivals.dequantise_groups(*packed, 4).numpy() == codes).all()
 
 
-@pytest.mark.parametrize("bits, per_head", [(8, 16 + 2), (4, 8 + 4)])
+def test_hadamard_matrices_spread_an_outlier_evenly():
+    matrix = rivals.hadamard(16, torch.device("cpu"))
+    torch.testing.assert_close(matrix @ matrix, torch.eye(16))
+    assert matrix.abs().unique().tolist() == [0.25]
+    with pytest.raises(ValueError, match="power of two"):
+        rivals.hadamard(24, torch.device("cpu"))
+
+
+def test_keys_by_channel_survive_an_outlier_channel():
+    """KIVI's reason: one large channel does not spoil the others. All tokens but the last few are quantised."""
+    states = torch.randn(2, 3, 70, 64, generator=torch.Generator().manual_seed(0))
+    states[..., 5] *= 100
+    config = tiny_model("llama-gqa").config
+    (layer, *_), (plain, *_) = rivals.kivi_cache(config, 2).layers, rivals.int_cache(config, 2).layers
+    for part in states.split(9, 2):
+        keys, values = layer.update(part, part)
+        by_token, _ = plain.update(part, part)
+    others = torch.arange(64) != 5
+    error, by_token = ((k - states)[:, :, :64, others].square().mean() for k in (keys, by_token))
+    assert error < 0.5 * by_token
+    torch.testing.assert_close(keys[:, :, 64:], states[:, :, 64:].bfloat16().float())
+    codes = 2 * 3 * 64 * (64 * 2 // 8 + 2 * 2 * 64 // 32)  # two groups of 32 tokens, scale and minimum for each
+    recent = 2 * 3 * 6 * 64 * 2
+    of_values = 2 * 3 * 70 * (64 * 2 // 8 + 2 * 2 * 64 // 32)
+    assert held_bytes(rivals.Cache(layers=[layer])) == codes + recent + of_values
+
+
+@pytest.mark.parametrize("bits, per_head", [(8, 16 + 2), (4, 8 + 4), (3, 6 + 4), (2, 4 + 4)])
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
 def test_bytes_and_shapes(family, bits, per_head, ids):
     model = tiny_model(family, head_dim=16)
@@ -134,7 +160,7 @@ def test_int_cache_verbs(bits):
     layer.reset()
     assert layer.get_seq_length() == 0 and held_bytes(rivals.Cache(layers=[layer])) == 0
     with pytest.raises(ValueError, match="bits"):
-        rivals.IntLayer(3)
+        rivals.IntLayer(5)
 
 
 def test_more_bits_are_closer(ids):

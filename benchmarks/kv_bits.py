@@ -1,0 +1,97 @@
+"""Ranks and bits together, beside plain integers, at the bytes that are really held: KL, perplexity, agreement, tasks.
+
+    python benchmarks/kv_bits.py --data FOLDER --adapters FOLDER [--only kl|tasks] [--length 4096]
+
+The folder of adapters holds `default` (trained), `balanced` and `pca` (calibrated; `nestling kv fit --basis`).
+Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the windows. Plain
+integers have the bytes that their groups and scales take; `quanto` and `hqq` are transformers' QuantizedCache.
+"""
+
+import json
+import time
+from functools import partial as bind
+from pathlib import Path
+
+import rivals
+import torch
+import typer
+from kv_quality import Part, merged, numbers, questions, spread_windows, texts
+from rich.console import Console
+
+from nestling import kv
+from nestling.kv import attention
+from nestling.kv.evaluate import Contender, Partial, compare
+from nestling.models import load_model
+from nestling.report import run_meta, table, write_json
+
+OURS = {"bits": "default", "bits-balanced": "balanced", "bits-pca": "pca"}  # method: adapter
+RIVALS = {
+    **{f"int{b}": bind(rivals.int_cache, bits=b) for b in (8, 4, 3, 2)},
+    **{f"hadamard-int{b}": bind(rivals.int_cache, bits=b, rotate=True) for b in (4, 3, 2)},
+    **{f"kivi-int{b}": bind(rivals.kivi_cache, bits=b) for b in (4, 3, 2)},
+    **{f"quanto-int{b}": bind(rivals.quanto_cache, bits=b) for b in (4, 2)},
+    **{f"hqq-int{b}": bind(rivals.hqq_cache, bits=b) for b in (4, 2)},
+}
+METHODS = [*OURS, "ranks", *RIVALS]
+
+
+def contenders(lm, adapters: Path, methods: list[str], shares: list[float], context: int, window: int) -> list:
+    found = []
+    for name in methods:
+        if name in RIVALS:
+            found.append(Contender(name, None, bind(RIVALS[name], attention.text_config(lm))))
+            continue
+        adapter = kv.KVAdapter.from_pretrained(adapters / OURS.get(name, "default"))
+        options = {"context": context, "window": window, "exact_prompt": False, "dtype": torch.bfloat16}
+        make = bind(adapter.cache, lm, bits=name != "ranks", **options)
+        found += [Contender(name, share, bind(make, share)) for share in shares]
+    return found
+
+
+def main(
+    data: Path = typer.Option(..., help="The folder of the data sets."),
+    adapters: Path = typer.Option(..., help="Folder of the adapters."),
+    model: str = typer.Option("smollm2", help="Alias, folder, GGUF file or hub id."),
+    methods: str = typer.Option(",".join(METHODS), help="What is measured."),
+    budgets: str = typer.Option("0.3125,0.25,0.1875,0.125,0.09375,0.0625", help="Shares of the full cache."),
+    windows: int = typer.Option(3, help="Windows of text."),
+    length: int = typer.Option(4096, help="Tokens a window."),
+    window: int = typer.Option(64, help="Recent tokens kept exact, at least."),
+    rows: int = typer.Option(100, help="Questions a task."),
+    chunk: int = typer.Option(64, help="Tokens that go through a cache at once."),
+    only: Part = typer.Option(Part.kl, help="KL and perplexity, or the tasks."),
+    out: Path = typer.Option(Path("benchmarks/results/kv_bits.json"), help="Results; joined with what is there."),
+):
+    start, chosen = time.monotonic(), methods.split(",")
+    if unknown := set(chosen) - set(METHODS):
+        raise typer.BadParameter(f"unknown methods {sorted(unknown)}; known: {', '.join(METHODS)}")
+    lm, tokenizer = load_model(model)
+    settings = {"length": length, "window": window, "storage": "bf16"}
+    old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"runs": []}}
+    partial = Partial(out.with_suffix(".partial.json"), {**settings, "model": Path(model).name})
+    found, run = old["rows"], {"part": only.value, "chunk": chunk, **settings}
+    entrants = contenders(lm, adapters, chosen, numbers(budgets), length, window)
+    measure = bind(compare, lm, tokenizer, entrants, chunk=chunk, partial=partial)
+    if only != Part.tasks:
+        ids = spread_windows(tokenizer, texts(data)[1], length, windows)
+        run["windows"] = len(ids)
+        found = merged(found, measure(texts=ids, windows=len(ids), length=length), METHODS)
+    if only != Part.kl:
+        run["rows"] = rows
+        new = measure(windows=0, tasks=questions(data, rows))
+        found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new], METHODS)
+    for row in found:  # all shares are of the full model's bf16 cache, whatever it computes in
+        if row["method"] == "full" and row.get("bytes_share"):
+            row.update(bytes_share=1.0, bytes_per_token=row["bytes_per_token"] / row["bytes_share"])
+    meta = run_meta(time.monotonic() - start)
+    run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, found, {**meta, "runs": [*old["meta"]["runs"], run]})
+    partial.path.unlink(missing_ok=True)
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(table([{k: v for k, v in row.items() if k != "model"} for row in found]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
