@@ -92,6 +92,20 @@ def test_generate_streams_and_reports_bytes(place):
     assert held == pytest.approx(512 * per_token * 0.75 / 2**20, abs=0.012)
 
 
+def test_generate_stays_within_a_limit(place):
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", TEXT[:400], "--bits",
+        "--max-new-tokens", 8, "--window", 0, "--sinks", 0, "--limit-mib", 0.05,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    line = re.sub(r"\s+", " ", result.output)
+    held, full = map(float, re.search(r"cache ([\d.]+) MiB held .* cache ([\d.]+) MiB", line).groups())
+    assert 0.02 < held <= 0.05 < full
+    assert "must be positive" in run(
+        "kv", "generate", place / "lm", place / "adapter", "--prompt", "The quick brown", "--limit-mib", 0
+    ).output  # fmt: skip
+
+
 def test_generate_at_full_budget_prints_what_the_stock_model_says(place):
     from nestling.models import load_model
 

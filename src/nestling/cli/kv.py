@@ -27,6 +27,7 @@ kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, s
 Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", metavar="ADAPTER")]
 Allocation = Annotated[str, typer.Option(help="energy, uniform, or the name of a searched one such as greedy.")]
 Budget = Annotated[float, typer.Option(help="Share of the full cache's bytes, in (0, 1].")]
+Bits = Annotated[bool, typer.Option("--bits", help="Quantise coordinates too, each at the width that pays.")]
 CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bfloat16, float16, float32 or model.")]
 
 
@@ -187,6 +188,7 @@ def evaluate(
     ] = None,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
+    bits: Bits = False,
     cache_dtype: CacheDtype = "bfloat16",
     json: Json = None,
     html: Annotated[Path | None, typer.Option(help="Write a report page to this file.")] = None,
@@ -207,6 +209,7 @@ def evaluate(
     result = kv.evaluate(
         language_model, tokenizer, nested, shares, allocation=allocation, texts=texts, windows=windows, length=length,
         chunk=chunk, tasks=tasks, passkey=passkey or (), sinks=sinks, window=window, dtype=_dtype(cache_dtype),
+        bits=bits,
     )  # fmt: skip
     show(result, f"{model}, {windows} windows of {length} tokens")
     write_results(json, result, time.perf_counter() - start)
@@ -229,6 +232,10 @@ def generate(
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    bits: Bits = False,
+    limit_mib: Annotated[
+        float | None, typer.Option(help="MiB that the cache never exceeds: its budget falls as the text grows.")
+    ] = None,
     cache_dtype: CacheDtype = "bfloat16",
 ) -> None:
     """Generate from a compressed cache, as a stream, and say what the cache took."""
@@ -239,8 +246,9 @@ def generate(
     nested = kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
     cache = nested.cache(
-        language_model, budget, allocation=allocation, sinks=sinks, window=window, dtype=_dtype(cache_dtype)
-    )
+        language_model, budget, allocation=allocation, sinks=sinks, window=window, dtype=_dtype(cache_dtype),
+        bits=bits, limit_mib=limit_mib,
+    )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     console.print(stream(language_model, tokenizer, text, cache, max_new_tokens, temperature), style="dim")
 

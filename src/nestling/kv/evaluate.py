@@ -93,7 +93,7 @@ def evaluate(
     adapter.check(model)
     attention.attach(model)
     named = isinstance(allocation, str)
-    method = _method(adapter, allocation if named else "ranks")
+    method = _method(adapter, allocation if named else "ranks") + "-bits" * bool(cache_options.get("bits"))
     options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
     sizes = budgets if named else [None]
     contenders = [Contender(method, budget, bind(adapter.cache, model, budget, **options)) for budget in sizes]

@@ -25,18 +25,29 @@ FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if os.environ.get("NESTLING_KERNELS") == "0" or compiler is None:
+    found = compiler()
+    if os.environ.get("NESTLING_KERNELS") == "0" or found is None:
         return None
-    machine = f"{platform.machine()} {platform.node()} {torch.backends.cpu.get_cpu_capability()} {compiler} {FLAGS}"
-    name = hashlib.sha256(SOURCE.read_bytes() + machine.encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nestling" / "kernels" / f"{name}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nestling" / "kernels"
+    path = folder / file_name(found)
     try:
         if not path.is_file():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+            _compile(found, path)
+        loaded = ctypes.CDLL(str(path))
+        return loaded if hasattr(loaded, "nestling_weighted") else None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def compiler() -> str | None:
+    """The path of the C compiler: ``CC``, or ``cc``."""
+    return shutil.which(os.environ.get("CC", "cc"))
+
+
+def file_name(compiler: str) -> str:
+    """Of the library: another one for other source, another compiler and another processor."""
+    machine = f"{platform.machine()} {platform.node()} {torch.backends.cpu.get_cpu_capability()} {compiler} {FLAGS}"
+    return f"{hashlib.sha256(SOURCE.read_bytes() + machine.encode()).hexdigest()[:16]}.so"
 
 
 def _compile(compiler: str, path: Path) -> None:
