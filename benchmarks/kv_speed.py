@@ -8,6 +8,8 @@ timed in turns, one step each (interleaved), and the medians are reported.
 * `same-storage` is a nested cache at full rank: our storage without any compression, read by SDPA. What it gains over
   DynamicCache is the copy of the history that DynamicCache makes for every token.
 * `same-storage-again` is the same thing a second time: how far two equal things are apart in this run.
+* `nested-bits-X` has its coordinates quantised and packed; `-unpacked` keeps the same ones in bf16, and what the first
+  takes over it is what reading packed codes costs.
 * `same-attention` has one key coordinate less than full rank, so that nearly all bytes are read by the attention in
   coordinates. What it gains over `same-storage` is that a KV head is read once for its whole group of query heads;
   what X gains over it is compression alone.
@@ -25,6 +27,7 @@ from transformers.cache_utils import QuantizedCache
 
 from nestling import kv
 from nestling.kv import attention
+from nestling.kv.bits import BitTable
 from nestling.kv.evaluate import held_bytes
 from nestling.models import load_model
 from nestling.progress import progress_bar
@@ -51,6 +54,11 @@ def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
         for name in ("uniform", "energy"):
             found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: adapter.cache(lm, b, allocation=a)
     found["nested-energy-50%-bf16"] = lambda: adapter.cache(lm, 0.5, dtype=torch.bfloat16)
+    for budget in (0.25, 0.125):
+        bits = adapter.bits(budget * 16 * adapter.full_elements)
+        unpacked = BitTable(*(16 * (side > 0) for side in (bits.keys, bits.values)))
+        found[f"nested-bits-{budget:.1%}"] = lambda t=bits: adapter.cache(lm, allocation=t)
+        found[f"nested-bits-{budget:.1%}-unpacked"] = lambda t=unpacked: adapter.cache(lm, allocation=t)
     return found
 
 
