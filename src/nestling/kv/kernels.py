@@ -84,7 +84,7 @@ def weighted(rows: Tensor, tokens: int, widths: tuple[int, ...], weight: Tensor)
     groups, queries, _ = weight.shape
     if weight.stride(2) != 1 or weight.stride(0) != queries * weight.stride(1):
         weight = weight.contiguous()
-    out = weight.new_empty(groups, queries, 8 * len(widths))
+    out = weight.new_zeros(groups, queries, 8 * len(widths))
     library().nestling_weighted(  # type: ignore[union-attr]
         _pointer(rows), _long(rows.shape[2]), _long(rows.shape[1]), _counts(widths), _pointer(weight),
         _long(weight.stride(1)), _long(groups), _long(queries), _long(out.shape[2]), _long(tokens), _pointer(out),
