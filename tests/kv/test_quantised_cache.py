@@ -111,6 +111,23 @@ def products(request, monkeypatch):
         pytest.skip("there is no C compiler")
 
 
+def test_heads_may_keep_nothing_at_all(fitted, ids):
+    """Keys that are all at their mean are read evenly; values that are, add their mean."""
+    made = fitted("llama-gqa")
+    table = BitTable(*(torch.full((3, 2, 2), 8) for _ in range(2)))
+    table.keys[1], table.values[2, 1] = 0, 0
+    options = dict(allocation=table, sinks=0, window=0, exact_prompt=False)
+    cache = made.adapter.cache(made.model, **options)
+    with torch.no_grad():
+        whole = made.model(input_ids=ids[:2, :30], past_key_values=cache).logits
+        parts = run(made.model, ids[:2, :30], made.adapter.cache(made.model, **options), [20, *[1] * 10])
+    assert torch.isfinite(whole).all()
+    far = ~torch.isclose(whole, parts, rtol=1e-3, atol=1e-3)
+    assert far.any(-1).float().mean() < 0.1
+    keys = cache.layers[1].expand(torch.float32)[0]
+    torch.testing.assert_close(keys, made.adapter.mean["key"][1][:, None].expand_as(keys))
+
+
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     bits=st.lists(st.sampled_from(CHOICES), min_size=3, max_size=3).filter(lambda b: any(0 < x < 16 for x in b)),

@@ -77,7 +77,7 @@ class RankGroup:
         work = work_dtype(state.device, state.dtype)
         columns = state.to(work).reshape(heads, batch * count, width).mT
         coordinates = product(encode.to(work), columns)
-        rows.append(coordinates.view(heads, -1, batch, count).transpose(1, 2), dtype)
+        rows.append(coordinates.view(heads, encode.shape[1], batch, count).transpose(1, 2), dtype)
 
     def score(self, query: Tensor, batch: int, scaling: float, into: Tensor) -> None:
         """Logits of the tokens held, ``(q D_k^T) k'^T``: of ``query`` ``[Hkv * B, n, D]`` into ``[Hkv * B, n, T]``."""
@@ -157,7 +157,10 @@ def shared_biases(groups: list[RankGroup], bases: dict[str, Tensor]) -> list[Ten
 
 def _by_head(rows: Tensor, basis: Tensor) -> Tensor:
     """Each head's ``rows @ basis``: ``[h * B, n, a]`` and ``[h, a, b]`` to ``[h * B, n, b]``."""
-    return product(rows.reshape(basis.shape[0], -1, rows.shape[-1]), basis).view(*rows.shape[:2], -1)
+    heads, inner, outer = basis.shape
+    return product(rows.reshape(heads, rows.shape[0] // heads * rows.shape[1], inner), basis).view(
+        *rows.shape[:2], outer
+    )
 
 
 def _rest(mean: Tensor, group: RankGroup, side: int) -> Tensor:
