@@ -244,7 +244,7 @@ class KVAdapter:
             )
         if not table:
             made.limit = None if limit_mib is None else int(limit_mib * 2**20)
-            made.budget = budget if budget is not None else bytes_per_token / (self.full_elements * itemsize)
+            made.budget = budget or (bytes_per_token or 0.0) / (self.full_elements * itemsize)
             options = dict(
                 allocation=allocation, sinks=sinks, window=window, exact_prompt=exact_prompt, context=context,
                 dtype=dtype, chunk=chunk, offloading=offloading, tokens=tokens, bits=bits,
