@@ -43,6 +43,13 @@ def test_a_damaged_library_is_done_without(fresh, monkeypatch, tmp_path):
     assert kernels.library() is None
 
 
+def test_loading_them_leaves_subnormal_numbers_alone():
+    """Flags such as -ffast-math change the processor's state for all of the process."""
+    if kernels.library() is None:
+        pytest.skip("there is no C compiler")
+    assert float(torch.tensor([2.0**-140]) * torch.tensor([2.0])) == 2.0**-139
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products_equal_those_of_unpacked_codes(threads):
     if kernels.library() is None:

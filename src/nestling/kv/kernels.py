@@ -19,7 +19,10 @@ from torch import Tensor
 from nestling.kv.quantise import WIDTHS
 
 SOURCE = Path(__file__).with_name("packed.c")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+# Sums may be reordered, so that they become vectors. Not -ffast-math: a library that is linked with it turns subnormal
+# numbers off for the whole process.
+REORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+FLAGS = ("-O3", "-march=native", *REORDER, "-fopenmp", "-shared", "-fPIC")
 
 
 @cache
