@@ -9,19 +9,19 @@ from nestling.kv.pack import pack
 
 @pytest.fixture
 def fresh():
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     yield
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
 
 
 def test_without_a_compiler_there_are_none(fresh, monkeypatch):
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    assert kernels.library() is None
+    assert kernels.compiled() is None
 
 
 def test_they_can_be_turned_off(fresh, monkeypatch):
     monkeypatch.setenv("NESTLING_KERNELS", "0")
-    assert kernels.library() is None
+    assert kernels.compiled() is None
 
 
 @pytest.mark.parametrize("source", ["this is no C", "int other;"])
@@ -29,30 +29,30 @@ def test_source_that_does_not_compile_or_lacks_the_functions_is_done_without(fre
     (tmp_path / "packed.c").write_text(source)
     monkeypatch.setattr(kernels, "SOURCE", tmp_path / "packed.c")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert kernels.library() is None
+    assert kernels.compiled() is None
 
 
 def test_a_damaged_library_is_done_without(fresh, monkeypatch, tmp_path):
-    if kernels.library() is None:
+    if kernels.compiled() is None:
         pytest.skip("there is no C compiler")
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = tmp_path / "nestling" / "kernels" / kernels.file_name(kernels.compiler())
     built.parent.mkdir(parents=True)
     built.write_bytes(b"not a library")
-    assert kernels.library() is None
+    assert kernels.compiled() is None
 
 
 def test_loading_them_leaves_subnormal_numbers_alone():
     """Flags such as -ffast-math change the processor's state for all of the process."""
-    if kernels.library() is None:
+    if kernels.compiled() is None:
         pytest.skip("there is no C compiler")
     assert float(torch.tensor([2.0**-140]) * torch.tensor([2.0])) == 2.0**-139
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products_equal_those_of_unpacked_codes(threads):
-    if kernels.library() is None:
+    if kernels.compiled() is None:
         pytest.skip("there is no C compiler")
     rng = torch.Generator().manual_seed(0)
     widths, tokens, before = (8, 4, 4, 3, 2, 1), 700, torch.get_num_threads()

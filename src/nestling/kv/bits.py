@@ -56,9 +56,6 @@ class BitTable:
             if wrong := sorted(set(bits.flatten().tolist()) - set(CHOICES)):
                 raise BudgetError(f"bit table: {name} holds {wrong[0]} bits, expected some of {CHOICES}")
 
-    def to_dict(self) -> dict[str, list[list[list[int]]]]:
-        return {"keys": self.keys.tolist(), "values": self.values.tolist()}
-
 
 def losses(energy: Tensor, noise: Tensor, errors: Tensor) -> Tensor:
     """What every block loses at each of `CHOICES`, in nats per token: ``[2, L, Hkv, blocks, choices]``.

@@ -26,7 +26,7 @@ FLAGS = ("-O3", "-march=native", *REORDER, "-fopenmp", "-shared", "-fPIC")
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled functions, or None where they cannot be had."""
     found = compiler()
     if os.environ.get("NESTLING_KERNELS") == "0" or found is None:
@@ -62,7 +62,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def usable(rows: Tensor, dtype: torch.dtype) -> bool:
-    return rows.device.type == "cpu" and dtype == torch.float32 and not torch.is_grad_enabled() and bool(library())
+    return rows.device.type == "cpu" and dtype == torch.float32 and not torch.is_grad_enabled() and bool(compiled())
 
 
 def score(rows: Tensor, tokens: int, widths: tuple[int, ...], query: Tensor, shift: Tensor, into: Tensor, add: bool):
@@ -75,7 +75,7 @@ def score(rows: Tensor, tokens: int, widths: tuple[int, ...], query: Tensor, shi
     query, shift = query.contiguous(), shift.contiguous()
     groups, queries, width = query.shape
     assert into.stride(2) == 1 and into.stride(0) == queries * into.stride(1), "not as the kernel writes"
-    library().nestling_score(  # type: ignore[union-attr]
+    compiled().nestling_score(  # type: ignore[union-attr]
         _pointer(rows), _long(rows.shape[2]), _long(rows.shape[1]), _counts(widths), _pointer(query), _pointer(shift),
         _long(groups), _long(queries), _long(width), _long(tokens), _pointer(into), _long(into.stride(1)),
         ctypes.c_int(add), ctypes.c_int(torch.get_num_threads()),
@@ -88,7 +88,7 @@ def weighted(rows: Tensor, tokens: int, widths: tuple[int, ...], weight: Tensor)
     if weight.stride(2) != 1 or weight.stride(0) != queries * weight.stride(1):
         weight = weight.contiguous()
     out = weight.new_zeros(groups, queries, 8 * len(widths))
-    library().nestling_weighted(  # type: ignore[union-attr]
+    compiled().nestling_weighted(  # type: ignore[union-attr]
         _pointer(rows), _long(rows.shape[2]), _long(rows.shape[1]), _counts(widths), _pointer(weight),
         _long(weight.stride(1)), _long(groups), _long(queries), _long(out.shape[2]), _long(tokens), _pointer(out),
         ctypes.c_int(torch.get_num_threads()),
