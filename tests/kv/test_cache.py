@@ -18,12 +18,13 @@ from transformers.cache_utils import CacheLayerMixin
 from nestling import kv
 from nestling.basis import balanced
 from nestling.kv import attention
-from nestling.kv import cache as cache_module
+from nestling.kv import layer as layer_module
 from nestling.kv.allocate import RankTable
 from nestling.kv.buffer import Buffer
-from nestling.kv.cache import CHUNK, Maker, NestedCache, NestedLayer, make_cache
+from nestling.kv.cache import CHUNK, Maker, NestedCache, make_cache
 from nestling.kv.exact import BLOCK, ExactStore, capacity
 from nestling.kv.groups import RankGroup
+from nestling.kv.layer import NestedLayer
 
 from .families import FAMILIES, tiny_model
 
@@ -306,7 +307,7 @@ def test_attending_in_coordinates_is_attending_to_decoded_states(seed, count, me
     outs = []
     for limit in (0, 99):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache_module, "SHORT_QUERY", limit)
+            patch.setattr(layer_module, "SHORT_QUERY", limit)
             outs.append(handle.attend(module, query, mask, scaling=0.25))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=3e-5)
     for out in outs:  # exact tokens beside compressed ones, in coordinates and expanded
@@ -327,7 +328,7 @@ def read_with(bases, states, query, sinks: int, window: int, rank: int) -> dict[
     mask = (position <= position[-query.shape[2] :, None])[None, None]
     for path, limit in (("in coordinates", 99), ("expanded", 0)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache_module, "SHORT_QUERY", limit)
+            patch.setattr(layer_module, "SHORT_QUERY", limit)
             outs[path] = handle.attend(module, query, mask, scaling=0.25)
     return outs
 

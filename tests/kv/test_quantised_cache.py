@@ -12,10 +12,10 @@ from nestling import kv
 from nestling.kv import kernels
 from nestling.kv.allocate import BudgetError
 from nestling.kv.bits import CHOICES, BitTable
-from nestling.kv.cache import CacheMismatchError, NestedLayer
 from nestling.kv.evaluate import held_bytes
 from nestling.kv.exact import BLOCK
 from nestling.kv.files import AdapterError
+from nestling.kv.layer import CacheMismatchError, NestedLayer
 from nestling.kv.packed import Layout, PackedRows
 
 from .families import FAMILIES, tiny_model
@@ -106,7 +106,7 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
 def products(request, monkeypatch):
     """With the compiled products, if there is a compiler, and without."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "library", lambda: None)
+        monkeypatch.setattr(kernels, "compiled", lambda: None)
     elif kernels.compiled() is None:
         pytest.skip("there is no C compiler")
 

@@ -4,10 +4,11 @@ from nestling.checkpoints import TrainingError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
 from nestling.kv.attention import UnsupportedModelError, attach
-from nestling.kv.cache import CacheMismatchError, NestedCache
+from nestling.kv.cache import NestedCache
 from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import Contender, compare, evaluate
 from nestling.kv.files import AdapterError
+from nestling.kv.layer import CacheMismatchError
 from nestling.kv.moments import CalibrationError
 from nestling.kv.search import search
 from nestling.kv.train import train

@@ -1,0 +1,295 @@
+"""One attention layer of a nested cache: what it stores, and what it hands to the attention function.
+
+A layer sorts its KV heads into rank groups, the unit of storage, and keeps sinks and recent tokens of all heads in an
+exact store. `NestedLayer.update` returns a handle instead of tensors, which `nestling.kv.attention` calls to attend to
+both. The layer carries the bases, so caches of several budgets can serve one model at the same time.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from nestling.kv import attention, coordinates
+from nestling.kv.evict import HeavyHitters, attention_mass
+from nestling.kv.exact import ExactStore, coded
+from nestling.kv.groups import RankGroup
+from nestling.kv.products import cast
+from nestling.kv.shrink import take
+
+SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
+
+
+class CacheMismatchError(ValueError):
+    """A cache was used with a model, batch or shape that it was not made for."""
+
+
+@dataclass(slots=True)
+class NestedHandle:
+    """Stands for keys and values between `NestedLayer.update` and the attention function; good for that one call."""
+
+    layer: "NestedLayer"
+    exact: tuple[Tensor, Tensor] | None
+
+    def attend(self, module, query: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+        """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, if given, replace the stored ones."""
+        self.layer.check_module(module)
+        if self.exact is not None:
+            return self._at_full_width(module, query, *self.exact, mask, **kwargs)
+        causal = mask is None and query.shape[2] > 1  # no mask for several tokens: SDPA is told to be causal
+        if self.layer.uncompressed or causal or query.shape[2] > SHORT_QUERY:
+            keys, values = self.layer.expand(query.dtype)
+            return self._at_full_width(module, query, keys, values, mask, **kwargs)
+        out = self.layer.attend(query, mask, kwargs["scaling"])
+        self.layer.evict()
+        return out
+
+    def _at_full_width(self, module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **kwargs):
+        out = attention.sdpa(module, query, keys, values, mask, **kwargs)
+        if self.layer.hitters is not None:
+            self.layer.read(attention_mass(query, keys, mask, kwargs["scaling"]))
+            self.layer.evict()
+        return out
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"a nested cache layer was read as a tensor ('{name}'): the model's attention implementation is not "
+            f"'{attention.NAME}'. Call nestling.kv.attach(model), or make the cache with adapter.cache(model, ...)."
+        )
+
+
+class NestedLayer(CacheLayerMixin):
+    """The compressed cache of one attention layer; see `NestedCache` for the options.
+
+    Everything stored has the layer's heads first, in the order of its groups.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        groups: list[RankGroup],
+        exact: ExactStore | None,
+        biases: Sequence[Tensor | None],
+        config: PreTrainedConfig,
+        dtype: torch.dtype | None,
+        exact_prompt: bool,
+        hitters: HeavyHitters | None = None,
+        index: int = 0,
+    ):
+        super().__init__()
+        self.index = index
+        self.groups, self.exact, self.biases, self.hitters = groups, exact, biases, hitters
+        self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
+        self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
+        self.quantised = any(layout.widths for group in groups for layout in group.layouts)
+        order = self._order()
+        self.heads = len(order)
+        self.order: tuple[Tensor, Tensor] | None = None  # from the model's order of heads to the groups', and back
+        if order != sorted(order):
+            there = torch.tensor(order, device=groups[0].device)
+            self.order = there, there.argsort()
+        self.length = 0
+        self._shape: tuple[int, int, int] | None = None
+        self._module: weakref.ref | None = None
+
+    def check_module(self, module) -> None:
+        """Raise `CacheMismatchError` unless ``module`` is the attention module that this layer was made for."""
+        if self._module is None and getattr(module, "config", self.config) == self.config:
+            self._module = weakref.ref(module)
+        if self._module is None or self._module() is not module:
+            raise CacheMismatchError("this cache was made for another model: make one with adapter.cache(model, ...)")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = self.storage_dtype or key_states.dtype, key_states.device
+        if key_states.shape[1] != self.heads:
+            raise CacheMismatchError(f"keys have {key_states.shape[1]} heads, this cache was made for {self.heads}")
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Append keys and values ``[B, Hkv, t, D]`` and return a handle (twice) that attends to all tokens so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, heads, count, width = key_states.shape
+        if self._shape != (batch, heads, width):
+            if self._shape is not None:
+                raise CacheMismatchError(
+                    f"this cache holds [batch, heads, width] = {list(self._shape)} and was given "
+                    f"{[batch, heads, width]}: use a cache per batch, or cache.reset() first"
+                )
+            self._shape = (batch, heads, width)
+        if self.quantised:
+            self._check_finite(key_states, value_states)
+        states = self._heads_first(key_states), self._heads_first(value_states)
+        for gone in [states] if self.exact is None else self.exact.append(states, self.dtype):
+            for group in self.groups:
+                group.append(gone, self.dtype)
+        prompt = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
+        self.length += count
+        handle = NestedHandle(self, prompt)
+        return handle, handle
+
+    def _check_finite(self, *states: Tensor) -> None:
+        """A code for NaN would be read as a number."""
+        for name, state in zip(("keys", "values"), states, strict=True):
+            if not torch.isfinite(state).all():
+                raise ValueError(f"layer {self.index}: {name} hold NaN or infinity, which cannot be quantised")
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention in coordinates: ``[B, Tq, Hq, D]`` from ``query`` ``[B, Hq, Tq, D]``."""
+        batch, heads, length, width = query.shape
+        packed = self._heads_first(query.reshape(batch, self.heads, -1, length, width))
+        out = coordinates.attend(packed, self.groups, self.exact, self.biases, mask, scaling, self.hitters)
+        out = self._heads_second(out).permute(0, 3, 1, 2, 4)
+        return cast(out, query.dtype).reshape(batch, length, heads, width)
+
+    def read(self, mass: Tensor) -> None:
+        """Tell the heavy hitters what was read: ``[Hkv, B, held]`` in the model's order of heads."""
+        if self.hitters is not None:
+            self.hitters.add(mass if self.order is None else mass.index_select(0, self.order[0]))
+
+    def evict(self) -> None:
+        """Forget the tokens that were read least, if more are held than the share allows."""
+        if self.hitters is None:
+            return
+        held = self.length - self.hitters.evicted
+        first = min(self.hitters.sinks, held) if self.exact is None else self.exact.first
+        recent = min(self.hitters.window, held - first) if self.exact is None else self.exact.length - first
+        places = self.hitters.choose(self.length, first, recent)
+        if places is None:
+            return
+        if self.exact is None:  # sinks and recent tokens lie with the others
+            ends = torch.arange(held, device=places.device).expand(*places.shape[:2], -1)
+            places = torch.cat((ends[..., :first], places + first, ends[..., held - recent :]), -1)
+        for group in self.groups:
+            group.select(places)
+
+    def expand(self, dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of all tokens, ``[B, Hkv, T, D]``: as they are stored where nothing is compressed."""
+        if self.uncompressed:
+            states = [rows.coordinates(dtype) for rows in self.groups[0].rows]
+        else:
+            states = coordinates.expand(self.groups, self.exact, self.biases, dtype)
+        return [self._heads_second(side) for side in states]
+
+    def _order(self) -> list[int]:
+        """Heads of the model in the order in which they are stored."""
+        return [head for group in self.groups for head in group.heads]
+
+    def take(self, old: "NestedLayer") -> None:
+        """Become what this empty layer would be, had it been given the tokens of another one with no fewer bits."""
+        self.length, self._shape, self._module, self.hitters = old.length, old._shape, old._module, old.hitters
+        if not old.is_initialized:
+            return
+        self.dtype, self.device, self.is_initialized = old.dtype, old.device, True
+        if old.uncompressed and self.exact is not None:  # which has no exact store
+            keys, values = (old._heads_second(rows.coordinates(self.dtype)) for rows in old.groups[0].rows)
+            for gone in self.exact.append((self._heads_first(keys), self._heads_first(values)), self.dtype):
+                for group in self.groups:
+                    group.append(gone, self.dtype)
+            return
+        order, held = self._order(), old._order()
+        self.exact = old.exact
+        if order != held:
+            there = torch.tensor([held.index(head) for head in order], device=self.device)
+            for part in (self.exact, self.hitters):
+                if part is not None:
+                    part.apply(lambda tensor: tensor.index_select(0, there))
+        for group in self.groups:
+            take(group, old.groups, self.dtype)
+
+    def _heads_first(self, states: Tensor) -> Tensor:
+        """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
+        if self.order is not None:
+            states = states.index_select(1, self.order[0])
+        return states.transpose(0, 1)
+
+    def _heads_second(self, states: Tensor) -> Tensor:
+        """``[Hkv, B, ...]`` to ``[B, Hkv, ...]``, heads in the order of the model."""
+        if self.order is not None:
+            states = states.index_select(0, self.order[1])
+        return states.transpose(0, 1)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        evicted = 0 if self.hitters is None else self.hitters.evicted
+        return self.length - evicted + query_length, evicted
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def expected_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
+        """Bytes of storage for that many tokens, of elements of ``itemsize`` bytes where they are not coded."""
+        left, exact = tokens, 0
+        if self.exact is not None:
+            left = coded(tokens, self.exact.sinks, self.exact.window, self.exact.block)
+            exact = 2 * self.heads * self.groups[0].width * self.exact.capacity * itemsize
+        return batch * (exact + sum(group.expected_bytes(left, itemsize) for group in self.groups))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        remove = min(-tokens_to_remove, self.length)
+        if remove:
+            if self.hitters is not None and self.hitters.evicted:
+                recent = self.hitters.window if self.exact is None else self.exact.length - self.exact.first
+                if remove > recent:
+                    raise CacheMismatchError(f"{remove} tokens cannot be taken back: before them some were evicted")
+            if self.hitters is not None:
+                self.hitters.crop(remove)
+            gone = remove if self.exact is None else self.exact.crop(remove, self.groups[0].length)
+            for group in self.groups:
+                group.crop(gone)
+            self.length -= remove
+
+    def reset(self) -> None:
+        for part in self._parts():
+            part.reset()
+        self.length, self._shape, self.is_initialized = 0, None, False
+
+    def _parts(self) -> list:
+        """All that stores something."""
+        return [*self.groups, *(part for part in (self.exact, self.hitters) if part is not None)]
+
+    def _apply(self, change: Callable[[Tensor], Tensor], batch: int | None = None) -> None:
+        """Replace every stored tensor, ``[heads, B, ...]``."""
+        for part in self._parts():
+            part.apply(change)
+        if batch is not None and self._shape is not None:
+            self._shape = (batch, *self._shape[1:])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._apply(lambda t: t.index_select(1, beam_idx.to(t.device)), len(beam_idx))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._shape is not None:
+            self._apply(lambda t: t.repeat_interleave(repeats, 1), self._shape[0] * repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self._shape is not None:
+            self._apply(lambda t: t[:, indices], len(torch.arange(self._shape[0])[indices.cpu()]))
+
+    def offload(self) -> None:
+        self._apply(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._apply(lambda t: t.to(self.device, non_blocking=True))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts())
+
+    @property
+    def full_elements(self) -> int:
+        """Elements of full keys and values for the tokens and batch held."""
+        batch, heads, width = self._shape or (0, 0, 0)
+        return 2 * batch * heads * self.length * width
