@@ -1,4 +1,4 @@
-"""What the commands of both wings share: the console, options, errors as messages, tables and result files."""
+"""What commands share: the console, options, errors as messages, tables and files of results."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -14,6 +14,12 @@ Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the a
 Text = Annotated[
     str | None, typer.Option(help=".txt or .jsonl file (or .gz), or a datasets name; default: built-in English pages.")
 ]
+Encoder = Annotated[str, typer.Argument(help="Hub id, folder, or the alias minilm.", metavar="MODEL")]
+Cups = Annotated[
+    str | None,
+    typer.Option(help="Ladder, such as 2x32,4x64,6x128; default: the one it was trained for, or one for its shape."),
+]
+Html = Annotated[Path | None, typer.Option(help="Write a report page to this file.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write {rows, meta} to this file.")]
 
 
@@ -53,3 +59,14 @@ def write_results(path: Path | None, rows: list[dict], seconds: float | None = N
 
         write_json(path, rows, run_meta(seconds))
         console.print(f"Results: {path}")
+
+
+def write_curve(model: str, trained: Any, json: Path | None, html: Path | None, what: str) -> None:
+    """The curve of an encoder's training, as JSON and as a page, where they are wanted."""
+    info = trained.info
+    write_results(json, [{"model": model, **point} for point in info["curve"]], info["seconds"])
+    if html is not None:
+        from nestling.embed.pages import write_training
+
+        write_training(html, trained, title=f"{model}: {what}")
+        console.print(f"Report: {html}")

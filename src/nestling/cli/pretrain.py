@@ -1,0 +1,98 @@
+"""The command ``nestling embed pretrain``."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nestling.cli.terminal import (
+    Cups,
+    Encoder,
+    Html,
+    Json,
+    check_folder,
+    console,
+    errors_as_messages,
+    loading,
+    show,
+    write_curve,
+)
+
+
+@errors_as_messages
+def pretrain(
+    model: Encoder,
+    out: Annotated[Path, typer.Option(help="Folder for the model; checkpoints go beside it.")],
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=".txt or .jsonl file (or .gz), or a datasets name; may be repeated; default: built-in pages."
+        ),
+    ] = None,
+    cups: Cups = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean or cls, for a folder of transformers' own, which has no pooling.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows of text a step, over all processes.")] = 64,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window; default: the model's, 512 at most.")] = None,
+    encoder_ratio: Annotated[float, typer.Option(help="Share of the tokens that the encoder predicts.")] = 0.2,
+    decoder_ratio: Annotated[float, typer.Option(help="Share of the tokens that the decoder predicts.")] = 0.4,
+    decoder: Annotated[
+        str, typer.Option(help="plain, enhanced (RetroMAE's), or none: masked-language modelling alone.")
+    ] = "plain",
+    cups_per_step: Annotated[int | None, typer.Option(help="Cups of a step, the full one among them.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out bad lines of files, and count them.")] = False,
+    seed: int = 0,
+    bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; default: a tenth.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    json: Json = None,
+    html: Html = None,
+) -> None:
+    """Pre-train MODEL on text alone, so that every cup can rebuild what it reads: a start for `embed train`."""
+    from nestling import embed
+
+    for path in (out, json, html):
+        check_folder(path)
+    texts = embed.Texts(text or [None], skip_bad)
+    encoder = loading(partial(embed.load_encoder, pooling=pooling), model)
+    if cups is None and Path(model).is_dir():
+        cups = str(embed.load_ladder(model) or "") or None
+    more: dict[str, Any] = {} if save_steps is None else {"save_steps": save_steps}
+    trained = embed.pretrain(
+        encoder, texts, cups, folder=out, steps=steps, batch_size=batch_size, length=length,
+        encoder_ratio=encoder_ratio, decoder_ratio=decoder_ratio,
+        decoder=None if decoder == "none" else decoder,  # type: ignore[arg-type]
+        cups_per_step=cups_per_step, learning_rate=learning_rate, warmup=warmup, seed=seed, resume=resume, bf16=bf16,
+        **more,
+    )  # fmt: skip
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process speaks for all
+        return
+    info = trained.info
+    show(_first_and_last(trained), f"{model}: nats per masked token, by the encoder and by the decoder")
+    for count, what in ((info["bad_lines"], "Bad lines"), (info["left_out"], "Windows with nothing to mask")):
+        if count:
+            console.print(f"{what} left out: {count:,}")
+    console.print(
+        f"{info['steps']:,} steps, {info['tokens']:,} tokens in {info['seconds']} s, {info['head']} masked-language "
+        f"head. Saved to {out}"
+    )
+    write_curve(model, trained, json, html, "pre-training of every cup")
+
+
+def _first_and_last(trained: Any) -> list[dict[str, Any]]:
+    """The losses of a pre-training at the first and the last point of the curve, a row a cup."""
+    points = [point for point in trained.info["curve"] if "loss" in point]
+    rows = []
+    for cup in trained.ladder:
+        row: dict[str, Any] = {"cup": cup.name}
+        for kind in ("mlm", "dec"):
+            found = [point[f"{kind}_{cup}"] for point in points if f"{kind}_{cup}" in point]
+            row |= {f"{kind} first": found[0], f"{kind} last": found[-1]} if found else {}
+        rows.append(row)
+    return rows
