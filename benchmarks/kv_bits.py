@@ -15,7 +15,7 @@ from pathlib import Path
 import rivals
 import torch
 import typer
-from kv_quality import Part, merged, numbers, questions, spread_windows, texts
+from kv_quality import Part, merged, numbers, of_bf16, questions, spread_windows, texts
 from rich.console import Console
 
 from nestling import kv
@@ -80,9 +80,7 @@ def main(
         run["rows"] = rows
         new = measure(windows=0, tasks=questions(data, rows))
         found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new], METHODS)
-    for row in found:  # all shares are of the full model's bf16 cache, whatever it computes in
-        if row["method"] == "full" and row.get("bytes_share"):
-            row.update(bytes_share=1.0, bytes_per_token=row["bytes_per_token"] / row["bytes_share"])
+    of_bf16(found)
     meta = run_meta(time.monotonic() - start)
     run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
     out.parent.mkdir(parents=True, exist_ok=True)

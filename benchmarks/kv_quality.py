@@ -140,6 +140,13 @@ def merged(old: Iterable[dict], new: Iterable[dict], methods: Iterable[str] = (*
     return sorted(rows.values(), key=lambda row: (order.index(row["method"]), -(row["budget"] or 0)))
 
 
+def of_bf16(rows: list[dict]) -> None:
+    """Have the full cache's row say what it takes in bf16, of which all shares are, whatever the model computes in."""
+    for row in rows:
+        if row["method"] == "full" and row.get("bytes_share"):
+            row.update(bytes_share=1.0, bytes_per_token=row["bytes_per_token"] / row["bytes_share"])
+
+
 def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",") if part.strip()]
 
@@ -192,9 +199,7 @@ def main(
         entrants = contenders(lm, fitted, chosen, numbers(task_budgets or budgets), length)
         new = measure(entrants, windows=0, tasks=tasks, passkey=[int(n) for n in numbers(passkey)])
         found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new])
-    for row in found:  # all shares are of the full model's bf16 cache, whatever it computes in
-        if row["method"] == "full" and row.get("bytes_share"):
-            row.update(bytes_share=1.0, bytes_per_token=row["bytes_per_token"] / row["bytes_share"])
+    of_bf16(found)
     meta = run_meta(time.monotonic() - start)
     run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
     write_json(out, found, {**meta, "settings": settings, "runs": [*old["meta"]["runs"], run]})
