@@ -4,6 +4,8 @@ A coordinate z, taken about its mean, has one step: that of 4 bits. Cells at oth
 of two, so every boundary of a coarse quantiser is one of each finer one. Codes at the ends reach to infinity.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def narrowed(code: Tensor, bits: int, fewer: int) -> Tensor:
     """The code that the same value has at ``fewer`` bits."""
     if bits == fewer:
         return code
-    shift = round(torch.log2(torch.tensor(CELLS[fewer] / CELLS[bits])).item())
+    shift = round(math.log2(CELLS[fewer] / CELLS[bits]))
     middle, half = 1 << (bits - 1), 1 << (fewer - 1)
     return ((code.int() - middle) >> shift).clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
