@@ -41,8 +41,9 @@ demo: install
 demo-embed: install
 	$(BIN)/nestling demo embed
 
+# Property tests see the same examples every time here; a plain `pytest` looks for new ones.
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -61,13 +61,14 @@ class Masking:
             )
 
     def __call__(self, window: Window, rng: np.random.Generator) -> Masked:
-        """A text as both sides see it."""
+        """A text as both sides see it: of two words or more, one is always left to be seen."""
         sizes = np.bincount(window.words[window.words >= 0])
         order = rng.permutation(len(sizes))
         total = int(sizes.sum())
-        first = chosen(order, sizes, round(self.encoder * total))
+        budget, both_budget = (min(round(ratio * total), total - 1) for ratio in (self.encoder, self.decoder))
+        first = chosen(order, sizes, budget)
         rest = order[~np.isin(order, first)]
-        left = round(self.decoder * total) - int(sizes[first].sum())
+        left = both_budget - int(sizes[first].sum())
         both = np.concatenate((first, chosen(rest, sizes, left, at_least=0)))
         encoder, decoder = np.isin(window.words, first), np.isin(window.words, both)
         return Masked(self._replaced(window.ids, encoder, rng), encoder,
