@@ -4,7 +4,7 @@
     python benchmarks/kv_train.py --data DATA --out RUNS/paper --preset paper
     python benchmarks/kv_train.py --data DATA --out RUNS/no-window --set sinks=0 --set window=0
     nestling kv search smollm2 RUNS/paper --method greedy --sinks 0 --window 0 --out RUNS/paper-greedy
-    nestling kv search smollm2 RUNS/paper --method probes --sinks 0 --window 0 --out RUNS/paper-probes
+    nestling kv search smollm2 RUNS/paper --sinks 0 --window 0 --length 1024 --out RUNS/paper-blend
     python benchmarks/kv_paper.py --data DATA --adapters RUNS [--only kl|tasks] [--rows 200]
 
 RUNS also holds `pca-65536`, `balanced-65536` and `balanced-window-65536`, as `kv_quality.py --adapters RUNS` leaves
@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options
     "paper": ("paper", {"allocation": "uniform", **PAPER}),
     "paper-greedy": ("paper-greedy", {"allocation": "greedy", **PAPER}),
     "paper-energy": ("paper", {"allocation": "energy", **PAPER}),
-    "paper-probes": ("paper-probes", {"allocation": "energy", **PAPER}),
+    "paper-blend": ("paper-blend", {"allocation": "blend", **PAPER}),
     "balanced-energy": ("balanced-65536", {"allocation": "energy", **PAPER}),
     "no-window": ("no-window", {"allocation": "energy", **PAPER}),
     # With 4 sinks and the most recent tokens exact.

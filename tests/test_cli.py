@@ -141,7 +141,7 @@ def test_train_shows_the_curve_and_resumes_nothing_by_accident(place):
     assert run(*arguments, "--budgets", "75,50", "--resume").exit_code == 0
 
 
-@pytest.mark.parametrize("method", ["probes", "greedy"])
+@pytest.mark.parametrize("method", ["blend", "greedy"])
 def test_search_writes_an_adapter_for_every_budget(place, method):
     result = run(
         "kv", "search", place / "lm", place / "adapter", "--method", method, "--text", place / "text.txt", "--out",
@@ -154,7 +154,7 @@ def test_search_writes_an_adapter_for_every_budget(place, method):
     rows = json.loads((place / "search.json").read_text())["rows"]
     assert [r["budget"] for r in rows] == [0.75, 0.6]
     assert rows[0]["keys"] + rows[0]["values"] == pytest.approx(1.5, abs=0.03)
-    shown = run("kv", "inspect", place / method, "--allocation", "greedy" if method == "greedy" else "energy")
+    shown = run("kv", "inspect", place / method, "--allocation", method)
     assert shown.exit_code == 0, shown.output
 
 

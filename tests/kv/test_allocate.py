@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.kv.allocate import MAX_GROUPS, STEP, BudgetError, RankTable, by_energy, elements_per_token, uniform
+from nestling.kv.allocate import (
+    MAX_GROUPS,
+    STEP,
+    BudgetError,
+    RankTable,
+    blended,
+    by_energy,
+    by_gains,
+    elements_per_token,
+    energy_gains,
+    uniform,
+)
 
 
 def energies(layers: int, heads: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,3 +249,19 @@ def test_tables_must_fit():
     ):
         with pytest.raises(BudgetError, match=message):
             RankTable(keys, values).check(2, 3, 8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([16, 24, 64]), st.floats(0, 1), st.integers(0, 99))
+def test_blends_lie_between_energies_and_equal_ranks(layers, heads, width, budget, seed):
+    gains = energy_gains(*energies(layers, heads, width, seed))
+    elements = max(budget * 2 * layers * heads * width, smallest(layers, heads, width))
+    ends = by_gains(gains, elements, width).stacked, uniform(layers, heads, width, elements).stacked
+    assert torch.equal(by_gains(blended(gains, 0), elements, width).stacked, ends[0])
+    assert torch.equal(by_gains(blended(gains, 1), elements, width).stacked, ends[1])
+    middle = by_gains(blended(gains, 0.5), elements, width).stacked
+    assert (middle - ends[1]).abs().sum() <= (ends[0] - ends[1]).abs().sum(), "a blend is nearer to equal ranks"
+    table = by_gains(blended(gains, 0.5), elements, width)
+    assert elements - STEP < table.elements <= elements or table.elements == 2 * layers * heads * width
+    larger = by_gains(blended(gains, 0.5), 1.3 * elements, width)
+    assert (larger.stacked >= table.stacked).all(), "what a smaller budget keeps a larger one keeps"

@@ -1,12 +1,15 @@
-"""Rank search: the greedy descent against Algorithm 1 written out on real caches; probes against their definition."""
+"""Rank search: the greedy descent against Algorithm 1 written out on real caches; blends against every one of them."""
+
+import math
+import sys
 
 import pytest
 import torch
 
 from nestling import kv
 from nestling.distill import kl_divergence
-from nestling.kv.files import SIDES
-from nestling.kv.search import LIMIT, KLMeter, search
+from nestling.kv.allocate import blended, by_gains, energy_gains
+from nestling.kv.search import SHARES, KLMeter, search
 from nestling.tokens import TextTooShortError
 
 OPTIONS = dict(windows=2, length=24, window=0, progress=False)
@@ -72,25 +75,22 @@ def test_the_meter_reads_what_a_cache_reads(fitted, ids):
     assert float(kl[0]) > float(kl[1]) > abs(float(kl[2])) and meter.forwards == 6
 
 
-def test_probes_scale_the_energies_by_what_was_measured(fitted, ids):
-    case = fitted("qwen3")
-    searched = search(case.model, None, case.adapter, ids[:2, :24], "probes", budget=0.7, **WHOLE)
-    assert searched.info["search"]["forwards"] == 2 * (2 * 3 + 1)
-    table = case.adapter.ranks(0.7 * case.adapter.full_elements)
-    ranks = stacked(table)
-    start, ratios = measured(case, ranks, ids[:2, :24]), []
-    for side, layer in ((s, i) for s in range(2) for i in range(3)):
-        lower = ranks.clone()
-        lower[side, layer] = (lower[side, layer] // 2).clamp_min(8)
-        energy = case.adapter.energy[SIDES[side]][layer]
-        gone = [energy[h, lower[side, layer, h] : ranks[side, layer, h]].sum() for h in range(2)]
-        rise = max(measured(case, lower, ids[:2, :24]) - start, 0)
-        ratios.append(rise / max(float(sum(gone)), 1e-30))
-    middle = sorted(ratios)[2]  # torch's median of six
-    for (side, layer), ratio in zip(((s, i) for s in range(2) for i in range(3)), ratios, strict=True):
-        scale = min(max(ratio / middle, 1 / LIMIT), LIMIT)
-        expected = case.adapter.energy[SIDES[side]][layer] * scale
-        torch.testing.assert_close(searched.energy[SIDES[side]][layer], expected, rtol=2e-2, atol=1e-9)
+def test_a_blend_is_the_best_one_that_was_measured(fitted, ids, monkeypatch):
+    case, texts = fitted("qwen3"), ids[:2, :24]
+    monkeypatch.setattr(sys.modules["nestling.kv.search"], "BUDGETS", (0.7, 0.45))
+    searched = search(case.model, None, case.adapter, texts, **WHOLE)
+    info, full = searched.info["search"], case.adapter.full_elements
+    assert info["forwards"] == 2 * 2 * len(SHARES) and info["method"] == "blend" and info["equal"] in SHARES
+    gains = energy_gains(case.adapter.energy["key"], case.adapter.energy["value"])
+    means = []
+    for share in SHARES:
+        tables = [by_gains(blended(gains, share), b * full, 24) for b in (0.7, 0.45)]
+        means.append(math.prod(measured(case, table.stacked, texts) for table in tables))
+    assert means[SHARES.index(info["equal"])] <= min(means) * 1.01
+    expected = by_gains(blended(gains, info["equal"]), 0.6 * full, 24)
+    assert torch.equal(stacked(searched.ranks(0.6 * full)), stacked(expected))  # used by default from then on
+    cache = searched.cache(case.model, 0.6, paper=True)
+    assert torch.equal(stacked(cache.ranks), stacked(expected)) and case.adapter.allocation == "energy"
 
 
 def test_what_was_searched_is_saved(tmp_path, fitted, ids):
@@ -106,7 +106,7 @@ def test_what_was_searched_is_saved(tmp_path, fitted, ids):
 
 def test_bad_input_is_refused(fitted, ids):
     case = fitted("llama-gqa")
-    with pytest.raises(ValueError, match="method must be one of probes, greedy, got 'random'"):
+    with pytest.raises(ValueError, match="method must be one of blend, greedy, got 'random'"):
         search(case.model, None, case.adapter, ids, "random")
     with pytest.raises(ValueError, match="length=83 must be longer than the 83 exact tokens"):
         search(case.model, None, case.adapter, ids, length=83)

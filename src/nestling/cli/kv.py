@@ -25,7 +25,9 @@ from nestling.cli.terminal import (
 kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, inspect.")
 
 Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", metavar="ADAPTER")]
-Allocation = Annotated[str, typer.Option(help="energy, uniform, or the name of a searched one such as greedy.")]
+Allocation = Annotated[
+    str | None, typer.Option(help="energy, uniform or a searched one, such as greedy; by default the last searched.")
+]
 Budget = Annotated[float, typer.Option(help="Share of the full cache's bytes, in (0, 1].")]
 Bits = Annotated[bool, typer.Option("--bits", help="Quantise coordinates too, each at the width that pays.")]
 CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bfloat16, float16, float32 or model.")]
@@ -131,7 +133,7 @@ def search(
     model: Model,
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="Folder for the adapter with what was found.")],
-    method: Annotated[str, typer.Option(help="probes (quick), or greedy (Algorithm 1 of the paper).")] = "probes",
+    method: Annotated[str, typer.Option(help="blend (quick), or greedy (Algorithm 1 of the paper).")] = "blend",
     text: Text = None,
     windows: Annotated[int, typer.Option(help="Texts to measure on.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens per text.")] = 256,
@@ -160,13 +162,12 @@ def search(
     seconds = time.perf_counter() - start
     found.save_pretrained(out)
     console.print(f"{found.info['search']['forwards']:,} forward passes in {seconds:.0f} s. Saved to {out}")
-    name = "greedy" if method == "greedy" else "energy"
     rows = []
     for share in shares:
-        ranks = found.ranks(share * found.full_elements, name)
+        ranks = found.ranks(share * found.full_elements)
         kept = {side: int(getattr(ranks, side).sum()) * 2 / found.full_elements for side in ("keys", "values")}
         rows.append({"model": model, "method": method, "budget": share, **kept})
-    show(rows, f"share of keys and values kept, allocation={name}")
+    show(rows, f"share of keys and values kept, allocation={method}")
     write_results(json, rows, seconds)
 
 
@@ -176,7 +177,7 @@ def evaluate(
     model: Model,
     adapter: Adapter,
     budgets: Annotated[str, typer.Option(help="Shares or percents, separated by commas.")] = "100,75,50,40",
-    allocation: Allocation = "energy",
+    allocation: Allocation = None,
     text: Text = None,
     windows: Annotated[int, typer.Option(help="Windows of text to read.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
@@ -227,7 +228,7 @@ def generate(
     adapter: Adapter,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
     budget: Budget = 0.5,
-    allocation: Allocation = "energy",
+    allocation: Allocation = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
@@ -258,7 +259,7 @@ def generate(
 def inspect(
     adapter: Adapter,
     budget: Budget = 0.5,
-    allocation: Allocation = "energy",
+    allocation: Allocation = None,
     json: Json = None,
     png: Annotated[Path | None, typer.Option(help="Write the heat map of ranks to this file.")] = None,
 ) -> None:

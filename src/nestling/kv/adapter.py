@@ -102,7 +102,13 @@ class KVAdapter:
         layers, heads, width = self.shape
         return 2 * layers * heads * width
 
-    def ranks(self, elements: float, allocation: str | RankTable | Mapping = "energy") -> RankTable:
+    @property
+    def allocation(self) -> str:
+        """The allocation that is used if none is named: what was searched last, or else ``"energy"``."""
+        searched = self.info.get("search", {}).get("method")
+        return searched if searched in self.paths else "energy"
+
+    def ranks(self, elements: float, allocation: str | RankTable | Mapping | None = None) -> RankTable:
         """The rank table of an allocation for a number of elements per token.
 
         Raises:
@@ -114,6 +120,7 @@ class KVAdapter:
         if isinstance(allocation, RankTable):
             allocation.check(layers, heads, width)
             return allocation
+        allocation = allocation or self.allocation
         if allocation == "uniform":
             return allocate.uniform(layers, heads, width, elements)
         if allocation == "energy":
@@ -128,7 +135,7 @@ class KVAdapter:
         """Whether caches can be quantised: noise, steps and errors were measured."""
         return bool(self.noise and self.step and self.info.get("errors"))
 
-    def bits(self, bits: float, allocation: str | BitTable = "energy") -> BitTable:
+    def bits(self, bits: float, allocation: str | BitTable | None = None) -> BitTable:
         """The bits of every block of coordinates for a number of bits per token.
 
         Raises:
@@ -140,7 +147,7 @@ class KVAdapter:
         if isinstance(allocation, BitTable):
             allocation.check(*self.shape)
             return allocation
-        if allocation != "energy":
+        if allocation not in (None, "energy"):
             raise allocate.BudgetError(f"allocation of bits must be 'energy' or a bit table, got {allocation!r}")
         energy, noise = (torch.stack([values[s] for s in SIDES]) for values in (self.energy, self.noise))
         errors = torch.tensor([self.info["errors"][s] for s in SIDES])
@@ -152,7 +159,7 @@ class KVAdapter:
         budget: float | None = None,
         *,
         bytes_per_token: float | None = None,
-        allocation: str | RankTable | Mapping = "energy",
+        allocation: str | RankTable | Mapping | None = None,
         sinks: int = SINKS,
         window: int = WINDOW,
         exact_prompt: bool = True,
@@ -173,7 +180,8 @@ class KVAdapter:
                 for a model (or ``dtype``) of 16 bits. Not needed with a rank table.
             bytes_per_token: the same as a number of bytes per token, at the precision in use.
             allocation: ``"energy"`` (least predicted loss), ``"uniform"``, the name of a searched one, such as
-                ``"greedy"``, or a rank table ``{"keys": [L][Hkv], "values": [L][Hkv]}``.
+                ``"greedy"``, or a rank table ``{"keys": [L][Hkv], "values": [L][Hkv]}``; by default what was searched
+                last, or else ``"energy"``.
             sinks, window: leading and most recent tokens that are kept exact: of the latter at least ``window``, and
                 up to 15 more, since they are encoded 16 at a time. Room for all is counted: the ranks are lowered
                 so that the total meets the budget at ``context`` tokens.

@@ -1,11 +1,12 @@
 """From a budget to ranks: how many coordinates each layer and KV head keeps, of keys and of values.
 
-A budget is a number of elements per token. Both allocations take steps of `STEP` coordinates of one head, the most
+A budget is a number of elements per token. All allocations take steps of `STEP` coordinates of one head, the most
 valuable step first, until the next one would not fit, so they end within one step below the budget:
 
 * ``uniform``: every head as even as the steps allow.
 * ``energy``: one global sort of the predicted loss. The energies of all layers must share one unit; `nestling.kv.fit`
   puts them in nats of KL per token (see `nestling.kv.sensitivity`).
+* A searched path (see `nestling.kv.search`): a sort by what was measured.
 
 Groups: a layer stores its heads in at most `MAX_GROUPS` rank groups. In models with more KV heads, heads with similar
 ranks are tied together and the steps are taken again for the groups, at the group's cost.
@@ -122,11 +123,16 @@ def elements_per_token(
 
 def uniform(layers: int, heads: int, width: int, elements: float) -> RankTable:
     """Equal ranks for all heads; what is left below one step for all goes to values first, spread over the layers."""
+    return _take_steps(uniform_gains(layers, heads, width), elements, width, single_heads(layers, heads))
+
+
+def uniform_gains(layers: int, heads: int, width: int) -> Tensor:
+    """What steps are worth where all heads are alike, ``[2, L, Hkv, steps]``: only their order means something."""
     gains = -torch.arange(len(edges(width)) - 1, dtype=torch.float64).expand(2, layers, heads, -1)
     # A fixed order among equals that spreads over layers: the golden ratio's multiples modulo one.
     spread = (torch.arange(layers * heads, dtype=torch.float64) * 0.6180339887498949) % 1
     order = torch.stack((spread, 1 + spread)).reshape(2, layers, heads, 1) / 2
-    return _take_steps(gains + order * 0.5, elements, width, single_heads(layers, heads))
+    return gains + order * 0.5
 
 
 def halvable(share: float, width: int) -> float:
@@ -144,13 +150,39 @@ def by_energy(key_energy: Tensor, value_energy: Tensor, elements: float) -> Rank
     Raises:
         BudgetError: if ``elements`` is below the smallest table (one step everywhere), or an energy is not finite.
     """
+    return by_gains(energy_gains(key_energy, value_energy), elements, key_energy.shape[-1])
+
+
+def energy_gains(key_energy: Tensor, value_energy: Tensor) -> Tensor:
+    """The energy of each step per element, ``[2, L, Hkv, steps]``.
+
+    Raises:
+        BudgetError: if an energy is not finite.
+    """
     energy = torch.stack((key_energy, value_energy)).double()
     if not torch.isfinite(energy).all():
         raise BudgetError("energies must be finite: calibrate the adapter again")
-    width = energy.shape[-1]
-    bounds = edges(width)
-    gains = torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in pairwise(bounds)], -1)
-    return by_gains(gains, elements, width)
+    return torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in pairwise(edges(energy.shape[-1]))], -1)
+
+
+def blended(gains: Tensor, share: float) -> Tensor:
+    """Steps between the order of their ``gains`` and that of equal ranks, ``[2, L, Hkv, steps]``.
+
+    A step's place in either order is the budget from which on it is taken. The blend goes by the weighted mean of both
+    places, so that ranks are about the mean of both tables' at any budget.
+
+    Args:
+        share: of equal ranks, in [0, 1].
+    """
+    layers, heads, steps = gains.shape[1:]
+    equal = uniform_gains(layers, heads, STEP * steps)
+    return (1 - share) * _places(_decreasing(gains)) + share * _places(equal)
+
+
+def _places(gains: Tensor) -> Tensor:
+    """Minus the number of steps with larger gains."""
+    order = gains.flatten().argsort(descending=True, stable=True)
+    return -order.argsort().view_as(gains).double()
 
 
 def by_gains(gains: Tensor, elements: float, width: int) -> RankTable:

@@ -61,7 +61,7 @@ def evaluate(
     adapter: KVAdapter,
     budgets: Sequence[float] = (1.0, 0.75, 0.5, 0.4),
     *,
-    allocation="energy",
+    allocation=None,
     texts: Iterable[str] | Tensor | None = None,
     windows: int = 8,
     length: int = 1024,
@@ -92,6 +92,7 @@ def evaluate(
     """
     adapter.check(model)
     attention.attach(model)
+    allocation = adapter.allocation if allocation is None else allocation
     named = isinstance(allocation, str)
     method = _method(adapter, allocation if named else "ranks") + "-bits" * bool(cache_options.get("bits"))
     options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}

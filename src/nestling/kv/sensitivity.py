@@ -115,7 +115,7 @@ def measure(
             track = bar.track(batches, description="energies")
             stacked = None if ranks is None else ranks.stacked
             energy = sensitivity(model, adapter, track, stacked, seed=seed, noise=noise, **exact)
-        adapter = replace(adapter, energy=energy)
+        adapter = replace(adapter, energy=energy, paths={})  # searched by other energies
         if noise is not None:
             cost, step, errors = noise.measured(sum(ids.numel() for ids in batches))
             adapter = replace(adapter, noise=cost, step=step, info={**adapter.info, "errors": errors})
