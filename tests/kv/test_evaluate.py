@@ -258,13 +258,13 @@ def test_above_chance(model, adapter, stock, tokenizer):
     for row in ROWS:
         scores = [brute_force(stock, *pair) for pair in encode_question(tokenizer, row)]
         rows.append({**row, "answer": scores.index(max(scores))})
-    wrong = [{**row, "answer": (row["answer"] + 1) % 2} for row in rows[1:]]  # full is never right: left out
-    tasks = {"good": rows, "bad": wrong}
+    tasks = {"good": rows, "half": [*rows[1:], {**rows[1], "answer": (rows[1]["answer"] + 1) % 2}]}
     full, low = run(model, adapter, budgets=[0.6], windows=0, tasks=tasks, tokenizer=tokenizer)
-    chance = (1 / 3 + 1 / 2 + 1 / 2) / 3
-    assert (full["acc_good"], full["acc_bad"], full["above_chance"]) == (1, 0, 1)
-    assert low["above_chance"] == pytest.approx((low["acc_good"] - chance) / (1 - chance))
-    assert list(full)[-3:] == ["acc_good", "acc_bad", "above_chance"]
+    assert (full["acc_good"], full["acc_half"], full["above_chance"]) == (1, pytest.approx(2 / 3), 1)
+    chance = (1 / 3 + 1 / 2 + 1 / 2) / 3 + 1 / 2  # of both tasks
+    expected = (low["acc_good"] + low["acc_half"] - chance) / (5 / 3 - chance)
+    assert low["above_chance"] == pytest.approx(expected)
+    assert list(full)[-3:] == ["acc_good", "acc_half", "above_chance"]
 
 
 def test_blanks():

@@ -146,9 +146,9 @@ def compare(
     Returns:
         A row a contender: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, both on
         the longest window or passkey prompt), ``bytes_per_token, kl`` (mean nats per token to the full model),
-        ``ppl, top1`` (share of positions with the full model's first choice), ``acc_<task>, above_chance`` (mean over
-        tasks of (acc - chance) / (acc of full - chance), tasks on which full is not above chance left out) and
-        ``passkey_<n>``. What was not measured is absent or None.
+        ``ppl, top1`` (share of positions with the full model's first choice), ``acc_<task>, above_chance`` (what
+        the mean accuracy of the tasks is above chance, as a share of what the full model's is; None if that is not)
+        and ``passkey_<n>``. What was not measured is absent or None.
 
     Raises:
         TextTooShortError: if there is not one window of text.
@@ -303,8 +303,7 @@ class _Run:
         row, full = self.results[contender.name], self.results[self.contenders[0].name]
         if not self.chance:
             return row
-        above = {t: full[f"acc_{t}"] - chance for t, chance in self.chance.items() if full[f"acc_{t}"] > chance}
-        kept = [(row[f"acc_{t}"] - self.chance[t]) / gain for t, gain in above.items()]
+        kept, gain = (sum(r[f"acc_{t}"] - chance for t, chance in self.chance.items()) for r in (row, full))
         keys = [k for k in row if not k.startswith("passkey_")]
         late = {k: v for k, v in row.items() if k not in keys}
-        return {k: row[k] for k in keys} | {"above_chance": sum(kept) / len(kept) if kept else None} | late
+        return {k: row[k] for k in keys} | {"above_chance": kept / gain if gain > 0 else None} | late
