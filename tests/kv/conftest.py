@@ -1,10 +1,16 @@
+"""Tiny models and adapters that tests share. Without a GPU, kernels in Triton are interpreted."""
+
+import os
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nestling import kv
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
+from nestling import kv  # noqa: E402
 
 from .families import BASE, tiny_model
 

@@ -51,9 +51,11 @@ def test_loading_them_leaves_subnormal_numbers_alone():
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_products_equal_those_of_unpacked_codes(threads):
-    if kernels.compiled() is None:
+@pytest.mark.parametrize("which", ["compiled", "triton"])
+def test_products_equal_those_of_unpacked_codes(which, threads):
+    if which == "compiled" and kernels.compiled() is None:
         pytest.skip("there is no C compiler")
+    fused = kernels if which == "compiled" else pytest.importorskip("nestling.kv.gpu")
     rng = torch.Generator().manual_seed(0)
     widths, tokens, before = (8, 4, 4, 3, 2, 1), 700, torch.get_num_threads()
     codes = torch.cat([torch.randint(0, 1 << b, (3, 8, 1024), generator=rng) for b in widths], 1).to(torch.uint8)
@@ -64,11 +66,40 @@ def test_products_equal_those_of_unpacked_codes(threads):
     try:
         for add in (False, True):
             into = torch.full((3, 5, 1000), 0.5)
-            kernels.score(rows, tokens, widths, query, shift, into[..., :tokens], add)
+            fused.score(rows, tokens, widths, query, shift, into[..., :tokens], add)
             expected = query @ real - shift + 0.5 * add
             torch.testing.assert_close(into[..., :tokens], expected, rtol=1e-4, atol=1e-2)
             assert (into[..., tokens:] == 0.5).all()
-        found = kernels.weighted(rows, tokens, widths, weight)
+        found = fused.weighted(rows, tokens, widths, weight)
         torch.testing.assert_close(found, weight @ real.mT, rtol=1e-4, atol=1e-2)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("widths", [(8,), (4, 4), (3,), (2, 2, 2), (1,)])
+@pytest.mark.parametrize("queries, tokens", [(1, 1), (3, 256), (9, 300)])
+def test_triton_reads_every_width_in_bf16(widths, queries, tokens):
+    gpu = pytest.importorskip("nestling.kv.gpu")
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.cat([torch.randint(0, 1 << b, (2, 8, 320), generator=rng) for b in widths], 1).to(torch.uint8)
+    real, width = codes[..., :tokens].float(), 8 * len(widths)
+    query = (torch.randn(2, queries, width, generator=rng) / 99).bfloat16()
+    weight = torch.rand(2, queries, tokens, generator=rng).bfloat16()
+    into = torch.zeros(2, queries, tokens, dtype=torch.bfloat16)
+    gpu.score(pack(codes, widths), tokens, widths, query, torch.zeros(2, queries, 1), into, False)
+    torch.testing.assert_close(into.float(), query.float() @ real, rtol=1e-2, atol=1e-2)
+    found = gpu.weighted(pack(codes, widths), tokens, widths, weight)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), weight.float() @ real.mT, rtol=1e-2, atol=1e-2)
+
+
+def test_gpus_have_triton_and_others_do_not(monkeypatch):
+    gpu = pytest.importorskip("nestling.kv.gpu")
+    with torch.no_grad():
+        on = type("Rows", (), {"device": torch.device("cuda")})
+        assert kernels.products(on, torch.bfloat16) is gpu
+        assert kernels.products(type("Rows", (), {"device": torch.device("mps")}), torch.float16) is None
+        monkeypatch.setenv("NESTLING_KERNELS", "0")
+        assert kernels.products(on, torch.bfloat16) is None
+    monkeypatch.delenv("NESTLING_KERNELS")
+    assert kernels.products(on, torch.bfloat16) is None, "gradients go through torch"

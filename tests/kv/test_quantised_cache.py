@@ -102,11 +102,14 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
         assert far.any(-1).float().mean() < 0.05, "more than a rounding error at the border of a cell"
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "torch", "triton"])
 def products(request, monkeypatch):
-    """With the compiled products, if there is a compiler, and without."""
+    """With the compiled products, if there is a compiler, without, and with those for GPUs in Triton's interpreter."""
     if request.param == "torch":
         monkeypatch.setattr(kernels, "compiled", lambda: None)
+    elif request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(kernels, "products", lambda rows, dtype: kernels._triton())
     elif kernels.compiled() is None:
         pytest.skip("there is no C compiler")
 

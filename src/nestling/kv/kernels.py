@@ -1,6 +1,7 @@
 """Products with packed codes in C, compiled for this machine when they are first needed, where there is a compiler.
 
-Without one everything works, in torch, more slowly. ``NESTLING_KERNELS=0`` does without them.
+GPUs have theirs in gpu.py. Without a compiler or Triton everything works, in torch, more slowly.
+``NESTLING_KERNELS=0`` does without them.
 """
 
 import ctypes
@@ -9,9 +10,11 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -61,8 +64,22 @@ def _compile(compiler: str, path: Path) -> None:
         new.replace(path)
 
 
-def usable(rows: Tensor, dtype: torch.dtype) -> bool:
-    return rows.device.type == "cpu" and dtype == torch.float32 and not torch.is_grad_enabled() and bool(compiled())
+def products(rows: Tensor, dtype: torch.dtype) -> ModuleType | None:
+    """The module with `score` and `weighted` for packed rows and products in ``dtype``, or None: torch has to do."""
+    if torch.is_grad_enabled() or os.environ.get("NESTLING_KERNELS") == "0":
+        return None
+    if rows.device.type == "cuda":
+        return _triton()
+    return sys.modules[__name__] if rows.device.type == "cpu" and dtype == torch.float32 and compiled() else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from nestling.kv import gpu
+    except ImportError:
+        return None
+    return gpu
 
 
 def score(rows: Tensor, tokens: int, widths: tuple[int, ...], query: Tensor, shift: Tensor, into: Tensor, add: bool):

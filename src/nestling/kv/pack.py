@@ -55,6 +55,18 @@ def unpack(rows: Tensor, widths: Sequence[int]) -> Tensor:
     return torch.cat(codes, -2)
 
 
+def places(widths: Sequence[int]) -> tuple[list[int], list[list[int]], list[list[int]]]:
+    """What each byte of a token holds: its field, and of each number in it the coordinate and what its ones count."""
+    fields, coordinates, units = [], [], []
+    for field in FIELDS:
+        for block, width in enumerate(widths):
+            for row in range(field if width & field else 0):
+                fields.append(field)
+                coordinates.append([BLOCK * block + row + field * place for place in range(BLOCK // field)])
+                units.append([1 << _below(width, field)] * (BLOCK // field))
+    return fields, coordinates, units
+
+
 def _below(width: int, field: int) -> int:
     """Bits of a width that are lower than those of one of its fields."""
     return width & (field - 1)

@@ -114,9 +114,9 @@ class PackedRows:
         shift = scaled @ cast(self.offset, rows.dtype)[:, None]
         if self.plain is not None:
             self.plain.score(rows[..., : self.rank], into, scaling)
-        if kernels.usable(self.codes.flat(), rows.dtype):
+        if fused := kernels.products(self.codes.flat(), rows.dtype):
             data = self.codes.whole()
-            return kernels.score(data, self.length, self.layout.widths, scaled, shift, into, self.plain is not None)
+            return fused.score(data, self.length, self.layout.widths, scaled, shift, into, self.plain is not None)
         for start, count, codes in self._blocks(rows.dtype):
             part, found = into.narrow(2, start, count), product(scaled, codes).sub_(shift)
             if self.plain is None:
@@ -128,8 +128,8 @@ class PackedRows:
         """The sums of coordinates with weights ``[h * B, n, length]``: ``[h * B, n, w]``."""
         total = weight.sum(-1, keepdim=True)
         out = -total * cast(self.offset, weight.dtype)
-        if kernels.usable(self.codes.flat(), weight.dtype):
-            out += kernels.weighted(self.codes.whole(), self.length, self.layout.widths, weight)
+        if fused := kernels.products(self.codes.flat(), weight.dtype):
+            out += fused.weighted(self.codes.whole(), self.length, self.layout.widths, weight)
         else:
             for start, count, codes in self._blocks(weight.dtype):
                 out += product(weight.narrow(2, start, count), codes.mT)
