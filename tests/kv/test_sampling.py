@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nestling.kv.allocate import STEP
-from nestling.kv.sampling import FIXED, HIGHEST, SAMPLINGS, schedule
+from nestling.kv.bits import BitTable
+from nestling.kv.sampling import FEWEST_BITS, FIXED, HIGHEST, MOST_BITS, SAMPLINGS, schedule
 
 
 @pytest.fixture(scope="module")
@@ -12,7 +13,7 @@ def adapter(fitted):
     return fitted("qwen3").adapter  # width 24: three steps
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("name", [name for name in SAMPLINGS if name != "bits"])
 def test_draws_are_tables_and_repeat(adapter, name):
     draw, again, other = (schedule(name, adapter, seed=seed) for seed in (0, 0, 1))
     layers, heads, width = adapter.shape
@@ -57,10 +58,29 @@ def test_the_sandwich_has_its_slices(fitted):
     assert not torch.equal(draw(2), draw(6)) or not torch.equal(draw(3), draw(7))
 
 
+def test_every_other_text_is_quantised(fitted):
+    """Those are at allotted bits, of all sizes; the others at 16 bits for the ranks of the path."""
+    adapter = fitted("qwen3").adapter  # width 24: three blocks
+    draw, path = schedule("bits", adapter), schedule("path", adapter)
+    sizes = []
+    for number in range(80):
+        bits = draw(number)
+        assert bits.shape == (2, *adapter.shape[:2], 3) and torch.equal(bits, draw(number))
+        if number % 2:
+            table = BitTable(*bits)
+            table.check(*adapter.shape)
+            sizes.append(table.bits / adapter.full_elements)
+            assert torch.equal(bits, adapter.bits(table.bits).stacked)
+        else:
+            assert torch.equal(8 * (bits == 16).sum(-1), path(number)) and not (bits % 16).any()
+            assert (bits.diff(dim=-1) <= 0).all(), "the first blocks are kept"
+    assert FEWEST_BITS - 0.2 < min(sizes) < 1 and 3.5 < max(sizes) <= MOST_BITS
+
+
 def test_fixed_is_half(adapter):
     assert (schedule("fixed", adapter)(7) == adapter.ranks(FIXED * adapter.full_elements).stacked).all()
 
 
 def test_unknown_names_are_refused(adapter):
-    with pytest.raises(ValueError, match="path, sandwich, independent, fixed, got 'random'"):
+    with pytest.raises(ValueError, match="path, sandwich, independent, fixed, bits, got 'random'"):
         schedule("random", adapter)

@@ -7,6 +7,7 @@ from nestling import kv
 from nestling.checkpoints import TrainingError
 from nestling.distill import IGNORED, kl_divergence
 from nestling.kv import attention
+from nestling.kv.sampling import bits_of_ranks
 from nestling.kv.student import Student
 
 from .families import FAMILIES, tiny_model
@@ -39,6 +40,34 @@ def test_masks_do_what_the_cache_does(fitted, ids, family, sinks, window):
         read = [case.model(input_ids=t, past_key_values=cache).logits for t in text[row : row + 1].split(1, 1)]
         theirs = torch.cat(read, 1)[0]
         torch.testing.assert_close(ours[row], theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("sinks, window", [(0, 0), (2, 8)])
+@torch.no_grad()
+def test_sixteen_bits_or_none_are_ranks_and_eight_are_nearly_all(fitted, ids, sinks, window):
+    case = fitted("qwen3")
+    student = Student(case.model, case.adapter, sinks=sinks, window=window).eval()
+    torch.nn.init.normal_(student.bases.rotation.x)
+    ranks = random_ranks(case.adapter, 2)
+    bits = bits_of_ranks(ranks, 24)
+    torch.testing.assert_close(student.hidden(ids[:2], bits), student.hidden(ids[:2], ranks), rtol=1e-3, atol=1e-3)
+    exact = student.teacher(ids[:2])
+    assert torch.equal(student.hidden(ids[:2], torch.full_like(bits, 16)), student.hidden(ids[:2], ranks * 0 + 24))
+    off = [float((student.hidden(ids[:2], torch.full_like(bits, b)) - exact).norm()) for b in (8, 4, 3, 2, 1)]
+    assert off == sorted(off) and off[0] < 0.05 * off[-1]
+
+
+def test_bits_train_rotations(fitted, ids):
+    """Every rotation of what is quantised has a gradient; one that is read in full has none."""
+    case = fitted("llama-gqa")
+    student = Student(case.model, case.adapter).train()
+    bits = torch.full((1, 2, *case.adapter.shape[:2], 2), 2)
+    bits[0, 0, 1] = 16
+    (gradient,) = torch.autograd.grad(student(ids[:1], bits)["loss"], student.bases.rotation.x)
+    size = gradient.flatten(3).norm(dim=-1)
+    assert torch.isfinite(gradient).all() and (size[0, 1] == 0).all()
+    size[0, 1] = 1
+    assert (size > 0).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,8 +15,9 @@ from nestling import kv
 from nestling.checkpoints import TrainingError, last_whole
 from nestling.distill import IGNORED
 from nestling.kv.files import SIDES
+from nestling.kv.sampling import RankedWindows
 from nestling.kv.student import Student
-from nestling.kv.train import RankedWindows, train
+from nestling.kv.train import train
 from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
@@ -41,7 +42,7 @@ def same(a, b, **tolerance) -> None:
         torch.testing.assert_close(a.encode[side], b.encode[side], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize("sampling", ["path", "sandwich", "independent", "fixed"])
+@pytest.mark.parametrize("sampling", ["path", "sandwich", "independent", "fixed", "bits"])
 def test_training_lowers_the_kl_at_the_budgets(tmp_path, ids, start, sampling):
     options = {"tokens": 16 * 4 * 40, "eval_texts": ids, "eval_windows": 8, "recipe": {"sampling": sampling}}
     trained = run(tmp_path, ids, start, **options)
@@ -183,9 +184,9 @@ def test_gradients_that_are_not_finite_are_named(tmp_path, ids, start, monkeypat
     def poisoned(self, ranks):
         found = masked(self, ranks)
         if torch.is_grad_enabled():
-            poison = torch.zeros_like(found.projectors)
+            poison = torch.zeros_like(found.cut.projectors)
             poison[0, 1, 2] = torch.inf
-            found.projectors.register_hook(lambda gradient: gradient + poison)
+            found.cut.projectors.register_hook(lambda gradient: gradient + poison)
         return found
 
     monkeypatch.setattr(Student, "masked", poisoned)

@@ -84,7 +84,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Texts per step, over all processes.")] = 4,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
     sampling: Annotated[
-        str | None, typer.Option(help="path, sandwich, independent or fixed; default: the preset's.")
+        str | None, typer.Option(help="path, sandwich, independent, fixed or bits; default: the preset's.")
     ] = None,
     bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,

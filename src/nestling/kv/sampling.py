@@ -1,23 +1,30 @@
-"""Which ranks a training step sees. A schedule draws a table ``[2, L, Hkv]`` (keys, values) for each text of a batch.
+"""What a training step sees: texts, and the ranks that they are read at.
+
+A schedule draws a table ``[2, L, Hkv]`` (keys, values) for each text of a batch, or one of the bits of each block of
+coordinates, ``[2, L, Hkv, blocks]``.
 
 Every draw depends on the seed and the number of the text alone, so that a resumed training, or one on more processes,
 sees the same ranks.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import STEP
+from nestling.kv.allocate import STEP, RankTable
+from nestling.kv.bits import BitTable
+from nestling.kv.pack import BLOCK
 
 Schedule = Callable[[int], Tensor]
-SAMPLINGS = ("path", "sandwich", "independent", "fixed")
+SAMPLINGS = ("path", "sandwich", "independent", "fixed", "bits")
 LOWEST, HIGHEST = 0.2, 0.875  # shares of the ranks that `path` draws from
 GRID = 28  # allocations along the path
 JITTER = 0.25  # how often `path` moves a rank by a step, up or down
 FIXED = 0.5
+FEWEST_BITS, MOST_BITS = 0.5, 6.0  # an element, on average, that `bits` draws from
 
 
 def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed: int = 0) -> Schedule:
@@ -27,6 +34,8 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
       ranks moved by a step. What is trained is what will be used.
     * ``sandwich``: as ``path``, but of every four texts one has the smallest and one the largest share.
     * ``independent``: multiples of D / 8 for each layer, head and side by itself (arXiv 2410.14731).
+    * ``bits``: of two texts one is read as in ``path``, at 16 bits, and one at the bits that are allotted to some
+      number of bits in all, from half a bit an element to six.
     * ``fixed``: what the allocation makes of half of the ranks, always: the ablation without sampling.
 
     Args:
@@ -34,6 +43,7 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
 
     Raises:
         ValueError: for unknown names.
+        AdapterError: for ``bits`` of an adapter without noise.
     """
     layers, heads, width = adapter.shape
     shape = (2, layers, heads)
@@ -61,4 +71,44 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
         moved = torch.rand(shape, generator=rng) < JITTER
         return (table + moves * moved * STEP).clamp(min(STEP, width), width)
 
-    return draw
+    if name != "bits":
+        return draw
+    spread = torch.linspace(math.log(FEWEST_BITS), math.log(MOST_BITS), GRID).exp().tolist()
+    quantised = [adapter.bits(bits * adapter.full_elements).stacked for bits in spread]
+
+    def draw_bits(number: int) -> Tensor:
+        if number % 2:
+            return quantised[int(torch.randint(GRID, (), generator=generator(number)))]
+        return bits_of_ranks(draw(number), width)
+
+    return draw_bits
+
+
+def bits_of_ranks(ranks: Tensor, width: int) -> Tensor:
+    """16 bits for each block of coordinates that ranks ``[..., Hkv]`` reach: ``[..., Hkv, blocks]``."""
+    return 16 * (torch.arange(0, width, BLOCK) < ranks[..., None])
+
+
+class RankedWindows(torch.utils.data.Dataset):
+    """Texts with the ranks they are read at: ``{"input_ids": [T], "ranks": [2, L, Hkv]}`` (or bits, with an axis of
+    blocks more), and ``labels`` ``[T]`` if there are any; ``count`` of them.
+
+    Passes over the windows ``[n, T]`` follow each other, each in an order of its own.
+    """
+
+    def __init__(self, windows: Tensor, ranks: Schedule, seed: int, count: int, labels: Tensor | None = None):
+        self.windows, self.ranks, self.seed, self.count, self.labels = windows, ranks, seed, count, labels
+
+    @classmethod
+    def fixed(cls, windows: Tensor, table: RankTable | BitTable) -> "RankedWindows":
+        """All windows once, at the ranks or bits of a table."""
+        return cls(windows, lambda number: table.stacked, 0, len(windows))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        turn, place = divmod(number, len(self.windows))
+        order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed * 1009 + turn))
+        item = {"input_ids": self.windows[order[place]], "ranks": self.ranks(number)}
+        return item if self.labels is None else {**item, "labels": self.labels[order[place]]}

@@ -1,142 +1,22 @@
 """The student of the training: a model whose keys and values are cut to sampled ranks, by masks.
 
-Nothing is stored smaller here. Every key and value is projected onto its first coordinates and back, which gives the
-gradients by the bases at the cost of two matmuls of a head's width. The teacher is the same model without projections.
+The masks are in `nestling.kv.masked`. The teacher is the same model without them.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from nestling.basis import Cayley
 from nestling.checkpoints import TrainingError
 from nestling.distill import IGNORED, head_loss
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import STEP
-from nestling.kv.exact import coded
 from nestling.kv.files import SIDES
-
-QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
-
-
-class _MaskedLayer(attention.PassThroughLayer):
-    """Hands keys, values and what is to be done with them to the attention function."""
-
-    def __init__(self, masked: "Masked"):
-        super().__init__()
-        self.masked = masked
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.states = (key_states, value_states)
-        return self, self
-
-    def attend(self, module, query, mask, **kwargs):
-        return self.masked.attend(module, query, *self.states, mask, **kwargs)
-
-
-class MaskedBases(nn.Module):
-    """Trainable rotations on an adapter's bases, ``[2, L, Hkv, D, D]`` (keys, values), and masks on coordinates.
-
-    Coordinates are ``x @ encode @ U`` with ``U = Cayley(X)``, X = 0 at the start (arXiv 2410.14731, section 3.2, on
-    top of any basis). fp32, whatever autocast says.
-    """
-
-    encode: Tensor
-    decode: Tensor
-    mean: Tensor
-    free: Tensor
-
-    def __init__(self, adapter: KVAdapter):
-        super().__init__()
-        for name in ("encode", "decode", "mean"):
-            tensors = getattr(adapter, name)
-            self.register_buffer(name, torch.stack([tensors[s] for s in SIDES]).float(), persistent=False)
-        self.rotation = Cayley(*self.encode.shape)
-        # Coordinates of one step are kept or dropped together. To rotate them among each other changes nothing, but
-        # Adam would scale the rounding errors of those gradients up to full steps.
-        block = torch.arange(self.encode.shape[-1]) // STEP
-        self.register_buffer("free", block[:, None] != block, persistent=False)
-        self.rotation.x.register_hook(lambda gradient: gradient * self.free)
-
-    def projectors(self, ranks: Tensor) -> Tensor:
-        """``encode U mask U^T decode`` for ranks ``[B, 2, L, Hkv]``: ``[B, 2, L, Hkv, D, D]``."""
-        with torch.autocast(self.encode.device.type, enabled=False):
-            u = self.rotation()
-            mask = torch.arange(self.encode.shape[-1], device=ranks.device) < ranks[..., None]
-            projectors = (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
-            full = (ranks == mask.shape[-1])[..., None, None]  # the identity, without a gradient
-            return torch.where(full, torch.eye(mask.shape[-1], device=u.device, dtype=u.dtype), projectors)
-
-    @torch.no_grad()
-    def encodes(self) -> dict[str, Tensor]:
-        """The bases as trained so far, fp32 ``[L, Hkv, D, D]`` by side; the rotations are computed in fp64."""
-        a = (self.rotation.x - self.rotation.x.mT).double() / 2
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        encode = self.encode.double() @ torch.linalg.solve(eye - a, eye + a)
-        return {side: e.float().cpu() for side, e in zip(SIDES, encode, strict=True)}
-
-
-@dataclass
-class Masked:
-    """What the attention function is given in a student's forward: projects keys and values of the layers it serves.
-
-    Attributes:
-        rows: the row of ``projectors`` of each layer index.
-        projectors: ``[B, 2, L, Hkv, D, D]``.
-        offsets: ``[B, 2, L, Hkv, D]``, the part of the mean outside of the kept coordinates.
-        sinks, window: leading tokens, and most recent ones of every query, that are read exact as in `ExactStore`.
-        served: layer indices that came by: a model that drops the argument on its way would train nothing.
-        watch: is shown keys or values and what is read of them: (side, row, states, cut), ``[B, Hkv, T, D]`` both.
-    """
-
-    rows: dict[int, int]
-    projectors: Tensor
-    offsets: Tensor
-    sinks: int
-    window: int
-    served: set[int]
-    watch: Callable[[int, int, Tensor, Tensor], None] | None = None
-
-    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
-        """Attention output ``[B, Tq, Hq, D]`` of a whole text without padding, causal."""
-        row = self.rows.get(module.layer_idx)
-        kwargs["dropout"] = 0.0  # as in `Student.train`
-        if row is None:
-            return attention.sdpa(module, query, key, value, mask, **kwargs)
-        self.served.add(module.layer_idx)
-        cut = [self._project(x, side, row) for side, x in enumerate((key, value))]
-        if not self.sinks and not self.window:
-            return attention.sdpa(module, query, cut[0], cut[1], mask, **kwargs)
-        blocks = range(0, query.shape[2], QUERY_BLOCK)
-        return torch.cat([self._block(module, query, (key, value), cut, start, **kwargs) for start in blocks], 1)
-
-    def _project(self, states: Tensor, side: int, row: int) -> Tensor:
-        """Keys (side 0) or values (side 1) ``[B, Hkv, T, D]`` with the coordinates beyond the rank at their mean."""
-        projector, offset = self.projectors[:, side, row], self.offsets[:, side, row, :, None]
-        cut = states @ projector.to(states.dtype) + offset.to(states.dtype)
-        if self.watch is not None:
-            self.watch(side, row, states, cut)
-        return cut
-
-    def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:
-        """Queries from ``start`` on: every token behind them is read once, exact or cut."""
-        query = query[:, :, start : start + QUERY_BLOCK]
-        stop, device = start + query.shape[2], query.device
-        i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
-        gone = coded(i + 1, self.sinks, self.window)  # these many after the sinks are compressed when i is read
-        seen, is_exact = j <= i, (j < self.sinks) | (j >= self.sinks + gone)
-        near = torch.cat((j[: self.sinks], j[self.sinks + coded(start + 1, self.sinks, self.window) :]))
-        mask = torch.cat(((seen & is_exact)[:, near], seen & ~is_exact), 1)
-        keys, values = (torch.cat((e[:, :, near], c[:, :, :stop]), 2) for e, c in zip(exact, cut, strict=True))
-        return attention.sdpa(module, query, keys, values, mask[None, None], **kwargs)
+from nestling.kv.masked import Coded, Masked, MaskedBases, MaskedLayer, Projected
 
 
 class Student(nn.Module):
-    """A frozen language model with `MaskedBases`: input ids and ranks to the distillation loss.
+    """A frozen language model with `MaskedBases`: input ids and ranks, or bits, to the distillation loss.
 
     Args:
         model: a causal LM; its weights are not trained unless they require gradients (LoRA).
@@ -171,17 +51,15 @@ class Student(nn.Module):
         return type(found)([name for name in found.missing_keys if name in trained], found.unexpected_keys)
 
     def masked(self, ranks: Tensor) -> Masked:
-        """What the attention function needs for ranks ``[B, 2, L, Hkv]``."""
-        return self._masked(self.bases.projectors(ranks))
+        """What the attention function needs for ranks ``[B, 2, L, Hkv]``, or for bits of blocks ``[..., blocks]``."""
+        return self._masked(self.bases.coded(ranks) if ranks.dim() == 5 else self.bases.projected(ranks))
 
     def weighted(self, mask: Tensor) -> Masked:
         """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
-        return self._masked((self.bases.encode * mask[..., None, :]) @ self.bases.decode)
+        return self._masked(self.bases.weighted(mask))
 
-    def _masked(self, projectors: Tensor) -> Masked:
-        mean = self.bases.mean
-        offsets = mean - (mean[..., None, :] @ projectors)[..., 0, :]
-        return Masked(self.rows, projectors, offsets, self.sinks, self.window, set())
+    def _masked(self, cut: Projected | Coded) -> Masked:
+        return Masked(self.rows, cut, self.sinks, self.window, set())
 
     def _arguments(self, masked: Masked) -> dict:
         """How ``masked`` gets to the attention function: in place of keys and values, as a cache hands it over.
@@ -193,7 +71,7 @@ class Student(nn.Module):
             return {"use_cache": False, "nested": masked}
         layers = attention.stock_layers(attention.text_config(self.lm))
         for index in self.rows:
-            layers[index] = _MaskedLayer(masked)
+            layers[index] = MaskedLayer(masked)
         return {"use_cache": True, "past_key_values": Cache(layers=layers)}
 
     @torch.no_grad()

@@ -20,9 +20,10 @@ from nestling.checkpoints import TrainingError, begin, run
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import BudgetError, RankTable
+from nestling.kv.bits import BitTable
 from nestling.kv.calibrate import fit
 from nestling.kv.exact import capacity
-from nestling.kv.sampling import Schedule, schedule
+from nestling.kv.sampling import RankedWindows, schedule
 from nestling.kv.sensitivity import measure
 from nestling.kv.student import Student
 from nestling.progress import progress_bar
@@ -107,7 +108,8 @@ def train(
         length: tokens per text.
         batch_size: texts per step, over all processes.
         eval_texts, eval_windows, eval_budgets: held-out text, how many windows of it are read while training, and the
-            shares of the ranks at which (exact tokens not counted); their KL is the training curve.
+            shares of the ranks at which (exact tokens not counted); their KL is the training curve. With sampled bits
+            they are shares of 16 bits.
         seed: of the order of texts, of the ranks and of the labels that the energies are measured with.
         resume: go on from the last whole checkpoint in ``folder``.
         recipe: changes to the preset, fields of `Recipe`.
@@ -149,7 +151,7 @@ def train(
     steps = max(1, tokens // (length * batch_size))
     ranks = schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed)
     data = RankedWindows(windows, ranks, seed, steps * batch_size, labels)
-    tables = {f"{share:g}": adapter.ranks(share * adapter.full_elements, chosen.allocation) for share in eval_budgets}
+    tables = {f"{share:g}": _table(adapter, share, chosen) for share in eval_budgets}
     if wrong := [share for share in eval_budgets if not 0 < share <= 1]:
         raise BudgetError(f"eval_budgets are shares of the ranks, above 0 and at most 1, got {wrong[0]:g}")
     budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
@@ -184,29 +186,10 @@ def train(
     return measure(lm, trained, windows, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress)
 
 
-class RankedWindows(torch.utils.data.Dataset):
-    """Texts with the ranks they are read at: ``{"input_ids": [T], "ranks": [2, L, Hkv]}``, and ``labels`` ``[T]`` if
-    there are any; ``count`` of them.
-
-    Passes over the windows ``[n, T]`` follow each other, each in an order of its own.
-    """
-
-    def __init__(self, windows: Tensor, ranks: Schedule, seed: int, count: int, labels: Tensor | None = None):
-        self.windows, self.ranks, self.seed, self.count, self.labels = windows, ranks, seed, count, labels
-
-    @classmethod
-    def fixed(cls, windows: Tensor, table: RankTable) -> "RankedWindows":
-        """All windows once, at the ranks of a table."""
-        return cls(windows, lambda number: table.stacked, 0, len(windows))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        turn, place = divmod(number, len(self.windows))
-        order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed * 1009 + turn))
-        item = {"input_ids": self.windows[order[place]], "ranks": self.ranks(number)}
-        return item if self.labels is None else {**item, "labels": self.labels[order[place]]}
+def _table(adapter: KVAdapter, share: float, recipe: Recipe) -> RankTable | BitTable:
+    """What a held-out text is read at."""
+    elements = share * adapter.full_elements
+    return adapter.bits(16 * elements) if recipe.sampling == "bits" else adapter.ranks(elements, recipe.allocation)
 
 
 class _Curve(TrainerCallback):
