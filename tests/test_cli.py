@@ -50,7 +50,9 @@ def test_fit_writes_an_adapter_and_results(place):
 
 def test_the_demo_calibrates_measures_and_answers(place, monkeypatch):
     monkeypatch.setattr("nestling.kv.demo.BUDGETS", (1.0, 0.75))  # heads of width 16 cannot be cut to 40 %
+    monkeypatch.setattr("nestling.kv.demo.BITS", (0.7,))
     monkeypatch.setattr("nestling.kv.demo.ANSWERS", (0.75,))
+    monkeypatch.setattr("nestling.kv.demo.SHRINK_AT", 5)
     result = run(
         "demo", "kv", "--model", place / "lm", "--tokens", 1024, "--out", place / "demo.html",
         "--json", place / "demo.json",
@@ -58,7 +60,11 @@ def test_the_demo_calibrates_measures_and_answers(place, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "Calibrated on 1,024 tokens" in result.output and "75% of the full cache" in result.output
     rows = json.loads((place / "demo.json").read_text())["rows"]
-    assert [r["budget"] for r in rows] == [None, 1.0, 0.75]
+    assert [(r["method"], r["budget"]) for r in rows] == [
+        ("full", None), ("balanced-energy", 1.0), ("balanced-energy", 0.75), ("balanced-energy-bits", 0.7)
+    ]  # fmt: skip
+    before, after = map(float, re.search(r"\[([\d.]+) -> ([\d.]+) MiB\]", result.output).groups())
+    assert after <= before
     assert "Nothing was trained" in (place / "demo.html").read_text()
 
 

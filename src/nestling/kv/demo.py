@@ -1,6 +1,7 @@
 """What the command line shows: streamed generation, rank tables and maps, the report, and the demo end to end."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,10 @@ from nestling.kv.files import built_in
 from nestling.models import load_model
 
 BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
+BITS = (0.3125, 0.25, 0.1875, 0.125)  # budgets with quantised coordinates
 ANSWERS = (1.0, 0.5, 0.4)
+SHRINK = (0.25, 0.125)  # with quantised coordinates: at first, and from the 20th token of the answer on
+SHRINK_AT = 20
 TOKENS = 24576  # of a calibration
 STORY = """\
 The lighthouse on Skerry Point was built of grey granite and stood forty metres high. For thirty-one years it had been
@@ -104,7 +108,7 @@ def write_report(
     budgets,
     *,
     title: str,
-    answers: dict[float, tuple[str, str]] | None = None,
+    answers: dict[str, tuple[str, str]] | None = None,
 ) -> None:
     """One HTML page: the table of budgets, KL against bytes, the answers if there are any, and the rank maps."""
     measured = [r for r in rows if r["method"] != "full"]
@@ -122,8 +126,8 @@ def write_report(
             rows=rows, columns=COLUMNS, figure=curve,
         )
     ]  # fmt: skip
-    for budget, (answer, note) in (answers or {}).items():
-        sections.append(report.Section(f"The same prompt at {budget:.0%}", note, pre=answer))
+    for size, (answer, note) in (answers or {}).items():
+        sections.append(report.Section(f"The same prompt at {size}", note, pre=answer))
     for budget in [b for b in budgets if b < 1 and b in (0.75, 0.5, 0.4, 0.25)]:
         ranks = adapter.ranks(budget * adapter.full_elements)
         sections.append(
@@ -168,7 +172,7 @@ def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None
 
 
 def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
-    """The demo: measure budgets on held-out text, answer a prompt at three sizes, write the report.
+    """The demo: measure budgets on held-out text, answer a prompt at several sizes, write the report.
 
     The adapter is the one that comes with the package, if it has one for the model; with ``tokens``, one that is
     calibrated on as many.
@@ -185,19 +189,24 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
         rest = [t for i, t in enumerate(texts) if i % 8]
         adapter = fit(language_model, tokenizer, rest, tokens=tokens or TOKENS)
         console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
-    rows = evaluate(language_model, tokenizer, adapter, BUDGETS, texts=held_out, windows=1, dtype=torch.bfloat16)
+    measure = partial(evaluate, language_model, tokenizer, adapter, texts=held_out, windows=1, dtype=torch.bfloat16)
+    rows = measure(BUDGETS) + measure(BITS, bits=True)[1:]
     console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
     console.print(f"\nPrompt, with a story before it: {PROMPT.splitlines()[-1]}", markup=False)
+    make = partial(adapter.cache, language_model, dtype=torch.bfloat16)
     answers = {}
-    for budget in ANSWERS:
-        console.rule(f"{budget:.0%} of the full cache")
-        kept: list[str] = []
-        note = stream(
-            language_model, tokenizer, PROMPT, adapter.cache(language_model, budget, dtype=torch.bfloat16),
-            max_new_tokens=60, streamer=_Keeping(tokenizer, kept),
-        )  # fmt: skip
+
+    def answer(title: str, cache: NestedCache, streamer: _Keeping) -> None:
+        console.rule(title)
+        note = stream(language_model, tokenizer, PROMPT, cache, max_new_tokens=60, streamer=streamer)
         console.print(note, style="dim")
-        answers[budget] = ("".join(kept), note)
+        answers[title] = ("".join(streamer.kept), note)
+
+    for budget in ANSWERS:
+        answer(f"{budget:.0%} of the full cache", make(budget), _Keeping(tokenizer))
+    cache = make(SHRINK[0], bits=True)
+    title = f"{SHRINK[0]:.0%}, and {SHRINK[1]:.1%} from the {SHRINK_AT}th token on, ranks and bits"
+    answer(title, cache, _Shrinking(tokenizer, cache, SHRINK[1]))
     write_report(out, adapter, rows, BUDGETS, title=f"nestling: {model} with a smaller KV cache", answers=answers)
     console.print(f"\nReport: {out}")
     return rows
@@ -206,10 +215,26 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
 class _Keeping(TextStreamer):
     """Streams to the terminal and keeps the text."""
 
-    def __init__(self, tokenizer, kept: list[str]):
+    def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.kept = kept
+        self.kept: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.kept.append(text)
         super().on_finalized_text(text, stream_end)
+
+
+class _Shrinking(_Keeping):
+    """Lowers the budget of the cache that is being written, once."""
+
+    def __init__(self, tokenizer, cache: NestedCache, budget: float):
+        super().__init__(tokenizer)
+        self.cache, self.budget, self.left = cache, budget, SHRINK_AT
+
+    def put(self, value) -> None:
+        super().put(value)
+        self.left -= 1
+        if not self.left:
+            before = self.cache.nbytes
+            self.cache.shrink(self.budget)
+            self.on_finalized_text(f" [{before / 2**20:.2f} -> {self.cache.nbytes / 2**20:.2f} MiB] ")
