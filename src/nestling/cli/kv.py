@@ -136,7 +136,7 @@ def search(
     method: Annotated[str, typer.Option(help="blend (quick), or greedy (Algorithm 1 of the paper).")] = "blend",
     text: Text = None,
     windows: Annotated[int, typer.Option(help="Texts to measure on.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens per text.")] = 256,
+    length: Annotated[int, typer.Option(help="Tokens per text.")] = 512,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
     per_sweep: Annotated[int, typer.Option(help="Ranks that greedy lowers at a time; 1 is the paper's.")] = 16,
