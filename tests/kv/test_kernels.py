@@ -32,6 +32,17 @@ def test_source_that_does_not_compile_or_lacks_the_functions_is_done_without(fre
     assert kernels.compiled() is None
 
 
+def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
+    if (real := kernels.compiler()) is None:
+        pytest.skip("there is no C compiler")
+    other = tmp_path / "cc"
+    other.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {real} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("CC", str(other))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert kernels.compiled() is not None and kernels.compiled()._name.startswith(str(tmp_path))
+
+
 def test_a_damaged_library_is_done_without(fresh, monkeypatch, tmp_path):
     if kernels.compiled() is None:
         pytest.skip("there is no C compiler")
