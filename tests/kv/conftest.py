@@ -1,16 +1,12 @@
-"""Tiny models and adapters that tests share. Without a GPU, kernels in Triton are interpreted."""
+"""Tiny models and adapters that tests share."""
 
-import os
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-
-from nestling import kv  # noqa: E402
+from nestling import kv
 
 from .families import BASE, tiny_model
 
