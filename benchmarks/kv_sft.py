@@ -31,6 +31,7 @@ from nestling.progress import progress_bar
 from nestling.report import run_meta, table, write_json
 from nestling.tokens import answer_windows
 
+ASKED = 25  # questions at a time
 PROMPT = "Question: {}\nAnswer:"
 TOGETHER = {"kl_weight": 0.0, "ce_weight": 1.0, "learning_rate": 5e-4, "sinks": 0, "window": 0}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -75,14 +76,20 @@ def measure(lm, tokenizer, adapter: kv.KVAdapter, budgets: list[float], tests: l
                 nll += float(cross_entropy(logits.float(), answer, reduction="sum"))
                 counted += len(answer)
                 bar.advance(task)
-            for prompt, answer in tests:
-                inputs = tokenizer(prompt, return_tensors="pt").to(lm.device)
+            for some in batched(tests, ASKED):
+                inputs = tokenizer([q for q, _ in some], return_tensors="pt", padding=True, padding_side="left")
+                inputs = inputs.to(lm.device)
                 out = lm.generate(**inputs, past_key_values=cache(), max_new_tokens=200, do_sample=False)
-                text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                right += number(text) is not None and number(text) == number(answer)
-                bar.advance(task)
+                given = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                found = [(number(text), number(answer)) for text, (_, answer) in zip(given, some, strict=True)]
+                right += sum(ours is not None and ours == theirs for ours, theirs in found)
+                bar.advance(task, len(some))
             rows.append({"budget": budget, "answer_ppl": math.exp(nll / counted), "acc_gsm8k": right / len(tests)})
     return rows
+
+
+def batched(items: list, size: int):
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def number(answer: str) -> str | None:
