@@ -301,6 +301,13 @@ def test_texts_need_a_tokenizer_and_length(tmp_path, ids, start):
         run(tmp_path, ids[:, :10], start)
 
 
+def test_what_is_not_installed_is_named(tmp_path, ids, start, monkeypatch):
+    monkeypatch.setattr(sys.modules["nestling.kv.train"], "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"training needs accelerate: pip install 'nestling\[train\]'"):
+        run(tmp_path / "new", ids, start)
+    assert not (tmp_path / "new").exists()
+
+
 def test_foreign_adapters_are_refused(tmp_path, ids, fitted):
     with pytest.raises(kv.AdapterError, match="made for another model"):
         run(tmp_path, ids, fitted("qwen3").adapter)
