@@ -25,9 +25,9 @@ def _numbers(rows, row, stride, token, valid, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _scored(sums, rows, stride, by, n, real, first, last, token, valid, FIELD: tl.constexpr):
+def _scored(sums, rows, stride, by, n, per_query, first, last, token, valid, FIELD: tl.constexpr):
     for row in range(first, last):
-        weight = tl.load(by + n[:, None] * real + row * 8 + tl.arange(0, 8 // FIELD)[None, :])
+        weight = tl.load(by + n[:, None] * per_query + row * 8 + tl.arange(0, 8 // FIELD)[None, :])
         numbers = _numbers(rows, row, stride, token, valid, FIELD)
         sums += tl.sum(weight[:, :, None] * numbers[None, :, :], 1)
     return sums
@@ -43,12 +43,12 @@ def _score(
     valid, n = token < tokens, tl.arange(0, QUERIES)
     rows += group * count * stride
     by += group * QUERIES * count * 8
-    real = count * 8
+    per_query = count * 8
     sums = tl.zeros((QUERIES, TILE), tl.float32)
-    sums = _scored(sums, rows, stride, by, n, real, 0, e8, token, valid, 8)
-    sums = _scored(sums, rows, stride, by, n, real, e8, e4, token, valid, 4)
-    sums = _scored(sums, rows, stride, by, n, real, e4, e2, token, valid, 2)
-    sums = _scored(sums, rows, stride, by, n, real, e2, count, token, valid, 1)
+    sums = _scored(sums, rows, stride, by, n, per_query, 0, e8, token, valid, 8)
+    sums = _scored(sums, rows, stride, by, n, per_query, e8, e4, token, valid, 4)
+    sums = _scored(sums, rows, stride, by, n, per_query, e4, e2, token, valid, 2)
+    sums = _scored(sums, rows, stride, by, n, per_query, e2, count, token, valid, 1)
     inside = (n < queries)[:, None] & valid[None, :]
     sums -= tl.load(shift + group * queries + n, mask=n < queries, other=0.0)[:, None]
     place = into + group * of_group + n[:, None] * of_query + token[None, :]
