@@ -57,6 +57,11 @@ def kv_evict() -> str:
     return markdown_table(load("kv_evict"), columns)
 
 
+def kv_bits() -> str:
+    columns = {"method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
+    return markdown_table(load("kv_bits"), columns)
+
+
 def kv_sft() -> str:
     columns = {"method": "trained", "budget": "budget", "answer_ppl": "perplexity", "acc_gsm8k": "exact match"}
     return markdown_table(load("kv_sft"), columns)
@@ -93,7 +98,8 @@ def kv_speed() -> str:
 def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
-    tables = {f.__name__: f for f in (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_sft, kv_step, kv_speed)}
+    made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_sft, kv_step, kv_speed)
+    tables = {f.__name__: f for f in made}
     for name in re.findall(r"<!-- (\w+) -->", text):
         table = tables[name]()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
