@@ -27,3 +27,9 @@ def encoder(backbones):
         return sentence_model(backbones(family, side), pooling, **options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(backbones):
+    """One for many examples of a property; in fp64."""
+    return sentence_model(backbones("bert")).double()

@@ -91,6 +91,31 @@ def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options)
     assert sorted(load_rotations(tmp_path / "out")) == ([1, 2, 4] if options.get("rotation") else [])
 
 
+def test_rotations_are_trained_like_the_model(encoder, tmp_path):
+    """They start as they would be otherwise, with a rate of their own, and are what exports and measurements use."""
+    results = {rate: run(encoder(), pairs(), tmp_path / str(rate), rotation="centred", rotation_rate=rate)
+               for rate in (None, 1e-9, 0.01)}  # fmt: skip
+    for depth, still in results[None].rotations.items():
+        torch.testing.assert_close(results[1e-9].rotations[depth].encode, still.encode, rtol=0, atol=1e-6)
+        trained = results[0.01].rotations[depth]
+        assert (trained.encode - still.encode).abs().max() > 0.05 and (trained.mean - still.mean).abs().max() > 0.05
+        assert not trained.encode.requires_grad
+        torch.testing.assert_close(load_rotations(tmp_path / "0.01")[depth].encode, trained.encode)
+    assert results[0.01].info["curve"][-1]["loss"] < results[None].info["curve"][-1]["loss"]
+
+
+def test_rotations_of_the_best_checkpoint_are_kept(encoder, tmp_path):
+    """They are read back with the weights that they were trained with."""
+    measure = GridEvaluator(CUPS, sts={"dev": scored()})
+    model = encoder()
+    trained = run(model, pairs(), tmp_path / "out", evaluator=measure, rotation="pca", rotation_rate=0.05,
+                  learning_rate=0.02, save_steps=6)  # fmt: skip
+    curve = {point["step"]: point["mean"] for point in trained.info["curve"] if "mean" in point}
+    assert curve[trained.info["best_step"]] == max(curve.values()) > curve[max(curve)]
+    again = GridEvaluator(CUPS, sts={"dev": scored()}, rotations=trained.rotations)
+    assert again(model)["mean"] == pytest.approx(trained.info["best"], abs=1e-6)
+
+
 def test_texts_follow_the_model_as_it_was(encoder, tmp_path):
     """Small cups agree better with the old full model, and the full one has not gone away from it."""
     old, model = encoder(), encoder()
@@ -297,7 +322,9 @@ def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pairs", "texts"])
 def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch, kind):
-    options = {"save_steps": 3, "steps": 12, "rotation": "pca", "evaluator": GridEvaluator(sts={"dev": scored()})}
+    options = {"save_steps": 3, "steps": 12, "rotation": "centred", "evaluator": GridEvaluator(sts={"dev": scored()})}
+    if kind == "pairs":
+        options["rotation_rate"] = 0.01
     data = pairs() if kind == "pairs" else TEXTS
     whole, part = encoder(), encoder()
     expected = run(whole, data, tmp_path / "whole", **options)
@@ -317,6 +344,8 @@ def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkey
     part = encoder()
     found = run(part, data, tmp_path / "part", resume=True, **options)
     same(whole, part)
+    for depth, rotation in expected.rotations.items():
+        same(rotation, found.rotations[depth])
     assert found.info["curve"] == expected.info["curve"] and found.info["best"] == expected.info["best"]
 
 
@@ -351,8 +380,8 @@ from tests.embed.test_train import TEXTS, pairs, run
 torch.set_num_threads(1)
 torch.manual_seed(0)
 data = TEXTS if {kind!r} == "texts" else pairs()
-run(sentence_model({backbone!r}), data, sys.argv[1], steps={steps}, use_cpu=True, save_steps=1, rotation="pca",
-    dropout={dropout}, resume=len(sys.argv) > 2, adam_epsilon=1e-4)
+run(sentence_model({backbone!r}), data, sys.argv[1], steps={steps}, use_cpu=True, save_steps=1, rotation="centred",
+    rotation_rate=1e-3, dropout={dropout}, resume=len(sys.argv) > 2, adam_epsilon=1e-4)
 """
 
 
@@ -396,6 +425,8 @@ def test_a_killed_process_goes_on_to_the_same_result(tmp_path, script):
         output = finished.communicate()[0].decode()
         assert finished.returncode == 0, output
     same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+    turns = [load_rotations(tmp_path / name) for name in ("whole", "part")]
+    assert all(torch.equal(turn.encode, turns[1][depth].encode) for depth, turn in turns[0].items())
 
 
 @pytest.mark.slow
@@ -412,6 +443,10 @@ def test_two_processes_are_as_good_as_one(tmp_path, script, kind):
     for finished in (one, two):
         output = finished.communicate()[0].decode()
         assert finished.returncode == 0, output
+    turns = [load_rotations(tmp_path / name) for name in ("one", "two")]
+    for depth, turn in turns[0].items():
+        assert (turn.encode.T @ turn.encode - torch.eye(32)).abs().max() > 1e-4  # it was trained
+        torch.testing.assert_close(turn.encode, turns[1][depth].encode, rtol=1e-3, atol=1e-3)
     for point, other in zip(*(json.loads((tmp_path / n / "nestling.json").read_text())["training"]["curve"]
                               for n in ("one", "two")), strict=True):  # fmt: skip
         assert point == pytest.approx(other, rel=1e-3, abs=2e-4)
@@ -520,6 +555,8 @@ def test_folders_are_checked(encoder, tmp_path):
         (pairs(), {"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),
         (pairs(), {"warmup": 1.5}, ValueError, "warmup=1.5"),
         (pairs(), {"rotation": "spin"}, ValueError, "rotation must be pca or centred.* got 'spin'"),
+        (pairs(), {"rotation_rate": 1e-3}, ValueError, "rotation_rate=0.001 must be above 0, and needs a rotation"),
+        (pairs(), {"rotation": "pca", "rotation_rate": -1.0}, ValueError, "rotation_rate=-1.0 must be above 0"),
         (pairs(), {"recipe": {"klweight": 1}}, ValueError, "recipe has no .*klweight"),
         (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl must be"),
         (pairs(), {"max_steps": 9}, ValueError, "max_steps=9 is no option of this training: use steps"),

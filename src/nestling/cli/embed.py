@@ -51,6 +51,9 @@ def train(
     rotation: Annotated[
         str | None, typer.Option(help="Start from principal components: pca, or centred; default: MODEL's, if any.")
     ] = None,
+    rotation_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the rotations; default: they stay as they are.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes; default 64.")] = None,
@@ -88,8 +91,8 @@ def train(
     start = rotation or {depth: found[depth] for depth in ladder.layers if depth in found} or None
     more: dict[str, Any] = {"gradient_checkpointing": True} if checkpointing else {}
     trained = embed.train(
-        encoder, data, ladder, folder=out, teacher=other, rotation=start, steps=steps,
-        epochs=1.0 if epochs is None else epochs, batch_size=batch_size, mini_batch_size=mini_batch_size,
+        encoder, data, ladder, folder=out, teacher=other, rotation=start, rotation_rate=rotation_rate,
+        steps=steps, epochs=1.0 if epochs is None else epochs, batch_size=batch_size, mini_batch_size=mini_batch_size,
         learning_rate=learning_rate, warmup=warmup, seed=seed, evaluator=evaluator, prompts=prompts or None,
         recipe={"weights": weights} if weights else None, resume=resume, bf16=bf16, **more,
     )  # fmt: skip

@@ -61,10 +61,10 @@ def trained_card(
     )
     small, full = ladder.cups[0], ladder.full
     whole = "Loaded as it is, it is the full model. A smaller cup is cut out as a model of its own"
-    if full.layers in rotations and rotations[full.layers].mean is not None:
+    if full.layers in rotations and not rotations[full.layers].keeps_similarities:
         whole = (
-            "Its vectors were centred in training, which the folder as it is does not do: the full cup "
-            f"{full} has to be exported too. A cup is cut out as a model of its own"
+            "Behind its pooling a linear map was trained with it, or its vectors were centred, which the folder as it "
+            f"is does not apply: the full cup {full} has to be exported too. A cup is cut out as a model of its own"
         )
     turned = f", rotation=embed.load_rotations(folder)[{small.layers}]" if small.layers in rotations else ""
     use = (

@@ -2,7 +2,8 @@
 
 ``nestling.json`` has the cups (`Ladder.to_json`), how they were trained, and, in the folder of an export, which cup it
 is. ``rotations.safetensors`` has ``DEPTH.encode`` ``[H, H]`` and perhaps ``DEPTH.mean`` ``[H]``, fp32, where training
-started from a rotation, which is applied to pooled vectors before they are cut. Stock readers ignore both files.
+started from a rotation, and perhaps trained it; it is applied to pooled vectors before they are cut. Stock readers
+ignore both files.
 """
 
 from __future__ import annotations
@@ -88,8 +89,11 @@ def read_rotations(path: Path) -> dict[int, Rotation]:
 
 def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:
     """The file that `read_rotations` reads, written whole or not at all."""
-    tensors = {f"{depth}.encode": rotation.encode.cpu().contiguous() for depth, rotation in rotations.items()}
-    tensors |= {f"{depth}.mean": made.mean.cpu() for depth, made in rotations.items() if made.mean is not None}
+    tensors = {
+        f"{depth}.{name}": tensor.cpu().contiguous()
+        for depth, rotation in rotations.items()
+        for name, tensor in rotation.state_dict().items()
+    }
     new = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file(tensors, new)
     os.replace(new, path)

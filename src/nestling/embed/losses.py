@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
@@ -19,6 +18,7 @@ from nestling.embed.bases import Batches, cached_value, caches_gradients, value
 from nestling.embed.cached import CachedRepresentation
 from nestling.embed.encoder import Encoder
 from nestling.embed.gather import gathered
+from nestling.embed.lengths import embed_by_length
 from nestling.embed.rotation import Rotation
 from nestling.embed.taps import taps
 from nestling.embed.teacher import checked_teacher, rows_of
@@ -56,7 +56,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
             loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
             distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
             both see vectors as they are, for dot products.
-        rotations: ``{depth: Rotation}``, applied to pooled vectors before they are cut.
+        rotations: ``{depth: Rotation}``, applied to pooled vectors before they are cut; parameters of the loss.
         teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
             from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
             numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
@@ -138,7 +138,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
             raise ValueError("EmbedDistillLoss compares coordinates with those of another model: leave rotations out")
         for depth, rotation in self.rotations.items():
-            size = len(rotation.get_buffer("encode"))
+            size = len(rotation.get_parameter("encode"))
             if int(depth) not in self.cups.layers or size != self.cups.full.dims:
                 raise ValueError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
         if self.teacher is not None and self.kl != "similarity":
@@ -165,7 +165,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         """The parts of the loss for columns of texts, as ``model.preprocess`` makes them, and labels for ``loss``."""
         columns = list(sentence_features)
         if not self.uses_gradient_cache:
-            made = embed_columns(self.represent, columns)  # type: ignore[arg-type]
+            made = embed_by_length(self.represent, columns)
             return self._parts(*self._gathered([[column] for column in made], labels), False)
         total = self.forward_cached(columns, labels)
         # The total carries the hook that sends the cached gradients into the model: it must be in the sum, once.

@@ -1,7 +1,9 @@
 """A start for prefixes: the pooled vector of each depth in its principal components, the largest first.
 
 An orthogonal change of basis changes no similarity at full width, and can be folded into the linear map that cuts an
-exported model to its width. Centring does change similarities: a common component of all vectors is taken out.
+exported model to its width. Centring does change similarities: a common component of all vectors is taken out. Trained
+with the encoder, a rotation becomes any linear map: what a depth's vectors are for the layers above and what they are
+as embeddings need not be the same coordinates.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from nestling.embed.encoder import Encoder
 class Rotation(nn.Module):
     """``x -> (x - mean) @ encode`` for vectors of one depth.
 
+    Both are parameters that no gradient is taken of, unless ``requires_grad_`` says so.
+
     Args:
-        encode: ``[H, H]``, orthogonal, the most valuable coordinate first.
+        encode: ``[H, H]``, orthogonal unless it was trained, the most valuable coordinate first.
         mean: ``[H]``, or None to leave vectors where they are.
     """
 
-    encode: Tensor
     mean: Tensor | None
 
     def __init__(self, encode: Tensor, mean: Tensor | None = None):
@@ -35,21 +38,30 @@ class Rotation(nn.Module):
             or (mean is not None and mean.shape != encode[0].shape)
         ):
             raise ValueError(f"expected encode [H, H] and mean [H], got {list(encode.shape)} and {_shape(mean)}")
-        self.register_buffer("encode", encode.float(), persistent=False)
-        self.register_buffer("mean", None if mean is None else mean.float(), persistent=False)
+        self.encode = nn.Parameter(encode.detach().float(), requires_grad=False)
+        frozen = None if mean is None else nn.Parameter(mean.detach().float(), requires_grad=False)
+        self.register_parameter("mean", frozen)
 
     def forward(self, x: Tensor) -> Tensor:
         """Coordinates of ``[..., H]``, in its dtype."""
         centred = x if self.mean is None else x - self.mean.to(x)
         return centred @ self.encode.to(x)
 
+    @property
+    def keeps_similarities(self) -> bool:
+        """Whether cosines at full width are those of the vectors as they come."""
+        identity = torch.eye(len(self.encode), device=self.encode.device)
+        return self.mean is None and torch.allclose(self.encode.mT @ self.encode, identity, rtol=0, atol=1e-4)
+
     def weight(self, dims: int) -> Tensor:
         """The first ``dims`` coordinates as the weight ``[dims, H]`` of a linear map."""
-        return self.encode[:, :dims].mT.contiguous()
+        return self.encode.detach()[:, :dims].mT.contiguous()
 
     def bias(self, dims: int) -> Tensor | None:
         """The bias ``[dims]`` that goes with `weight`; None where vectors are not centred."""
-        return None if self.mean is None else -(self.mean.double() @ self.encode[:, :dims].double()).float()
+        if self.mean is None:
+            return None
+        return -(self.mean.detach().double() @ self.encode.detach()[:, :dims].double()).float()
 
 
 def rotations(

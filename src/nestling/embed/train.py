@@ -7,6 +7,7 @@ ones. A teacher's embeddings are computed once and mapped from a file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -36,7 +37,7 @@ from nestling.embed.modes import modes_kept
 from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
 from nestling.embed.rotation import Rotation, rotations
 from nestling.embed.teacher import numbered, shared_table
-from nestling.embed.trainer import CupTrainer, Watch, without_bars
+from nestling.embed.trainer import Averaged, CupTrainer, Watch, trained_rotations, without_bars
 from nestling.folders import write_folder
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
@@ -74,6 +75,7 @@ def train(
     loss: Loss | None = None,
     teacher: SentenceTransformer | None = None,
     rotation: str | Mapping[int, Rotation] | None = None,
+    rotation_rate: float | None = None,
     steps: int | None = None,
     epochs: float = 1.0,
     batch_size: int | None = None,
@@ -112,6 +114,8 @@ def train(
         rotation: ``"pca"`` turns the pooled vectors of every depth into their principal components before they are
             cut, ``"centred"`` takes their mean out as well (see `rotations`); or rotations by depth. They are saved
             beside the model; only exports and measurements that are given them apply them.
+        rotation_rate: learning rate of the rotations, which are then trained like the model, as any linear maps; by
+            default they stay as they are.
         steps: of the optimiser; None for ``epochs`` passes over the data.
         batch_size: rows a step, over all processes and accumulation steps; by default 64, or all rows if there are
             fewer. No text comes twice in a batch where that can be had.
@@ -146,6 +150,11 @@ def train(
     inner = loss if loss is None or isinstance(loss, nn.Module) else loss(model)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
     plan.check(cups, recipe, rotation, mini_batch_size, out, resume, arguments)
+    if rotation_rate is not None:
+        if rotation is None or not (math.isfinite(rotation_rate) and rotation_rate > 0):
+            raise ValueError(f"rotation_rate={rotation_rate} must be above 0, and needs a rotation that it trains")
+        rates = arguments.get("learning_rate_mapping") or {}
+        arguments = {**arguments, "learning_rate_mapping": {**rates, r"^rotations\.": rotation_rate}}
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if isinstance(inner, StarbucksLoss) and inner.rotations:
         rotation = {int(depth): module for depth, module in inner.rotations.items()}  # type: ignore[misc]
@@ -183,13 +192,16 @@ def train(
     if plan.distils:
         entries, numbers = numbered(plan.examples.columns, by)
         table = _table(work / TEACHER_FILE, teacher or model, entries, progress)
+    for module in start.values():
+        module.requires_grad_(rotation_rate is not None)
     srl = plan.loss(ladder, recipe, mini_batch_size, start, table)
-    measures = _measures(evaluator, ladder, start)
+    turns: dict[int, Any] = {int(depth): module for depth, module in srl.rotations.items()}
+    measures = _measures(evaluator, ladder, turns)
     watch = Watch(ladder, steps, progress)
     try:
         trainer = CupTrainer(
             model, options, train_dataset=_dataset(plan.examples, numbers, order(plan.examples, batch, steps, seed)),
-            loss=srl, evaluator=measures, callbacks=[watch],
+            loss=srl, evaluator=measures, callbacks=[watch, Averaged(trained_rotations(srl))],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         with modes_kept(model), without_bars(), without_dropout(model, off=not noisy):
@@ -198,10 +210,11 @@ def train(
         watch.bar.stop()
         if options.gradient_checkpointing:
             _without_checkpointing(model)
+    srl.rotations.requires_grad_(False)
     info = _info(job, trainer, watch, time.monotonic() - started)
-    trained = Trained(out, ladder, start, info)
+    trained = Trained(out, ladder, turns, info)
     if trainer.is_world_process_zero():
-        save(model, trained, "training", trained_card(model, ladder, info, start))
+        save(model, trained, "training", trained_card(model, ladder, info, turns))
     trainer.accelerator.wait_for_everyone()
     return trained
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.sampler import DefaultBatchSampler
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from nestling.checkpoints import TrainingError
 from nestling.embed.encoder import unwrapped
+from nestling.embed.files import ROTATIONS_FILE, read_rotations, write_rotations
+from nestling.embed.rotation import Rotation
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 
@@ -29,11 +32,20 @@ class CupTrainer(SentenceTransformerTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the stock card tells of the data set's first rows and of this machine's settings."""
 
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if trained := trained_rotations(self.loss):
+            write_rotations(Path(cast(str, output_dir or self.args.output_dir)) / ROTATIONS_FILE, trained)
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         """Into the model as it is: read back from its folder, a BERT has a pooler even if the trained one has none."""
         model = unwrapped(self.model)
         read = SentenceTransformer(checkpoint_path, trust_remote_code=bool(model.trust_remote_code)).state_dict()
         model.load_state_dict({name: value for name, value in read.items() if name in model.state_dict()})
+        if trained := trained_rotations(self.loss):
+            found = read_rotations(Path(checkpoint_path) / ROTATIONS_FILE)
+            for depth, rotation in trained.items():
+                rotation.load_state_dict(found[depth].state_dict())
 
     def _load_best_model(self) -> None:
         """The stock one logs it if that fails, and goes on with the last weights."""
@@ -43,6 +55,28 @@ class CupTrainer(SentenceTransformerTrainer):
     def track_loss_components(self, loss: dict[str, Tensor]) -> None:
         check_finite(loss)
         super().track_loss_components(loss)
+
+
+def trained_rotations(loss: Any) -> dict[int, Rotation]:
+    """The rotations of a `StarbucksLoss` that are trained, by depth."""
+    found = getattr(loss, "rotations", {})
+    return {int(depth): turn for depth, turn in found.items() if turn.encode.requires_grad}
+
+
+class Averaged(TrainerCallback):
+    """Gradients of trained rotations are averaged over processes; DistributedDataParallel does the model's alone."""
+
+    def __init__(self, rotations: dict[int, Rotation]):
+        self.rotations = rotations
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        for rotation in self.rotations.values():
+            for parameter in rotation.parameters():
+                gradient = cast(Tensor, parameter.grad)
+                distributed.all_reduce(gradient)
+                gradient /= distributed.get_world_size()
 
 
 @contextmanager
