@@ -176,7 +176,7 @@ class KiviLayer(IntLayer):
     def __init__(self, bits: int):
         super().__init__(bits)
         self.recent: Tensor | None = None  # keys that wait, bf16
-        self.keys: list[Tensor] = []  # codes and scales ``[B, H, D, T, ...]``
+        self.keys: list[Tensor] = []  # codes and scales ``[B, H, D, groups, ...]``
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -188,10 +188,11 @@ class KiviLayer(IntLayer):
         recent = key_states.bfloat16() if self.recent is None else torch.cat((self.recent, key_states.bfloat16()), 2)
         whole = recent.shape[2] // GROUP * GROUP
         if whole:
-            new = list(self.quantise(recent[:, :, :whole].mT))
-            self.keys = [torch.cat(pair, -1) for pair in zip(self.keys, new, strict=True)] if self.keys else new
+            groups = recent[:, :, :whole].mT.unflatten(-1, (-1, GROUP))  # packed one by one, to be appended to
+            new = list(self.quantise(groups))
+            self.keys = [torch.cat(pair, -2) for pair in zip(self.keys, new, strict=True)] if self.keys else new
         self.recent = recent[:, :, whole:].clone()
-        old = [self.dequantise(*self.keys).mT] if self.keys else []
+        old = [self.dequantise(*self.keys).flatten(-2).mT] if self.keys else []
         keys = torch.cat((*old, self.recent.float()), 2)
         return keys.to(self.dtype), self.dequantise(*self.parts[0]).to(self.dtype)
 

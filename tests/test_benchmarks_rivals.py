@@ -118,6 +118,23 @@ def test_keys_by_channel_survive_an_outlier_channel():
     assert held_bytes(rivals.Cache(layers=[layer])) == codes + recent + of_values
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_keys_by_channel_come_in_any_parts(bits):
+    """Widths of two fields too: what is appended must not move what is there."""
+    states = torch.randn(1, 2, 100, 16, generator=torch.Generator().manual_seed(1))
+    config, found = tiny_model("llama-gqa").config, []
+    for size in (100, 7):
+        layer = rivals.kivi_cache(config, bits).layers[0]
+        for part in states.split(size, 2):
+            keys, values = layer.update(part, part)
+        found.append((keys, values))
+    torch.testing.assert_close(*found)
+    spread = states[:, :, :96].unflatten(2, (-1, 32))
+    step = (spread.amax(3) - spread.amin(3)) / ((1 << bits) - 1)
+    error = (found[0][0] - states)[:, :, :96].unflatten(2, (-1, 32)).abs().amax(3)
+    assert (error <= 0.51 * step + 0.02).all()  # keys wait in bf16
+
+
 @pytest.mark.parametrize("bits, per_head", [(8, 16 + 2), (4, 8 + 4), (3, 6 + 4), (2, 4 + 4)])
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
 def test_bytes_and_shapes(family, bits, per_head, ids):
