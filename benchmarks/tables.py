@@ -95,10 +95,51 @@ def kv_speed() -> str:
     return markdown_table(rows, columns)
 
 
+def embed_quality() -> str:
+    """A table a model and measure: quality of every cup by method, x 100, and the minutes of training.
+
+    The largest of separately trained models is the one that was trained at full size.
+    """
+    rows, parts = load("embed_quality"), []
+    kinds = {"mean_sts": "STS (Spearman)", "mean_ndcg": "retrieval (nDCG@10)", "mean_recall": "retrieval (recall@100)"}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        for kind, title in kinds.items():
+            parts += [f"{model}, {title}:", "", _by_cup(own, kind), ""]
+    return "\n".join(parts)
+
+
+def _by_cup(rows: list[dict], kind: str) -> str:
+    cups = sorted({row["cup"] for row in rows}, key=lambda name: int(name.split("x")[0]))
+    found: dict[str, dict] = {}
+    for row in rows:
+        line = found.setdefault(row["method"], {"method": row["method"], "minutes": 0.0})
+        line[row["cup"]] = 100 * row[kind]
+        # Cups of one training tell its minutes each; models of their own are added up.
+        alone = row["method"] in ("separate", "student")
+        line["minutes"] = line["minutes"] + row["minutes"] if alone else row["minutes"]
+    for name in ("separate", "student"):
+        if name in found and "full-then-cut" in found:
+            found[name][cups[-1]] = found["full-then-cut"][cups[-1]]
+            found[name]["minutes"] += found["full-then-cut"]["minutes"]
+    lines = [{**line, "mean": sum(line[cup] for cup in cups) / len(cups)} for line in found.values()]
+    return markdown_table(lines, {name: name for name in ("method", *cups, "mean", "minutes")})
+
+
+def embed_speed() -> str:
+    columns = {
+        "encoder": "encoder", "model": "cup", "batch": "texts", "tokens": "tokens", "texts_per_s": "texts/s",
+        "over_full": "over full", "of_ideal": "of k-layer ideal", "gflop_s": "GFLOP/s", "mib": "MiB",
+        "bytes_per_vector": "bytes a vector", "search_ms": "search ms",
+    }  # fmt: skip
+    return markdown_table(load("embed_speed"), columns)
+
+
 def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
     made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_sft, kv_step, kv_speed)
+    made += (embed_quality, embed_speed)
     tables = {f.__name__: f for f in made}
     for name in re.findall(r"<!-- (\w+) -->", text):
         table = tables[name]()
