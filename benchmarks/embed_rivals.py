@@ -16,7 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Normalize
@@ -142,6 +141,11 @@ def srl(job: Job) -> list[Sized]:
     return [_once(job, "srl", job.ladder, _ours, job.ladder)]
 
 
+def plain_srl(job: Job) -> list[Sized]:
+    """The same as in the paper: nothing between pooling and cut, and the full cup counts as much as any other."""
+    return [_once(job, "srl-plain", job.ladder, _ours, job.ladder, None, None, True)]
+
+
 def taught(job: Job) -> list[Sized]:
     """The same, and all cups follow a strong teacher too."""
     return [_once(job, "srl-teacher", job.ladder, _ours, job.ladder, None, job.teacher)]
@@ -188,14 +192,18 @@ def _trained(train: Callable[..., float], job: Job, folder: Path, *args: Any) ->
 
 
 def _ours(
-    job: Job, folder: Path, ladder: Ladder, start: Path | None = None, teacher: str | Path | None = None
-) -> float:
+    job: Job, folder: Path, ladder: Ladder, start: Path | None = None, teacher: str | Path | None = None,
+    plain: bool = False,
+) -> float:  # fmt: skip
     """`embed.train` of the model, or of a smaller start. A teacher's embedding of all texts is in the time."""
     model = job.encoder() if start is None else loaded(start, TRAINED_LENGTH)
     guide = None if teacher is None else embed.load_encoder(teacher)
     if guide is not None and teacher == job.teacher:
         guide.__class__ = Unprompted
-    began, options = time.monotonic(), {} if guide is None else {"teacher": guide}
+    options: dict[str, Any] = {} if guide is None else {"teacher": guide}
+    if plain:
+        options |= {"rotation": None, "recipe": {"weights": {ladder.full.name: 1.0}}}
+    began = time.monotonic()
     embed.train(
         model, job.rows, ladder, folder=folder, steps=job.steps, batch_size=job.batch, seed=job.seed,
         learning_rate=job.learning_rate, evaluator=job.evaluator(ladder), prompts="", teacher_prompts="",
@@ -244,11 +252,8 @@ def _export(job: Job, cup: Cup, folder: Path) -> None:
 
 
 def rotations_of(sized: Sized) -> dict | None:
-    """What `GridEvaluator` applies: at every depth the rotation, if there is one."""
-    if sized.rotations is None:
-        return None
-    found = read_rotations(sized.rotations)
-    return {depth: found.get(depth, torch.nn.Identity()) for depth in sized.ladder.layers}
+    """What `GridEvaluator` applies, if there is something."""
+    return None if sized.rotations is None else read_rotations(sized.rotations)
 
 
 STOCK = {"st-mrl": losses.MatryoshkaLoss, "st-2d": losses.Matryoshka2dLoss}
@@ -261,6 +266,7 @@ WAYS: dict[str, Callable[[Job], list[Sized]]] = {
     "st-2d": partial(stock, name="st-2d"),
     "separate": separate,
     "student": students,
+    "srl-plain": plain_srl,
     "srl": srl,
     "srl-teacher": taught,
 }

@@ -154,16 +154,19 @@ def test_several_cups_are_all_exported_or_none(place):
 
 
 def test_training_goes_on_with_the_rotations_of_a_folder(place):
-    arguments = ("embed", "train", place / "trained", "--text", place / "text.txt", "--steps", 2, "--batch-size", 8)
+    arguments = ("embed", "train", place / "trained", "--text", place / "text.txt", "--steps", 2, "--batch-size", 8,
+                 "--rotation-rate", 0)  # fmt: skip
     old = embed.load_rotations(place / "trained")
     assert run(*arguments, "--out", place / "further").exit_code == 0
     assert run(*arguments, "--out", place / "fewer", "--cups", "2x16,4x32").exit_code == 0
     result = run(*arguments, "--out", place / "centred", "--rotation", "centred")
     assert result.exit_code == 0, result.output
     further, fewer, other = (embed.load_rotations(place / name) for name in ("further", "fewer", "centred"))
-    assert list(further) == [1, 2, 4] and list(fewer) == [2, 4] and other[1].mean is not None
+    assert list(further) == [1, 2] and list(fewer) == [2] and other[1].mean is not None
     for depth, rotation in further.items():
         torch.testing.assert_close(rotation.encode, old[depth].encode, rtol=0, atol=0)
+    assert run(*arguments, "--out", place / "none", "--rotation", "none").exit_code == 0
+    assert not embed.load_rotations(place / "none")
 
 
 def test_prompts_of_a_training_by_column(place):

@@ -236,8 +236,6 @@ def test_what_cannot_be_measured_is_refused(encoder, tmp_path):
         GridEvaluator("2x8,5x8", sts={"s": rows}).rows(model)
     with pytest.raises(LadderError, match="4x64 is wider than the model"):
         GridEvaluator("2x8,4x64", sts={"s": rows}).rows(model)
-    with pytest.raises(EvaluationError, match=r"no rotation for layers \[2\]"):
-        GridEvaluator("2x8,4x32", sts={"s": rows}, rotations={4: torch.nn.Identity()}).rows(model)
     same = [row | {"sentence1": "w9", "sentence2": "w9"} for row in rows]
     (row,) = GridEvaluator("4x32", sts={"s": same}).rows(model)
     assert math.isnan(row["s"])

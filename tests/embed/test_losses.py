@@ -456,7 +456,7 @@ def test_losses_that_embed_by_themselves(encoder):
         with pytest.raises(ValueError, match=f"{type(base).__name__} embeds texts by itself"):
             StarbucksLoss(model, base, CUPS)
     rotated = {4: Rotation(torch.eye(HIDDEN))}
-    with pytest.raises(ValueError, match="leave rotations out"):
+    with pytest.raises(ValueError, match="use no rotations"):
         StarbucksLoss(model, losses.EmbedDistillLoss(model), CUPS, rotations=rotated)
 
 

@@ -71,8 +71,8 @@ def losses_of(point: dict, name: str) -> float:
         (pairs(), {"mini_batch_size": 3}),
         (scored(), {}),
         (TEXTS, {}),
-        (TEXTS, {"rotation": "pca"}),
-        (pairs(), {"rotation": "centred"}),
+        (TEXTS, {"rotation": "centred", "rotation_rate": None}),
+        (pairs(), {"rotation": None}),
     ],
     ids=["pairs", "triplets", "cached", "scored", "texts", "texts-pca", "pairs-centred"],
 )
@@ -83,12 +83,12 @@ def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options)
     for name in NAMES[:2] if data is TEXTS else NAMES:
         assert losses_of(last, name) < losses_of(first, name), name
     if data is TEXTS:  # the full cup starts where it should stay
-        assert last["kl_4x32"] < 0.05
+        assert last["kl_4x32"] / 2 < 0.05  # with its weight
     assert not model.training and last["step"] == 60
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)  # a stock one
     torch.testing.assert_close(loaded.encode(TEXTS[:5]), model.encode(TEXTS[:5]))
     assert load_ladder(tmp_path / "out") == trained.ladder
-    assert sorted(load_rotations(tmp_path / "out")) == ([1, 2, 4] if options.get("rotation") else [])
+    assert sorted(load_rotations(tmp_path / "out")) == ([] if options.get("rotation", "") is None else [1, 2])
 
 
 def test_rotations_are_trained_like_the_model(encoder, tmp_path):
@@ -119,19 +119,20 @@ def test_rotations_of_the_best_checkpoint_are_kept(encoder, tmp_path):
 def test_texts_follow_the_model_as_it_was(encoder, tmp_path):
     """Small cups agree better with the old full model, and the full one has not gone away from it."""
     old, model = encoder(), encoder()
-    run(model, TEXTS, tmp_path / "out", steps=80, batch_size=32, learning_rate=3e-4)
+    trained = run(model, TEXTS, tmp_path / "out", steps=80, batch_size=32, learning_rate=3e-4)
 
     def agreement(model, layers, dims):
+        turns = trained.rotations if model is not old else None
         wanted, found = (
-            torch.nn.functional.normalize(encode(m, TEXTS, {depth: width})[depth], dim=-1)
-            for m, depth, width in ((old, 4, 32), (model, layers, dims))
+            torch.nn.functional.normalize(encode(m, TEXTS, {depth: width}, rotations=turn)[depth], dim=-1)
+            for m, depth, width, turn in ((old, 4, 32, None), (model, layers, dims, turns))
         )
         rows = torch.stack([(vectors @ vectors.mT).flatten() for vectors in (wanted, found)])
         return float(torch.corrcoef(rows)[0, 1])
 
-    for size, gain in (((1, 8), 0.2), ((2, 16), 0.2)):
+    for size, gain in (((1, 8), 0.5), ((2, 16), 0.4)):
         assert agreement(model, *size) > agreement(old, *size) + gain
-    assert agreement(model, 4, 32) > 0.97
+    assert agreement(model, 4, 32) > 0.99
 
 
 def test_dropout_is_off_for_texts_and_back_afterwards(encoder, tmp_path):
@@ -195,7 +196,8 @@ def test_queries_and_passages_have_the_models_prompts(encoder, tmp_path, monkeyp
         return preprocess(texts, prompt=prompt, **options)
 
     monkeypatch.setattr(model, "preprocess", spied)
-    trained = run(model, rows, tmp_path / "out", steps=1, prompts=asked, teacher=teacher, save_strategy="no")
+    options = {"steps": 1, "rotation": None, "save_strategy": "no"}  # rotations embed what has its prompt already
+    trained = run(model, rows, tmp_path / "out", prompts=asked, teacher=teacher, **options)
     assert trained.info["prompts"] == expected
     assert trained.info["teacher_prompts"] == ({"query": "w60 "} if "query" in columns else {})
     assert seen == {expected.get(name, "") for name in (*columns, "negative")}
@@ -230,7 +232,7 @@ def test_an_exported_cup_is_trained_on(encoder, tmp_path):
     trained = run(small, pairs(), tmp_path / "out", save_steps=6, **options)
     points = {p["step"]: p["mean"] for p in trained.info["curve"] if "mean" in p}
     assert trained.info["best_step"] != 30, "choose another learning rate: the best is the last"
-    measure = GridEvaluator("1x8,2x16", sts={"dev": scored()})
+    measure = GridEvaluator("1x8,2x16", sts={"dev": scored()}, rotations=trained.rotations)
     assert measure(small)["mean"] == pytest.approx(points[trained.info["best_step"]])
     again = embed.load_encoder(tmp_path / "cup")
     shutil.rmtree(tmp_path / "out")
@@ -282,14 +284,23 @@ def test_what_is_written_names_no_folders(encoder, tmp_path):
     assert info["training"]["kind"] == "texts" and info["training"]["steps"] == 2
 
 
-@pytest.mark.parametrize("rotation", [None, "pca", "centred"])
-def test_the_card_says_how_cups_are_exported(encoder, tmp_path, monkeypatch, rotation):
+@pytest.mark.parametrize(
+    "cups, rotation, rate, whole",
+    [
+        (CUPS, None, None, True),
+        (CUPS, "centred", 1e-3, True),  # the full model's depth has none
+        ("1x8,4x16,4x32", "pca", None, True),  # it keeps similarities
+        ("1x8,4x16,4x32", "pca", 1e-3, False),
+        ("1x8,4x16,4x32", "centred", None, False),
+    ],
+)
+def test_the_card_says_how_cups_are_exported(encoder, tmp_path, monkeypatch, cups, rotation, rate, whole):
     """Its code is run: it gives the vectors that the cup had in training."""
     model = encoder()
-    trained = run(model, TEXTS, tmp_path / "out", steps=2, rotation=rotation)
+    trained = run(model, TEXTS, tmp_path / "out", cups, steps=2, rotation=rotation, rotation_rate=rate)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("the full cup 4x32 has to be exported too" in card) == (rotation == "centred")
-    assert ("it is the full model" in card) != (rotation == "centred")
+    assert ("the full cup 4x32 has to be exported too" in card) != whole
+    assert ("it is the full model" in card) == whole
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("this folder", "out"), {})
@@ -554,8 +565,7 @@ def test_folders_are_checked(encoder, tmp_path):
         (pairs(), {"steps": 0}, ValueError, "steps=0"),
         (pairs(), {"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),
         (pairs(), {"warmup": 1.5}, ValueError, "warmup=1.5"),
-        (pairs(), {"rotation": "spin"}, ValueError, "rotation must be pca or centred.* got 'spin'"),
-        (pairs(), {"rotation_rate": 1e-3}, ValueError, "rotation_rate=0.001 must be above 0, and needs a rotation"),
+        (pairs(), {"rotation": "spin"}, ValueError, "rotation must be auto, pca or centred.* got 'spin'"),
         (pairs(), {"rotation": "pca", "rotation_rate": -1.0}, ValueError, "rotation_rate=-1.0 must be above 0"),
         (pairs(), {"recipe": {"klweight": 1}}, ValueError, "recipe has no .*klweight"),
         (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl must be"),

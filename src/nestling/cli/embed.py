@@ -49,11 +49,12 @@ def train(
     cups: Cups = None,
     teacher: Annotated[str | None, typer.Option(help="Another encoder that all cups follow.")] = None,
     rotation: Annotated[
-        str | None, typer.Option(help="Start from principal components: pca, or centred; default: MODEL's, if any.")
+        str | None,
+        typer.Option(help="Of small cups' vectors: centred, pca, none, or auto; default: MODEL's, if any, else auto."),
     ] = None,
     rotation_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of the rotations; default: they stay as they are.")
-    ] = None,
+        float, typer.Option(help="Learning rate of the rotations; 0: they stay as they are.")
+    ] = 3e-3,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes; default 64.")] = None,
@@ -88,10 +89,12 @@ def train(
     encoder = loading(embed.load_encoder, model)
     other = None if teacher is None else loading(embed.load_encoder, teacher)
     ladder, found = _ladder(model, cups, encoder, rotated=rotation is None)
-    start = rotation or {depth: found[depth] for depth in ladder.layers if depth in found} or None
+    start: Any = {depth: found[depth] for depth in ladder.layers if depth in found} or "auto"
+    if rotation is not None:
+        start = None if rotation == "none" else rotation
     more: dict[str, Any] = {"gradient_checkpointing": True} if checkpointing else {}
     trained = embed.train(
-        encoder, data, ladder, folder=out, teacher=other, rotation=start, rotation_rate=rotation_rate,
+        encoder, data, ladder, folder=out, teacher=other, rotation=start, rotation_rate=rotation_rate or None,
         steps=steps, epochs=1.0 if epochs is None else epochs, batch_size=batch_size, mini_batch_size=mini_batch_size,
         learning_rate=learning_rate, warmup=warmup, seed=seed, evaluator=evaluator, prompts=prompts or None,
         recipe={"weights": weights} if weights else None, resume=resume, bf16=bf16, **more,
@@ -122,8 +125,6 @@ def evaluate(
     html: Html = None,
 ) -> None:
     """Measure every cup of MODEL: STS and retrieval, or, without labelled data, agreement with the full size."""
-    from torch.nn import Identity
-
     from nestling import embed
     from nestling.ladder import Ladder
 
@@ -139,7 +140,7 @@ def evaluate(
     texts = [] if evaluator is not None else _sentences(text)[:1000]
     encoder = loading(embed.load_encoder, model)
     ladder, found = _ladder(model, cups, encoder)
-    rotations = {depth: found.get(depth, Identity()) for depth in ladder.layers} if found else None
+    rotations = found or None
     start = time.perf_counter()
     if evaluator is not None:
         evaluator.ladder, evaluator.rotations = ladder, rotations

@@ -42,19 +42,18 @@ def encode(
         texts: strings; a blank one is embedded too, as its special tokens.
         layers: for each depth, how many of the first coordinates are kept.
         prompt: put in front of every text; the model's stored prompts are not used.
-        rotations: at each depth, what is applied to the pooled vectors ``[B, dims]`` before they are cut.
+        rotations: by depth, what is applied to the pooled vectors ``[B, dims]`` before they are cut; at depths that
+            have none, nothing is.
         advance: told how many texts are done, after each batch.
 
     Returns:
         ``{depth: [n, width]}`` fp32 on the CPU, not normalised, in the order of the texts.
 
     Raises:
-        EvaluationError: a vector is not finite (its text and depth are named), or a depth has no rotation.
+        EvaluationError: a vector is not finite (its text and depth are named).
         LadderError, UnsupportedEncoderError: as `taps`.
     """
     inner = unwrapped(model)
-    if rotations is not None and (missing := sorted(set(layers) - set(rotations))):
-        raise EvaluationError(f"there is no rotation for layers {missing}: give one for every depth that is measured")
     found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     with in_eval_mode(model):
@@ -64,7 +63,7 @@ def encode(
             features = batch_to_device(features, inner.device)
             for layer, pooled in taps(model, features, layers).items():
                 pooled = pooled.float()
-                if rotations is not None:
+                if rotations is not None and layer in rotations:
                     pooled = rotations[layer](pooled)
                 cut = pooled[:, : layers[layer]].cpu()
                 _check_finite(cut, [texts[i] for i in places], layer)

@@ -60,7 +60,8 @@ class GridEvaluator(BaseEvaluator):
         grid: measure all of the ladder's depths in all of its widths instead of its cups alone.
         prompts: what is put in front of texts by their use, ``sts``, ``query`` or ``passage``. For those left out, the
             prompts that the model was saved with, see `stored_prompts`; ``""`` turns one off. `prompts_for` tells.
-        rotations: for each depth, a start rotation that is applied before vectors are cut.
+        rotations: by depth, what is applied before vectors are cut, as a training has it; depths without one are
+            measured as they are.
         batch_size: texts in a forward.
         name: of the evaluator, in front of its metrics and in its file's name.
         progress: show a progress bar.

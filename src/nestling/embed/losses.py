@@ -136,7 +136,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
             if not (isfinite(number) and number > 0):
                 raise ValueError(f"{name} must be a positive number, got {number!r}")
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
-            raise ValueError("EmbedDistillLoss compares coordinates with those of another model: leave rotations out")
+            raise ValueError("EmbedDistillLoss compares coordinates with those of another model: use no rotations")
         for depth, rotation in self.rotations.items():
             size = len(rotation.get_parameter("encode"))
             if int(depth) not in self.cups.layers or size != self.cups.full.dims:

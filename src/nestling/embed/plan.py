@@ -47,8 +47,8 @@ class Plan:
     def check(self, cups, recipe, rotation, mini_batch_size, out: Path, resume: bool, arguments) -> None:
         """Options that do not go together, and labels that the loss cannot use."""
         name, model = type(self.given).__name__, self.encoder.model
-        if isinstance(rotation, str) and rotation not in ("pca", "centred"):
-            raise ValueError(f"rotation must be pca or centred, or rotations by depth, got {rotation!r}")
+        if isinstance(rotation, str) and rotation not in ("auto", "pca", "centred"):
+            raise ValueError(f"rotation must be auto, pca or centred, or rotations by depth, got {rotation!r}")
         if unknown := set(recipe or {}) - set(RECIPE):
             raise ValueError(f"recipe has no {sorted(unknown)}: expected some of {', '.join(RECIPE)}")
         if out.exists() and not resume:
@@ -56,7 +56,8 @@ class Plan:
         if self.given is not None and getattr(self.given, "model", model) is not model:
             raise ValueError(f"the {name} is of another model: make it of the one that is trained")
         if isinstance(self.given, StarbucksLoss):
-            also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": rotation}
+            turns = None if rotation == "auto" else rotation
+            also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": turns}
             if wrong := [key for key, value in also.items() if value is not None]:
                 raise ValueError(f"a StarbucksLoss has its own {', '.join(wrong)}: give those to it, or a base loss")
         if mini_batch_size is not None and (self.given is not None or self.examples.kind != "pairs"):
@@ -107,9 +108,11 @@ class Plan:
             return self.given
         base = self.base(mini_batch_size)
         gathers = processes() > 1 and not getattr(base, "gather_across_devices", False)
+        asked = {ladder.cup(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
+        weights = {ladder.full: max(1.0, len(ladder) - 1.0)} | asked
         return StarbucksLoss(
             self.encoder.model, base, ladder, rotations=rotations, teacher=table,
-            gather_across_devices=gathers, **(recipe or {}),
+            gather_across_devices=gathers, **{**(recipe or {}), "weights": weights},
         )  # fmt: skip
 
 

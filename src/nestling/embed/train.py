@@ -74,8 +74,8 @@ def train(
     folder: str | Path,
     loss: Loss | None = None,
     teacher: SentenceTransformer | None = None,
-    rotation: str | Mapping[int, Rotation] | None = None,
-    rotation_rate: float | None = None,
+    rotation: str | Mapping[int, Rotation] | None = "auto",
+    rotation_rate: float | None = 3e-3,
     steps: int | None = None,
     epochs: float = 1.0,
     batch_size: int | None = None,
@@ -111,11 +111,13 @@ def train(
         loss: a base loss of the model for `StarbucksLoss`, a function that makes one, or a whole `StarbucksLoss`.
         teacher: another sentence encoder, of any kind and width, that all cups follow, beside the loss if there are
             pairs. Its embeddings are computed once.
-        rotation: ``"pca"`` turns the pooled vectors of every depth into their principal components before they are
-            cut, ``"centred"`` takes their mean out as well (see `rotations`); or rotations by depth. They are saved
-            beside the model; only exports and measurements that are given them apply them.
-        rotation_rate: learning rate of the rotations, which are then trained like the model, as any linear maps; by
-            default they stay as they are.
+        rotation: what is done to the pooled vectors of the depths below the full model's before they are cut (of that
+            one too, if the ladder has narrower cups of it): ``"centred"`` takes their mean out and turns them into
+            their principal components, ``"pca"`` does not take the mean out (see `rotations`); or rotations by depth;
+            None for nothing. They are saved beside the model; exports and measurements are given them. A whole
+            `StarbucksLoss` has its own.
+        rotation_rate: learning rate of the rotations, which are trained like the model, as any linear maps; None: they
+            stay as they are.
         steps: of the optimiser; None for ``epochs`` passes over the data.
         batch_size: rows a step, over all processes and accumulation steps; by default 64, or all rows if there are
             fewer. No text comes twice in a batch where that can be had.
@@ -128,8 +130,9 @@ def train(
             rows of ``query, passage`` its prompts for queries and for passages (`stored_prompts`), as of the E5
             family; in others the one that ``encode`` uses by itself. ``""`` turns one off.
         teacher_prompts: the same for ``teacher``.
-        recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``. Exports
-            end in a Normalize, whatever ``normalize`` was.
+        recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``. The full
+            cup's weight is that of all others together, unless ``weights`` names it. Exports end in a Normalize,
+            whatever ``normalize`` was.
         dropout: whether the model's dropout is on while it is trained; by default not where texts are all there is,
             since what is followed has none, and on otherwise.
         resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
@@ -150,13 +153,12 @@ def train(
     inner = loss if loss is None or isinstance(loss, nn.Module) else loss(model)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
     plan.check(cups, recipe, rotation, mini_batch_size, out, resume, arguments)
-    if rotation_rate is not None:
-        if rotation is None or not (math.isfinite(rotation_rate) and rotation_rate > 0):
-            raise ValueError(f"rotation_rate={rotation_rate} must be above 0, and needs a rotation that it trains")
-        rates = arguments.get("learning_rate_mapping") or {}
-        arguments = {**arguments, "learning_rate_mapping": {**rates, r"^rotations\.": rotation_rate}}
+    if rotation_rate is not None and not (math.isfinite(rotation_rate) and rotation_rate > 0):
+        raise ValueError(f"rotation_rate={rotation_rate} must be above 0, or None to leave rotations as they are")
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
-    if isinstance(inner, StarbucksLoss) and inner.rotations:
+    if rotation == "auto":
+        rotation = "pca" if plan.examples.kind == "texts" else "centred"
+    if isinstance(inner, StarbucksLoss):
         rotation = {int(depth): module for depth, module in inner.rotations.items()}  # type: ignore[misc]
     if not (inner.normalize if isinstance(inner, StarbucksLoss) else (recipe or {}).get("normalize", True)):
         warnings.warn("normalize=False trains for dot products, and exports give unit vectors", stacklevel=2)
@@ -173,12 +175,16 @@ def train(
         raise ValueError(f"teacher_prompts={teacher_prompts!r} without a teacher: give one, or use prompts")
     if teacher is not None:
         by = prompts_of(teacher_prompts, plan.examples, stored_prompts(teacher))
-    options = training_arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, arguments)
+    changes = dict(arguments)
+    if rotation and _turned(ladder) and rotation_rate is not None:
+        rates = arguments.get("learning_rate_mapping") or {}
+        changes["learning_rate_mapping"] = {**rates, r"^rotations\.": rotation_rate}
+    options = training_arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, changes)
     noisy = plan.examples.kind != "texts" if dropout is None else dropout
     job = plan.job(
         ladder, steps, batch, learning_rate, warmup, seed, texts, by, recipe, rotation, mini_batch_size, arguments
     )
-    job["dropout"] = noisy
+    job |= {"dropout": noisy, "rotation_rate": rotation_rate}
     # From here on the disk is written to. First what needs no disk is tried, on a few rows.
     table = np.zeros((4 * len(plan.examples.columns), 2), np.float32) if plan.distils else None
     attempt(plan.loss(ladder, recipe, mini_batch_size, {}, table), plan.examples, plan.distils, texts)
@@ -192,7 +198,7 @@ def train(
     if plan.distils:
         entries, numbers = numbered(plan.examples.columns, by)
         table = _table(work / TEACHER_FILE, teacher or model, entries, progress)
-    for module in start.values():
+    for module in start.values():  # of the user's loss, they are as the user left them
         module.requires_grad_(rotation_rate is not None)
     srl = plan.loss(ladder, recipe, mini_batch_size, start, table)
     turns: dict[int, Any] = {int(depth): module for depth, module in srl.rotations.items()}
@@ -224,7 +230,8 @@ def _rotations(
     prompts: dict[str, str],
 ) -> dict[int, Rotation]:  # fmt: skip
     """The start rotations. They are kept beside the checkpoints: a resumed training must not find others."""
-    if rotation is None:
+    depths = _turned(ladder)
+    if not rotation or not depths:
         return {}
     path = work / ROTATIONS_FILE
     if path.is_file() and (resume or _rank() > 0):  # the first process has written them
@@ -235,9 +242,15 @@ def _rotations(
         prompted = [prompts.get(name, "") + text for name, column in examples.columns.items() for text in column]
         texts = list(dict.fromkeys(prompted))
         few = texts[:: -(-len(texts) // SAMPLE)]
-        found = rotations(model, few, ladder.layers, centred=rotation == "centred")
+        found = rotations(model, few, depths, centred=rotation == "centred")
     write_rotations(path, found)
     return read_rotations(path)
+
+
+def _turned(ladder: Ladder) -> list[int]:
+    """The depths that have a rotation. The full model's has none, unless narrower cups share it: it stays as it is."""
+    full = ladder.full
+    return sorted({cup.layers for cup in ladder if cup.layers < full.layers or cup.dims < full.dims})
 
 
 def _rank() -> int:
@@ -258,8 +271,8 @@ def _measures(evaluator: GridEvaluator | None, ladder: Ladder, start: dict[int, 
         return None
     found = copy(evaluator)
     found.ladder = evaluator.ladder or ladder
-    if start and evaluator.rotations is None:  # depths without one are measured as they are
-        found.rotations = {depth: start.get(depth, nn.Identity()) for depth in ladder.layers}
+    if evaluator.rotations is None:
+        found.rotations = start
     return found
 
 
