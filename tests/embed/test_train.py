@@ -83,7 +83,7 @@ def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options)
     for name in NAMES[:2] if data is TEXTS else NAMES:
         assert losses_of(last, name) < losses_of(first, name), name
     if data is TEXTS:  # the full cup starts where it should stay
-        assert last["kl_4x32"] / 2 < 0.05  # with its weight
+        assert last["kl_4x32"] / 1.5 < 0.05  # with its weight
     assert not model.training and last["step"] == 60
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)  # a stock one
     torch.testing.assert_close(loaded.encode(TEXTS[:5]), model.encode(TEXTS[:5]))

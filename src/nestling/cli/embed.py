@@ -54,7 +54,7 @@ def train(
     ] = None,
     rotation_rate: Annotated[
         float, typer.Option(help="Learning rate of the rotations; 0: they stay as they are.")
-    ] = 3e-3,
+    ] = 5e-3,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes; default 64.")] = None,
