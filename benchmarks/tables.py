@@ -126,6 +126,11 @@ def _by_cup(rows: list[dict], kind: str) -> str:
     return markdown_table(lines, {name: name for name in ("method", *cups, "mean", "minutes")})
 
 
+def embed_step() -> str:
+    columns = {"model": "model", "method": "step", "texts_per_s": "texts/s", "over_full": "over fine-tuning"}
+    return markdown_table(load("embed_step"), columns)
+
+
 def embed_speed() -> str:
     columns = {
         "encoder": "encoder", "model": "cup", "batch": "texts", "tokens": "tokens", "texts_per_s": "texts/s",
@@ -139,7 +144,7 @@ def main(check: bool = typer.Option(False, help="Only say whether the README is 
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
     made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_sft, kv_step, kv_speed)
-    made += (embed_quality, embed_speed)
+    made += (embed_quality, embed_step, embed_speed)
     tables = {f.__name__: f for f in made}
     for name in re.findall(r"<!-- (\w+) -->", text):
         table = tables[name]()

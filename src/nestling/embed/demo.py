@@ -54,7 +54,9 @@ def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, c
         folder = Path(thrown_away) if keep is None else keep
         by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
         rows, trained = _learn(encoder, ladder, pages, folder / "elastic", steps, model, console)
-        exported = export(encoder, size, folder / size.name, ladder=ladder, rotation=trained.rotations[size.layers])
+        exported = export(
+            encoder, size, folder / size.name, ladder=ladder, rotation=trained.rotations.get(size.layers)
+        )
         with without_bars():
             small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
         costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, openings)
@@ -77,7 +79,7 @@ def _learn(
     texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
     with console.status("measuring"):
         reference = full_vectors(encoder, held_out)
-        start = rotations(encoder, texts[::3], ladder.layers)  # a thousand are enough for a start
+        start = rotations(encoder, texts[::3], ladder.layers[:-1])  # a thousand are enough for a start
         rows = agreement(encoder, held_out, ladder, reference, method="cut")
         rows += agreement(encoder, held_out, ladder, reference, rotations=start, method="rotated")
     began = time.perf_counter()

@@ -1,0 +1,92 @@
+"""What a step of SRL costs over a step of plain fine-tuning at full size.
+
+    OMP_WAIT_POLICY=passive python benchmarks/embed_step.py --data FOLDER --model FOLDER [--threads 1] [--steps 5]
+
+The same triplets for all, forward and backward pass and AdamW's step. Steps are interleaved, medians reported.
+`over_full` is over plain fine-tuning by our loss, whose texts are embedded by length as SRL's are (target: 1.3);
+`stock` is sentence-transformers' own MultipleNegativesRankingLoss, whose columns are padded to their longest text.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import typer
+from embed_data import triplets
+from embed_rivals import STOCK, TRAINED_LENGTH, loaded
+from rich.console import Console
+from sentence_transformers.sentence_transformer import losses
+
+from nestling import embed
+from nestling.embed.encode import stored_prompts
+from nestling.ladder import Ladder
+from nestling.report import run_meta, table, write_json
+
+
+def step(model, loss, columns: list[list[str]]) -> Callable[[], None]:
+    """One step of the optimiser on these texts."""
+    optimiser = torch.optim.AdamW([p for p in loss.parameters() if p.requires_grad], lr=1e-5)
+
+    def taken() -> None:
+        parts = loss([model.preprocess(column) for column in columns], None)
+        (sum(parts.values()) if isinstance(parts, dict) else parts).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return taken
+
+
+def ways(folder: str, ladder: Ladder, columns: list[list[str]]) -> dict[str, Callable[[], None]]:
+    """Steps by name, each of a model of its own."""
+    made: dict[str, Callable[[], None]] = {}
+    dims = sorted({cup.dims for cup in ladder}, reverse=True)
+    for name in ("full", "srl", "stock", *STOCK):
+        model = loaded(folder, TRAINED_LENGTH).train()
+        base = losses.MultipleNegativesRankingLoss(model)
+        if name == "srl":
+            turns = embed.rotations(model, columns[0], ladder.layers[:-1], centred=True)
+            loss = embed.StarbucksLoss(model, base, ladder, rotations=turns)
+            loss.rotations.requires_grad_(True)
+        else:
+            stock = STOCK[name](model, base, dims) if name in STOCK else base
+            loss = embed.StarbucksLoss(model, base, Ladder([ladder.full])) if name == "full" else stock
+        made[name] = step(model, loss, columns)
+    return made
+
+
+def main(
+    data: Path = typer.Option(..., help="The folder of the data sets."),
+    model: str = typer.Option(..., help="Folder or hub id."),
+    ladder: str = typer.Option("2x32,4x64,6x128,8x192,10x256,12x384", help="The cups."),
+    batch: int = typer.Option(64, help="Triplets a step."),
+    steps: int = typer.Option(5, help="Timed steps of each kind, after one that is not."),
+    threads: int = typer.Option(1, help="Threads of torch."),
+    out: Path = typer.Option(Path("benchmarks/results/embed_step.json")),
+):
+    began = time.monotonic()
+    torch.set_num_threads(threads)
+    rows = triplets(data, batch, 0, stored_prompts(embed.load_encoder(model)))
+    columns = [[row[name] for row in rows] for name in ("anchor", "positive", "negative")]
+    work = ways(model, Ladder.parse(ladder), columns)
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(steps + 1):
+        for name, job in work.items():
+            start = time.perf_counter()
+            job()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    found = [
+        {"model": Path(model).name, "method": name, "batch": len(rows), "seconds": seconds,
+         "texts_per_s": 3 * len(rows) / seconds, "over_full": seconds / median["full"]}
+        for name, seconds in median.items()
+    ]  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, found, {**run_meta(time.monotonic() - began), "ladder": ladder, "length": TRAINED_LENGTH})
+    Console().print(table(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)
