@@ -104,6 +104,19 @@ def test_rotations_are_trained_like_the_model(encoder, tmp_path):
     assert results[0.01].info["curve"][-1]["loss"] < results[None].info["curve"][-1]["loss"]
 
 
+def test_which_depths_have_rotations(encoder, tmp_path):
+    """The full model's only if the user gives one, or narrower cups share it."""
+    given = {4: Rotation(torch.eye(32))}
+    for name, cups, rotation, depths in (
+        ("alone", "4x32", "auto", []),
+        ("given", "4x32", given, [4]),
+        ("shared", "2x8,4x8,4x32", "auto", [2, 4]),
+    ):
+        run(encoder(), pairs(), tmp_path / name, cups, steps=1, rotation=rotation)
+        assert list(load_rotations(tmp_path / name)) == depths
+    assert torch.equal(given[4].encode, torch.eye(32))  # a copy was trained
+
+
 def test_rotations_of_the_best_checkpoint_are_kept(encoder, tmp_path):
     """They are read back with the weights that they were trained with."""
     measure = GridEvaluator(CUPS, sts={"dev": scored()})

@@ -112,10 +112,11 @@ def train(
         teacher: another sentence encoder, of any kind and width, that all cups follow, beside the loss if there are
             pairs. Its embeddings are computed once.
         rotation: what is done to the pooled vectors of the depths below the full model's before they are cut (of that
-            one too, if the ladder has narrower cups of it): ``"centred"`` takes their mean out and turns them into
-            their principal components, ``"pca"`` does not take the mean out (see `rotations`); or rotations by depth;
-            None for nothing. They are saved beside the model; exports and measurements are given them. A whole
-            `StarbucksLoss` has its own.
+            one too, if the ladder has narrower cups of it): ``"pca"`` turns them into their principal components,
+            ``"centred"`` takes their mean out as well (see `rotations`); or rotations by depth; None for nothing. By
+            default ``"pca"`` for texts, which follow similarities that are not centred, and ``"centred"`` otherwise.
+            They are saved beside the model; exports and measurements are given them. A whole `StarbucksLoss` has its
+            own.
         rotation_rate: learning rate of the rotations, which are trained like the model, as any linear maps; None: they
             stay as they are.
         steps: of the optimiser; None for ``epochs`` passes over the data.
@@ -158,6 +159,8 @@ def train(
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if rotation == "auto":
         rotation = "pca" if plan.examples.kind == "texts" else "centred"
+    if isinstance(rotation, str) and not _turned(ladder):
+        rotation = None
     if isinstance(inner, StarbucksLoss):
         rotation = {int(depth): module for depth, module in inner.rotations.items()}  # type: ignore[misc]
     if not (inner.normalize if isinstance(inner, StarbucksLoss) else (recipe or {}).get("normalize", True)):
@@ -176,7 +179,7 @@ def train(
     if teacher is not None:
         by = prompts_of(teacher_prompts, plan.examples, stored_prompts(teacher))
     changes = dict(arguments)
-    if rotation and _turned(ladder) and rotation_rate is not None:
+    if rotation and rotation_rate is not None:
         rates = arguments.get("learning_rate_mapping") or {}
         changes["learning_rate_mapping"] = {**rates, r"^rotations\.": rotation_rate}
     options = training_arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, changes)
@@ -230,8 +233,7 @@ def _rotations(
     prompts: dict[str, str],
 ) -> dict[int, Rotation]:  # fmt: skip
     """The start rotations. They are kept beside the checkpoints: a resumed training must not find others."""
-    depths = _turned(ladder)
-    if not rotation or not depths:
+    if not rotation:
         return {}
     path = work / ROTATIONS_FILE
     if path.is_file() and (resume or _rank() > 0):  # the first process has written them
@@ -242,7 +244,7 @@ def _rotations(
         prompted = [prompts.get(name, "") + text for name, column in examples.columns.items() for text in column]
         texts = list(dict.fromkeys(prompted))
         few = texts[:: -(-len(texts) // SAMPLE)]
-        found = rotations(model, few, depths, centred=rotation == "centred")
+        found = rotations(model, few, _turned(ladder), centred=rotation == "centred")
     write_rotations(path, found)
     return read_rotations(path)
 
