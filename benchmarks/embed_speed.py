@@ -9,8 +9,8 @@ products of the layers' weights and of attention. The weights do not matter to t
 
 import json
 import random
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
+from timing import medians
 
 from nestling import embed
 from nestling.embed.encoder import Encoder
@@ -41,15 +42,13 @@ def encoding(models: dict[str, SentenceTransformer], steps: int) -> list[dict]:
     rows = []
     with progress_bar() as bar:
         for batch, tokens in bar.track(SHAPES, description="encoding"):
-            given, seconds = texts(batch, tokens), {name: [] for name in models}
-            for turn in range(steps + 1):
-                for name, model in models.items():
-                    start = time.perf_counter()
-                    model.encode(given, prompt="", batch_size=batch, show_progress_bar=False)
-                    if turn:
-                        seconds[name].append(time.perf_counter() - start)
-            for name, model in models.items():
-                median = statistics.median(seconds[name])
+            given = texts(batch, tokens)
+            jobs = {
+                name: partial(model.encode, given, prompt="", batch_size=batch, show_progress_bar=False)
+                for name, model in models.items()
+            }
+            for name, median in medians(jobs, steps).items():
+                model = models[name]
                 flops = 2 * batch * tokens * (_weights(model) + 2 * tokens * _width(model) * Encoder.of(model).depth)
                 rows.append(
                     {"model": name, "batch": batch, "tokens": tokens, "texts_per_s": batch / median,
@@ -70,12 +69,8 @@ def _width(model: SentenceTransformer) -> int:
 def search_ms(dims: int, steps: int) -> float:
     """Exact search of one query among `VECTORS` unit vectors of fp32, the ten best."""
     index = torch.randn(VECTORS, dims, generator=torch.Generator().manual_seed(0))
-    query, seconds = torch.randn(dims), []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        (index @ query).topk(10)
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds[1:])
+    query = torch.randn(dims)
+    return 1000 * medians({"search": lambda: (index @ query).topk(10)}, steps)["search"]
 
 
 def main(

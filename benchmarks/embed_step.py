@@ -7,7 +7,6 @@ The same triplets for all, forward and backward pass and AdamW's step. Steps are
 `stock` is sentence-transformers' own MultipleNegativesRankingLoss, whose columns are padded to their longest text.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from embed_data import triplets
 from embed_rivals import STOCK, TRAINED_LENGTH, loaded
 from rich.console import Console
 from sentence_transformers.sentence_transformer import losses
+from timing import medians
 
 from nestling import embed
 from nestling.embed.encode import stored_prompts
@@ -70,14 +70,7 @@ def main(
     rows = triplets(data, batch, 0, stored_prompts(embed.load_encoder(model)))
     columns = [[row[name] for row in rows] for name in ("anchor", "positive", "negative")]
     work = ways(model, Ladder.parse(ladder), columns)
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(steps + 1):
-        for name, job in work.items():
-            start = time.perf_counter()
-            job()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(t) for name, t in times.items()}
+    median = medians(work, steps)
     found = [
         {"model": Path(model).name, "method": name, "batch": len(rows), "seconds": seconds,
          "texts_per_s": 3 * len(rows) / seconds, "over_full": seconds / median["full"]}

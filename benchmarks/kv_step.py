@@ -6,13 +6,13 @@ frozen model and the teacher's forward pass.
 Steps are interleaved, medians reported. Rows are tokens per second and the ratio to the least (target: 1.4).
 """
 
-import statistics
 import time
 from pathlib import Path
 
 import torch
 import typer
 from rich.console import Console
+from timing import medians
 
 from nestling import kv
 from nestling.kv import attention
@@ -66,14 +66,7 @@ def main(
     for shape in shapes.split(","):
         batch, length = map(int, shape.split("x"))
         work = jobs(lm, nested, torch.randint(0, lm.config.vocab_size, (batch, length)))
-        times: dict[str, list[float]] = {name: [] for name in work}
-        for turn in range(steps + 1):
-            for name, job in work.items():
-                start = time.perf_counter()
-                job()
-                if turn:
-                    times[name].append(time.perf_counter() - start)
-        median = {name: statistics.median(t) for name, t in times.items()}
+        median = medians(work, steps)
         least = median["teacher"] + median["plain"]
         for name, seconds in median.items():
             row = {"model": Path(model).name, "method": name, "shape": shape, "ms": 1000 * seconds}

@@ -9,8 +9,8 @@ what torch has allocated. Random tokens will do: neither time nor memory depends
 
 import json
 import re
-import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from smae import random_start
 from smae_naive import naive
+from timing import medians
 
 from nestling import embed
 from nestling.embed.collate import Collator
@@ -66,16 +67,11 @@ def step(method: str, smae: MaskedAutoencoder, batch: dict[str, torch.Tensor], b
 
 def timed(smae: MaskedAutoencoder, batch: dict[str, torch.Tensor], turns: int, bf16: bool) -> dict[str, dict]:
     """Median seconds and the loss of each method."""
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    losses: dict[str, float] = {}
+    jobs = {name: partial(step, name, smae, batch, bf16) for name in METHODS}
     with progress_bar() as bar:
-        for turn in bar.track(range(turns + 1), description="timing"):
-            for name in METHODS:
-                start = time.perf_counter()
-                losses[name] = step(name, smae, batch, bf16)
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: {"seconds": statistics.median(seconds[name]), "loss": losses[name]} for name in METHODS}
+        bar.add_task("timing", total=None)
+        seconds = medians(jobs, turns)
+    return {name: {"seconds": seconds[name], "loss": jobs[name]()} for name in METHODS}
 
 
 def peak_mib(method: str, model: str, ladder: str, count: int, length: int, bf16: bool, threads: int) -> float:
