@@ -96,7 +96,7 @@ def test_only_the_weights_of_kept_layers_are_written(backbones, tmp_path, family
 def test_a_rotation_is_folded_into_the_dense(encoder, tmp_path, family, centred, cup):
     model, size = encoder(family), Cup.parse(cup)
     turn = rotations(model, some_texts(60), [size.layers], centred=centred)[size.layers]
-    folder = export(model, cup, tmp_path / "cup", rotation=turn).folder
+    folder = export(model, cup, tmp_path / "cup", rotations={size.layers: turn}).folder
     loaded = SentenceTransformer(str(folder), device="cpu")
     pooled = encode(model, TEXTS, {size.layers: HIDDEN})[size.layers]
     centre = turn.mean if centred else torch.zeros(HIDDEN)
@@ -124,12 +124,11 @@ def with_dense(model, *layers):
 @pytest.mark.parametrize("turned", [False, True])
 def test_linear_maps_of_the_model_become_one(encoder, tmp_path, turned):
     model = with_dense(encoder(), (48, True, None), (20, False, None))
-    turn = rotations(model, some_texts(60), [2], centred=True)[2] if turned else None
-    loaded = SentenceTransformer(str(export(model, "2x8", tmp_path / "cup", rotation=turn).folder), device="cpu")
+    turns = rotations(model, some_texts(60), [2], centred=True) if turned else None
+    loaded = SentenceTransformer(str(export(model, "2x8", tmp_path / "cup", rotations=turns).folder), device="cpu")
     assert [type(part).__name__ for part in loaded] == ["Transformer", "Pooling", "Dense", "Normalize"]
     assert loaded[2].linear.weight.shape == (8, HIDDEN) and loaded[2].linear.bias is not None
-    turn_ = {2: turn} if turned else None
-    close(loaded.encode(TEXTS), unit(encode(model, TEXTS, {2: 8}, rotations=turn_)[2]))
+    close(loaded.encode(TEXTS), unit(encode(model, TEXTS, {2: 8}, rotations=turns)[2]))
 
 
 def test_maps_with_an_activation_stay(encoder, tmp_path):
@@ -211,7 +210,7 @@ def test_any_cup_with_any_rotation(encoder, tmp_path, layers, dims, seed):
     turn = Rotation(torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=rng))[0], torch.randn(HIDDEN, generator=rng))
     folder = tmp_path / "cup"
     shutil.rmtree(folder, ignore_errors=True)
-    assert export(model, Cup(layers, dims), folder, rotation=turn).difference <= 1e-5
+    assert export(model, Cup(layers, dims), folder, rotations={layers: turn}).difference <= 1e-5
     vectors = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
     assert vectors.shape == (17, dims)
     close((vectors**2).sum(1), torch.ones(17))
@@ -230,7 +229,18 @@ def test_any_cup_with_any_rotation(encoder, tmp_path, layers, dims, seed):
         ("2x8", {"int8": True}, ExportError, "ask for onnx as well"),
         ("2x8", {"ladder": "2x8,5x32"}, LadderError, "5x32 is deeper than the model"),
         ("2x8", {"ladder": "2x8,large"}, LadderError, "'large' is no cup"),
-        ("2x8", {"rotation": Rotation(torch.eye(8))}, ExportError, "rotation is of width 8, the embeddings of 32"),
+        (
+            "2x8",
+            {"rotations": {2: Rotation(torch.eye(8))}},
+            ExportError,
+            "rotation is of width 8, the embeddings of 32",
+        ),
+        (
+            "2x8",
+            {"rotations": {1: Rotation(torch.eye(32))}},
+            ExportError,
+            r"no rotation for 2x8, only for layers \[1\]",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(encoder, tmp_path, cup, options, error, expected):

@@ -336,7 +336,7 @@ def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
     trained = run(model, TEXTS, tmp_path / "out", rotation="centred")
     folder = tmp_path / "out"
     turns = load_rotations(folder)
-    embed.export(embed.load_encoder(folder), "2x16", tmp_path / "cup", ladder=load_ladder(folder), rotation=turns[2])
+    embed.export(embed.load_encoder(folder), "2x16", tmp_path / "cup", ladder=load_ladder(folder), rotations=turns)
     small = SentenceTransformer(str(tmp_path / "cup"), device="cpu")
     wanted = encode(model, TEXTS[:4], {2: 16}, rotations={2: trained.rotations[2].cpu()})[2]
     wanted = torch.nn.functional.normalize(wanted, dim=-1)

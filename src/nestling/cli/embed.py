@@ -195,7 +195,7 @@ def export(
     def write(size: Any, folder: Path) -> dict[str, Any]:
         with console.status(f"writing {size}"):
             found = embed.export(
-                encoder, size, folder, ladder=ladder, rotation=rotations.get(size.layers), rows=rows,
+                encoder, size, folder, ladder=ladder, rotations=rotations, rows=rows,
                 onnx=onnx or int8, int8=int8,
             )  # fmt: skip
         checks = {name: getattr(found, name) for name in ("difference", "onnx_difference", "int8_cosine")}

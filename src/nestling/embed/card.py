@@ -66,7 +66,7 @@ def trained_card(
             "Behind its pooling a linear map was trained with it, or its vectors were centred, which the folder as it "
             f"is does not apply: the full cup {full} has to be exported too. A cup is cut out as a model of its own"
         )
-    turned = f", rotation=embed.load_rotations(folder)[{small.layers}]" if small.layers in rotations else ""
+    turned = ", rotations=embed.load_rotations(folder)" if rotations else ""
     use = (
         f"{whole}:\n\n```python\nfrom nestling import embed\n\n"
         'folder = "this folder"\nmodel, ladder = embed.load_encoder(folder), embed.load_ladder(folder)\n'

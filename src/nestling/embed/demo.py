@@ -54,9 +54,7 @@ def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, c
         folder = Path(thrown_away) if keep is None else keep
         by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
         rows, trained = _learn(encoder, ladder, pages, folder / "elastic", steps, model, console)
-        exported = export(
-            encoder, size, folder / size.name, ladder=ladder, rotation=trained.rotations.get(size.layers)
-        )
+        exported = export(encoder, size, folder / size.name, ladder=ladder, rotations=trained.rotations)
         with without_bars():
             small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
         costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, openings)

@@ -63,7 +63,7 @@ def export(
     folder: str | Path,
     *,
     ladder: Ladder | str | Iterable[Any] | None = None,
-    rotation: Rotation | None = None,
+    rotations: Mapping[int, Rotation] | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
     onnx: bool = False,
     int8: bool = False,
@@ -80,21 +80,23 @@ def export(
         ladder: the cups that the model was trained for, as `Ladder.parse` takes them, kept in ``nestling.json``. Those
             of this depth that are not wider than the cup are declared as widths that a server may cut to. By default
             the cup alone.
-        rotation: the start rotation of the cup's depth, as from `rotations`.
+        rotations: by depth, those that the model was trained with (``Trained.rotations``, `load_rotations`). Without
+            them a cup that was trained with one is not what was trained.
         rows: measured rows (`GridEvaluator.rows`) for the model card; those of the cup are shown.
         onnx: also write ``onnx/model.onnx``: ids and mask to unit vectors, any batch and length.
         int8: also write ``onnx/model_int8.onnx``, with weights quantised; needs ``onnx``.
 
     Raises:
         ExportError: the folder exists or cannot be made, weights are not fp32, ``int8`` without ``onnx``, a package is
-            missing, the rotation is of another width, or the result does not give the same vectors: those of int8
-            weights must have a mean cosine of 0.9.
+            missing, the rotation is of another width, there are some but none for a depth below the model's, or the
+            result does not give the same vectors: those of int8 weights must have a mean cosine of 0.9.
         LadderError: the model does not have that cup, or one of the ladder's.
         UnsupportedEncoderError: the model has no layers to cut.
     """
     encoder, folder = Encoder.of(model), Path(folder)
     size = Cup.parse(cup) if isinstance(cup, str) else cup if isinstance(cup, Cup) else Cup(*cup)
     ladder = Ladder([size]) if ladder is None else Ladder.parse(ladder)
+    rotation = _rotation(encoder, size, rotations or {})
     _check(encoder, size, ladder, folder, rotation)
     if int8 and not onnx:
         raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
@@ -129,6 +131,15 @@ def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, rotation: R
         raise ExportError("the model has an adapter (LoRA): merge it into the weights first")
     if rotation is not None and rotation.encode.shape[0] != encoder.dims:
         raise ExportError(f"the rotation is of width {rotation.encode.shape[0]}, the embeddings of {encoder.dims}")
+
+
+def _rotation(encoder: Encoder, cup: Cup, rotations: Mapping[int, Rotation]) -> Rotation | None:
+    """The one of the cup's depth. The full model's may have none."""
+    if rotations and cup.layers not in rotations and cup.layers < encoder.depth:
+        raise ExportError(
+            f"there is no rotation for {cup}, only for layers {sorted(rotations)}: choose a cup of those"
+        )
+    return rotations.get(cup.layers)
 
 
 def _check_new(folder: Path) -> None:
