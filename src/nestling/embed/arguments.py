@@ -112,3 +112,7 @@ def _checkpointing(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))

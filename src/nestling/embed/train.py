@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -24,18 +23,19 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from nestling.checkpoints import begin, run
-from nestling.embed.arguments import processes, training_arguments
+from nestling.embed.arguments import processes, rank, training_arguments
 from nestling.embed.card import trained_card
 from nestling.embed.dropout import without_dropout
 from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.examples import Examples, order
-from nestling.embed.files import LADDER_FILE, ROTATIONS_FILE, read_rotations, write_rotations
+from nestling.embed.files import LADDER_FILE, ROTATIONS_FILE, write_rotations
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import modes_kept
 from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
-from nestling.embed.rotation import Rotation, rotations
+from nestling.embed.rotation import Rotation
+from nestling.embed.start import start_rotations, turned_depths
 from nestling.embed.teacher import numbered, shared_table
 from nestling.embed.trainer import Averaged, CupTrainer, Watch, trained_rotations, without_bars
 from nestling.folders import write_folder
@@ -44,7 +44,6 @@ from nestling.progress import progress_bar
 from nestling.report import plain
 
 BATCH = 64
-SAMPLE = 10_000  # texts that a start rotation is taken from
 TEACHER_FILE = "teacher.npy"
 Loss = nn.Module | Callable[[SentenceTransformer], nn.Module]
 
@@ -159,7 +158,7 @@ def train(
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if rotation == "auto":
         rotation = "pca" if plan.examples.kind == "texts" else "centred"
-    if isinstance(rotation, str) and not _turned(ladder):
+    if isinstance(rotation, str) and not turned_depths(ladder):
         rotation = None
     if isinstance(inner, StarbucksLoss):
         rotation = {int(depth): module for depth, module in inner.rotations.items()}  # type: ignore[misc]
@@ -194,14 +193,15 @@ def train(
     checkpoint = begin(work, job, resume)
     started, numbers = time.monotonic(), None
     with options.main_process_first(local=False, desc="start"):
-        start = _rotations(model, rotation, ladder, plan.examples, work, resume, texts)
-        if not resume and _rank() == 0:
+        kept, written = work / ROTATIONS_FILE, resume or rank() > 0  # the first process writes them
+        start = start_rotations(model, rotation, ladder, plan.examples, texts, kept, written)
+        if not resume and rank() == 0:
             for left in work.glob("teacher*.npy"):  # by a training that was stopped before its first checkpoint
                 left.unlink()
     if plan.distils:
         entries, numbers = numbered(plan.examples.columns, by)
         table = _table(work / TEACHER_FILE, teacher or model, entries, progress)
-    for module in start.values():  # of the user's loss, they are as the user left them
+    for module in start.values():  # copies: those of a user's own loss are as the user left them
         module.requires_grad_(rotation_rate is not None)
     srl = plan.loss(ladder, recipe, mini_batch_size, start, table)
     turns: dict[int, Any] = {int(depth): module for depth, module in srl.rotations.items()}
@@ -228,42 +228,11 @@ def train(
     return trained
 
 
-def _rotations(
-    model: SentenceTransformer, rotation: Any, ladder: Ladder, examples: Examples, work: Path, resume: bool,
-    prompts: dict[str, str],
-) -> dict[int, Rotation]:  # fmt: skip
-    """The start rotations. They are kept beside the checkpoints: a resumed training must not find others."""
-    if not rotation:
-        return {}
-    path = work / ROTATIONS_FILE
-    if path.is_file() and (resume or _rank() > 0):  # the first process has written them
-        return read_rotations(path)
-    if isinstance(rotation, Mapping):
-        found = dict(rotation)
-    else:
-        prompted = [prompts.get(name, "") + text for name, column in examples.columns.items() for text in column]
-        texts = list(dict.fromkeys(prompted))
-        few = texts[:: -(-len(texts) // SAMPLE)]
-        found = rotations(model, few, _turned(ladder), centred=rotation == "centred")
-    write_rotations(path, found)
-    return read_rotations(path)
-
-
-def _turned(ladder: Ladder) -> list[int]:
-    """The depths that have a rotation. The full model's has none, unless narrower cups share it: it stays as it is."""
-    full = ladder.full
-    return sorted({cup.layers for cup in ladder if cup.layers < full.layers or cup.dims < full.dims})
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def _table(path: Path, teacher: SentenceTransformer, entries: list[tuple[str, str]], progress: bool) -> np.ndarray:
     """The teacher's embeddings, from the file if this training has written them already."""
-    with progress_bar(progress and _rank() == 0) as bar:
+    with progress_bar(progress and rank() == 0) as bar:
         task = bar.add_task("embedding by the teacher", total=len(entries[:: processes()]))
-        shared_table(path, teacher, entries, _rank(), processes(), lambda count: bar.advance(task, count))
+        shared_table(path, teacher, entries, rank(), processes(), lambda count: bar.advance(task, count))
     return np.load(path, mmap_mode="c")
 
 
