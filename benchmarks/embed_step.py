@@ -9,6 +9,7 @@ The same triplets for all, forward and backward pass and AdamW's step. Steps are
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,21 +39,27 @@ def step(model, loss, columns: list[list[str]]) -> Callable[[], None]:
     return taken
 
 
+def losses_of(ladder: Ladder, texts: list[str]) -> dict[str, Callable]:
+    """By name, the loss of a model around a base loss of it."""
+
+    def srl(model, base):
+        turns = embed.rotations(model, texts, ladder.layers[:-1], centred=True)
+        loss = embed.StarbucksLoss(model, base, ladder, rotations=turns)
+        loss.rotations.requires_grad_(True)
+        return loss
+
+    dims = sorted({cup.dims for cup in ladder}, reverse=True)
+    ours = {"full": lambda model, base: embed.StarbucksLoss(model, base, Ladder([ladder.full])), "srl": srl}
+    stock = {name: partial(loss, matryoshka_dims=dims) for name, loss in STOCK.items()}
+    return {**ours, "stock": lambda model, base: base, **stock}
+
+
 def ways(folder: str, ladder: Ladder, columns: list[list[str]]) -> dict[str, Callable[[], None]]:
     """Steps by name, each of a model of its own."""
     made: dict[str, Callable[[], None]] = {}
-    dims = sorted({cup.dims for cup in ladder}, reverse=True)
-    for name in ("full", "srl", "stock", *STOCK):
+    for name, loss in losses_of(ladder, columns[0]).items():
         model = loaded(folder, TRAINED_LENGTH).train()
-        base = losses.MultipleNegativesRankingLoss(model)
-        if name == "srl":
-            turns = embed.rotations(model, columns[0], ladder.layers[:-1], centred=True)
-            loss = embed.StarbucksLoss(model, base, ladder, rotations=turns)
-            loss.rotations.requires_grad_(True)
-        else:
-            stock = STOCK[name](model, base, dims) if name in STOCK else base
-            loss = embed.StarbucksLoss(model, base, Ladder([ladder.full])) if name == "full" else stock
-        made[name] = step(model, loss, columns)
+        made[name] = step(model, loss(model, losses.MultipleNegativesRankingLoss(model)), columns)
     return made
 
 

@@ -105,7 +105,7 @@ def embed_quality() -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         for kind, title in kinds.items():
-            parts += [f"{model}, {title}:", "", _by_cup(own, kind), ""]
+            parts.append(f"{model}, {title}:\n\n{_by_cup(own, kind)}")
     return "\n".join(parts)
 
 

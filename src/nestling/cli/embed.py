@@ -3,7 +3,6 @@
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +76,7 @@ def train(
 ) -> None:
     """Train MODEL so that every cup is good by itself; measured on --sts and --retrieval, the best is kept."""
     from nestling import embed
+    from nestling.embed.arguments import rank
 
     for path in (out, json, html):
         check_folder(path)
@@ -99,7 +99,7 @@ def train(
         learning_rate=learning_rate, warmup=warmup, seed=seed, evaluator=evaluator, prompts=prompts or None,
         recipe={"weights": weights} if weights else None, resume=resume, bf16=bf16, **more,
     )  # fmt: skip
-    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process speaks for all
+    if rank() > 0:  # under torchrun the first process speaks for all
         return
     info = trained.info
     _show_training(model, trained)

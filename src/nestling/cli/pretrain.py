@@ -1,6 +1,5 @@
 """The command ``nestling embed pretrain``."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +55,7 @@ def pretrain(
 ) -> None:
     """Pre-train MODEL on text alone, so that every cup can rebuild what it reads: a start for `embed train`."""
     from nestling import embed
+    from nestling.embed.arguments import rank
 
     for path in (out, json, html):
         check_folder(path)
@@ -71,7 +71,7 @@ def pretrain(
         cups_per_step=cups_per_step, learning_rate=learning_rate, warmup=warmup, seed=seed, resume=resume, bf16=bf16,
         **more,
     )  # fmt: skip
-    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process speaks for all
+    if rank() > 0:  # under torchrun the first process speaks for all
         return
     info = trained.info
     show(_first_and_last(trained), f"{model}: nats per masked token, by the encoder and by the decoder")
