@@ -60,7 +60,6 @@ def main(
     job = Job(model, Ladder.parse(ladder), rows, dev_set(data), work, steps, batch, learning_rate, seed, teacher)
     label = name or Path(model).name
     settings = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "ladder": ladder}
-    settings["teacher"] = None if teacher is None else Path(teacher).name
     old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"settings": {}, "runs": []}}
     known = old["meta"]["settings"].setdefault(label, settings)
     if known != settings:
@@ -74,7 +73,8 @@ def main(
         for sized in WAYS[way](job):
             found += apart(measured, sized, way, job, data, label)
         meta = run_meta(time.monotonic() - start)
-        runs.append({"model": label, "method": way, "seed": seed} | {key: meta[key] for key in RUN})
+        taught = {"teacher": Path(str(teacher)).name} if way == "srl-teacher" else {}
+        runs.append({"model": label, "method": way, "seed": seed} | taught | {key: meta[key] for key in RUN})
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, found, {**meta, "settings": old["meta"]["settings"], "runs": runs})
     console = Console()

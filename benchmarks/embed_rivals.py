@@ -56,7 +56,7 @@ class Job:
         """
         mine = {
             "model": self.model, "ladder": str(self.ladder), "steps": self.steps, "batch": self.batch,
-            "learning_rate": self.learning_rate, "seed": self.seed, "teacher": self.teacher, "rows": len(self.rows),
+            "learning_rate": self.learning_rate, "seed": self.seed, "rows": len(self.rows),
             "data": checksum([self.rows, self.dev]), "length": TRAINED_LENGTH,
         }  # fmt: skip
         path = self.work / "job.json"
@@ -148,7 +148,8 @@ def plain_srl(job: Job) -> list[Sized]:
 
 def taught(job: Job) -> list[Sized]:
     """The same, and all cups follow a strong teacher too."""
-    return [_once(job, "srl-teacher", job.ladder, _ours, job.ladder, None, job.teacher)]
+    name = f"srl-teacher-{Path(str(job.teacher)).name}"
+    return [_once(job, name, job.ladder, _ours, job.ladder, None, job.teacher)]
 
 
 def separate(job: Job) -> list[Sized]:
@@ -157,13 +158,11 @@ def separate(job: Job) -> list[Sized]:
     return [_once(job, f"separate-{cup}", Ladder([cup]), _ours, Ladder([cup]), _small(job, cup)) for cup in cups]
 
 
-def students(job: Job) -> list[Sized]:
-    """The same, where each also follows the similarities of the model that was trained at full size."""
+def student(job: Job) -> list[Sized]:
+    """The same for the cup in the middle, which also follows the similarities of the model trained at full size."""
     (teacher,), cups = full(job), job.ladder.cups[:-1]
-    return [
-        _once(job, f"student-{cup}", Ladder([cup]), _ours, Ladder([cup]), _small(job, cup), teacher.folder)
-        for cup in cups
-    ]
+    cup = cups[len(cups) // 2]
+    return [_once(job, f"student-{cup}", Ladder([cup]), _ours, Ladder([cup]), _small(job, cup), teacher.folder)]
 
 
 def stock(job: Job, name: str) -> list[Sized]:
@@ -265,7 +264,7 @@ WAYS: dict[str, Callable[[Job], list[Sized]]] = {
     "st-mrl": partial(stock, name="st-mrl"),
     "st-2d": partial(stock, name="st-2d"),
     "separate": separate,
-    "student": students,
+    "student": student,
     "srl-plain": plain_srl,
     "srl": srl,
     "srl-teacher": taught,

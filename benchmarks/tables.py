@@ -96,7 +96,7 @@ def kv_speed() -> str:
 
 
 def embed_quality() -> str:
-    """A table a model and measure: quality of every cup by method, x 100, and the minutes of training.
+    """A table a model and measure: quality of every cup by method, x 100; minutes and peak memory of the training.
 
     The largest of separately trained models is the one that was trained at full size.
     """
@@ -111,19 +111,20 @@ def embed_quality() -> str:
 
 def _by_cup(rows: list[dict], kind: str) -> str:
     cups = sorted({row["cup"] for row in rows}, key=lambda name: int(name.split("x")[0]))
-    found: dict[str, dict] = {}
-    for row in rows:
-        line = found.setdefault(row["method"], {"method": row["method"], "minutes": 0.0})
-        line[row["cup"]] = 100 * row[kind]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = []
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        if method == "separate":
+            own += [row for row in rows if row["method"] == "full-then-cut" and row["cup"] == cups[-1]]
+        line = {"method": method, **{row["cup"]: 100 * row[kind] for row in own}}
+        if len(own) == len(cups):
+            line["mean"] = sum(line[cup] for cup in cups) / len(cups)
+        peaks = [row["peak_mib"] for row in own if row["peak_mib"] is not None]
         # Cups of one training tell its minutes each; models of their own are added up.
-        alone = row["method"] in ("separate", "student")
-        line["minutes"] = line["minutes"] + row["minutes"] if alone else row["minutes"]
-    for name in ("separate", "student"):
-        if name in found and "full-then-cut" in found:
-            found[name][cups[-1]] = found["full-then-cut"][cups[-1]]
-            found[name]["minutes"] += found["full-then-cut"]["minutes"]
-    lines = [{**line, "mean": sum(line[cup] for cup in cups) / len(cups)} for line in found.values()]
-    return markdown_table(lines, {name: name for name in ("method", *cups, "mean", "minutes")})
+        line["minutes"] = sum(dict.fromkeys(row["minutes"] for row in own)) or None
+        lines.append(line | {"GiB": max(peaks) / 1024 if peaks else None})
+    return markdown_table(lines, {name: name for name in ("method", *cups, "mean", "minutes", "GiB")})
 
 
 def embed_step() -> str:

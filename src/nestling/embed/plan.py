@@ -109,7 +109,7 @@ class Plan:
         base = self.base(mini_batch_size)
         gathers = processes() > 1 and not getattr(base, "gather_across_devices", False)
         asked = {ladder.cup(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
-        weights = {ladder.full: max(1.0, len(ladder) / 2)} | asked
+        weights = {ladder.full: max(1.0, len(ladder) - 1.0)} | asked
         return StarbucksLoss(
             self.encoder.model, base, ladder, rotations=rotations, teacher=table,
             gather_across_devices=gathers, **{**(recipe or {}), "weights": weights},

@@ -131,8 +131,8 @@ def train(
             family; in others the one that ``encode`` uses by itself. ``""`` turns one off.
         teacher_prompts: the same for ``teacher``.
         recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``. The full
-            cup's weight is half the number of cups, unless ``weights`` names it. Exports end in a Normalize, whatever
-            ``normalize`` was.
+            cup weighs as much as all others together, unless ``weights`` names it. Exports end in a Normalize,
+            whatever ``normalize`` was.
         dropout: whether the model's dropout is on while it is trained; by default not where texts are all there is,
             since what is followed has none, and on otherwise.
         resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
