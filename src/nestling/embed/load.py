@@ -93,7 +93,10 @@ def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransfo
         raise
     except Exception as error:  # damaged files fail in any way: OSError, KeyError, SafetensorError ...
         raise LoadError(f"{name}: {_advice(local)} [{reason(error)}]") from error
-    # Weights that a file lacks are made up at random, which embeds without an error. No pooling reads BERT's pooler.
+    # Weights that a file lacks are made up at random, which embeds without an error. BERT's pooler, which no pooling
+    # reads, goes: made up, it would have every load be another model to whoever compares weights.
+    if any(key.startswith("pooler.") for key in missing):
+        backbone.pooler = None
     if missing := [key for key in missing if not key.startswith("pooler.")]:
         raise LoadError(f"{name}: the weights lack {len(missing)} tensors of the model, such as {missing[0]}")
     return model
