@@ -5,7 +5,7 @@
 Arms: `srl` fine-tunes the start as it is; `mlm-srl` after plain masked-language modelling of the same windows (the
 control); `smae-srl` after SMAE; `smae-separate` after SMAE, a model for each cup by itself. `smae-enhanced-srl` and
 `smae-some-srl` are SMAE with enhanced decoding, and with two cups a step. Without --start it is a BERT with random
-weights (--layers x --dims) and the tokenizer of --tokenizer. Every training has a process of its own; arms that are
+weights (--layers x --dims) and a tokenizer that was trained on the text. Every training has a process of its own; arms that are
 in the results file are not run again, and a pre-training that was killed goes on at its last checkpoint.
 """
 
@@ -90,11 +90,18 @@ def _tuned(name: str, job: Job) -> list[Sized]:
     return [*separate(job), *(replace(sized, ladder=Ladder([job.ladder.full])) for sized in full(job))]
 
 
-def random_start(folder: Path, layers: int, dims: int, tokenizer: str, seed: int) -> Path:
-    """A sentence encoder that has learned nothing: a BERT of that shape, mean pooling."""
+def random_start(
+    folder: Path, layers: int, dims: int, seed: int, texts: list[str] | None = None, vocabulary: int = 0
+) -> Path:
+    """A sentence encoder that has learned nothing: a BERT of that shape, mean pooling.
+
+    Its tokenizer is BERT's, or one of that kind with so many words of the texts.
+    """
     if folder.is_dir():
         return folder
-    words = embed.load_encoder(tokenizer).tokenizer
+    words = embed.load_encoder("minilm").tokenizer
+    if texts:
+        words = words.train_new_from_iterator(iter(embed.Texts(texts)), vocabulary)
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(words), hidden_size=dims, num_hidden_layers=layers, num_attention_heads=max(1, dims // 64),
@@ -114,7 +121,7 @@ def main(
     start: str | None = typer.Option(None, help="Folder, hub id or alias; without, random weights."),
     layers: int = typer.Option(6, help="Of a random start."),
     dims: int = typer.Option(256, help="Of a random start."),
-    tokenizer: str = typer.Option("minilm", help="Encoder whose tokenizer a random start has."),
+    vocabulary: int = typer.Option(8192, help="Words of a random start's tokenizer."),
     ladder: str = typer.Option("", help="The cups; by default those for the shape of the start."),
     arms: str = typer.Option(ASKED, help=f"Some of {', '.join(ARMS)}."),
     pretrain_steps: str = typer.Option(
@@ -133,7 +140,7 @@ def main(
     label = name or (Path(start).name if start else f"random-{layers}x{dims}")
     place = work / f"{label}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
-    model = start or str(random_start(place / "start", layers, dims, tokenizer, seed))
+    model = start or str(random_start(place / "start", layers, dims, seed, text, vocabulary))
     encoder = embed.load_encoder(model)
     parts = Encoder.of(encoder)
     cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)

@@ -96,7 +96,6 @@ def main(
     model: str | None = typer.Option(None, help="Folder, hub id or alias; without, random weights."),
     layers: int = typer.Option(6, help="Of random weights."),
     dims: int = typer.Option(256, help="Of random weights."),
-    tokenizer: str = typer.Option("minilm", help="Encoder whose vocabulary random weights have."),
     ladder: str = typer.Option("", help="The cups; by default those for the shape."),
     batch: int = typer.Option(16, help="Texts a step."),
     length: int = typer.Option(128, help="Tokens of a text."),
@@ -110,7 +109,7 @@ def main(
     torch.set_num_threads(threads)
     label = name or (Path(model).name if model else f"random-{layers}x{dims}")
     work.mkdir(parents=True, exist_ok=True)
-    source = model or str(random_start(work / f"{label}-start", layers, dims, tokenizer, 0))
+    source = model or str(random_start(work / f"{label}-start", layers, dims, 0))
     smae = autoencoder(embed.load_encoder(source), ladder)
     given = masked(smae, batch, length)
     found = timed(smae, given, turns, bf16)

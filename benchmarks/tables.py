@@ -147,11 +147,19 @@ def embed_speed() -> str:
     return markdown_table(list(lines.values()), columns)
 
 
+def smae_speed() -> str:
+    columns = {
+        "model": "model", "cups": "cups", "vocabulary": "vocabulary", "method": "step", "tokens_per_s": "tokens/s",
+        "speed_over_naive": "over naive", "step_mib": "MiB", "memory_over_naive": "of naive's",
+    }  # fmt: skip
+    return markdown_table(load("smae_speed"), columns)
+
+
 def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
     made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_sft, kv_step, kv_speed)
-    made += (embed_quality, embed_step, embed_speed)
+    made += (embed_quality, embed_step, embed_speed, smae_speed)
     tables = {f.__name__: f for f in made}
     for name in re.findall(r"<!-- (\w+) -->", text):
         table = tables[name]()
