@@ -91,15 +91,21 @@ def _tuned(name: str, job: Job) -> list[Sized]:
 
 
 def random_start(
-    folder: Path, layers: int, dims: int, seed: int, texts: list[str] | None = None, vocabulary: int = 0
+    folder: Path,
+    layers: int,
+    dims: int,
+    tokenizer: str,
+    seed: int,
+    texts: list[str] | None = None,
+    vocabulary: int = 0,
 ) -> Path:
     """A sentence encoder that has learned nothing: a BERT of that shape, mean pooling.
 
-    Its tokenizer is BERT's, or one of that kind with so many words of the texts.
+    Its tokenizer is the one of that encoder, or one of the same kind with so many words of the texts.
     """
     if folder.is_dir():
         return folder
-    words = embed.load_encoder("minilm").tokenizer
+    words = embed.load_encoder(tokenizer).tokenizer
     if texts:
         words = words.train_new_from_iterator(iter(embed.Texts(texts)), vocabulary)
     torch.manual_seed(seed)
@@ -121,7 +127,8 @@ def main(
     start: str | None = typer.Option(None, help="Folder, hub id or alias; without, random weights."),
     layers: int = typer.Option(6, help="Of a random start."),
     dims: int = typer.Option(256, help="Of a random start."),
-    vocabulary: int = typer.Option(8192, help="Words of a random start's tokenizer."),
+    tokenizer: str = typer.Option("minilm", help="Encoder whose kind of tokenizer a random start has."),
+    vocabulary: int = typer.Option(8192, help="Words of that tokenizer, from the text."),
     ladder: str = typer.Option("", help="The cups; by default those for the shape of the start."),
     arms: str = typer.Option(ASKED, help=f"Some of {', '.join(ARMS)}."),
     pretrain_steps: str = typer.Option(
@@ -140,7 +147,7 @@ def main(
     label = name or (Path(start).name if start else f"random-{layers}x{dims}")
     place = work / f"{label}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
-    model = start or str(random_start(place / "start", layers, dims, seed, text, vocabulary))
+    model = start or str(random_start(place / "start", layers, dims, tokenizer, seed, text, vocabulary))
     encoder = embed.load_encoder(model)
     parts = Encoder.of(encoder)
     cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)

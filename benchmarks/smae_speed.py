@@ -109,7 +109,7 @@ def main(
     torch.set_num_threads(threads)
     label = name or (Path(model).name if model else f"random-{layers}x{dims}")
     work.mkdir(parents=True, exist_ok=True)
-    source = model or str(random_start(work / f"{label}-start", layers, dims, 0))
+    source = model or str(random_start(work / f"{label}-start", layers, dims, "minilm", 0))
     smae = autoencoder(embed.load_encoder(source), ladder)
     given = masked(smae, batch, length)
     found = timed(smae, given, turns, bf16)
