@@ -127,7 +127,7 @@ def cut(job: Job, rotation: str | None = None) -> list[Sized]:
     """The model as it is, perhaps with start rotations."""
     path = None if rotation is None else job.work / f"cut-{rotation}.safetensors"
     if path is not None and not path.is_file():
-        apart(_components, job, rotation == "centred", path)
+        apart(_rotations, job, rotation, path)
     return [Sized(job.model, job.ladder, rotations=path)]
 
 
@@ -233,9 +233,9 @@ def _stock(job: Job, folder: Path, name: str) -> float:
     return (time.monotonic() - began - Timed.seconds) / 60
 
 
-def _components(job: Job, centred: bool, path: Path) -> None:
-    texts = list(dict.fromkeys(text for row in job.rows for text in row.values()))[:5000]
-    write_rotations(path, embed.rotations(job.encoder(), texts, job.ladder.layers, centred=centred))
+def _rotations(job: Job, kind: Any, path: Path) -> None:
+    texts = list(dict.fromkeys(text for row in job.rows for text in row.values()))[:10_000]
+    write_rotations(path, embed.rotations(job.encoder(), texts, job.ladder.layers[:-1], kind=kind))
 
 
 def _small(job: Job, cup: Cup) -> Path:
@@ -260,6 +260,7 @@ WAYS: dict[str, Callable[[Job], list[Sized]]] = {
     "cut": cut,
     "cut-pca": partial(cut, rotation="pca"),
     "cut-centred": partial(cut, rotation="centred"),
+    "cut-aligned": partial(cut, rotation="aligned"),
     "full-then-cut": full,
     "st-mrl": partial(stock, name="st-mrl"),
     "st-2d": partial(stock, name="st-2d"),

@@ -43,7 +43,7 @@ def losses_of(ladder: Ladder, texts: list[str]) -> dict[str, Callable]:
     """By name, the loss of a model around a base loss of it."""
 
     def srl(model, base):
-        turns = embed.rotations(model, texts, ladder.layers[:-1], centred=True)
+        turns = embed.rotations(model, texts, ladder.layers[:-1])
         loss = embed.StarbucksLoss(model, base, ladder, rotations=turns)
         loss.rotations.requires_grad_(True)
         return loss

@@ -95,7 +95,7 @@ def test_only_the_weights_of_kept_layers_are_written(backbones, tmp_path, family
 @pytest.mark.parametrize("cup", ["2x8", "4x32"])
 def test_a_rotation_is_folded_into_the_dense(encoder, tmp_path, family, centred, cup):
     model, size = encoder(family), Cup.parse(cup)
-    turn = rotations(model, some_texts(60), [size.layers], centred=centred)[size.layers]
+    turn = rotations(model, some_texts(60), [size.layers], kind="centred" if centred else "pca")[size.layers]
     folder = export(model, cup, tmp_path / "cup", rotations={size.layers: turn}).folder
     loaded = SentenceTransformer(str(folder), device="cpu")
     pooled = encode(model, TEXTS, {size.layers: HIDDEN})[size.layers]
@@ -124,7 +124,7 @@ def with_dense(model, *layers):
 @pytest.mark.parametrize("turned", [False, True])
 def test_linear_maps_of_the_model_become_one(encoder, tmp_path, turned):
     model = with_dense(encoder(), (48, True, None), (20, False, None))
-    turns = rotations(model, some_texts(60), [2], centred=True) if turned else None
+    turns = rotations(model, some_texts(60), [2]) if turned else None
     loaded = SentenceTransformer(str(export(model, "2x8", tmp_path / "cup", rotations=turns).folder), device="cpu")
     assert [type(part).__name__ for part in loaded] == ["Transformer", "Pooling", "Dense", "Normalize"]
     assert loaded[2].linear.weight.shape == (8, HIDDEN) and loaded[2].linear.bias is not None

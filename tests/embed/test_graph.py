@@ -36,7 +36,7 @@ def run(folder, model, texts, name="model.onnx"):
 def made(backbones, tmp_path_factory):
     """A rotated cup of a BERT with both graphs: the result and the model that stock code loads."""
     model = sentence_model(backbones("bert"))
-    turns = rotations(model, some_texts(60), [2], centred=True)
+    turns = rotations(model, some_texts(60), [2])
     folder = tmp_path_factory.mktemp("onnx") / "cup"
     result = export(model, "2x8", folder, rotations=turns, onnx=True, int8=True)
     return result, SentenceTransformer(str(folder), device="cpu")

@@ -22,7 +22,7 @@ def embedded(model, depth: int) -> torch.Tensor:
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_components_are_those_of_numpy(centred, encoder):
     model = encoder("modernbert")
-    found = rotations(model, iter(TEXTS), [4, 2], centred=centred, batch_size=7)
+    found = rotations(model, iter(TEXTS), [4, 2], kind="centred" if centred else "pca", batch_size=7)
     assert list(found) == [2, 4]
     for depth, rotation in found.items():
         vectors = embedded(model, depth).double()
@@ -41,7 +41,7 @@ def test_the_components_are_those_of_numpy(centred, encoder):
 def test_no_cut_keeps_more_than_components(encoder):
     """Similarities of cut vectors are nearer to the whole ones than with the first coordinates as they come."""
     model = encoder("bert")
-    rotation = rotations(model, TEXTS, [4])[4]
+    rotation = rotations(model, TEXTS, [4], kind="pca")[4]
     vectors = embedded(model, 4)
     whole = vectors @ vectors.mT
     for dims in (2, 4, 8, 16):
@@ -54,7 +54,7 @@ def test_no_cut_keeps_more_than_components(encoder):
 def test_a_rotation_is_a_dense(centred, encoder):
     """What an export folds into its linear map: weight and bias give the same first coordinates."""
     model = encoder("bert")
-    rotation = rotations(model, TEXTS, [2], centred=centred)[2]
+    rotation = rotations(model, TEXTS, [2], kind="centred" if centred else "pca")[2]
     features = model.preprocess(TEXTS[:5])
     with torch.no_grad():
         plain = taps(model, features, [2, 4])
@@ -78,7 +78,7 @@ def test_the_model_is_left_as_it_was(encoder):
 
 def test_bad_input(encoder):
     model = encoder("bert")
-    with pytest.raises(ValueError, match="expected texts to take principal components of, got none"):
+    with pytest.raises(ValueError, match="expected texts to take rotations from, got none"):
         rotations(model, [], [4])
     with pytest.raises(LadderError, match="expected some of 1 to 4"):
         rotations(model, TEXTS, [5])

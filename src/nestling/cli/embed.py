@@ -49,7 +49,7 @@ def train(
     teacher: Annotated[str | None, typer.Option(help="Another encoder that all cups follow.")] = None,
     rotation: Annotated[
         str | None,
-        typer.Option(help="Of small cups' vectors: centred, pca, none, or auto; default: MODEL's, if any, else auto."),
+        typer.Option(help="Of small cups: aligned, centred, pca or none; default: MODEL's, if any, else aligned."),
     ] = None,
     rotation_rate: Annotated[
         float, typer.Option(help="Learning rate of the rotations; 0: they stay as they are.")

@@ -77,7 +77,7 @@ def _learn(
     texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
     with console.status("measuring"):
         reference = full_vectors(encoder, held_out)
-        start = rotations(encoder, texts[::3], ladder.layers[:-1])  # a thousand are enough for a start
+        start = rotations(encoder, texts[::3], ladder.layers[:-1], flatten=0.0)  # a thousand are enough for a start
         rows = agreement(encoder, held_out, ladder, reference, method="cut")
         rows += agreement(encoder, held_out, ladder, reference, rotations=start, method="rotated")
     began = time.perf_counter()

@@ -22,6 +22,7 @@ from nestling.embed.examples import Examples
 from nestling.embed.labels import check_labels
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import in_eval_mode
+from nestling.embed.rotation import KINDS
 from nestling.embed.trainer import check_finite
 from nestling.ladder import Ladder
 
@@ -47,8 +48,8 @@ class Plan:
     def check(self, cups, recipe, rotation, mini_batch_size, out: Path, resume: bool, arguments) -> None:
         """Options that do not go together, and labels that the loss cannot use."""
         name, model = type(self.given).__name__, self.encoder.model
-        if isinstance(rotation, str) and rotation not in ("auto", "pca", "centred"):
-            raise ValueError(f"rotation must be auto, pca or centred, or rotations by depth, got {rotation!r}")
+        if isinstance(rotation, str) and rotation not in ("auto", *KINDS):
+            raise ValueError(f"rotation must be auto, {', '.join(KINDS)}, or rotations by depth, got {rotation!r}")
         if unknown := set(recipe or {}) - set(RECIPE):
             raise ValueError(f"recipe has no {sorted(unknown)}: expected some of {', '.join(RECIPE)}")
         if out.exists() and not resume:

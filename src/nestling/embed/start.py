@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 
 from nestling.embed.examples import Examples
 from nestling.embed.files import read_rotations, write_rotations
 from nestling.embed.rotation import Rotation, rotations
 from nestling.ladder import Ladder
 
-SAMPLE = 10_000  # texts that principal components are taken of
+SAMPLE = 10_000  # texts that rotations are taken from
 
 
 def turned_depths(ladder: Ladder) -> list[int]:
@@ -29,14 +31,17 @@ def start_rotations(
     prompts: Mapping[str, str],
     path: Path,
     written: bool,
+    teacher: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> dict[int, Rotation]:
     """Copies of the rotations that were asked for.
 
     Args:
-        rotation: as of `nestling.embed.train.train`, ``"pca"`` or ``"centred"``.
+        rotation: as of `nestling.embed.train.train`, or a kind of `rotations`.
         prompts: of the columns of the examples.
         path: a file that they are written to.
         written: read it, if it exists: a training that goes on, or another process of one, must not find others.
+        teacher, numbers: embeddings by a teacher, and which of them the texts have, ``[rows, columns]``.
     """
     if not rotation:
         return {}
@@ -44,8 +49,14 @@ def start_rotations(
         return read_rotations(path)
     if isinstance(rotation, str):
         prompted = [prompts.get(name, "") + text for name, column in examples.columns.items() for text in column]
-        texts = list(dict.fromkeys(prompted))
-        few = texts[:: -(-len(texts) // SAMPLE)]
-        rotation = rotations(model, few, turned_depths(ladder), centred=rotation == "centred")
+        places = {text: place for place, text in enumerate(prompted)}
+        few = list(places)[:: -(-len(places) // SAMPLE)]
+        target = None
+        if teacher is not None and numbers is not None:
+            target = teacher[numbers.T.flatten()[torch.tensor([places[text] for text in few])]]
+        # Where texts are all there is, similarities themselves are followed.
+        flatten = 0.0 if examples.kind == "texts" else 0.5
+        depths = turned_depths(ladder)
+        rotation = rotations(model, few, depths, kind=rotation, target=target, flatten=flatten)  # type: ignore[arg-type]
     write_rotations(path, rotation)
     return read_rotations(path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import PrinterCallback
@@ -111,11 +112,10 @@ def train(
         teacher: another sentence encoder, of any kind and width, that all cups follow, beside the loss if there are
             pairs. Its embeddings are computed once.
         rotation: what is done to the pooled vectors of the depths below the full model's before they are cut (of that
-            one too, if the ladder has narrower cups of it): ``"pca"`` turns them into their principal components,
-            ``"centred"`` takes their mean out as well (see `rotations`); or rotations by depth; None for nothing. By
-            default ``"pca"`` for texts, which follow similarities that are not centred, and ``"centred"`` otherwise.
-            They are saved beside the model; exports and measurements are given them. A whole `StarbucksLoss` has its
-            own.
+            one too, if the ladder has narrower cups of it): by default they are ``"aligned"`` with the embeddings of
+            the teacher, or of the full model; ``"centred"`` and ``"pca"`` are their own principal components (see
+            `rotations`); or rotations by depth; None for nothing. They are saved beside the model; exports and
+            measurements are given them. A whole `StarbucksLoss` has its own.
         rotation_rate: learning rate of the rotations, which are trained like the model, as any linear maps; None: they
             stay as they are.
         steps: of the optimiser; None for ``epochs`` passes over the data.
@@ -157,7 +157,7 @@ def train(
         raise ValueError(f"rotation_rate={rotation_rate} must be above 0, or None to leave rotations as they are")
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if rotation == "auto":
-        rotation = "pca" if plan.examples.kind == "texts" else "centred"
+        rotation = "aligned"
     if isinstance(rotation, str) and not turned_depths(ladder):
         rotation = None
     if isinstance(inner, StarbucksLoss):
@@ -192,15 +192,18 @@ def train(
     attempt(plan.loss(ladder, recipe, mini_batch_size, {}, table), plan.examples, plan.distils, texts)
     checkpoint = begin(work, job, resume)
     started, numbers = time.monotonic(), None
-    with options.main_process_first(local=False, desc="start"):
-        kept, written = work / ROTATIONS_FILE, resume or rank() > 0  # the first process writes them
-        start = start_rotations(model, rotation, ladder, plan.examples, texts, kept, written)
+    with options.main_process_first(local=False, desc="clean"):
         if not resume and rank() == 0:
             for left in work.glob("teacher*.npy"):  # by a training that was stopped before its first checkpoint
                 left.unlink()
+    taught = None
     if plan.distils:
         entries, numbers = numbered(plan.examples.columns, by)
         table = _table(work / TEACHER_FILE, teacher or model, entries, progress)
+        taught = torch.from_numpy(table)
+    with options.main_process_first(local=False, desc="start"):
+        kept, written = work / ROTATIONS_FILE, resume or rank() > 0  # the first process writes them
+        start = start_rotations(model, rotation, ladder, plan.examples, texts, kept, written, taught, numbers)
     for module in start.values():  # copies: those of a user's own loss are as the user left them
         module.requires_grad_(rotation_rate is not None)
     srl = plan.loss(ladder, recipe, mini_batch_size, start, table)
