@@ -199,6 +199,7 @@ def _ours(
     guide = None if teacher is None else embed.load_encoder(teacher)
     if guide is not None and teacher == job.teacher:
         guide.__class__ = Unprompted
+        guide.max_seq_length = TRAINED_LENGTH
     options: dict[str, Any] = {} if guide is None else {"teacher": guide}
     if plain:
         options |= {"rotation": None, "recipe": {"weights": {ladder.full.name: 1.0}}}
