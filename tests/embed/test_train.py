@@ -74,7 +74,7 @@ def losses_of(point: dict, name: str) -> float:
         (TEXTS, {"rotation": "centred", "rotation_rate": None}),
         (pairs(), {"rotation": None}),
     ],
-    ids=["pairs", "triplets", "cached", "scored", "texts", "texts-pca", "pairs-centred"],
+    ids=["pairs", "triplets", "cached", "scored", "texts", "texts-centred", "pairs-as-they-are"],
 )
 def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options):
     model = encoder()
@@ -83,7 +83,7 @@ def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options)
     for name in NAMES[:2] if data is TEXTS else NAMES:
         assert losses_of(last, name) < losses_of(first, name), name
     if data is TEXTS:  # the full cup starts where it should stay
-        assert last["kl_4x32"] / 1.5 < 0.05  # with its weight
+        assert last["kl_4x32"] / 2 < 0.05  # with its weight
     assert not model.training and last["step"] == 60
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)  # a stock one
     torch.testing.assert_close(loaded.encode(TEXTS[:5]), model.encode(TEXTS[:5]))
@@ -102,6 +102,19 @@ def test_rotations_are_trained_like_the_model(encoder, tmp_path):
         assert not trained.encode.requires_grad
         torch.testing.assert_close(load_rotations(tmp_path / "0.01")[depth].encode, trained.encode)
     assert results[0.01].info["curve"][-1]["loss"] < results[None].info["curve"][-1]["loss"]
+
+
+def test_rotations_are_aligned_with_who_teaches(encoder, tmp_path):
+    """The full model, or another one whose embeddings of the same texts are followed."""
+    teacher = encoder("roberta")
+    prompted = [row[column] for column in ("anchor", "positive") for row in pairs()]
+    texts = list(dict.fromkeys(prompted))
+    for name, given, target in (("own", None, None), ("other", teacher, torch.tensor(teacher.encode(texts)))):
+        model = encoder()
+        wanted = embed.rotations(model, texts, [1, 2], target=target)
+        trained = run(model, pairs(), tmp_path / name, steps=1, teacher=given, rotation_rate=None)
+        for depth, rotation in trained.rotations.items():
+            torch.testing.assert_close(rotation.encode.abs(), wanted[depth].encode.abs(), rtol=1e-3, atol=1e-3)
 
 
 def test_which_depths_have_rotations(encoder, tmp_path):
@@ -578,7 +591,7 @@ def test_folders_are_checked(encoder, tmp_path):
         (pairs(), {"steps": 0}, ValueError, "steps=0"),
         (pairs(), {"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),
         (pairs(), {"warmup": 1.5}, ValueError, "warmup=1.5"),
-        (pairs(), {"rotation": "spin"}, ValueError, "rotation must be auto, pca or centred.* got 'spin'"),
+        (pairs(), {"rotation": "spin"}, ValueError, "rotation must be auto, aligned, centred, pca.* got 'spin'"),
         (pairs(), {"rotation": "pca", "rotation_rate": -1.0}, ValueError, "rotation_rate=-1.0 must be above 0"),
         (pairs(), {"recipe": {"klweight": 1}}, ValueError, "recipe has no .*klweight"),
         (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl must be"),
