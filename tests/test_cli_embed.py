@@ -204,7 +204,7 @@ def test_the_demo_on_a_tiny_model(place):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads((place / "demo.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"cut", "rotated", "distilled"} and len(rows) % 3 == 0
+    assert {row["method"] for row in rows} == {"cut", "aligned", "distilled"} and len(rows) % 3 == 0
     page = (place / "demo.html").read_text()
     assert "Searching the pages" in page and "<svg" in page
     assert len(list((place / "kept").glob("*/modules.json"))) == 2

@@ -156,7 +156,7 @@ def test_texts_follow_the_model_as_it_was(encoder, tmp_path):
         rows = torch.stack([(vectors @ vectors.mT).flatten() for vectors in (wanted, found)])
         return float(torch.corrcoef(rows)[0, 1])
 
-    for size, gain in (((1, 8), 0.5), ((2, 16), 0.4)):
+    for size, gain in (((1, 8), 0.5), ((2, 16), 0.35)):
         assert agreement(model, *size) > agreement(old, *size) + gain
     assert agreement(model, 4, 32) > 0.99
 

@@ -37,7 +37,7 @@ QUERIES = (
 
 
 def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, console: Console) -> list[dict]:
-    """The demo: cups cut, cups rotated into principal components first, and cups that have followed the full model.
+    """The demo: cups cut, cups aligned with the full model in closed form, and cups that have followed the full model.
 
     Args:
         cup: the one that is exported and searched with; the second of the ladder by default.
@@ -79,7 +79,7 @@ def _learn(
         reference = full_vectors(encoder, held_out)
         start = rotations(encoder, texts[::3], ladder.layers[:-1], flatten=0.0)  # a thousand are enough for a start
         rows = agreement(encoder, held_out, ladder, reference, method="cut")
-        rows += agreement(encoder, held_out, ladder, reference, rotations=start, method="rotated")
+        rows += agreement(encoder, held_out, ladder, reference, rotations=start, method="aligned")
     began = time.perf_counter()
     trained = train(
         encoder, texts, ladder, folder=folder, rotation=start, steps=steps, batch_size=BATCH, learning_rate=RATE,

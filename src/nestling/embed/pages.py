@@ -13,7 +13,7 @@ from nestling.embed.train import Trained
 from nestling.ladder import Cup
 
 Row = Mapping[str, Any]
-METHODS = "Cut: the model as it was; rotated: in its principal components first; distilled: after the training."
+METHODS = "Cut: the model as it was; aligned: by a linear map, without training; distilled: after the training."
 COSTS = "Layers save encode time, dims save index bytes and search time; neither saves the other."
 
 
