@@ -158,7 +158,7 @@ def test_texts_follow_the_model_as_it_was(encoder, tmp_path):
 
     for size, gain in (((1, 8), 0.5), ((2, 16), 0.35)):
         assert agreement(model, *size) > agreement(old, *size) + gain
-    assert agreement(model, 4, 32) > 0.99
+    assert agreement(model, 4, 32) > 0.98
 
 
 def test_dropout_is_off_for_texts_and_back_afterwards(encoder, tmp_path):
