@@ -27,7 +27,6 @@ from nestling.ladder import Ladder
 
 LONGEST = 20  # words of a sentence; longer ones are cut
 BATCH, RATE = 48, 2e-4
-FULL_WEIGHT = 4.0  # of the full cup, which has nothing to gain, and is there to stay where it is
 QUERIES = (
     "What happens when an error is raised?",
     "repeat a block for every item of a list",
@@ -83,7 +82,6 @@ def _learn(
     began = time.perf_counter()
     trained = train(
         encoder, texts, ladder, folder=folder, rotation=start, steps=steps, batch_size=BATCH, learning_rate=RATE,
-        recipe={"weights": {ladder.full.name: FULL_WEIGHT}},
     )  # fmt: skip
     console.print(
         f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
