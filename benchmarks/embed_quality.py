@@ -21,13 +21,14 @@ from nestling.embed.encode import stored_prompts
 from nestling.ladder import Ladder
 from nestling.report import run_meta, table, write_json
 
-MEASURED_LENGTH = 128  # tokens of a text
 RUN = ("command", "date", "commit", "seconds")  # of run_meta
 
 
 def measured(sized: Sized, way: str, job: Job, data: Path, name: str) -> list[dict]:
     """Rows of one encoder."""
-    sets, model = held_out_sets(data), loaded(sized.folder, MEASURED_LENGTH)
+    sets, model = held_out_sets(data), loaded(sized.folder, job.length)
+    if job.bf16:
+        model.bfloat16()  # its vectors are pooled, turned and compared in fp32
     evaluator = embed.GridEvaluator(sized.ladder, **sets, rotations=rotations_of(sized), progress=True)
     partial = job.work / f"{way}-{sized.ladder.full}.partial.json"
     found = evaluator.rows(model, model_name=name, method=way, partial=partial)
@@ -48,6 +49,8 @@ def main(
     batch: int = typer.Option(64, help="Rows a step."),
     learning_rate: float = typer.Option(1e-4, help="Of all trainings."),
     seed: int = typer.Option(0),
+    bf16: bool = typer.Option(False, help="Train under autocast and measure in bf16: twice as fast where it is."),
+    length: int = typer.Option(128, help="Tokens of a text that is measured."),
     out: Path = typer.Option(Path("benchmarks/results/embed_quality.json"), help="Joined with what is there."),
 ):
     chosen = ways.split(",")
@@ -57,9 +60,12 @@ def main(
         raise typer.BadParameter("the way srl-teacher needs --teacher: name one, or leave the way out of --ways")
     encoder = embed.load_encoder(model)
     rows = triplets(data, steps * batch, seed, stored_prompts(encoder))
-    job = Job(model, Ladder.parse(ladder), rows, dev_set(data), work, steps, batch, learning_rate, seed, teacher)
+    job = Job(
+        model, Ladder.parse(ladder), rows, dev_set(data), work, steps, batch, learning_rate, seed, teacher, bf16, length
+    )
     label = name or Path(model).name
     settings = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "ladder": ladder}
+    settings |= {"bf16": bf16, "length": length}
     old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"settings": {}, "runs": []}}
     known = old["meta"]["settings"].setdefault(label, settings)
     if known != settings:

@@ -47,6 +47,8 @@ class Job:
     learning_rate: float
     seed: int
     teacher: str | None = None
+    bf16: bool = False  # trainings under autocast, measured in bf16
+    length: int = 128  # tokens of a text that is measured
 
     def begin(self) -> None:
         """Make WORK, or check that what is in it was trained by this job.
@@ -57,7 +59,7 @@ class Job:
         mine = {
             "model": self.model, "ladder": str(self.ladder), "steps": self.steps, "batch": self.batch,
             "learning_rate": self.learning_rate, "seed": self.seed, "rows": len(self.rows),
-            "data": checksum([self.rows, self.dev]), "length": TRAINED_LENGTH,
+            "data": checksum([self.rows, self.dev]), "length": TRAINED_LENGTH, "bf16": self.bf16,
         }  # fmt: skip
         path = self.work / "job.json"
         if not path.is_file():
@@ -207,7 +209,7 @@ def _ours(
     embed.train(
         model, job.rows, ladder, folder=folder, steps=job.steps, batch_size=job.batch, seed=job.seed,
         learning_rate=job.learning_rate, evaluator=job.evaluator(ladder), prompts="", teacher_prompts="",
-        eval_on_start=False, save_steps=max(1, job.steps // 3), **options,
+        eval_on_start=False, save_steps=max(1, job.steps // 3), bf16=job.bf16, **options,
     )  # fmt: skip
     return (time.monotonic() - began - Timed.seconds) / 60
 
@@ -226,7 +228,7 @@ def _stock(job: Job, folder: Path, name: str) -> float:
         f"{folder}-checkpoints", per_device_train_batch_size=job.batch, max_steps=job.steps, seed=job.seed,
         learning_rate=job.learning_rate, warmup_steps=round(0.1 * job.steps), report_to="none", save_steps=often,
         eval_strategy="steps", eval_steps=often, load_best_model_at_end=True, metric_for_best_model="eval_mean",
-        save_total_limit=2,
+        save_total_limit=2, bf16=job.bf16,
     )  # fmt: skip
     began = time.monotonic()
     CupTrainer(model, arguments, train_dataset=data, loss=loss, evaluator=job.evaluator(job.ladder)).train()

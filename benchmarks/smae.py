@@ -67,7 +67,8 @@ def _pretrain(study: Study, kind: str, folder: Path) -> None:
         embed.load_encoder(job.model), embed.Texts(study.texts),
         Ladder([job.ladder.full]) if plain else job.ladder, folder=folder, steps=study.steps,
         batch_size=study.batch, length=study.length, learning_rate=study.learning_rate, seed=job.seed,
-        resume=Path(f"{folder}-checkpoints").is_dir(), **({"decoder": None} if plain else SMAE[kind]),
+        resume=Path(f"{folder}-checkpoints").is_dir(), bf16=job.bf16,
+        **({"decoder": None} if plain else SMAE[kind]),
     )  # fmt: skip
 
 
@@ -141,6 +142,7 @@ def main(
     batch: int = typer.Option(64, help="Rows a step of fine-tuning."),
     learning_rate: float = typer.Option(1e-4, help="Of fine-tuning."),
     seed: int = typer.Option(0, help="Of everything; run again with others for error bars."),
+    bf16: bool = typer.Option(False, help="Train under autocast and measure in bf16."),
     name: str | None = typer.Option(None, help="Of the start, in the results."),
     out: Path = typer.Option(Path("benchmarks/results/smae.json"), help="Joined with what is there."),
 ):
@@ -152,10 +154,10 @@ def main(
     parts = Encoder.of(encoder)
     cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)
     rows = triplets(data, steps * batch, seed, stored_prompts(encoder))
-    job = Job(model, cups, rows, dev_set(data), place, steps, batch, learning_rate, seed)
+    job = Job(model, cups, rows, dev_set(data), place, steps, batch, learning_rate, seed, bf16=bf16)
     settings = {"ladder": str(cups), "steps": steps, "batch": batch, "learning_rate": learning_rate, "length": length,
                 "pretrain_batch": pretrain_batch, "pretrain_rate": pretrain_rate,
-                "text": [Path(t).name for t in text]}  # fmt: skip
+                "bf16": bf16, "text": [Path(t).name for t in text]}  # fmt: skip
     old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"settings": {}}}
     known = old["meta"]["settings"].setdefault(label, settings)
     if known != settings:

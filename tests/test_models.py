@@ -77,7 +77,8 @@ def test_a_folder(llama):
     assert type(model) is LlamaForCausalLM and model.dtype == torch.float32 and not model.training
     assert model.name_or_path == model.config.name_or_path == str(llama)
     ids = tokenizer("a b", return_tensors="pt").input_ids
-    assert ids.tolist() == [[1, 2]] and model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 5)
+    made = model.generate(ids, min_new_tokens=3, max_new_tokens=3, do_sample=False)  # random weights may end at once
+    assert ids.tolist() == [[1, 2]] and made.shape == (1, 5)
     half, _ = load_model(llama, torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.lm_head.weight, model.lm_head.weight.bfloat16())
