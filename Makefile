@@ -41,9 +41,10 @@ demo: install
 demo-embed: install
 	$(BIN)/nestling demo embed
 
-# Property tests see the same examples every time here; a plain `pytest` looks for new ones.
+# Property tests see the same examples every time here; a plain `pytest` looks for new ones. A process for each core,
+# each with one thread; a file's tests stay together, since they share models.
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile=ci $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

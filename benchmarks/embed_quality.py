@@ -60,9 +60,8 @@ def main(
         raise typer.BadParameter("the way srl-teacher needs --teacher: name one, or leave the way out of --ways")
     encoder = embed.load_encoder(model)
     rows = triplets(data, steps * batch, seed, stored_prompts(encoder))
-    job = Job(
-        model, Ladder.parse(ladder), rows, dev_set(data), work, steps, batch, learning_rate, seed, teacher, bf16, length
-    )
+    cups, dev = Ladder.parse(ladder), dev_set(data)
+    job = Job(model, cups, rows, dev, work, steps, batch, learning_rate, seed, teacher, bf16, length)
     label = name or Path(model).name
     settings = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "ladder": ladder}
     settings |= {"bf16": bf16, "length": length}

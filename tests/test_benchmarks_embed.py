@@ -73,6 +73,7 @@ def run(tmp_path, monkeypatch):
     def start(seed, **options):
         out = tmp_path / "out.json"
         given = dict(model="tiny", name=None, ladder="1x8,4x32", ways="cut", teacher=None, steps=2, batch=2)
+        given |= dict(bf16=False, length=128)
         work = tmp_path / f"work{seed}"
         quality.main(data=tmp_path, work=work, learning_rate=1e-4, seed=seed, out=out, **given | options)
         return json.loads(out.read_text())

@@ -86,6 +86,7 @@ def training_arguments(
         "seed": seed,
         "prompts": prompts or None,
         "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused where there is no accelerator
     }
     if evaluator is not None:
         defaults |= {
