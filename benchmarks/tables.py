@@ -13,6 +13,7 @@ from nestling.report import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+KINDS = {"mean_sts": "STS (Spearman)", "mean_ndcg": "retrieval (nDCG@10)", "mean_recall": "retrieval (recall@100)"}
 
 
 def load(name: str) -> list[dict]:
@@ -101,16 +102,15 @@ def embed_quality() -> str:
     The largest of separately trained models is the one that was trained at full size.
     """
     rows, parts = load("embed_quality"), []
-    kinds = {"mean_sts": "STS (Spearman)", "mean_ndcg": "retrieval (nDCG@10)", "mean_recall": "retrieval (recall@100)"}
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        for kind, title in kinds.items():
+        for kind, title in KINDS.items():
             parts.append(f"{model}, {title}:\n\n{_by_cup(own, kind)}")
     return "\n".join(parts)
 
 
 def _by_cup(rows: list[dict], kind: str) -> str:
-    cups = sorted({row["cup"] for row in rows}, key=lambda name: int(name.split("x")[0]))
+    cups = sorted({row["cup"] for row in rows}, key=_depth)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = []
     for method in methods:
@@ -147,6 +147,34 @@ def embed_speed() -> str:
     return markdown_table(list(lines.values()), columns)
 
 
+def smae() -> str:
+    """A table a start and measure: quality of every cup, x 100, by arm and tokens of its pre-training, and minutes."""
+    rows, parts = load("smae"), []
+    for row in rows:
+        row["arm"] = (row["model"], row["method"], row["seed"], row["pretrain_steps"])
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        for kind, title in KINDS.items():
+            lines = [_arm(own, arm, kind) for arm in dict.fromkeys(row["arm"] for row in own)]
+            names = ("arm", "seed", "tokens", *sorted({row["cup"] for row in own}, key=_depth), "mean")
+            columns = {name: name for name in (*names, "pre-training", "fine-tuning")}
+            parts.append(f"{model}, {title}:\n\n{markdown_table(lines, columns)}")
+    return "\n".join(parts)
+
+
+def _arm(rows: list[dict], arm: tuple, kind: str) -> dict:
+    own = [row for row in rows if row["arm"] == arm]
+    line = {"arm": arm[1], "seed": arm[2]}
+    line |= {"tokens": own[0].get("pretrain_tokens"), "pre-training": own[0].get("pretrain_minutes")}
+    line |= {row["cup"]: 100 * row[kind] for row in own}
+    line["mean"] = sum(100 * row[kind] for row in own) / len(own)
+    return line | {"fine-tuning": sum(dict.fromkeys(row["minutes"] for row in own))}
+
+
+def _depth(cup: str) -> int:
+    return int(cup.split("x")[0])
+
+
 def smae_speed() -> str:
     columns = {
         "model": "model", "cups": "cups", "vocabulary": "vocabulary", "method": "step", "tokens_per_s": "tokens/s",
@@ -159,7 +187,7 @@ def main(check: bool = typer.Option(False, help="Only say whether the README is 
     readme = ROOT / "README.md"
     text = old = readme.read_text("utf-8")
     made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_sft, kv_step, kv_speed)
-    made += (embed_quality, embed_step, embed_speed, smae_speed)
+    made += (embed_quality, embed_step, embed_speed, smae, smae_speed)
     tables = {f.__name__: f for f in made}
     for name in re.findall(r"<!-- (\w+) -->", text):
         table = tables[name]()

@@ -65,7 +65,9 @@ class _Entropies(torch.autograd.Function):
                 if not any(ctx.needs_input_grad):
                     continue
                 _to_gradient(logits, labels[part], weights[part])
-                _add(gradients, part, inputs[part], logits.to(dtype), output[0])
+                if gradients[2] is not None:
+                    gradients[2].add_(logits.sum(0))
+                _add(gradients[:2], part, inputs[part], logits.to(dtype), output[0])
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(each)
         ctx.dtype = states.dtype
@@ -93,12 +95,10 @@ def _to_gradient(probabilities: Tensor, labels: Tensor, weights: Tensor) -> None
 
 
 def _add(gradients: list[Tensor | None], part: slice, inputs: Tensor, by_logits: Tensor, matrix: Tensor) -> None:
-    by_states, by_matrix, by_bias = gradients
+    by_states, by_matrix = gradients
     if by_states is not None:
         by_states[part] = by_logits @ matrix
     if by_matrix is not None and by_matrix.dtype == by_logits.dtype:
         by_matrix.addmm_(by_logits.mT, inputs)
     elif by_matrix is not None:
         by_matrix.add_(by_logits.mT @ inputs)
-    if by_bias is not None:
-        by_bias.add_(by_logits.sum(0, dtype=by_bias.dtype))
