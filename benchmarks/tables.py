@@ -1,4 +1,4 @@
-"""Puts the committed results into the README, between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Puts the committed results into the README and docs/results.md, between `<!-- NAME -->` and `<!-- /NAME -->`.
 
 python benchmarks/tables.py [--check]
 """
@@ -13,6 +13,7 @@ from nestling.report import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 KINDS = {"mean_sts": "STS (Spearman)", "mean_ndcg": "retrieval (nDCG@10)", "mean_recall": "retrieval (recall@100)"}
 
 
@@ -96,7 +97,7 @@ def kv_speed() -> str:
     return markdown_table(rows, columns)
 
 
-def embed_quality() -> str:
+def embed_quality(kinds: tuple[str, ...] = tuple(KINDS)) -> str:
     """A table a model and measure: quality of every cup by method, x 100; minutes and peak memory of the training.
 
     The largest of separately trained models is the one that was trained at full size.
@@ -104,9 +105,12 @@ def embed_quality() -> str:
     rows, parts = load("embed_quality"), []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        for kind, title in KINDS.items():
-            parts.append(f"{model}, {title}:\n\n{_by_cup(own, kind)}")
+        parts += [f"{model}, {KINDS[kind]}:\n\n{_by_cup(own, kind)}" for kind in kinds]
     return "\n".join(parts)
+
+
+def embed_sts() -> str:
+    return embed_quality(("mean_sts",))
 
 
 def _by_cup(rows: list[dict], kind: str) -> str:
@@ -183,19 +187,19 @@ def smae_speed() -> str:
     return markdown_table(load("smae_speed"), columns)
 
 
-def main(check: bool = typer.Option(False, help="Only say whether the README is up to date.")):
-    readme = ROOT / "README.md"
-    text = old = readme.read_text("utf-8")
+def main(check: bool = typer.Option(False, help="Only say whether the pages are up to date.")):
     made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_sft, kv_step, kv_speed)
-    made += (embed_quality, embed_step, embed_speed, smae, smae_speed)
+    made += (embed_sts, embed_quality, embed_step, embed_speed, smae, smae_speed)
     tables = {f.__name__: f for f in made}
-    for name in re.findall(r"<!-- (\w+) -->", text):
-        table = tables[name]()
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = pattern.sub(lambda m, body=table: f"{m[1]}\n{body}\n{m[2]}", text)
-    if check and text != old:
-        raise SystemExit("README.md is out of date: run python benchmarks/tables.py")
-    readme.write_text(text, "utf-8")
+    for page in PAGES:
+        text = old = page.read_text("utf-8")
+        for name in re.findall(r"<!-- (\w+) -->", text):
+            table = tables[name]()
+            pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+            text = pattern.sub(lambda m, body=table: f"{m[1]}\n{body}\n{m[2]}", text)
+        if check and text != old:
+            raise SystemExit(f"{page.name} is out of date: run python benchmarks/tables.py")
+        page.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
