@@ -77,6 +77,23 @@ def test_train_writes_a_model_its_curve_and_a_page(place):
     assert "<svg" in (place / "train.html").read_text()
 
 
+def test_align_makes_cups_without_training(place):
+    more = [f"{sentence[:-1]}, and {other.lower()}" for sentence in SENTENCES[:12] for other in SENTENCES[:30]]
+    (place / "more.txt").write_text("\n\n".join(more))
+    result = run(
+        "embed", "align", place / "model", "--out", place / "aligned", "--text", place / "more.txt", "--cups",
+        "1x8,2x16,4x32", "--json", place / "align.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((place / "align.json").read_text())["rows"]
+    cut, aligned = ([r["agreement"] for r in rows if r["method"] == method] for method in ("cut", "aligned"))
+    assert aligned[0] > cut[0] and aligned[-1] == cut[-1] == pytest.approx(1)
+    assert run("embed", "export", place / "aligned", "--cup", "1x8", "--out", place / "first").exit_code == 0
+    measured = run("embed", "eval", place / "aligned", "--sts", place / "sts.jsonl", "--json", place / "aligned.json")
+    assert measured.exit_code == 0, measured.output
+    assert [row["cup"] for row in json.loads((place / "aligned.json").read_text())["rows"]] == ["1x8", "2x16", "4x32"]
+
+
 def test_train_on_pairs_from_several_files_and_a_teacher(place):
     result = run(
         "embed", "train", place / "model", "--out", place / "paired", "--pairs", place / "pairs.jsonl", "--pairs",
@@ -225,6 +242,9 @@ def test_the_demo_on_a_tiny_model(place):
         (("train", "model", "--out", "new", "--pairs", "pairs.jsonl", "--weight", "4x32"), "12x768=3"),
         (("train", "model", "--out", "new", "--pairs", "pairs.jsonl", "--weight", "3x32=2"), "3x32 is not in"),
         (("train", "model", "--out", "no/where"), "does not exist"),
+        (("align", "model", "--out", "new", "--text", "text.txt"), "60 sentences are too few"),
+        (("align", "model", "--out", "new", "--text", "short.txt"), "short.txt: no sentences"),
+        (("align", "model", "--out", "trained", "--text", "more.txt"), "trained exists: choose another folder"),
         (("train", "gone", "--out", "new", "--pairs", "pairs.jsonl"), "gone"),
         (("eval", "model", "--sts", "pairs.jsonl"), "pairs.jsonl, line 1: no field 'sentence1'"),
         (("eval", "model", "--sts", "sts.jsonl", "--sts", "other/sts.jsonl"), "another set called sts"),

@@ -1,4 +1,4 @@
-"""The commands of the embedding wing: ``nestling embed pretrain|train|eval|export``.
+"""The commands of the embedding wing: ``nestling embed pretrain|align|train|eval|export``.
 
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
@@ -25,11 +25,46 @@ from nestling.cli.terminal import (
     write_results,
 )
 
-embed_app = typer.Typer(no_args_is_help=True, help="Sentence encoders of every size: pretrain, train, eval, export.")
+embed_app = typer.Typer(
+    no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export."
+)
 embed_app.command()(pretrain)
 
 Sts = Annotated[list[Path] | None, typer.Option(help="Scored pairs to measure on, .jsonl; may be repeated.")]
 Retrieval = Annotated[list[Path] | None, typer.Option(help="Folder in BEIR's layout to measure on; may be repeated.")]
+
+
+HELD_OUT = 8  # one sentence in so many is kept for a look at what was aligned, 500 at most
+
+
+@embed_app.command()
+@errors_as_messages
+def align(
+    model: Encoder,
+    out: Annotated[Path, typer.Option(help="Folder for the result.")],
+    text: Text = None,
+    cups: Cups = None,
+    prompt: Annotated[str | None, typer.Option(help="In front of each sentence; default: the model's own.")] = None,
+    json: Json = None,
+) -> None:
+    """Make small cups of MODEL without training it, in closed form from text without labels; MODEL stays as it is."""
+    from nestling import embed
+
+    for path in (out, json):
+        check_folder(path)
+    texts = _sentences(text)
+    held, read = texts[::HELD_OUT][:500], [text for i, text in enumerate(texts) if i % HELD_OUT]
+    if len(texts) < 100:
+        raise ValueError(f"{text}: {len(texts)} sentences are too few, expected some thousands, 100 at least")
+    encoder = loading(embed.load_encoder, model)
+    ladder, _ = _ladder(model, cups, encoder, rotated=False)
+    aligned = embed.align(encoder, read, ladder, folder=out, prompt=prompt)
+    with console.status(f"comparing {len(held)} sentences"):
+        rows = embed.agreement(encoder, held, ladder, prompt=prompt, method="cut")
+        rows += embed.agreement(encoder, held, ladder, rotations=aligned.rotations, prompt=prompt, method="aligned")
+    show(rows, f"{model}: agreement of cups with the full model on {len(held)} held-out sentences")
+    console.print(f"{aligned.info['texts']:,} sentences in {aligned.info['seconds']} s. Saved to {out}")
+    write_results(json, [{"model": model, **row} for row in rows], aligned.info["seconds"])
 
 
 @embed_app.command()

@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
 
 from nestling.checkpoints import TrainingError
 from nestling.embed.agreement import agreement
+from nestling.embed.align import align
 from nestling.embed.corpus import Texts
 from nestling.embed.encoder import UnsupportedEncoderError
 from nestling.embed.errors import ExportError
@@ -44,6 +45,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedEncoderError",
     "agreement",
+    "align",
     "export",
     "load_encoder",
     "load_ladder",

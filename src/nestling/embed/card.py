@@ -24,8 +24,6 @@ def card(
     """Front matter, what the model is, how it is used, what was measured."""
     base = base_name(source)
     million = sum(p.numel() for p in served.parameters()) / 1e6
-    head = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
     limit = longest(served)
     facts = [
         f"The cup **{cup.label}** ({cup.layers} layers, {cup.dims} dimensions) of "
@@ -35,7 +33,7 @@ def card(
     ]
     if len(ladder) > 1:
         facts.append(f"Its ladder has the cups {', '.join(c.name for c in ladder)}.")
-    parts = ["\n".join(head), f"# {base or 'encoder'}, {cup.name}", " ".join(facts), _usage(served)]
+    parts = [_front(base), f"# {base or 'encoder'}, {cup.name}", " ".join(facts), _usage(served)]
     if onnx:
         parts.append(_fastembed(cup))
     own = [row for row in rows if row.get("cup") == cup.name]
@@ -51,40 +49,36 @@ def trained_card(
 ) -> str:
     """The card of a model whose cups were trained: what they are, how they were trained, how one is handed out."""
     base = base_name(model)
-    head = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
     kinds = {"texts": "texts without labels", "pairs": "pairs", "scored": "scored pairs", "rows": "rows"}
     facts = (
         f"{f'`{base}`' if base else 'An encoder'} whose every size is good by itself, trained by nestling on "
         f"{training['rows']:,} {kinds[training['kind']]} ({training['steps']:,} steps of {training['batch_size']}): "
         f"the cups (layers x dims) {', '.join(cup.name for cup in ladder)}. Cosine is the measure at every size."
     )
-    small, full = ladder.cups[0], ladder.full
-    whole = "Loaded as it is, it is the full model. A smaller cup is cut out as a model of its own"
-    if full.layers in rotations and not rotations[full.layers].keeps_similarities:
-        whole = (
-            "Behind its pooling a linear map was trained with it, or its vectors were centred, which the folder as it "
-            f"is does not apply: the full cup {full} has to be exported too. A cup is cut out as a model of its own"
-        )
-    turned = ", rotations=embed.load_rotations(folder)" if rotations else ""
-    use = (
-        f"{whole}:\n\n```python\nfrom nestling import embed\n\n"
-        'folder = "this folder"\nmodel, ladder = embed.load_encoder(folder), embed.load_ladder(folder)\n'
-        f'embed.export(model, "{small}", "small", ladder=ladder{turned})\n```\n\n'
-        'or, all of them, `nestling embed export "this folder" --out cups`.'
-    )
-    parts = ["\n".join(head), f"# {base or 'encoder'}, {len(ladder)} cups", facts, f"## Use\n\n{use}"]
+    parts = [_front(base), f"# {base or 'encoder'}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
     rows = measured(ladder, training)
     if len(rows[0]) > 1:
         parts.append(f"## Measured\n\nOn held-out data, x 100.\n\n{markdown(rows)}".rstrip())
     return "\n\n".join(parts) + "\n"
 
 
+def aligned_card(
+    model: SentenceTransformer, ladder: Ladder, info: Mapping[str, Any], rotations: Mapping[int, Rotation]
+) -> str:
+    """The card of a model whose small cups were aligned with it and not trained."""
+    base = base_name(model)
+    facts = (
+        f"{f'`{base}`' if base else 'An encoder'} with smaller cups (layers x dims) "
+        f"{', '.join(cup.name for cup in ladder)}, aligned with it by nestling on {info['texts']:,} texts: a linear "
+        "map of each depth's vectors, in closed form. No weights were trained."
+    )
+    parts = [_front(base), f"# {base or 'encoder'}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
+    return "\n\n".join(parts) + "\n"
+
+
 def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any]) -> str:
     """The card of a model that was only pre-trained: what it is, and that it is no encoder to use yet."""
     base = base_name(model)
-    head = ["---", "library_name: sentence-transformers"]
-    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
     kind = "masked-language model" if training["decoder"] is None else "masked autoencoder (SMAE, arXiv 2410.13230)"
     facts = (
         f"{f'`{base}`' if base else 'An encoder'}, pre-trained by nestling as a {kind} on {training['tokens']:,} "
@@ -95,7 +89,34 @@ def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mappin
         "A start for training on pairs, scored pairs or texts, which gives it vectors that can be compared:\n\n```sh\n"
         'nestling embed train "this folder" --pairs pairs.jsonl --out trained\n```'
     )
-    return "\n\n".join(["\n".join(head), f"# {base or 'encoder'}, pre-trained", facts, f"## Use\n\n{use}"]) + "\n"
+    parts = [_front(base, usable=False), f"# {base or 'encoder'}, pre-trained", facts, f"## Use\n\n{use}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(base: str, usable: bool = True) -> str:
+    """What hubs read of a model."""
+    head = ["---", "library_name: sentence-transformers"] + ["pipeline_tag: sentence-similarity"] * usable
+    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
+    return "\n".join(head)
+
+
+def _cut_out(ladder: Ladder, rotations: Mapping[int, Rotation]) -> str:
+    """How a cup is handed out."""
+    small, full = ladder.cups[0], ladder.full
+    whole = "Loaded as it is, it is the full model. A smaller cup is cut out as a model of its own"
+    if full.layers in rotations and not rotations[full.layers].keeps_similarities:
+        whole = (
+            "Behind its pooling a linear map was trained with it, or its vectors were centred, which the folder as it "
+            f"is does not apply: the full cup {full} has to be exported too. A cup is cut out as a model of its own"
+        )
+    turned = ", rotations=embed.load_rotations(folder)" if rotations else ""
+    return (
+        "## Use\n\n"
+        f"{whole}:\n\n```python\nfrom nestling import embed\n\n"
+        'folder = "this folder"\nmodel, ladder = embed.load_encoder(folder), embed.load_ladder(folder)\n'
+        f'embed.export(model, "{small}", "small", ladder=ladder{turned})\n```\n\n'
+        'or, all of them, `nestling embed export "this folder" --out cups`.'
+    )
 
 
 def measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ model to its width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import torch
@@ -81,6 +81,7 @@ def rotations(
     target: Tensor | None = None,
     flatten: float = 0.5,
     batch_size: int = 32,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> dict[int, Rotation]:
     """Start rotations of the pooled vectors at each depth, from one pass over texts.
 
@@ -97,6 +98,7 @@ def rotations(
         flatten: for ``"aligned"``: coordinates are divided by their spreads to that power. 0 keeps similarities as
             near to the target's as can be; 0.5 lets lesser directions, which tell like texts apart, count for more.
         batch_size: texts at a time.
+        advance: told how many texts are done, after each batch.
 
     Returns:
         ``{depth: Rotation}``.
@@ -115,7 +117,7 @@ def rotations(
         raise ValueError(f"expected the target's embeddings of {len(given)} texts, got {list(target.shape)}")
     depths = sorted(set(layers))
     needed = {*depths, parts.depth} if kind == "aligned" and target is None else depths
-    found = encode(model, given, dict.fromkeys(sorted(needed), parts.dims), batch_size=batch_size)
+    found = encode(model, given, dict.fromkeys(sorted(needed), parts.dims), batch_size=batch_size, advance=advance)
     if kind == "aligned":
         wanted = normalize((found[parts.depth] if target is None else target.cpu()).double(), dim=-1)
         return {
