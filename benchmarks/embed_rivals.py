@@ -202,6 +202,7 @@ def _ours(
     if guide is not None and teacher == job.teacher:
         guide.__class__ = Unprompted
         guide.max_seq_length = TRAINED_LENGTH
+        guide.bfloat16()  # its cosines move by 1e-4, and it is much larger than its students
     options: dict[str, Any] = {} if guide is None else {"teacher": guide}
     if plain:
         options |= {"rotation": None, "recipe": {"weights": {ladder.full.name: 1.0}}}
