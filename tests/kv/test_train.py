@@ -68,6 +68,17 @@ def test_full_budget_is_the_stock_model_after_training(tmp_path, ids, fitted, fa
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
+def test_bf16_changes_little(tmp_path, ids, start):
+    curves, moved = [], []
+    for name, options in (("whole", {}), ("half", {"bf16": True})):
+        trained = run(tmp_path / name, ids, start, recipe={"learning_rate": 0.002}, **options)
+        curves.append([point["loss"] for point in trained.info["training"]["curve"] if "loss" in point])
+        moved.append(trained.encode["key"] - start.encode["key"])
+        assert trained.encode["key"].dtype == torch.float32
+    assert curves[0] != curves[1] and curves[1] == pytest.approx(curves[0], rel=0.1)
+    assert 0 < (moved[0] - moved[1]).norm() < moved[0].norm()
+
+
 def test_the_paper_preset(tmp_path, ids):
     model = tiny_model("llama-gqa")
     options = {**OPTIONS, "tokens": 16 * 4 * 20}

@@ -261,6 +261,8 @@ def _arguments(
         "log_level": "error",
         "report_to": "none",
         "seed": seed,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused where there is no accelerator
     }
     return TrainingArguments(**(defaults | changes))
 
