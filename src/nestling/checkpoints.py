@@ -4,15 +4,15 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-
-if TYPE_CHECKING:
-    from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 JOB_FILE = "training.json"
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -55,18 +55,46 @@ def begin(folder: Path, job: dict, resume: bool) -> Path | None:
     return checkpoint
 
 
-def run(trainer: "Trainer", folder: Path, checkpoint: Path | None) -> None:
+class Clock(TrainerCallback, ExportableState):
+    """How long a training takes; each checkpoint's trainer_state.json says how long it took up to there."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.before, self.start = seconds, time.monotonic()
+
+    @classmethod
+    def of(cls, checkpoint: Path | None) -> "Clock":
+        """It goes on where a checkpoint was written; at 0 if there is none, or it does not say."""
+        if checkpoint is None:
+            return cls()
+        kept = json.loads((checkpoint / "trainer_state.json").read_text("utf-8")).get("stateful_callbacks", {})
+        return cls(kept[cls.__name__]["attributes"]["seconds"] if cls.__name__ in kept else 0.0)
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
+def run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> float:
     """Train; whatever stops it says at which step, and what there is to go on from.
+
+    Returns:
+        The seconds that it took; those of a training that was stopped and resumed are added up.
 
     Raises:
         TrainingError: the training cannot go on, or a checkpoint cannot be written.
     """
+    clock = Clock.of(checkpoint)
+    trainer.add_callback(clock)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (RuntimeError, OSError, SafetensorError) as error:
         whole = last_whole(folder)
         kept = "there is no checkpoint" if whole is None else f"{whole.name} is kept"
         raise TrainingError(f"step {trainer.state.global_step + 1}: {error}; {kept} in {folder}") from error
+    return clock.seconds
 
 
 def last_whole(folder: Path) -> Path | None:

@@ -169,6 +169,18 @@ def test_a_killed_process_goes_on_to_the_same_losses(tmp_path, script):
     same(*(SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("whole", "part")))
 
 
+def test_the_seconds_of_a_resumed_run_count_what_was_before(encoder, tmp_path):
+    run(encoder(), tmp_path / "out", steps=4, save_steps=2)
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out-checkpoints" / "checkpoint-4")
+    path = tmp_path / "out-checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] < 60
+    state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] = 1000
+    path.write_text(json.dumps(state))
+    assert 1000 <= run(encoder(), tmp_path / "out", steps=4, save_steps=2, resume=True).info["seconds"] < 1060
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path, script):
     """Masked tokens are counted over both, though each has another number of them."""

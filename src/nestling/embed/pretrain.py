@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,9 +91,9 @@ def pretrain(
             weight_decay, dataloader_num_workers, ...``.
 
     Returns:
-        `Trained`; ``info`` has the settings, ``tokens`` (of all windows read), ``seconds``, ``head`` (``"own"`` or
-        ``"new"``), ``bad_lines``, ``left_out`` (windows with nothing to mask), and ``curve``: ``mlm_6x128`` and
-        ``dec_6x128`` by step, means over masked tokens in nats.
+        `Trained`; ``info`` has the settings, ``tokens`` (of all windows read), ``seconds`` (of all runs), ``head``
+        (``"own"`` or ``"new"``), ``bad_lines``, ``left_out`` (windows with nothing to mask), and ``curve``:
+        ``mlm_6x128`` and ``dec_6x128`` by step, means over masked tokens in nats.
 
     Raises:
         DataError: there are no texts, or one is not as expected; file and line are named.
@@ -106,7 +105,7 @@ def pretrain(
     """
     if find_spec("accelerate") is None:
         raise ImportError("training needs accelerate: pip install 'nestling[train,embed]'")
-    out, started = Path(folder), time.monotonic()
+    out = Path(folder)
     if out.exists() and not resume:
         raise TrainingError(f"{out} exists: choose another folder, or remove it")
     check(model)
@@ -148,14 +147,13 @@ def pretrain(
         trainer = MaskedTrainer(smae, options, train_dataset=batches, callbacks=[watch, place])
         trainer.remove_callback(PrinterCallback)
         with modes_kept(model), without_bars(), without_dropout(smae, off=not dropout):
-            run(trainer, work, checkpoint)
+            seconds = run(trainer, work, checkpoint)
     finally:
         watch.bar.stop()
     kept = {key: value for key, value in job.items() if key not in ("model", "cups", "data")}
     counted = {"tokens": place.tokens, "passes": place.after["turn"], "left_out": corpus.left_out}
     counted["bad_lines"] = getattr(source, "bad", 0)
-    seconds = round(time.monotonic() - started)
-    trained = Trained(out, ladder, {}, {**kept, **counted, "seconds": seconds, "curve": watch.points})
+    trained = Trained(out, ladder, {}, {**kept, **counted, "seconds": round(seconds), "curve": watch.points})
     if trainer.is_world_process_zero():
         save(model, trained, "pretraining", pretrained_card(model, ladder, trained.info))
     trainer.accelerator.wait_for_everyone()

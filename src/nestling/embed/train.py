@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
@@ -57,7 +56,8 @@ class Trained:
         folder: a sentence-transformers folder, with ``nestling.json``.
         ladder: the cups that were trained.
         rotations: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
-        info: settings, seconds, and ``curve``, the losses and measurements by step; as in ``nestling.json``.
+        info: settings, seconds (of all runs), and ``curve``, the losses and measurements by step; as in
+            ``nestling.json``.
     """
 
     folder: Path
@@ -191,7 +191,7 @@ def train(
     table = np.zeros((4 * len(plan.examples.columns), 2), np.float32) if plan.distils else None
     attempt(plan.loss(ladder, recipe, mini_batch_size, {}, table), plan.examples, plan.distils, texts)
     checkpoint = begin(work, job, resume)
-    started, numbers = time.monotonic(), None
+    numbers = None
     with options.main_process_first(local=False, desc="clean"):
         if not resume and rank() == 0:
             for left in work.glob("teacher*.npy"):  # by a training that was stopped before its first checkpoint
@@ -217,13 +217,13 @@ def train(
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         with modes_kept(model), without_bars(), without_dropout(model, off=not noisy):
-            run(trainer, work, checkpoint)
+            seconds = run(trainer, work, checkpoint)
     finally:
         watch.bar.stop()
         if options.gradient_checkpointing:
             _without_checkpointing(model)
     srl.rotations.requires_grad_(False)
-    info = _info(job, trainer, watch, time.monotonic() - started)
+    info = _info(job, trainer, watch, seconds)
     trained = Trained(out, ladder, turns, info)
     if trainer.is_world_process_zero():
         save(model, trained, "training", trained_card(model, ladder, info, turns))

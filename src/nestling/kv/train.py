@@ -6,7 +6,6 @@ projections; only the rotations train, and LoRA weights where the model has them
 """
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -160,7 +159,7 @@ def train(
     flags = {p: p.requires_grad for p in lm.parameters()}
     if lm is model:
         lm.requires_grad_(False)
-    started, mode = time.monotonic(), lm.training
+    mode = lm.training
     student = Student(
         lm, adapter, kl_weight=chosen.kl_weight, ce_weight=chosen.ce_weight, sinks=chosen.sinks, window=chosen.window
     )
@@ -171,14 +170,14 @@ def train(
             student, options, train_dataset=data, eval_dataset=budgets if len(held_out) else None, callbacks=[curve]
         )
         trainer.remove_callback(PrinterCallback)
-        run(trainer, Path(folder), checkpoint)
+        seconds = run(trainer, Path(folder), checkpoint)
         encodes = student.bases.encodes()
     finally:
         curve.bar.stop()
         lm.train(mode)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-    measured = {"tokens": steps * batch_size * length, "seconds": round(time.monotonic() - started)}
+    measured = {"tokens": steps * batch_size * length, "seconds": round(seconds)}
     sizes = {"length": length, "steps": steps, "batch_size": batch_size}
     training = {"preset": preset, **asdict(chosen), **measured, **sizes, "curve": curve.points}
     info = {**adapter.info, "training": training}
