@@ -324,14 +324,25 @@ def test_bad_input_is_refused_before_anything_is_written(encoder, tmp_path, data
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_cannot_be_pre_trained_are_refused(encoder, tmp_path):
+def test_models_that_cannot_be_pre_trained_are_refused(encoder, tmp_path, monkeypatch):
     with pytest.raises(UnsupportedEncoderError, match="qwen3 models cannot be pre-trained"):
         run(encoder("qwen3"), tmp_path / "out")
     model = encoder()
     model.tokenizer.mask_token = None
-    with pytest.raises(MaskingError, match="the tokenizer has no mask token"):
+    with monkeypatch.context() as patch, pytest.raises(MaskingError, match="the tokenizer has no mask token"):
+        patch.setattr("nestling.embed.mlm.MASKS", ())
         run(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_that_is_not_declared_is_found_in_the_vocabulary(encoder, tmp_path):
+    """As in a conversion of multilingual-e5-small; the tokens of other words stay as they are."""
+    model, declared = encoder(), encoder()
+    model.tokenizer.mask_token = None
+    run(model, tmp_path / "out", steps=2)
+    run(declared, tmp_path / "declared", steps=2)
+    assert model.tokenizer.mask_token_id == declared.tokenizer.mask_token_id
+    same(model, declared)
 
 
 def test_missing_packages_are_named(encoder, tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 import string
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, QuantizedCache
 
@@ -15,12 +18,13 @@ from nestling.kv.allocate import BudgetError
 from nestling.kv.cache import make_cache
 from nestling.kv.evaluate import Contender, Partial, compare, evaluate
 from nestling.kv.probes import (
-    PASSKEY_DEPTHS,
+    DEPTHS,
     EvaluationError,
     choice_pairs,
     choice_scores,
     encode_question,
     held_bytes,
+    line_prompts,
     passkey_prompts,
 )
 from nestling.tokens import TextTooShortError
@@ -300,7 +304,7 @@ def test_tokens_that_cross_the_boundary():
 
 def test_passkey_prompts(tokenizer):
     prompts = passkey_prompts(tokenizer, 400)
-    assert len(prompts) == len(PASSKEY_DEPTHS)
+    assert len(prompts) == len(DEPTHS)
     places = []
     for (ids, key), (again, _) in zip(prompts, passkey_prompts(tokenizer, 400), strict=True):
         text = tokenizer.decode(ids)
@@ -312,10 +316,25 @@ def test_passkey_prompts(tokenizer):
         passkey_prompts(tokenizer, 50)
 
 
+@given(n=st.integers(260, 600))
+def test_line_prompts(tokenizer, n):
+    """The last line of a prompt asks for one of the record's, whose number comes once."""
+    prompts = line_prompts(tokenizer, n)
+    assert len(prompts) == len(DEPTHS)
+    for (ids, digits), (again, _) in zip(prompts, line_prompts(tokenizer, n), strict=True):
+        text = tokenizer.decode(ids)
+        assert len(ids) <= n and torch.equal(ids, again)
+        asked = re.fullmatch(r".*Line (\d+):", text.splitlines()[-1])[1]
+        assert f"\nLine {asked}: {digits}\n" in text and text.count(digits) == 1
+    with pytest.raises(EvaluationError, match="room for [0-7] lines"):
+        line_prompts(tokenizer, 60)
+
+
 def test_passkey_answers(model, adapter, tokenizer, monkeypatch):
     """A model that copies the key is right, a random one is not; both are read greedily."""
+    full, ours = run(model, adapter, windows=0, passkey=[200], lines=[300], tokenizer=tokenizer)
+    assert full["passkey_200"] == ours["passkey_200"] == full["lines_300"] == ours["lines_300"] == 0
     full, ours = run(model, adapter, windows=0, passkey=[200], tokenizer=tokenizer)
-    assert full["passkey_200"] == ours["passkey_200"] == 0
     assert ours["bytes_share"] == pytest.approx(full["bytes_share"] * 256 / 200), "storage grows by 256 tokens"
 
     answers = [list(tokenizer(f" {key}.")["input_ids"]) for _, key in passkey_prompts(tokenizer, 200)] * 2
@@ -420,7 +439,8 @@ def test_logits_that_are_not_finite_name_the_contender(model, adapter, ids, toke
     for options, where in (
         (dict(texts=ids, windows=1, length=48), "window 1, tokens 0 to 47"),
         (dict(windows=0, tasks={"toy": ROWS}), "toy, question 1"),
-        (dict(windows=0, passkey=[200]), "passkey in 200 tokens"),
+        (dict(windows=0, passkey=[200]), "passkey_200"),
+        (dict(windows=0, lines=[300]), "lines_300"),
     ):
         with pytest.raises(EvaluationError, match=f"broken at 0.5: .*not finite.* in {where}"):
             compare(model, tokenizer, [contender], **options, progress=False)

@@ -187,6 +187,9 @@ def evaluate(
     passkey: Annotated[
         list[int] | None, typer.Option(help="Prompt length of a passkey test; may be repeated.")
     ] = None,
+    lines: Annotated[
+        list[int] | None, typer.Option(help="The same for a record of numbered lines, of which one is asked for.")
+    ] = None,
     sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
     window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
     bits: Bits = False,
@@ -209,8 +212,8 @@ def evaluate(
     start = time.perf_counter()
     result = kv.evaluate(
         language_model, tokenizer, nested, shares, allocation=allocation, texts=texts, windows=windows, length=length,
-        chunk=chunk, tasks=tasks, passkey=passkey or (), sinks=sinks, window=window, dtype=_dtype(cache_dtype),
-        bits=bits,
+        chunk=chunk, tasks=tasks, passkey=passkey or (), lines=lines or (), sinks=sinks, window=window,
+        dtype=_dtype(cache_dtype), bits=bits,
     )  # fmt: skip
     show(result, f"{model}, {windows} windows of {length} tokens")
     write_results(json, result, time.perf_counter() - start)

@@ -23,6 +23,20 @@ from nestling.embed.anatomy import UnsupportedEncoderError
 from nestling.embed.encoder import Encoder, truncated_config
 from nestling.models import LoadError, locate, quiet
 
+MASKS = ("<mask>", "[MASK]")
+
+
+def declare_mask(tokenizer: Any) -> None:
+    """Say which token is the mask, if the vocabulary has one and nobody says so.
+
+    Some conversions of XLM-R's tokenizer leave it there and do not list it.
+    """
+    if tokenizer.mask_token_id is None:
+        for token in MASKS:
+            if token in tokenizer.get_vocab():
+                tokenizer.add_special_tokens({"mask_token": token})
+                return
+
 
 @dataclass(frozen=True)
 class Family:

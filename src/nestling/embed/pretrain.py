@@ -26,7 +26,7 @@ from nestling.embed.corpus import Corpus, Position, Texts
 from nestling.embed.dropout import without_dropout
 from nestling.embed.encoder import Encoder
 from nestling.embed.masking import Masking
-from nestling.embed.mlm import check, positions_of, vocabulary_of
+from nestling.embed.mlm import check, declare_mask, positions_of, vocabulary_of
 from nestling.embed.modes import in_eval_mode, modes_kept
 from nestling.embed.plan import ladder_of
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
@@ -109,6 +109,7 @@ def pretrain(
     if out.exists() and not resume:
         raise TrainingError(f"{out} exists: choose another folder, or remove it")
     check(model)
+    declare_mask(model.tokenizer)
     parts = Encoder.of(model)
     ladder = ladder_of(parts, cups)
     _check_options(decoder, cups_per_step, len(ladder))

@@ -1,4 +1,4 @@
-"""Quality of compressed caches: KL, perplexity and top-1 agreement with the full model, multiple choice, passkeys.
+"""Quality of compressed caches: KL, perplexity and top-1 agreement with the full model, multiple choice, recall.
 
 Every method is measured in the same way. It is a `Contender`, which makes empty caches; text goes through its cache in
 chunks, so that a history is read as it is stored; and its bytes are those of the storage that it really holds.
@@ -27,7 +27,8 @@ from nestling.kv.probes import (
     encode_question,
     forward,
     held_bytes,
-    passkey_answer,
+    line_prompts,
+    number_answer,
     passkey_prompts,
     read,
 )
@@ -68,6 +69,7 @@ def evaluate(
     chunk: int = 64,
     tasks: Mapping[str, Sequence[dict]] | None = None,
     passkey: Sequence[int] = (),
+    lines: Sequence[int] = (),
     progress: bool = True,
     partial: Partial | None = None,
     **cache_options,
@@ -81,8 +83,8 @@ def evaluate(
         model: the causal LM of the adapter; switched to nestling's attention.
         budgets: shares of the full cache; not used if ``allocation`` is a rank table.
         allocation, cache_options: as in `KVAdapter.cache` (sinks, window, paper, dtype, ...).
-        texts, windows, length, chunk, tasks, passkey, progress, partial: see `compare`. Without ``texts``, the
-            built-in English pages are read.
+        texts, windows, length, chunk, tasks, passkey, lines, progress, partial: see `compare`. Without ``texts``,
+            the built-in English pages are read.
 
     Returns:
         Flat rows as from `compare`, the full model's first.
@@ -100,7 +102,7 @@ def evaluate(
     contenders = [Contender(method, budget, bind(adapter.cache, model, budget, **options)) for budget in sizes]
     return compare(
         model, tokenizer, contenders, texts=texts, windows=windows, length=length, chunk=chunk, tasks=tasks,
-        passkey=passkey, progress=progress, partial=partial,
+        passkey=passkey, lines=lines, progress=progress, partial=partial,
     )  # fmt: skip
 
 
@@ -123,6 +125,7 @@ def compare(
     chunk: int = 64,
     tasks: Mapping[str, Sequence[dict]] | None = None,
     passkey: Sequence[int] = (),
+    lines: Sequence[int] = (),
     progress: bool = True,
     partial: Partial | None = None,
 ) -> list[dict[str, Any]]:
@@ -131,7 +134,7 @@ def compare(
     The logits of a window are held once, ``[length, vocabulary]``, while each contender reads it.
 
     Args:
-        tokenizer: None will do for ``texts`` of token ids without ``tasks`` and ``passkey``.
+        tokenizer: None will do for ``texts`` of token ids without ``tasks``, ``passkey`` and ``lines``.
         contenders: methods; pairs of method and budget must differ. The full model is added in front.
         texts: strings or token ids ``[n, T]``, packed into windows; None: the built-in English pages.
         windows, length: how many windows are read, of how many tokens (at most what the model's positions allow).
@@ -140,6 +143,7 @@ def compare(
             look worse in large chunks than in true decoding.
         tasks: multiple-choice questions by task, as from `nestling.data.read_multiple_choice`.
         passkey: prompt lengths in tokens; in each, a 5-digit key is hidden at several depths and asked for.
+        lines: the same for records of numbered lines, all alike, of which one is asked for.
         progress: show progress bars with an estimate of the time left.
         partial: where sums are kept, after each window and each task and contender. Give one with a file to resume.
 
@@ -147,12 +151,12 @@ def compare(
         A row a contender: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, both on
         the longest window or passkey prompt), ``bytes_per_token, kl`` (mean nats per token to the full model),
         ``ppl, top1`` (share of positions with the full model's first choice), ``acc_<task>, above_chance`` (what
-        the mean accuracy of the tasks is above chance, as a share of what the full model's is; None if that is not)
-        and ``passkey_<n>``. What was not measured is absent or None.
+        the mean accuracy of the tasks is above chance, as a share of what the full model's is; None if that is not),
+        ``passkey_<n>`` and ``lines_<n>`` (shares that were answered). What was not measured is absent or None.
 
     Raises:
         TextTooShortError: if there is not one window of text.
-        EvaluationError: for logits that are not finite, naming the contender; for questions, passkey lengths or
+        EvaluationError: for logits that are not finite, naming the contender; for questions, prompt lengths or
             contenders that cannot be measured.
     """
     config, tasks = attention.text_config(model), dict(tasks or {})
@@ -160,8 +164,8 @@ def compare(
     names = [c.name for c in contenders]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise EvaluationError(f"method and budget must differ between contenders, repeated: {sorted(repeated)}")
-    if (tasks or passkey) and tokenizer is None:
-        raise EvaluationError("tasks and passkeys are text, so a tokenizer is needed")
+    if (tasks or passkey or lines) and tokenizer is None:
+        raise EvaluationError("tasks, passkeys and lines are text, so a tokenizer is needed")
     if chunk < 1 or windows < 0 or not all(tasks.values()):
         raise EvaluationError(f"chunk={chunk} must be positive, windows={windows} not negative, and no task empty")
     for contender in contenders:
@@ -171,7 +175,8 @@ def compare(
         length = min(length, getattr(config, "max_position_embeddings", None) or length)
         ids = list(token_windows(tokenizer, read_texts(None) if texts is None else texts, length, limit=windows))
     questions = {task: [encode_question(tokenizer, row) for row in rows] for task, rows in tasks.items()}
-    prompts = {n: passkey_prompts(tokenizer, n) for n in passkey}
+    prompts = {f"passkey_{n}": passkey_prompts(tokenizer, n) for n in passkey}
+    prompts |= {f"lines_{n}": line_prompts(tokenizer, n) for n in lines}
     run = _Run(model, tokenizer, contenders, chunk, partial or Partial())
     training = model.training
     model.eval()
@@ -179,7 +184,7 @@ def compare(
         with progress_bar(progress) as bar:
             jobs = [(f"text, {len(ids)} windows", len(ids), bind(run.windows, ids))] if ids else []
             jobs += [(task, len(rows), bind(run.task, task, tasks[task], rows)) for task, rows in questions.items()]
-            jobs += [(f"passkey in {n}", len(rows), bind(run.passkey, n, rows)) for n, rows in prompts.items()]
+            jobs += [(name, len(rows), bind(run.recall, name, rows)) for name, rows in prompts.items()]
             bars = [bar.add_task(name, total=total * len(contenders)) for name, total, _ in jobs]
             for task_id, (_, _, job) in zip(bars, jobs, strict=True):
                 job(bind(bar.advance, task_id))
@@ -281,22 +286,23 @@ class _Run:
                 self.partial.save()
             self.results[c.name][f"acc_{task}"] = self.partial.done[key][0] / len(rows)
 
-    def passkey(self, n: int, prompts: list[tuple[Tensor, str]], advance: Callable[[int], None]) -> None:
+    def recall(self, name: str, prompts: list[tuple[Tensor, str]], advance: Callable[[int], None]) -> None:
+        """Prompts whose answer is a number; their share of right ones is in the column ``name``."""
         for c in self.contenders:
-            key = self.key(c, f"passkey {n}", [(ids.tolist(), digits) for ids, digits in prompts])
+            key = self.key(c, name, [(ids.tolist(), digits) for ids, digits in prompts])
             if key in self.partial.done:
                 advance(len(prompts))
             else:
-                right, check = 0, bind(self.check, c, f"passkey in {n} tokens")
+                right, check = 0, bind(self.check, c, name)
                 for ids, digits in prompts:
-                    answer, held = passkey_answer(self.model, self.tokenizer, ids, c.make(), self.chunk, check)
+                    answer, held = number_answer(self.model, self.tokenizer, ids, c.make(), self.chunk, check)
                     right += answer == digits
                     advance(1)
                 self.partial.done[key] = [right, held]
                 self.partial.save()
-            self.results[c.name][f"passkey_{n}"] = self.partial.done[key][0] / len(prompts)
-            self.set_bytes(c, prompts[0][0], self.partial.done[key][1])
-        self.longest = max(self.longest, n)
+            self.results[c.name][name] = self.partial.done[key][0] / len(prompts)
+            self.set_bytes(c, prompts[-1][0], self.partial.done[key][1])
+        self.longest = max(self.longest, len(prompts[-1][0]))
 
     def row(self, contender: Contender) -> dict[str, Any]:
         """The columns of a contender, with ``above_chance`` after the tasks."""
@@ -304,6 +310,6 @@ class _Run:
         if not self.chance:
             return row
         kept, gain = (sum(r[f"acc_{t}"] - chance for t, chance in self.chance.items()) for r in (row, full))
-        keys = [k for k in row if not k.startswith("passkey_")]
+        keys = [k for k in row if not k.startswith(("passkey_", "lines_"))]
         late = {k: v for k, v in row.items() if k not in keys}
         return {k: row[k] for k in keys} | {"above_chance": kept / gain if gain > 0 else None} | late

@@ -1,4 +1,4 @@
-"""What a cache is asked: multiple-choice questions and hidden passkeys; and what it holds.
+"""What a cache is asked: multiple-choice questions, hidden passkeys and lines of a record; and what it holds.
 
 Used by `nestling.kv.evaluate`. Everything here is deterministic, and text goes through a cache in chunks.
 """
@@ -6,6 +6,7 @@ Used by `nestling.kv.evaluate`. Everything here is deterministic, and text goes 
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial as bind
 from itertools import chain
 from typing import Any
 
@@ -21,7 +22,7 @@ from nestling.partial import EvaluationError
 Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
 STATIC = ("encode", "decode", "biases", "order", "centre", "step", "scale", "offset")  # of a nested cache
-PASSKEY_DEPTHS = (0.1, 0.35, 0.6, 0.85)
+DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of what is asked for, as shares of a prompt
 FILLER = (
     "The grass is green and the sky is blue.", "A ship leaves the harbour before the sun is up.",
     "Most of the houses in the village are built of stone.", "Rain fell on the hills for the whole of the afternoon.",
@@ -113,19 +114,15 @@ def read(model, ids: Tensor, cache: Cache, chunk: int) -> Tensor:
 
 
 def passkey_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
-    """Prompts of exactly ``n`` tokens that hide a key at each of `PASSKEY_DEPTHS`: (ids ``[n]``, its 5 digits).
+    """Prompts of exactly ``n`` tokens that hide a key at each of `DEPTHS`: (ids ``[n]``, its 5 digits).
 
     Everything is drawn from a generator seeded by ``n`` and the depth, so the prompts are always the same.
 
     Raises:
         EvaluationError: if ``n`` has no room for the text that states the key and asks for it.
     """
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    prompts = []
-    for depth in PASSKEY_DEPTHS:
+    ids, prompts = bind(_ids, tokenizer), []
+    for depth in DEPTHS:
         rng = random.Random(f"{n} {depth}")
         digits = str(rng.randint(10000, 99999))
         head = tokenizer("There is a pass key hidden in this text. Find it and remember it.\n")["input_ids"]
@@ -143,7 +140,42 @@ def passkey_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
     return prompts
 
 
-def passkey_answer(
+def line_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
+    """Prompts of at most ``n`` tokens, a record of numbered lines of which one at each of `DEPTHS` is asked for.
+
+    Harder than a passkey: every line looks like the one that is meant. Returns (ids, its 5 digits).
+
+    Raises:
+        EvaluationError: if ``n`` has no room for eight lines.
+    """
+    ids, prompts = bind(_ids, tokenizer), []
+    for depth in DEPTHS:
+        rng = random.Random(f"lines {n} {depth}")
+        head = tokenizer("A record of numbers. Each line has a name and a number.\n")["input_ids"]
+        numbers, lines = [str(i) for i in rng.sample(range(10000, 100000), n)], []
+        room = n - len(head) - len(ids(_QUESTION.format(n)))
+        for place, digits in enumerate(numbers):
+            lines.append(ids(f"Line {place + 1}: {digits}\n"))
+            room -= len(lines[-1])
+            if room < 0:
+                lines.pop()
+                break
+        if len(lines) < 8:
+            raise EvaluationError(f"a record of {n} tokens is too short: it has room for {len(lines)} lines of 8")
+        asked = round(depth * len(lines))
+        tail = ids(_QUESTION.format(asked + 1))
+        prompts.append((torch.tensor([*head, *chain.from_iterable(lines), *tail]), numbers[asked]))
+    return prompts
+
+
+_QUESTION = "The record is over.\nWhich number is in line {0}? Line {0}:"
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def number_answer(
     model, tokenizer, ids: Tensor, cache: Cache, chunk: int, check: Callable[[list[float]], None], limit: int = 12
 ) -> tuple[str | None, int]:
     """The first number of the greedy answer to a prompt ``[n]``, or None, and the bytes held after the prompt.
