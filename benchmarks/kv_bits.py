@@ -1,6 +1,8 @@
-"""Ranks and bits together, beside plain integers, at the bytes that are really held: KL, perplexity, agreement, tasks.
+"""Ranks and bits together, beside plain integers, at the bytes that are really held: KL, perplexity, agreement, tasks,
+recall.
 
     python benchmarks/kv_bits.py --data FOLDER --adapters FOLDER [--only kl|tasks] [--length 4096]
+    python benchmarks/kv_bits.py --data FOLDER --adapters FOLDER --only tasks --rows 0 --passkey 1000 --lines 1000
 
 The folder of adapters holds `default` (trained), `balanced` and `pca` (calibrated; `nestling kv fit --basis`).
 Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the windows. Plain
@@ -57,9 +59,11 @@ def main(
     windows: int = typer.Option(3, help="Windows of text."),
     length: int = typer.Option(4096, help="Tokens a window."),
     window: int = typer.Option(64, help="Recent tokens kept exact, at least."),
-    rows: int = typer.Option(100, help="Questions a task."),
+    rows: int = typer.Option(100, help="Questions a task; 0 for none."),
+    passkey: str = typer.Option("", help="Prompt lengths for hidden passkeys, with the tasks."),
+    lines: str = typer.Option("", help="Prompt lengths for records of lines, with the tasks."),
     chunk: int = typer.Option(64, help="Tokens that go through a cache at once."),
-    only: Part = typer.Option(Part.kl, help="KL and perplexity, or the tasks."),
+    only: Part = typer.Option(Part.kl, help="KL and perplexity, or tasks and recall."),
     out: Path = typer.Option(Path("benchmarks/results/kv_bits.json"), help="Results; joined with what is there."),
 ):
     start, chosen = time.monotonic(), methods.split(",")
@@ -77,8 +81,9 @@ def main(
         run["windows"] = len(ids)
         found = merged(found, measure(texts=ids, windows=len(ids), length=length), METHODS)
     if only != Part.kl:
-        run["rows"] = rows
-        new = measure(windows=0, tasks=questions(data, rows))
+        asked = {key: [int(n) for n in numbers(value)] for key, value in (("passkey", passkey), ("lines", lines))}
+        run |= {"rows": rows, **asked}
+        new = measure(windows=0, tasks=questions(data, rows) if rows else {}, **asked)
         found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new], METHODS)
     of_bf16(found)
     meta = run_meta(time.monotonic() - start)

@@ -4,9 +4,10 @@
 
 Arms: `srl` fine-tunes the start as it is; `mlm-srl` after plain masked-language modelling of the same windows (the
 control); `smae-srl` after SMAE; `smae-separate` after SMAE, a model for each cup by itself. `smae-enhanced-srl` and
-`smae-some-srl` are SMAE with enhanced decoding, and with two cups a step. Without --start it is a BERT with random
-weights (--layers x --dims) and a tokenizer that was trained on the text. Every training has a process of its own; arms
-that are in the results file are not run again, and a pre-training that was killed goes on at its last checkpoint.
+`smae-some-srl` are SMAE with enhanced decoding, and with two cups a step. Without --start it is a ModernBERT (a BERT by
+--kind bert) with random weights (--layers x --dims) and a tokenizer that was trained on the text. Every training has a
+process of its own; arms in the results file are not run again, a pre-training that was killed goes on at its last
+checkpoint.
 """
 
 import json
@@ -24,7 +25,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, AutoModel
 
 from nestling import embed
 from nestling.embed.encode import stored_prompts
@@ -40,6 +41,7 @@ SMAE: dict[str, dict[str, Any]] = {
 }
 ARMS = ("srl", "mlm-srl", "smae-srl", "smae-separate", "smae-enhanced-srl", "smae-some-srl")
 ASKED = "srl,mlm-srl,smae-srl,smae-separate"
+WIDENED = {"bert": 4, "modernbert": 2}  # feed-forward layers over the width; the latter has two of them, one a gate
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,9 @@ def random_start(
     seed: int,
     texts: list[str] | None = None,
     vocabulary: int = 0,
+    kind: str = "bert",
 ) -> Path:
-    """A sentence encoder that has learned nothing: a BERT of that shape, mean pooling.
+    """A sentence encoder that has learned nothing: a BERT or ModernBERT of that shape, mean pooling.
 
     Its tokenizer is the one of that encoder, or one of the same kind with so many words of the texts.
     """
@@ -110,12 +113,13 @@ def random_start(
     if texts:
         words = words.train_new_from_iterator(iter(embed.Texts(texts)), vocabulary)
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=dims, num_hidden_layers=layers, num_attention_heads=max(1, dims // 64),
-        intermediate_size=4 * dims, pad_token_id=words.pad_token_id,
+    special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(words), hidden_size=dims, num_hidden_layers=layers, bos_token_id=None, eos_token_id=None,
+        num_attention_heads=max(1, dims // 64), intermediate_size=WIDENED[kind] * dims, **special,
     )  # fmt: skip
     plain = folder.with_name(f"{folder.name}-backbone")
-    BertModel(config).save_pretrained(plain)
+    AutoModel.from_config(config).save_pretrained(plain)
     words.save_pretrained(plain)
     SentenceTransformer(modules=[Transformer(str(plain)), Pooling(dims, "mean")]).save_pretrained(str(folder))
     return folder
@@ -128,6 +132,7 @@ def main(
     start: str | None = typer.Option(None, help="Folder, hub id or alias; without, random weights."),
     layers: int = typer.Option(6, help="Of a random start."),
     dims: int = typer.Option(256, help="Of a random start."),
+    kind: str = typer.Option("modernbert", help="Of a random start: modernbert or bert."),
     tokenizer: str = typer.Option("minilm", help="Encoder whose kind of tokenizer a random start has."),
     vocabulary: int = typer.Option(8192, help="Words of that tokenizer, from the text."),
     ladder: str = typer.Option("", help="The cups; by default those for the shape of the start."),
@@ -146,10 +151,10 @@ def main(
     name: str | None = typer.Option(None, help="Of the start, in the results."),
     out: Path = typer.Option(Path("benchmarks/results/smae.json"), help="Joined with what is there."),
 ):
-    label = name or (Path(start).name if start else f"random-{layers}x{dims}")
+    label = name or (Path(start).name if start else f"random-{kind}-{layers}x{dims}")
     place = work / f"{label}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
-    model = start or str(random_start(place / "start", layers, dims, tokenizer, seed, text, vocabulary))
+    model = start or str(random_start(place / "start", layers, dims, tokenizer, seed, text, vocabulary, kind))
     encoder = embed.load_encoder(model)
     parts = Encoder.of(encoder)
     cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)
