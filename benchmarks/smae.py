@@ -6,8 +6,8 @@ Arms: `srl` fine-tunes the start as it is; `mlm-srl` after plain masked-language
 control); `smae-srl` after SMAE; `smae-separate` after SMAE, a model for each cup by itself. `smae-enhanced-srl` and
 `smae-some-srl` are SMAE with enhanced decoding, and with two cups a step. Without --start it is a ModernBERT (--kind
 bert for a BERT) with random weights (--layers x --dims) and a tokenizer that was trained on the text. Every training
-has a process of its own; arms in the results file are not run again, a pre-training that was killed goes on at its last
-checkpoint.
+has a process of its own. Arms in the results file are not run again; a pre-training that was killed goes on at its
+last checkpoint.
 """
 
 import json

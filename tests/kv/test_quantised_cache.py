@@ -253,11 +253,18 @@ def test_states_that_are_not_finite_are_refused_before_anything_is_stored(fitted
     assert cache.layers[1].length == 5 and cache.layers[1].groups[0].length in (1, 5)
 
 
-def test_adapters_without_noise_say_so(fitted, tmp_path):
+def test_adapters_without_noise_say_so_and_fall_back_to_ranks(fitted, ids, tmp_path):
     made = fitted("llama-gqa")
     old = kv.KVAdapter(made.adapter.fingerprint, made.adapter.encode, made.adapter.mean, made.adapter.energy)
     with pytest.raises(AdapterError, match="calibrate or train it again"):
-        old.cache(made.model, 0.3, bits=True)
+        old.bits(2000)
+    with pytest.warns(UserWarning, match="calibrate or train it again; until then its caches have ranks alone"):
+        cache = old.cache(made.model, 0.8, bits=True, window=0, context=1000)
+    same = old.cache(made.model, 0.8, window=0, context=1000, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for held in (cache, same):
+            made.model(input_ids=ids, past_key_values=held)
+    assert cache.nbytes == same.nbytes
     old.save_pretrained(tmp_path / "old")
     assert not kv.KVAdapter.from_pretrained(tmp_path / "old").quantises
     made.adapter.save_pretrained(tmp_path / "new")

@@ -1,6 +1,7 @@
 """KVAdapter: the nested bases of one model, small enough to share, from which caches of every budget are made."""
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, AdapterError, path_names, read, write
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
+WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"
 SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
 
 
@@ -143,7 +145,7 @@ class KVAdapter:
             BudgetError: for budgets out of reach, tables of the wrong shape, unknown allocations.
         """
         if not self.quantises:
-            raise AdapterError("this adapter has no noise and steps to quantise by: calibrate or train it again")
+            raise AdapterError(WITHOUT_BITS)
         if isinstance(allocation, BitTable):
             allocation.check(*self.shape)
             return allocation
@@ -191,7 +193,8 @@ class KVAdapter:
             chunk: tokens by which storage grows.
             tokens: share of the tokens that is kept, those that were read most (and sinks and recent ones); the
                 budget is that of a cache of all tokens, so both shares multiply. It has attention weights computed.
-            bits: quantise coordinates, each at the width that pays: 1 to 8 bits, none, or all 16.
+            bits: quantise coordinates, each at the width that pays: 1 to 8 bits, none, or all 16. An adapter that
+                cannot (`quantises`) warns, and stores ranks of 16 bits.
             limit_mib: MiB that the compressed layers never exceed: the cache shrinks as the text grows, from
                 ``budget`` (1 if there is none) down.
             offloading: keep layers in host memory between their turns, as transformers' offloaded caches do.
@@ -216,6 +219,9 @@ class KVAdapter:
             dtype = dtype or (model.dtype if model.dtype.itemsize == 2 else torch.bfloat16)
             if dtype.itemsize != 2:
                 raise allocate.BudgetError(f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits")
+        if bits and not self.quantises:
+            warnings.warn(f"bits=True: {WITHOUT_BITS}; until then its caches have ranks alone", stacklevel=2)
+            bits = False
         if not table:
             itemsize = (dtype or model.dtype).itemsize
             elements = allocate.elements_per_token(
