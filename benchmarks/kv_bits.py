@@ -1,23 +1,26 @@
 """Ranks and bits together, beside plain integers, at the bytes that are really held: KL, perplexity, agreement, tasks,
 recall.
 
-    python benchmarks/kv_bits.py --data FOLDER --adapters FOLDER [--only kl|tasks] [--length 4096]
-    python benchmarks/kv_bits.py --data FOLDER --adapters FOLDER --only tasks --rows 0 --passkey 1000 --lines 1000
+    python benchmarks/kv_bits.py --data FOLDER [--only kl|tasks] [--length 4096]
+    python benchmarks/kv_bits.py --data FOLDER --only tasks --rows 0 --passkey 1000 --lines 1000
+    python benchmarks/kv_bits.py --data FOLDER --model gemma3 --methods bits-balanced,bits-pca,int4,kivi-int2
 
-The folder of adapters holds `default` (trained), `balanced` and `pca` (calibrated; `nestling kv fit --basis`).
+`bits` and `ranks` are of the trained adapter; `bits-balanced` and `bits-pca` of ones that are calibrated here, on the
+Brown corpus.
 Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the windows. Plain
 integers have the bytes that their groups and scales take; `quanto` and `hqq` are transformers' QuantizedCache.
 """
 
 import json
 import time
+from collections.abc import Callable
 from functools import partial as bind
 from pathlib import Path
 
 import rivals
 import torch
 import typer
-from kv_quality import Part, merged, numbers, of_bf16, questions, spread_windows, texts
+from kv_quality import Part, fit, merged, numbers, of_bf16, questions, spread_windows, texts
 from rich.console import Console
 
 from nestling import kv
@@ -26,7 +29,7 @@ from nestling.kv.evaluate import Contender, Partial, compare
 from nestling.models import load_model
 from nestling.report import run_meta, table, write_json
 
-OURS = {"bits": "default", "bits-balanced": "balanced", "bits-pca": "pca"}  # method: adapter
+CALIBRATED = {"bits-balanced": "balanced-window", "bits-pca": "pca-window"}  # method: basis, as `fit` names it
 RIVALS = {
     **{f"int{b}": bind(rivals.int_cache, bits=b) for b in (8, 4, 3, 2)},
     **{f"hadamard-int{b}": bind(rivals.int_cache, bits=b, rotate=True) for b in (4, 3, 2)},
@@ -34,26 +37,30 @@ RIVALS = {
     **{f"quanto-int{b}": bind(rivals.quanto_cache, bits=b) for b in (4, 2)},
     **{f"hqq-int{b}": bind(rivals.hqq_cache, bits=b) for b in (4, 2)},
 }
-METHODS = [*OURS, "ranks", *RIVALS]
+METHODS = ["bits", *CALIBRATED, "ranks", *RIVALS]
 
 
-def contenders(lm, adapters: Path, methods: list[str], shares: list[float], context: int, window: int) -> list:
+def contenders(
+    lm, adapter: Callable[[str], kv.KVAdapter], methods: list[str], shares: list[float], context: int, window: int
+) -> list:
+    """Methods at each share; ``adapter`` gives those of ours."""
     found = []
     for name in methods:
         if name in RIVALS:
             found.append(Contender(name, None, bind(RIVALS[name], attention.text_config(lm))))
             continue
-        adapter = kv.KVAdapter.from_pretrained(adapters / OURS.get(name, "default"))
         options = {"context": context, "window": window, "exact_prompt": False, "dtype": torch.bfloat16}
-        make = bind(adapter.cache, lm, bits=name != "ranks", **options)
+        make = bind(adapter(name).cache, lm, bits=name != "ranks", **options)
         found += [Contender(name, share, bind(make, share)) for share in shares]
     return found
 
 
 def main(
     data: Path = typer.Option(..., help="The folder of the data sets."),
-    adapters: Path = typer.Option(..., help="Folder of the adapters."),
     model: str = typer.Option("smollm2", help="Alias, folder, GGUF file or hub id."),
+    adapter: str = typer.Option("smollm2", help="The trained adapter: folder, hub id or alias."),
+    adapters: Path | None = typer.Option(None, help="Folder that keeps calibrations for the next time."),
+    tokens: int = typer.Option(65536, help="Tokens to calibrate on."),
     methods: str = typer.Option(",".join(METHODS), help="What is measured."),
     budgets: str = typer.Option("0.3125,0.25,0.1875,0.125,0.09375,0.0625", help="Shares of the full cache."),
     windows: int = typer.Option(3, help="Windows of text."),
@@ -74,10 +81,17 @@ def main(
     old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"runs": []}}
     partial = Partial(out.with_suffix(".partial.json"), {**settings, "model": Path(model).name})
     found, run = old["rows"], {"part": only.value, "chunk": chunk, **settings}
-    entrants = contenders(lm, adapters, chosen, numbers(budgets), length, window)
+    calibration, documents = texts(data)
+
+    def adapter_of(method: str) -> kv.KVAdapter:
+        if method in CALIBRATED:
+            return fit(lm, tokenizer, CALIBRATED[method], calibration, tokens, adapters)
+        return kv.KVAdapter.from_pretrained(adapter)
+
+    entrants = contenders(lm, adapter_of, chosen, numbers(budgets), length, window)
     measure = bind(compare, lm, tokenizer, entrants, chunk=chunk, partial=partial)
     if only != Part.tasks:
-        ids = spread_windows(tokenizer, texts(data)[1], length, windows)
+        ids = spread_windows(tokenizer, documents, length, windows)
         run["windows"] = len(ids)
         found = merged(found, measure(texts=ids, windows=len(ids), length=length), METHODS)
     if only != Part.kl:

@@ -22,7 +22,7 @@ from nestling.kv.evaluate import Contender, Partial, compare, held_bytes
 from .kv.families import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-rivals, kv_quality = importlib.import_module("rivals"), importlib.import_module("kv_quality")
+rivals, kv_quality, kv_bits = (importlib.import_module(name) for name in ("rivals", "kv_quality", "kv_bits"))
 sys.path.pop(0)
 
 STATES = npst.arrays(
@@ -219,20 +219,44 @@ def test_articles_and_rows():
     assert kv_quality.merged(old, new) == [{**key, "method": "full"}, {**old[0], "acc_x": 0.5}]
 
 
-def test_the_script(tmp_path, monkeypatch):
-    """KL, then tasks, in one file; the second run is killed and goes on."""
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Options of the scripts for a tiny model of letters, and texts."""
     vocabulary = {"<pad>": 0, "</s>": 2} | {letter: i + 3 for i, letter in enumerate(string.printable[:90])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(tmp_path / "toy")
     tiny_model("llama-gqa").save_pretrained(tmp_path / "toy")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kv_quality, "texts", lambda data: (["a text to learn. "] * 60, ["and one to read. "] * 40))
+    for script in (kv_quality, kv_bits):
+        monkeypatch.setattr(script, "texts", lambda data: (["a text to learn. "] * 60, ["and one to read. "] * 40))
     monkeypatch.setattr("nestling.kv.files.version", lambda name: "0", raising=False)  # a checkout has none
-    app, out, base = kv_quality.typer.Typer(), tmp_path / "new" / "quality.json", ["--model", str(tmp_path / "toy")]
+    base = ["--model", str(tmp_path / "toy"), "--tokens", "256", "--length", "128", "--windows", "2"]
+    return [*base, "--adapters", str(tmp_path / "fitted")]
+
+
+def test_bits_of_both_kinds_beside_ranks_and_integers(toy, tmp_path):
+    """The second run asks for numbers, and leaves what the first has measured as it was."""
+    app, out = kv_bits.typer.Typer(), tmp_path / "bits.json"
+    app.command()(kv_bits.main)
+    base = [*toy, "--data", str(tmp_path), "--budgets", "0.9,0.8", "--window", "8", "--out", str(out)]
+    base += ["--methods", "bits,bits-balanced,ranks,int4", "--adapter", str(tmp_path / "fitted/balanced-window-256")]
+    made = CliRunner().invoke(app, [*base, "--only", "kl", "--methods", "bits-balanced"], catch_exceptions=False)
+    result = CliRunner().invoke(app, [*base, "--only", "kl"], catch_exceptions=False)
+    assert made.exit_code == result.exit_code == 0
+    rows = {(row["method"], row["budget"]): row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 8 and rows["bits", 0.8]["kl"] == rows["bits-balanced", 0.8]["kl"] < rows["ranks", 0.8]["kl"]
+    numbers = ["--only", "tasks", "--rows", "0", "--passkey", "200", "--lines", "300"]
+    assert CliRunner().invoke(app, [*base, *numbers], catch_exceptions=False).exit_code == 0
+    after = {(row["method"], row["budget"]): row for row in json.loads(out.read_text())["rows"]}
+    assert all(after[key] == row | {"passkey_200": 0, "lines_300": 0} for key, row in rows.items())
+
+
+def test_the_script(toy, tmp_path, monkeypatch):
+    """KL, then tasks, in one file; the second run is killed and goes on."""
+    app, out = kv_quality.typer.Typer(), tmp_path / "new" / "quality.json"
     app.command()(kv_quality.main)
-    base += ["--tokens", "256", "--length", "128", "--windows", "2", "--budgets", "1,0.9", "--out", str(out)]
-    base += ["--methods", "pca-uniform,balanced-window,int4", "--adapters", str(tmp_path / "fitted")]
+    base = [*toy, "--budgets", "1,0.9", "--out", str(out), "--methods", "pca-uniform,balanced-window,int4"]
     base += ["--passkey", "200", "--task-budgets", "0.9"]
 
     result = CliRunner().invoke(app, [*base, "--only", "kl"], catch_exceptions=False)
