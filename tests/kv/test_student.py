@@ -120,7 +120,7 @@ def test_a_step_changes_rotations_only_and_they_stay_rotations(fitted, ids):
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.97 * losses[0]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    u = student.bases.rotation().double()
+    u = student.bases.rotation().detach().double()
     eye = torch.eye(u.shape[-1], dtype=torch.float64).expand_as(u)
     torch.testing.assert_close(u @ u.mT, eye, rtol=0, atol=1e-5)
     assert float((u - eye).abs().max()) > 0.01
