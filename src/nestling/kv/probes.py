@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial as bind
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
 STATIC = ("encode", "decode", "biases", "order", "centre", "step", "scale", "offset")  # of a nested cache
 DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of what is asked for, as shares of a prompt
+LINE_ASKED = "The record is over.\nWhich number is in line {0}? Line {0}:"
 FILLER = (
     "The grass is green and the sky is blue.", "A ship leaves the harbour before the sun is up.",
     "Most of the houses in the village are built of stone.", "Rain fell on the hills for the whole of the afternoon.",
@@ -152,23 +153,16 @@ def line_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
     for depth in DEPTHS:
         rng = random.Random(f"lines {n} {depth}")
         head = tokenizer("A record of numbers. Each line has a name and a number.\n")["input_ids"]
-        numbers, lines = [str(i) for i in rng.sample(range(10000, 100000), n)], []
-        room = n - len(head) - len(ids(_QUESTION.format(n)))
-        for place, digits in enumerate(numbers):
-            lines.append(ids(f"Line {place + 1}: {digits}\n"))
-            room -= len(lines[-1])
-            if room < 0:
-                lines.pop()
-                break
+        numbers = [str(number) for number in rng.sample(range(10000, 100000), n)]
+        lines = [ids(f"Line {place + 1}: {digits}\n") for place, digits in enumerate(numbers[: n // 4])]
+        room = n - len(head) - len(ids(LINE_ASKED.format(n)))
+        lines = lines[: sum(total <= room for total in accumulate(map(len, lines)))]
         if len(lines) < 8:
             raise EvaluationError(f"a record of {n} tokens is too short: it has room for {len(lines)} lines of 8")
         asked = round(depth * len(lines))
-        tail = ids(_QUESTION.format(asked + 1))
+        tail = ids(LINE_ASKED.format(asked + 1))
         prompts.append((torch.tensor([*head, *chain.from_iterable(lines), *tail]), numbers[asked]))
     return prompts
-
-
-_QUESTION = "The record is over.\nWhich number is in line {0}? Line {0}:"
 
 
 def _ids(tokenizer, text: str) -> list[int]:
