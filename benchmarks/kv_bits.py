@@ -1,14 +1,13 @@
-"""Ranks and bits together, beside plain integers, at the bytes that are really held: KL, perplexity, agreement, tasks,
-recall.
+"""Ranks and bits together, beside plain integers, at the bytes that are really held: KL, perplexity, tasks, recall.
 
     python benchmarks/kv_bits.py --data FOLDER [--only kl|tasks] [--length 4096]
     python benchmarks/kv_bits.py --data FOLDER --only tasks --rows 0 --passkey 1000 --lines 1000
     python benchmarks/kv_bits.py --data FOLDER --model gemma3 --methods bits-balanced,bits-pca,int4,kivi-int2
 
 `bits` and `ranks` are of the trained adapter; `bits-balanced` and `bits-pca` of ones that are calibrated here, on the
-Brown corpus.
-Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the windows. Plain
-integers have the bytes that their groups and scales take; `quanto` and `hqq` are transformers' QuantizedCache.
+Brown corpus. Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the
+windows. Plain integers have the bytes that their groups and scales take; `quanto` and `hqq` are transformers'
+QuantizedCache.
 """
 
 import json

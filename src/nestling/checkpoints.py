@@ -55,6 +55,12 @@ def begin(folder: Path, job: dict, resume: bool) -> Path | None:
     return checkpoint
 
 
+def attributes(checkpoint: Path, callback: type) -> dict[str, Any] | None:
+    """What a callback of that class said of itself in a checkpoint's trainer_state.json; None if nothing."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    return state.get("stateful_callbacks", {}).get(callback.__name__, {}).get("attributes")
+
+
 class Clock(TrainerCallback, ExportableState):
     """How long a training takes; each checkpoint's trainer_state.json says how long it took up to there."""
 
@@ -64,10 +70,7 @@ class Clock(TrainerCallback, ExportableState):
     @classmethod
     def of(cls, checkpoint: Path | None) -> "Clock":
         """It goes on where a checkpoint was written; at 0 if there is none, or it does not say."""
-        if checkpoint is None:
-            return cls()
-        kept = json.loads((checkpoint / "trainer_state.json").read_text("utf-8")).get("stateful_callbacks", {})
-        return cls(kept[cls.__name__]["attributes"]["seconds"] if cls.__name__ in kept else 0.0)
+        return cls(**(attributes(checkpoint, cls) or {})) if checkpoint else cls()
 
     @property
     def seconds(self) -> float:

@@ -265,6 +265,10 @@ def test_adapters_without_noise_say_so_and_fall_back_to_ranks(fitted, ids, tmp_p
         for held in (cache, same):
             made.model(input_ids=ids, past_key_values=held)
     assert cache.nbytes == same.nbytes
+    options = dict(texts=ids, windows=1, length=40, sinks=0, window=0, bits=True, progress=False)
+    with pytest.warns(UserWarning, match="ranks alone"):
+        assert not kv.evaluate(made.model, None, old, [0.8], **options)[1]["method"].endswith("bits")
+    assert kv.evaluate(made.model, None, made.adapter, [0.8], **options)[1]["method"].endswith("-bits")
     old.save_pretrained(tmp_path / "old")
     assert not kv.KVAdapter.from_pretrained(tmp_path / "old").quantises
     made.adapter.save_pretrained(tmp_path / "new")

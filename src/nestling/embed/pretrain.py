@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from nestling.checkpoints import TrainingError, begin, run
+from nestling.checkpoints import TrainingError, attributes, begin, run
 from nestling.embed.arguments import check_changes, relevant, training_arguments
 from nestling.embed.card import pretrained_card
 from nestling.embed.checksum import checksum
@@ -176,11 +175,11 @@ class Place(TrainerCallback, ExportableState):
         """
         if checkpoint is None:
             return cls()
-        path = checkpoint / "trainer_state.json"
-        try:
-            return cls(**json.loads(path.read_text("utf-8"))["stateful_callbacks"][cls.__name__]["attributes"])
-        except (KeyError, TypeError) as error:
-            raise TrainingError(f"{path} does not say how far the corpus was read ({error!r}): start again") from error
+        found = attributes(checkpoint, cls)
+        if not found:
+            path = checkpoint / "trainer_state.json"
+            raise TrainingError(f"{path} does not say how far the corpus was read: start again")
+        return cls(**found)
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"after": self.after, "tokens": self.tokens}}

@@ -95,8 +95,8 @@ def evaluate(
     adapter.check(model)
     attention.attach(model)
     allocation = adapter.allocation if allocation is None else allocation
-    named = isinstance(allocation, str)
-    method = _method(adapter, allocation if named else "ranks") + "-bits" * bool(cache_options.get("bits"))
+    named, quantised = isinstance(allocation, str), bool(cache_options.get("bits")) and adapter.quantises
+    method = _method(adapter, allocation if named else "ranks") + "-bits" * quantised
     options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
     sizes = budgets if named else [None]
     contenders = [Contender(method, budget, bind(adapter.cache, model, budget, **options)) for budget in sizes]
@@ -149,7 +149,7 @@ def compare(
 
     Returns:
         A row a contender: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, both on
-        the longest window or passkey prompt), ``bytes_per_token, kl`` (mean nats per token to the full model),
+        the longest window or prompt), ``bytes_per_token, kl`` (mean nats per token to the full model),
         ``ppl, top1`` (share of positions with the full model's first choice), ``acc_<task>, above_chance`` (what
         the mean accuracy of the tasks is above chance, as a share of what the full model's is; None if that is not),
         ``passkey_<n>`` and ``lines_<n>`` (shares that were answered). What was not measured is absent or None.

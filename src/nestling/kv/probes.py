@@ -153,8 +153,8 @@ def line_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
     for depth in DEPTHS:
         rng = random.Random(f"lines {n} {depth}")
         head = tokenizer("A record of numbers. Each line has a name and a number.\n")["input_ids"]
-        numbers = [str(number) for number in rng.sample(range(10000, 100000), n)]
-        lines = [ids(f"Line {place + 1}: {digits}\n") for place, digits in enumerate(numbers[: n // 4])]
+        numbers = [str(number) for number in rng.sample(range(10000, 100000), n // 4)]  # more than there is room for
+        lines = [ids(f"Line {place + 1}: {digits}\n") for place, digits in enumerate(numbers)]
         room = n - len(head) - len(ids(LINE_ASKED.format(n)))
         lines = lines[: sum(total <= room for total in accumulate(map(len, lines)))]
         if len(lines) < 8:
