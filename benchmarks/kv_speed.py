@@ -67,7 +67,7 @@ def fill(lm, cache, tokens: int) -> None:
     config = attention.text_config(lm)
     _, heads, width = attention.head_shape(config)
     for layer in range(config.num_hidden_layers):
-        for part in torch.randn(2, 1, heads, tokens, width, dtype=lm.dtype).split(FILL, 3):
+        for part in torch.randn(2, 1, heads, tokens, width, dtype=lm.dtype, device=lm.device).split(FILL, 3):
             cache.update(part[0], part[1], layer)
 
 
@@ -75,13 +75,13 @@ def attention_step(lm, cache, modules) -> None:
     """One decode step's cache update and attention, in all layers, without the rest of the model."""
     config = attention.text_config(lm)
     query_heads, heads, width = attention.head_shape(config)
-    new = torch.randn(2, 1, heads, 1, width, dtype=lm.dtype)
-    query = torch.randn(1, query_heads, 1, width, dtype=lm.dtype)
+    new = torch.randn(2, 1, heads, 1, width, dtype=lm.dtype, device=lm.device)
+    query = torch.randn(1, query_heads, 1, width, dtype=lm.dtype, device=lm.device)
     for layer, module in enumerate(modules):
         keys, values = cache.update(new[0], new[1], layer)
         mask = None
         if isinstance(cache, StaticCache):  # it attends to all of its slots, under a mask
-            mask = (torch.arange(keys.shape[2]) < cache.get_seq_length(layer))[None, None, None]
+            mask = (torch.arange(keys.shape[2], device=lm.device) < cache.get_seq_length(layer))[None, None, None]
         attention.attention_forward(module, query, keys, values, mask, scaling=module.scaling)
 
 
@@ -91,8 +91,12 @@ def attention_modules(lm) -> list:
 
 
 def timed(function, *args) -> float:
+    """Milliseconds, to the end of what a GPU was given to do."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    wait()
     start = time.perf_counter()
     function(*args)
+    wait()
     return (time.perf_counter() - start) * 1e3
 
 
@@ -106,7 +110,7 @@ def measure(lm, adapter, context: int, steps: int, advance) -> list[dict]:
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             Console().print(f"{name} does not run here: {error}", style="yellow", markup=False)
             del caches[name]
-    token, modules = torch.zeros(1, 1, dtype=torch.long), attention_modules(lm)
+    token, modules = torch.zeros(1, 1, dtype=torch.long, device=lm.device), attention_modules(lm)
     times: dict[str, dict[str, list[float]]] = {name: {"attention": [], "decode": []} for name in caches}
     for step in range(steps + 2):  # two to warm up
         for name, cache in caches.items():

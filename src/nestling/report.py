@@ -48,7 +48,7 @@ def run_meta(seconds: float | None = None) -> dict[str, Any]:
     return {
         "commit": _commit(Path(__file__).resolve()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{_cpu()}, {os.cpu_count()} cores",
+        "machine": f"{_cpu()}, {os.cpu_count()} cores{_gpu()}",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions},
         "command": _command(sys.argv),
@@ -70,6 +70,10 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.*\S)", info.read_text() if info.exists() else "", re.MULTILINE)
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,113 @@
+"""On a GPU: the Triton kernels as they are compiled there, and caches and training with the numbers of the CPU."""
+
+import copy
+
+import pytest
+import torch
+
+from nestling import kv
+from nestling.kv import kernels
+from nestling.kv.evaluate import evaluate, held_bytes
+from nestling.kv.files import SIDES
+from nestling.kv.pack import pack
+
+from .families import FAMILIES, tiny_model
+from .test_cache import run
+from .test_quantised_cache import some_table
+from .test_train import run as train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("widths", [(8,), (4, 4), (3,), (2, 2, 2), (1,), (8, 4, 4, 3, 2, 1)])
+@pytest.mark.parametrize("queries, tokens", [(1, 1), (3, 256), (9, 5000)])
+def test_compiled_kernels_read_every_width(widths, queries, tokens, dtype, tolerance):
+    gpu = pytest.importorskip("nestling.kv.gpu")
+    rng = torch.Generator().manual_seed(tokens)
+    codes = torch.cat([torch.randint(0, 1 << b, (3, 8, tokens + 7), generator=rng) for b in widths], 1)
+    rows, real = pack(codes.to(torch.uint8), widths).cuda(), codes[..., :tokens].double()
+    query = torch.randn(3, queries, 8 * len(widths), generator=rng).to(dtype)
+    shift = torch.randn(3, queries, 1, generator=rng).to(dtype)
+    weight = torch.rand(3, queries, tokens, generator=rng).to(dtype)
+    into = torch.full((3, queries, tokens + 7), float("nan"), dtype=dtype, device="cuda")
+
+    def off(found, expected):
+        assert found.dtype == dtype
+        return float((found.cpu().double() - expected).norm() / expected.norm())
+
+    expected = query.double() @ real - shift.double()
+    gpu.score(rows, tokens, widths, query.cuda(), shift.cuda(), into[..., :tokens], False)
+    assert off(into[..., :tokens], expected) < tolerance and into[..., tokens:].isnan().all()
+    gpu.score(rows, tokens, widths, query.cuda(), shift.cuda(), into[..., :tokens], True)
+    assert off(into[..., :tokens], 2 * expected) < tolerance
+    assert off(gpu.weighted(rows, tokens, widths, weight.cuda()), weight.double() @ real.mT) < tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fused", [True, False])
+def test_quantised_caches_give_the_logits_of_the_cpu(fitted, ids, family, fused, monkeypatch):
+    """But where a rounding error puts a coordinate into another cell."""
+    if not fused:
+        monkeypatch.setenv("NESTLING_KERNELS", "0")
+    with torch.no_grad():
+        assert fused == (kernels.products(torch.empty(1, device="cuda"), torch.float32) is not None)
+    made = fitted(family)
+    there, table, found = copy.deepcopy(made.model).cuda(), some_table(made.adapter), []
+    for model in (made.model, there):
+        cache = made.adapter.cache(model, allocation=table, sinks=2, window=4)
+        found.append(run(model, ids[:2, :40].to(model.device), cache, [24, 5, *[1] * 11]).cpu())
+    close = torch.isclose(found[1], found[0], rtol=2e-3, atol=2e-3)
+    assert close.all(-1).float().mean() > 0.6 and float((found[1] - found[0]).abs().mean()) < 2e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_cache_generates_what_the_stock_model_does(fitted, ids, family):
+    made = fitted(family)
+    model, stock = copy.deepcopy(made.model).cuda(), copy.deepcopy(made.stock).cuda()
+    arguments = {"input_ids": ids[:2, :20].cuda(), "max_new_tokens": 12, "do_sample": False}
+    found = model.generate(**arguments, past_key_values=made.adapter.cache(model, 1.0))
+    assert torch.equal(found, stock.generate(**arguments))
+
+
+def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids):
+    made = fitted("llama-gqa")
+    model = copy.deepcopy(made.model).cuda()
+    tokens, options = ids[:2, :60].cuda(), {"bits": True, "sinks": 2, "window": 4, "context": 256}
+    large, small = (made.adapter.cache(model, share, **options) for share in (0.6, 0.3))
+    for cache in (large, small):
+        run(model, tokens[:, :50], cache, [50])
+    large.shrink(0.3)
+    assert held_bytes(large) == held_bytes(small)
+    torch.testing.assert_close(*(run(model, tokens[:, 50:], cache, [10]) for cache in (large, small)), rtol=0, atol=0)
+
+
+def test_calibration_and_quality_are_those_of_the_cpu(fitted, ids):
+    made = fitted("llama-gqa")
+    model = copy.deepcopy(made.model).cuda()
+    options = {"length": 64, "sensitivity_windows": 8, "sensitivity_length": 32, "window": 0, "progress": False}
+    adapter = kv.fit(model, None, ids, **options)
+    for side in SIDES:
+        torch.testing.assert_close(adapter.mean[side], made.adapter.mean[side], rtol=1e-4, atol=1e-4)
+        found, expected = adapter.energy[side].sum(), made.adapter.energy[side].sum()
+        assert float(found) == pytest.approx(float(expected), rel=0.3), "labels are drawn by another generator"
+    measured = [
+        evaluate(m, None, made.adapter, texts=ids, length=64, windows=4, budgets=[0.5], progress=False)
+        for m in (made.model, model)
+    ]
+    for one, other in zip(*measured, strict=True):
+        assert other["kl"] == pytest.approx(one["kl"], rel=0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize("sampling", ["path", "bits"])
+def test_training_follows_the_cpu(tmp_path, ids, fitted, sampling):
+    curves = []
+    for name in ("cpu", "cuda"):
+        model, options = tiny_model("llama-gqa").to(name), {"eval_texts": ids, "eval_windows": 8}
+        if name == "cpu":
+            options["use_cpu"] = True
+        trained = train(
+            tmp_path / f"{name}-{len(curves)}", ids, fitted("llama-gqa").adapter, model, recipe={"sampling": sampling}, **options
+        )
+        curves.append([p["kl_0.5"] for p in trained.info["training"]["curve"] if "kl_0.5" in p])
+    assert len(curves[0]) > 3 and curves[1] == pytest.approx(curves[0], rel=0.02)
