@@ -24,6 +24,7 @@ from rich.console import Console
 
 from nestling import kv
 from nestling.kv import attention
+from nestling.kv.allocate import BudgetError
 from nestling.kv.evaluate import Contender, Partial, compare
 from nestling.models import load_model
 from nestling.report import run_meta, table, write_json
@@ -50,8 +51,16 @@ def contenders(
             continue
         options = {"context": context, "window": window, "exact_prompt": False, "dtype": torch.bfloat16}
         make = bind(adapter(name).cache, lm, bits=name != "ranks", **options)
-        found += [Contender(name, share, bind(make, share)) for share in shares]
+        found += [Contender(name, share, bind(make, share)) for share in shares if _reachable(make, share)]
     return found
+
+
+def _reachable(make: Callable, share: float) -> bool:
+    """Ranks have a least one, and exact tokens take their part: some shares cannot be had."""
+    try:
+        return bool(make(share))
+    except BudgetError:
+        return False
 
 
 def main(

@@ -16,6 +16,12 @@ from .test_cache import run
 from .test_quantised_cache import some_table
 from .test_train import run as train
 
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error, of all numbers together."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
@@ -32,22 +38,18 @@ def test_compiled_kernels_read_every_width(widths, queries, tokens, dtype, toler
     weight = torch.rand(3, queries, tokens, generator=rng).to(dtype)
     into = torch.full((3, queries, tokens + 7), float("nan"), dtype=dtype, device="cuda")
 
-    def off(found, expected):
-        assert found.dtype == dtype
-        return float((found.cpu().double() - expected).norm() / expected.norm())
-
     expected = query.double() @ real - shift.double()
     gpu.score(rows, tokens, widths, query.cuda(), shift.cuda(), into[..., :tokens], False)
-    assert off(into[..., :tokens], expected) < tolerance and into[..., tokens:].isnan().all()
+    assert apart(into[..., :tokens].cpu(), expected) < tolerance and into[..., tokens:].isnan().all()
     gpu.score(rows, tokens, widths, query.cuda(), shift.cuda(), into[..., :tokens], True)
-    assert off(into[..., :tokens], 2 * expected) < tolerance
-    assert off(gpu.weighted(rows, tokens, widths, weight.cuda()), weight.double() @ real.mT) < tolerance
+    assert apart(into[..., :tokens].cpu(), 2 * expected) < tolerance
+    assert apart(gpu.weighted(rows, tokens, widths, weight.cuda()).cpu(), weight.double() @ real.mT) < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fused", [True, False])
 def test_quantised_caches_give_the_logits_of_the_cpu(fitted, ids, family, fused, monkeypatch):
-    """But where a rounding error puts a coordinate into another cell."""
+    """But for products in 16 bits, and where a rounding error puts a coordinate into another cell."""
     if not fused:
         monkeypatch.setenv("NESTLING_KERNELS", "0")
     with torch.no_grad():
@@ -57,8 +59,8 @@ def test_quantised_caches_give_the_logits_of_the_cpu(fitted, ids, family, fused,
     for model in (made.model, there):
         cache = made.adapter.cache(model, allocation=table, sinks=2, window=4)
         found.append(run(model, ids[:2, :40].to(model.device), cache, [24, 5, *[1] * 11]).cpu())
-    close = torch.isclose(found[1], found[0], rtol=2e-3, atol=2e-3)
-    assert close.all(-1).float().mean() > 0.6 and float((found[1] - found[0]).abs().mean()) < 2e-2
+    torch.testing.assert_close(found[1][:, :24], found[0][:, :24], rtol=1e-3, atol=1e-3)  # exact keys and values
+    assert apart(found[1][:, 24:], found[0][:, 24:]) < 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,7 +81,8 @@ def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids):
         run(model, tokens[:, :50], cache, [50])
     large.shrink(0.3)
     assert held_bytes(large) == held_bytes(small)
-    torch.testing.assert_close(*(run(model, tokens[:, 50:], cache, [10]) for cache in (large, small)), rtol=0, atol=0)
+    found, expected = (run(model, tokens[:, 50:], cache, [10]) for cache in (large, small))
+    assert apart(found, expected) < 0.02, "products of other shapes round differently there, so codes may be one off"
 
 
 def test_calibration_and_quality_are_those_of_the_cpu(fitted, ids):
@@ -89,10 +92,10 @@ def test_calibration_and_quality_are_those_of_the_cpu(fitted, ids):
     adapter = kv.fit(model, None, ids, **options)
     for side in SIDES:
         torch.testing.assert_close(adapter.mean[side], made.adapter.mean[side], rtol=1e-4, atol=1e-4)
-        found, expected = adapter.energy[side].sum(), made.adapter.energy[side].sum()
-        assert float(found) == pytest.approx(float(expected), rel=0.3), "labels are drawn by another generator"
+        found, expected = (a.energy[side].log().mean() for a in (adapter, made.adapter))
+        assert abs(float(found - expected)) < 0.5, "labels are drawn by another generator"
     measured = [
-        evaluate(m, None, made.adapter, texts=ids, length=64, windows=4, budgets=[0.5], progress=False)
+        evaluate(m, None, made.adapter, texts=ids, length=64, windows=4, budgets=[0.75], window=4, progress=False)
         for m in (made.model, model)
     ]
     for one, other in zip(*measured, strict=True):
@@ -107,7 +110,12 @@ def test_training_follows_the_cpu(tmp_path, ids, fitted, sampling):
         if name == "cpu":
             options["use_cpu"] = True
         trained = train(
-            tmp_path / f"{name}-{len(curves)}", ids, fitted("llama-gqa").adapter, model, recipe={"sampling": sampling}, **options
+            tmp_path / f"{name}-{len(curves)}",
+            ids,
+            fitted("llama-gqa").adapter,
+            model,
+            recipe={"sampling": sampling},
+            **options,
         )
         curves.append([p["kl_0.5"] for p in trained.info["training"]["curve"] if "kl_0.5" in p])
     assert len(curves[0]) > 3 and curves[1] == pytest.approx(curves[0], rel=0.02)

@@ -6,6 +6,8 @@ import torch
 from nestling.kv import kernels
 from nestling.kv.pack import pack
 
+TRITON = "cuda" if torch.cuda.is_available() else "cpu"  # where its kernels are interpreted
+
 
 @pytest.fixture
 def fresh():
@@ -66,17 +68,21 @@ def test_loading_them_leaves_subnormal_numbers_alone():
 def test_products_equal_those_of_unpacked_codes(which, threads):
     if which == "compiled" and kernels.compiled() is None:
         pytest.skip("there is no C compiler")
-    fused = kernels if which == "compiled" else pytest.importorskip("nestling.kv.gpu")
+    fused, device = kernels, "cpu"
+    if which == "triton":
+        fused, device = pytest.importorskip("nestling.kv.gpu"), TRITON
     rng = torch.Generator().manual_seed(0)
     widths, tokens, before = (8, 4, 4, 3, 2, 1), 700, torch.get_num_threads()
     codes = torch.cat([torch.randint(0, 1 << b, (3, 8, 1024), generator=rng) for b in widths], 1).to(torch.uint8)
     rows, real = pack(codes, widths), codes.float()[..., :tokens]
     query, shift = torch.randn(3, 5, 48, generator=rng), torch.randn(3, 5, 1, generator=rng)
-    weight = torch.rand(3, 5, tokens + 9, generator=rng)[..., :tokens]
+    weight = torch.rand(3, 5, tokens + 9, generator=rng)
+    rows, real, query, shift, weight = (x.to(device) for x in (rows, real, query, shift, weight))
+    weight = weight[..., :tokens]
     torch.set_num_threads(threads)
     try:
         for add in (False, True):
-            into = torch.full((3, 5, 1000), 0.5)
+            into = torch.full((3, 5, 1000), 0.5, device=device)
             fused.score(rows, tokens, widths, query, shift, into[..., :tokens], add)
             expected = query @ real - shift + 0.5 * add
             torch.testing.assert_close(into[..., :tokens], expected, rtol=1e-4, atol=1e-2)
@@ -93,13 +99,13 @@ def test_triton_reads_every_width_in_bf16(widths, queries, tokens):
     gpu = pytest.importorskip("nestling.kv.gpu")
     rng = torch.Generator().manual_seed(0)
     codes = torch.cat([torch.randint(0, 1 << b, (2, 8, 320), generator=rng) for b in widths], 1).to(torch.uint8)
-    real, width = codes[..., :tokens].float(), 8 * len(widths)
-    query = (torch.randn(2, queries, width, generator=rng) / 99).bfloat16()
-    weight = torch.rand(2, queries, tokens, generator=rng).bfloat16()
-    into = torch.zeros(2, queries, tokens, dtype=torch.bfloat16)
-    gpu.score(pack(codes, widths), tokens, widths, query, torch.zeros(2, queries, 1), into, False)
+    rows, real, width = pack(codes, widths).to(TRITON), codes[..., :tokens].float().to(TRITON), 8 * len(widths)
+    query = (torch.randn(2, queries, width, generator=rng) / 99).bfloat16().to(TRITON)
+    weight = torch.rand(2, queries, tokens, generator=rng).bfloat16().to(TRITON)
+    into = torch.zeros(2, queries, tokens, dtype=torch.bfloat16, device=TRITON)
+    gpu.score(rows, tokens, widths, query, torch.zeros(2, queries, 1, device=TRITON), into, False)
     torch.testing.assert_close(into.float(), query.float() @ real, rtol=1e-2, atol=1e-2)
-    found = gpu.weighted(pack(codes, widths), tokens, widths, weight)
+    found = gpu.weighted(rows, tokens, widths, weight)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), weight.float() @ real.mT, rtol=1e-2, atol=1e-2)
 

@@ -109,6 +109,8 @@ def products(request, monkeypatch):
         monkeypatch.setattr(kernels, "compiled", lambda: None)
     elif request.param == "triton":
         pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled for the GPU, where test_gpu.py runs them")
         monkeypatch.setattr(kernels, "products", lambda rows, dtype: kernels._triton())
     elif kernels.compiled() is None:
         pytest.skip("there is no C compiler")

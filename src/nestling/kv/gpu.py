@@ -16,20 +16,17 @@ from nestling.kv.pack import BLOCK, FIELDS, places
 TILE = 256  # tokens at a time
 
 
-@triton.jit
-def _numbers(rows, row, stride, token, valid, FIELD: tl.constexpr):
-    """The numbers ``[8 / FIELD, TILE]`` of a packed row."""
-    byte = tl.load(rows + row * stride + token, mask=valid, other=0).to(tl.int32)
-    shift = FIELD * tl.arange(0, 8 // FIELD)
-    return ((byte[None, :] >> shift[:, None]) & ((1 << FIELD) - 1)).to(tl.float32)
+# Sums over an axis of three gave wrong numbers as Triton 3.6 compiled them: what has a field of a byte each is a loop.
 
 
 @triton.jit
 def _scored(sums, rows, stride, by, n, per_query, first, last, token, valid, FIELD: tl.constexpr):
     for row in range(first, last):
-        weight = tl.load(by + n[:, None] * per_query + row * 8 + tl.arange(0, 8 // FIELD)[None, :])
-        numbers = _numbers(rows, row, stride, token, valid, FIELD)
-        sums += tl.sum(weight[:, :, None] * numbers[None, :, :], 1)
+        byte = tl.load(rows + row * stride + token, mask=valid, other=0).to(tl.int32)
+        for i in tl.static_range(8 // FIELD):
+            weight = tl.load(by + n * per_query + row * 8 + i)
+            number = ((byte >> (FIELD * i)) & ((1 << FIELD) - 1)).to(tl.float32)
+            sums += weight[:, None] * number[None, :]
     return sums
 
 
@@ -58,38 +55,27 @@ def _score(
 
 
 @triton.jit
-def _summed(rows, stride, row, weight, of_query, queries, tokens, out,
-            FIELD: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    n, place = tl.arange(0, QUERIES), tl.arange(0, 8 // FIELD)
-    sums = tl.zeros((QUERIES, 8 // FIELD), tl.float32)
-    for start in range(0, tokens, TILE):
-        token = start + tl.arange(0, TILE)
-        valid = token < tokens
-        inside = (n < queries)[:, None] & valid[None, :]
-        share = tl.load(weight + n[:, None] * of_query + token[None, :], mask=inside, other=0.0).to(tl.float32)
-        numbers = _numbers(rows, row, stride, token, valid, FIELD)
-        sums += tl.sum(share[:, None, :] * numbers[None, :, :], 2)
-    tl.store(out + n[:, None] * 8 + place[None, :], sums)
-
-
-@triton.jit
 def _weighted(
     rows, stride, count, weight, of_group, of_query, queries, e8, e4, e2, tokens, out,
     QUERIES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``weight @ numbers^T`` of a group and a packed row."""
-    group, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows += group * count * stride
+    """``weight @ numbers^T`` of a group, a packed row and a place in its bytes."""
+    group, row, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    field = tl.where(row < e8, 8, tl.where(row < e4, 4, tl.where(row < e2, 2, 1)))
+    n = tl.arange(0, QUERIES)
+    rows += group * count * stride + row * stride
     weight += group * of_group
-    out += (group * count + row) * QUERIES * 8
-    if row < e8:
-        _summed(rows, stride, row, weight, of_query, queries, tokens, out, 8, QUERIES, TILE)
-    elif row < e4:
-        _summed(rows, stride, row, weight, of_query, queries, tokens, out, 4, QUERIES, TILE)
-    elif row < e2:
-        _summed(rows, stride, row, weight, of_query, queries, tokens, out, 2, QUERIES, TILE)
-    else:
-        _summed(rows, stride, row, weight, of_query, queries, tokens, out, 1, QUERIES, TILE)
+    if i * field < 8:
+        sums = tl.zeros((QUERIES, TILE), tl.float32)
+        for start in range(0, tokens, TILE):
+            token = start + tl.arange(0, TILE)
+            valid = token < tokens
+            inside = (n < queries)[:, None] & valid[None, :]
+            share = tl.load(weight + n[:, None] * of_query + token[None, :], mask=inside, other=0.0).to(tl.float32)
+            byte = tl.load(rows + token, mask=valid, other=0).to(tl.int32)
+            number = ((byte >> (field * i)) & ((1 << field) - 1)).to(tl.float32)
+            sums += share * number[None, :]
+        tl.store(out + ((group * count + row) * QUERIES + n) * 8 + i, tl.sum(sums, 1))
 
 
 def score(rows: Tensor, tokens: int, widths: tuple[int, ...], query: Tensor, shift: Tensor, into: Tensor, add: bool):
@@ -111,7 +97,7 @@ def weighted(rows: Tensor, tokens: int, widths: tuple[int, ...], weight: Tensor)
     (groups, queries, _), (ends, coordinate, unit) = weight.shape, _places(widths, weight.device)
     padded = max(2, triton.next_power_of_2(queries))
     found = weight.new_zeros(groups, len(coordinate), padded, BLOCK, dtype=torch.float32)
-    _weighted[(groups, len(coordinate))](
+    _weighted[(groups, len(coordinate), BLOCK)](
         rows, rows.stride(1), rows.shape[1], weight, weight.stride(0), weight.stride(1), queries, *ends, tokens, found,
         QUERIES=padded, TILE=TILE,
     )  # fmt: skip
