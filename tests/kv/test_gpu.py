@@ -60,7 +60,7 @@ def test_quantised_caches_give_the_logits_of_the_cpu(fitted, ids, family, fused,
         cache = made.adapter.cache(model, allocation=table, sinks=2, window=4)
         found.append(run(model, ids[:2, :40].to(model.device), cache, [24, 5, *[1] * 11]).cpu())
     torch.testing.assert_close(found[1][:, :24], found[0][:, :24], rtol=1e-3, atol=1e-3)  # exact keys and values
-    assert apart(found[1][:, 24:], found[0][:, 24:]) < 0.1
+    assert apart(found[1][:, 24:], found[0][:, 24:]) < 0.2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
