@@ -4,9 +4,10 @@
     python benchmarks/kv_bits.py --data FOLDER --only tasks --rows 0 --passkey 1000 --lines 1000
     python benchmarks/kv_bits.py --data FOLDER --model gemma3 --methods bits-balanced,bits-pca,int4,kivi-int2
 
-`bits` and `ranks` are of the trained adapter; `bits-balanced` and `bits-pca` of ones that are calibrated here, on the
-Brown corpus. Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the
-windows. Plain integers have the bytes that their groups and scales take; `quanto` and `hqq` are transformers'
+`bits` and `ranks` are of the trained adapter, and `bits-NAME` and `ranks-NAME` of another one (`--adapter`, `--name`);
+`bits-balanced` and `bits-pca` of ones that are calibrated here, on the Brown corpus. Ours keep 4 sinks and a recent
+window in bf16, which is counted; budgets are met at the length of the windows, and left out where ranks cannot meet
+them. Plain integers have the bytes that their groups and scales take; `quanto` and `hqq` are transformers'
 QuantizedCache.
 """
 
@@ -41,9 +42,10 @@ METHODS = ["bits", *CALIBRATED, "ranks", *RIVALS]
 
 
 def contenders(
-    lm, adapter: Callable[[str], kv.KVAdapter], methods: list[str], shares: list[float], context: int, window: int
-) -> list:
-    """Methods at each share; ``adapter`` gives those of ours."""
+    lm, adapter: Callable[[str], kv.KVAdapter], methods: list[str], shares: list[float], context: int, window: int,
+    behind: str = "",
+) -> list:  # fmt: skip
+    """Methods at each share; ``adapter`` gives those of ours, and ``behind`` is put behind the trained one's names."""
     found = []
     for name in methods:
         if name in RIVALS:
@@ -51,7 +53,8 @@ def contenders(
             continue
         options = {"context": context, "window": window, "exact_prompt": False, "dtype": torch.bfloat16}
         make = bind(adapter(name).cache, lm, bits=name != "ranks", **options)
-        found += [Contender(name, share, bind(make, share)) for share in shares if _reachable(make, share)]
+        label = name if name in CALIBRATED else name + behind
+        found += [Contender(label, share, bind(make, share)) for share in shares if _reachable(make, share)]
     return found
 
 
@@ -67,6 +70,7 @@ def main(
     data: Path = typer.Option(..., help="The folder of the data sets."),
     model: str = typer.Option("smollm2", help="Alias, folder, GGUF file or hub id."),
     adapter: str = typer.Option("smollm2", help="The trained adapter: folder, hub id or alias."),
+    name: str = typer.Option("", help="Of that adapter, in the results: bits-NAME, ranks-NAME."),
     adapters: Path | None = typer.Option(None, help="Folder that keeps calibrations for the next time."),
     tokens: int = typer.Option(65536, help="Tokens to calibrate on."),
     methods: str = typer.Option(",".join(METHODS), help="What is measured."),
@@ -96,7 +100,7 @@ def main(
             return fit(lm, tokenizer, CALIBRATED[method], calibration, tokens, adapters)
         return kv.KVAdapter.from_pretrained(adapter)
 
-    entrants = contenders(lm, adapter_of, chosen, numbers(budgets), length, window)
+    entrants = contenders(lm, adapter_of, chosen, numbers(budgets), length, window, f"-{name}" * bool(name))
     measure = bind(compare, lm, tokenizer, entrants, chunk=chunk, partial=partial)
     if only != Part.tasks:
         ids = spread_windows(tokenizer, documents, length, windows)

@@ -131,13 +131,19 @@ def contenders(lm, adapters: dict[str, kv.KVAdapter], methods: list[str], sizes:
 
 
 def merged(old: Iterable[dict], new: Iterable[dict], methods: Iterable[str] = (*METHODS, *RIVALS)) -> list[dict]:
-    """Rows joined by model, method and budget: what is newer and not missing counts. In the order of ``methods``."""
+    """Rows joined by model, method and budget: what is newer and not missing counts. By model, in the order of
+    ``methods``; one with a name of its own behind it, ``bits-NAME``, stands where the method does."""
     rows: dict[tuple, dict] = {}
     for row in (*old, *new):
         key = row["model"], row["method"], row["budget"]
         rows[key] = rows.get(key, {}) | {k: v for k, v in row.items() if v is not None or k not in rows.get(key, {})}
-    order = ["full", *methods]
-    return sorted(rows.values(), key=lambda row: (order.index(row["method"]), -(row["budget"] or 0)))
+    order, models = ["full", *methods], list(dict.fromkeys(row["model"] for row in rows.values()))
+
+    def place(row: dict) -> tuple:
+        method = row["method"] if row["method"] in order else row["method"].partition("-")[0]
+        return models.index(row["model"]), order.index(method), row["method"], -(row["budget"] or 0)
+
+    return sorted(rows.values(), key=place)
 
 
 def of_bf16(rows: list[dict]) -> None:

@@ -250,6 +250,10 @@ def test_bits_of_both_kinds_beside_ranks_and_integers(toy, tmp_path):
     assert CliRunner().invoke(app, [*base, *numbers], catch_exceptions=False).exit_code == 0
     after = {(row["method"], row["budget"]): row for row in json.loads(out.read_text())["rows"]}
     assert all(after[key] == row | {"passkey_200": 0, "lines_300": 0} for key, row in rows.items())
+    other = ["--name", "other", "--methods", "bits,ranks", "--budgets", "0.4", "--only", "kl"]
+    assert CliRunner().invoke(app, [*base, *other], catch_exceptions=False).exit_code == 0
+    names = [row["method"] for row in json.loads(out.read_text())["rows"]]
+    assert names == ["full", "bits", "bits", "bits-other", *["bits-balanced"] * 2, "ranks", "ranks", "int4"]
 
 
 def test_the_script(toy, tmp_path, monkeypatch):
