@@ -196,6 +196,14 @@ class KiviLayer(IntLayer):
         keys = torch.cat((*old, self.recent.float()), 2)
         return keys.to(self.dtype), self.dequantise(*self.parts[0]).to(self.dtype)
 
+    def _apply(self, change) -> None:
+        super()._apply(change)
+        self.keys = [change(part) for part in self.keys]
+        self.recent = None if self.recent is None else change(self.recent)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("tokens of a whole group cannot be taken out of it")
+
     def reset(self) -> None:
         super().reset()
         self.recent, self.keys = None, []

@@ -135,6 +135,21 @@ def test_keys_by_channel_come_in_any_parts(bits):
     assert (error <= 0.51 * step + 0.02).all()  # keys wait in bf16
 
 
+def test_keys_by_channel_can_be_repeated_and_selected():
+    """What waits for a whole group as well: a batch of two that was made of one gives what one does."""
+    states = torch.randn(1, 2, 80, 16, generator=torch.Generator().manual_seed(1))
+    config = tiny_model("llama-gqa").config
+    one, two = (rivals.kivi_cache(config, 4).layers[0] for _ in range(2))
+    for layer in (one, two):
+        layer.update(states[:, :, :70], states[:, :, :70])
+    two.batch_repeat_interleave(3)
+    two.batch_select_indices(torch.tensor([0, 2]))
+    expected = one.update(states[:, :, 70:], states[:, :, 70:])
+    found = two.update(*[states[:, :, 70:].repeat(2, 1, 1, 1)] * 2)
+    for part, whole in zip(expected, found, strict=True):
+        torch.testing.assert_close(whole, part.repeat(2, 1, 1, 1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("bits, per_head", [(8, 16 + 2), (4, 8 + 4), (3, 6 + 4), (2, 4 + 4)])
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
 def test_bytes_and_shapes(family, bits, per_head, ids):
