@@ -85,6 +85,18 @@ def test_an_adapter_is_two_files_and_a_card(made, folder):
     assert card.startswith("---\nlibrary_name: nestling") and "`llama` model with 3 compressed layers" in card
 
 
+@pytest.mark.parametrize(
+    "sampling, of, used", [("path", "the ranks", "0.5)"), ("bits", "16 bits", "0.25, bits=True)")]
+)
+def test_the_card_of_a_trained_one_says_what_was_measured(made, tmp_path, sampling, of, used):
+    curve = [{"tokens": 0, "kl_0.5": 0.25}, {"tokens": 64}, {"tokens": 4096, "kl_0.5": 0.125}]
+    training = {"preset": "default", "learning_rate": 0.002, "seconds": 3, "sinks": 4, "window": 64, "curve": curve}
+    info = {**made.adapter.info, "training": {**training, "sampling": sampling}}
+    replace(made.adapter, info=info).save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
+    assert f"at shares of {of}" in card and f"(model, budget={used}" in card and "| 4,096 | 0.1250 |" in card
+
+
 def test_a_card_is_kept(folder):
     (folder / "README.md").write_text("measured: ½\n", encoding="utf-8")
     adapter = KVAdapter.from_pretrained(folder)
@@ -442,7 +454,7 @@ def test_built_in_adapters_are_small_trained_and_whole(name):
     adapter = KVAdapter.from_pretrained(name)
     size = sum(path.stat().st_size for path in (files.BUILT_IN / name).iterdir())
     assert size <= 2_000_000 and "KL to the full model on held-out text" in adapter.card
-    curve = [p for p in adapter.info["training"]["curve"] if "kl_0.5" in p]
-    assert curve[-1]["kl_0.5"] < 0.9 * curve[0]["kl_0.5"]
+    curve = [p for p in adapter.info["training"]["curve"] if "kl_0.25" in p]
+    assert curve[-1]["kl_0.25"] < 0.9 * curve[0]["kl_0.25"]
     for share in (1, 0.5, 0.25):
         assert adapter.ranks(share * adapter.full_elements).elements <= share * adapter.full_elements

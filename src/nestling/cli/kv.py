@@ -96,6 +96,7 @@ def train(
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
     from nestling.data import read_texts
+    from nestling.kv.files import shares_of
     from nestling.models import load_model
 
     for path in (out, json, html):
@@ -117,7 +118,7 @@ def train(
     trained.save_pretrained(out)
     measured = trained.info["training"]
     rows = [p for p in measured["curve"] if any(name.startswith("kl") for name in p)]
-    show(rows, f"{model}: KL on held-out text at shares of the ranks")
+    show(rows, f"{model}: KL on held-out text at shares of {shares_of(measured['sampling'])}")
     console.print(f"{measured['tokens']:,} tokens in {measured['seconds']} s. Saved to {out}")
     write_results(json, [{"model": model, **point} for point in measured["curve"]], measured["seconds"])
     if html is not None:

@@ -147,6 +147,8 @@ def _download(repo_id: str) -> Path:
 
 def _default_card(config: dict) -> str:
     model = config["model"]
+    bits = (config.get("training") or {}).get("sampling") == "bits"
+    used = "budget=0.25, bits=True" if bits else "budget=0.5"
     return (
         "---\nlibrary_name: nestling\ntags: [kv-cache, nestling]\n"
         + (f"base_model: {config['base_model']}\n" if config.get("base_model") else "")
@@ -156,8 +158,13 @@ def _default_card(config: dict) -> str:
         f"Basis: {config.get('basis', 'unknown')}, calibrated on {config.get('tokens', 'unknown')} tokens.\n\n"
         + _measured(config.get("training"))
         + '```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained("this folder")\n'
-        "cache = adapter.cache(model, budget=0.5)\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
+        f"cache = adapter.cache(model, {used})\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
     )
+
+
+def shares_of(sampling: str) -> str:
+    """What the shares are of at which a training is measured, in words."""
+    return "16 bits a coordinate" if sampling == "bits" else "the ranks"
 
 
 def _measured(training: dict | None) -> str:
@@ -171,9 +178,10 @@ def _measured(training: dict | None) -> str:
         f"| {point['tokens']:,} | " + " | ".join(f"{point[name]:.4f}" for name in names) + " |\n"
         for point in (points[0], points[-1])
     )
+    exact = f"{training['sinks']} first and {training['window']} recent tokens exact"
     return (
         f"Trained with the `{training['preset']}` preset ({training['sampling']} sampling, learning rate "
         f"{training['learning_rate']:g}) in {training['seconds']} s. KL to the full model on held-out text, nats per "
-        f"token, at shares of the ranks, {training['sinks']} first and {training['window']} recent tokens exact:\n\n"
+        f"token, at shares of {shares_of(training['sampling'])}, {exact}:\n\n"
         f"| tokens trained on | {shares} |\n| ---: |{' ---: |' * len(names)}\n{rows}\n"
     )
