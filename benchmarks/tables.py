@@ -60,8 +60,17 @@ def kv_evict() -> str:
 
 
 def kv_bits() -> str:
-    columns = {"method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
-    return markdown_table(load("kv_bits"), columns)
+    """A table a model: what a cache of each size costs, and the questions that it still answers."""
+    columns = {
+        "method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1",
+        "above_chance": "kept above chance", "passkey_500": "passkeys in 500", "passkey_1000": "in 1,000",
+    }  # fmt: skip
+    rows, parts = load("kv_bits"), []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        there = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in own)}
+        parts.append(f"{model}:\n\n{markdown_table(own, there)}")
+    return "\n".join(parts)
 
 
 def kv_sft() -> str:
