@@ -186,6 +186,19 @@ def test_byte_columns(model, adapter, ids):
     assert ours["bytes_share"] == pytest.approx(cache.nbytes / 48 / per_token)
 
 
+def test_byte_columns_leave_layers_out_that_do_not_grow(ids):
+    """Of the three layers of this model two have a window, and are in fp32 with any cache."""
+    model = tiny_model("gemma3")
+    options = dict(length=96, sensitivity_windows=2, sensitivity_length=48, window=0, progress=False)
+    adapter = kv.fit(model, None, ids, **options)
+    full, ours = run(model, adapter, ids, [0.6], paper=True, dtype=torch.bfloat16)
+    assert full["bytes_per_token"] == 2 * 2 * 2 * 24 * 2 and full["bytes_share"] == 2
+    cache = adapter.cache(model, 0.6, paper=True, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(input_ids=ids[:1, :48], past_key_values=cache)
+    assert ours["bytes_per_token"] == cache.layers[1].nbytes / 48 < cache.nbytes / 48
+
+
 def brute_force(stock, context, rest):
     """Mean log-likelihood of a continuation, one token at a time, without a cache."""
     total = 0.0

@@ -26,6 +26,7 @@ from nestling.kv.probes import (
     choice_scores,
     encode_question,
     forward,
+    growing,
     held_bytes,
     line_prompts,
     number_answer,
@@ -148,11 +149,12 @@ def compare(
         partial: where sums are kept, after each window and each task and contender. Give one with a file to resume.
 
     Returns:
-        A row a contender: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, both on
-        the longest window or prompt), ``bytes_per_token, kl`` (mean nats per token to the full model),
-        ``ppl, top1`` (share of positions with the full model's first choice), ``acc_<task>, above_chance`` (what
-        the mean accuracy of the tasks is above chance, as a share of what the full model's is; None if that is not),
-        ``passkey_<n>`` and ``lines_<n>`` (shares that were answered). What was not measured is absent or None.
+        A row a contender: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, on the
+        longest window or prompt; layers with a window of their own, which do not grow, are left out of both),
+        ``bytes_per_token, kl`` (mean nats per token to the full model), ``ppl, top1`` (share of positions with the
+        full model's first choice), ``acc_<task>, above_chance`` (what the mean accuracy of the tasks is above chance,
+        as a share of what the full model's is; None if that is not), ``passkey_<n>`` and ``lines_<n>`` (shares that
+        were answered). What was not measured is absent or None.
 
     Raises:
         TextTooShortError: if there is not one window of text.
@@ -219,8 +221,9 @@ class _Run:
         if key not in self.partial.done:
             cache = self.contenders[0].make()
             read(self.model, ids[None].to(self.model.device), cache, self.chunk)
-            states = [getattr(layer, side, None) for layer in cache.layers for side in ("keys", "values")]
-            self.partial.done[key] = [held_bytes(cache), 2 * sum(s.numel() for s in states if isinstance(s, Tensor))]
+            states = [getattr(layer, side, None) for layer in growing(cache) for side in ("keys", "values")]
+            elements = sum(state.numel() for state in states if isinstance(state, Tensor))
+            self.partial.done[key] = [held_bytes(cache, bounded=False), 2 * elements]
         return self.partial.done[key]
 
     def set_bytes(self, contender: Contender, ids: Tensor, held: float) -> None:
@@ -266,7 +269,7 @@ class _Run:
             self.check(contender, f"{where}, tokens {start} to {end - 1}", (kl, nll))
             sums += torch.tensor([kl, nll, hits, len(labels)], dtype=torch.float64)
             start = end
-        return [*sums.tolist(), self.stock_bytes(ids)[0] if full else held_bytes(cache)]
+        return [*sums.tolist(), self.stock_bytes(ids)[0] if full else held_bytes(cache, bounded=False)]
 
     def task(self, task: str, rows: Sequence[dict], encoded: list, advance: Callable[[int], None]) -> None:
         answers = [row["answer"] for row in rows]

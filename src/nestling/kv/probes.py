@@ -177,7 +177,7 @@ def number_answer(
     ``check`` is given the largest logit of each of at most ``limit`` tokens.
     """
     logits, answer = read(model, ids[None].to(model.device), cache, chunk)[0], []
-    held = held_bytes(cache)
+    held = held_bytes(cache, bounded=False)
     while True:
         check([float(logits.max())])
         answer.append(int(logits.argmax()))
@@ -187,8 +187,13 @@ def number_answer(
         logits = forward(model, torch.tensor([answer[-1:]], device=model.device), cache)[0, -1]
 
 
-def held_bytes(cache: Cache) -> int:
-    """Bytes of storage that a cache of any kind really holds.
+def growing(cache: Cache) -> list:
+    """The layers that grow with the text: those with a window of their own do not."""
+    return [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
+
+
+def held_bytes(cache: Cache, bounded: bool = True) -> int:
+    """Bytes of storage that a cache of any kind really holds; without ``bounded``, in the layers of `growing`.
 
     Every tensor that can be reached from its layers counts with its whole untyped storage, once; so do the parts of
     quantised tensors, with scales. Left out is what does not grow: bases, means, steps and the order of heads of a
@@ -219,5 +224,5 @@ def held_bytes(cache: Cache) -> int:
                 if name not in STATIC:
                     walk(value)
 
-    walk(list(cache.layers))
+    walk(list(cache.layers) if bounded else growing(cache))
     return sum(storages.values())
