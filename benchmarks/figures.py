@@ -17,8 +17,9 @@ SHAPE = (32, 128)  # texts and tokens of the batch whose speed is shown
 
 def kv_bits() -> Figure:
     """KL by bytes: ranks and bits together, and integers of each kind, a line from their 8 or 4 bits to their 2."""
-    rows = [row for row in load("kv_bits") if row["model"] == "smollm2" and row["method"] != "full"]
-    shown = [{**row, "kind": re.sub(r"-?int\d", "", row["method"]) or "plain integers"} for row in rows]
+    rows = [row for row in load("kv_bits") if row["model"] == "smollm2"]
+    kinds = [{**row, "kind": re.sub(r"-?int\d", "", row["method"]) or "plain integers"} for row in rows]
+    shown = [row for row in kinds if row["kind"] in ("bits", "ranks", "plain integers", "hadamard", "kivi", "quanto")]
     return curve(
         shown, "bytes_share", "kl", "kind", title="SmolLM2-135M: what a smaller cache costs",
         xlabel="share of the bf16 cache", ylabel="KL to the full cache, nats", log_y=True, percent_x=True,

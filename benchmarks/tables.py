@@ -59,18 +59,25 @@ def kv_evict() -> str:
     return markdown_table(load("kv_evict"), columns)
 
 
-def kv_bits() -> str:
+MAIN = ("full", "bits", "bits-pca", "ranks", "int8", "int4", "kivi-int4", "kivi-int3", "kivi-int2", "hqq-int4")
+
+
+def kv_bits(methods: tuple[str, ...] = MAIN) -> str:
     """A table a model: what a cache of each size costs, and the questions that it still answers."""
     columns = {
         "method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1",
         "above_chance": "kept above chance", "passkey_500": "passkeys in 500", "passkey_1000": "in 1,000",
     }  # fmt: skip
-    rows, parts = load("kv_bits"), []
+    rows, parts = [row for row in load("kv_bits") if not methods or row["method"] in methods], []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         there = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in own)}
         parts.append(f"{model}:\n\n{markdown_table(own, there)}")
     return "\n".join(parts)
+
+
+def kv_bits_all() -> str:
+    return kv_bits(())
 
 
 def kv_sft() -> str:
@@ -197,7 +204,7 @@ def smae_speed() -> str:
 
 
 def main(check: bool = typer.Option(False, help="Only say whether the pages are up to date.")):
-    made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_sft, kv_step, kv_speed)
+    made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_bits_all, kv_sft, kv_step, kv_speed)
     made += (embed_sts, embed_quality, embed_step, embed_speed, smae, smae_speed)
     tables = {f.__name__: f for f in made}
     for page in PAGES:
