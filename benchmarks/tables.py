@@ -59,7 +59,8 @@ def kv_evict() -> str:
     return markdown_table(load("kv_evict"), columns)
 
 
-MAIN = ("full", "bits", "bits-balanced", "bits-pca", "ranks", "int8", "int4", "kivi-int4", "kivi-int3", "kivi-int2", "hqq-int4")
+OURS = ("bits", "bits-balanced", "bits-pca", "ranks")
+MAIN = ("full", *OURS, "int8", "int4", "kivi-int4", "kivi-int3", "kivi-int2", "hqq-int4")
 
 
 def kv_bits(methods: tuple[str, ...] = MAIN) -> str:
