@@ -61,9 +61,10 @@ def contenders(
 def _reachable(make: Callable, share: float) -> bool:
     """Ranks have a least one, and exact tokens take their part: some shares cannot be had."""
     try:
-        return bool(make(share))
+        make(share)
     except BudgetError:
         return False
+    return True
 
 
 def main(

@@ -92,12 +92,16 @@ def attention_modules(lm) -> list:
 
 def timed(function, *args) -> float:
     """Milliseconds, to the end of what a GPU was given to do."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
-    wait()
+    _wait()
     start = time.perf_counter()
     function(*args)
-    wait()
+    _wait()
     return (time.perf_counter() - start) * 1e3
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @torch.inference_mode()

@@ -67,7 +67,7 @@ def kv_bits(methods: tuple[str, ...] = MAIN) -> str:
     """A table a model: what a cache of each size costs, and the questions that it still answers."""
     columns = {
         "method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1",
-        "above_chance": "kept above chance", "passkey_500": "passkeys in 500", "passkey_1000": "in 1,000",
+        "above_chance": "kept above chance", **{f"passkey_{n}": f"passkeys in {n:,}" for n in (500, 1000, 8000)},
     }  # fmt: skip
     rows, parts = [row for row in load("kv_bits") if not methods or row["method"] in methods], []
     for model in dict.fromkeys(row["model"] for row in rows):
