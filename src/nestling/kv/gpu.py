@@ -16,7 +16,8 @@ from nestling.kv.pack import BLOCK, FIELDS, places
 TILE = 256  # tokens at a time
 
 
-# Sums over an axis of three gave wrong numbers as Triton 3.6 compiled them: what has a field of a byte each is a loop.
+# The numbers of a byte are taken one after the other: sums over the middle one of three axes were too large as Triton 3.6
+# compiled them.
 
 
 @triton.jit
