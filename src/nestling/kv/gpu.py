@@ -16,8 +16,8 @@ from nestling.kv.pack import BLOCK, FIELDS, places
 TILE = 256  # tokens at a time
 
 
-# The numbers of a byte are taken one after the other: sums over the middle one of three axes were too large as Triton 3.6
-# compiled them.
+# The numbers of a byte are taken one after the other: sums over the middle one of three axes were too large as
+# Triton 3.6 compiled them.
 
 
 @triton.jit
