@@ -24,8 +24,8 @@ from kv_quality import Part, fit, merged, numbers, of_bf16, questions, spread_wi
 from rich.console import Console
 
 from nestling import kv
+from nestling.errors import BudgetError
 from nestling.kv import attention
-from nestling.kv.allocate import BudgetError
 from nestling.kv.evaluate import Contender, Partial, compare
 from nestling.models import load_model
 from nestling.report import run_meta, table, write_json

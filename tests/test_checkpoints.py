@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nestling.checkpoints import FILES, TrainingError, begin, last_whole
+from nestling.checkpoints import FILES, begin, last_whole
+from nestling.errors import TrainingError
 
 JOB = {"model": 1, "steps": 4}
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nestling.data import DataError, read_multiple_choice, read_texts
+from nestling.data import read_multiple_choice, read_texts
+from nestling.errors import DataError
 
 QUESTION = {"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}
 same_folder = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

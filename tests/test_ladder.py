@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestling.ladder import Cup, Ladder, LadderError
+from nestling.errors import LadderError
+from nestling.ladder import Cup, Ladder
 
 PAPER = "2x32,4x64,6x128,8x256,10x512,12x768"
 sizes = st.tuples(st.integers(1, 200), st.integers(1, 10_000))

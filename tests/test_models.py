@@ -30,7 +30,8 @@ from transformers import (
 from transformers.utils import logging
 
 from nestling import models
-from nestling.models import LoadError, load_model, models_folder, package_folder
+from nestling.errors import LoadError
+from nestling.models import load_model, models_folder, package_folder
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 LLAMA = LlamaConfig(**TINY, num_key_value_heads=2, max_position_embeddings=64)

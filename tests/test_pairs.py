@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nestling.errors import DataError
 from nestling.pairs import read_pairs, read_sts
-from nestling.records import DataError
 
 STS = {"sentence1": "A cat sat.", "sentence2": "A cat is sitting.", "score": 4.5}
 PAIR = {"anchor": "a", "positive": "b"}

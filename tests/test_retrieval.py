@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nestling.records import DataError
+from nestling.errors import DataError
 from nestling.retrieval import read_retrieval
 
 CORPUS = [{"_id": "d1", "title": "Ice", "text": "Water freezes."}, {"_id": "d2", "text": "Steam"}]

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestling.distill import IGNORED
-from nestling.tokens import TextTooShortError, answer_windows, token_windows
+from nestling.errors import TextTooShortError
+from nestling.tokens import answer_windows, token_windows
 
 
 class Letters:

@@ -14,12 +14,10 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from nestling.errors import TrainingError
+
 JOB_FILE = "training.json"
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-
-
-class TrainingError(RuntimeError):
-    """A training that cannot start or go on; the message says where it stopped and what is kept."""
 
 
 def begin(folder: Path, job: dict, resume: bool) -> Path | None:

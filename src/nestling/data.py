@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from nestling.errors import DataError
 from nestling.records import (
     JSONL,
-    DataError,
     Skip,
     check_file,
     check_text,

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
+from nestling.errors import LadderError
+
 SMALLEST = 32  # dims of the smallest cup of a default ladder, as in the paper
 FORMAT = 1
 LABELS = {
     "Demi": (2, 32), "Short": (4, 64), "Tall": (6, 128), "Grande": (8, 256), "Venti": (10, 512), "Trenta": (12, 768),
 }  # fmt: skip
-
-
-class LadderError(ValueError):
-    """A ladder, or a cup, that cannot be. The message names the value, what was expected and what to do."""
 
 
 @dataclass(frozen=True, order=True)

@@ -30,12 +30,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from nestling.errors import LoadError
+
 GGUF_HEADER = 24  # bytes: magic, version, number of tensors, number of metadata entries
 DAY = 86400  # seconds
-
-
-class LoadError(ValueError):
-    """A model cannot be loaded. The message names it, what was expected and what to do."""
 
 
 @dataclass(frozen=True)

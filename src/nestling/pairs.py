@@ -9,17 +9,8 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
 
-from nestling.records import (
-    JSONL,
-    DataError,
-    check_file,
-    check_said,
-    field_of,
-    not_empty,
-    objects,
-    short,
-    text_of,
-)
+from nestling.errors import DataError
+from nestling.records import JSONL, check_file, check_said, field_of, not_empty, objects, short, text_of
 
 Pair = dict[str, str]
 COLUMNS = ("anchor", "positive", "negative")

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-class EvaluationError(ValueError):
-    """Something cannot be measured; the message names it and says what went wrong."""
+from nestling.errors import EvaluationError
 
 
 class Partial:

@@ -10,11 +10,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from nestling.errors import DataError
+
 JSONL = (".jsonl", ".jsonl.gz")
-
-
-class DataError(ValueError):
-    """A data file cannot be used. The message names the file, the line and what was expected."""
 
 
 def check_file(name: str) -> None:

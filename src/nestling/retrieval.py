@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestling.records import DataError, lines, not_empty, objects, short, text_of
+from nestling.errors import DataError
+from nestling.records import lines, not_empty, objects, short, text_of
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from nestling.distill import IGNORED
-
-
-class TextTooShortError(ValueError):
-    """There is less text than the job needs; the message has both numbers."""
+from nestling.errors import TextTooShortError
 
 
 def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: int | None = None) -> Iterator[Tensor]:

@@ -5,9 +5,10 @@ import torch
 from torch.nn.functional import normalize
 
 from nestling.embed.agreement import agreement, full_vectors
-from nestling.embed.encode import EvaluationError, encode
+from nestling.embed.encode import encode
 from nestling.embed.metrics import spearman
 from nestling.embed.rotation import rotations
+from nestling.errors import EvaluationError
 from nestling.ladder import Ladder
 
 from .families import some_texts

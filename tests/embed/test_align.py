@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nestling import embed
-from nestling.checkpoints import TrainingError
 from nestling.embed.agreement import agreement
 from nestling.embed.encode import encode
+from nestling.errors import TrainingError
 
 from .families import HIDDEN, some_texts
 

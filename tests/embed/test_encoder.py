@@ -10,7 +10,8 @@ from sentence_transformers.sentence_transformer.modules import BoW, Pooling, Sta
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
 
-from nestling.embed.encoder import Encoder, UnsupportedEncoderError, depth_of, truncated_config, unwrapped
+from nestling.embed.encoder import Encoder, depth_of, truncated_config, unwrapped
+from nestling.errors import UnsupportedEncoderError
 
 from .families import BASE, FAMILIES, HIDDEN, LAYERS, PRE_NORM, save_backbone, tokenizer
 

@@ -14,12 +14,11 @@ from sentence_transformers.sentence_transformer.evaluation import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from nestling.embed.encode import EvaluationError, encode, stored_prompts
+from nestling.embed.encode import encode, stored_prompts
 from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.metrics import spearman
 from nestling.embed.results import cost_figure, grid_figure, markdown, save_results
-from nestling.ladder import LadderError
-from nestling.records import DataError
+from nestling.errors import DataError, EvaluationError, LadderError
 
 from .families import HIDDEN, LAYERS, cut_folder, sentence_model, some_texts
 from .sets import scored, searched

@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 
 from nestling.embed.encode import encode
-from nestling.embed.errors import ExportError
 from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.export import export
 from nestling.embed.rotation import Rotation, rotations
-from nestling.ladder import Cup, Ladder, LadderError
+from nestling.errors import ExportError, LadderError
+from nestling.ladder import Cup, Ladder
 
 from .families import FAMILIES, HIDDEN, LAYERS, cut_folder, sentence_model, some_texts
 from .sets import scored

@@ -7,9 +7,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from nestling.embed import hub
 from nestling.embed.files import load_ladder, load_rotations, write_rotations
 from nestling.embed.rotation import Rotation
+from nestling.errors import LadderError, LoadError
 from nestling.folders import write_folder
-from nestling.ladder import Ladder, LadderError
-from nestling.models import LoadError
+from nestling.ladder import Ladder
 
 
 def test_folders_without_a_ladder(tmp_path):

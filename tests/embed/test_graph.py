@@ -11,12 +11,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from nestling.embed import graph
-from nestling.embed.errors import ExportError
 from nestling.embed.export import export
 from nestling.embed.load import load_encoder
 from nestling.embed.probe import LENGTHS, probe_texts
 from nestling.embed.rotation import rotations
-from nestling.models import LoadError
+from nestling.errors import ExportError, LoadError
 
 from .families import FAMILIES, sentence_model, some_texts
 

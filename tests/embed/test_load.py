@@ -16,7 +16,7 @@ from transformers import BertModel
 from nestling.embed.checksum import checksum
 from nestling.embed.export import export
 from nestling.embed.load import load_encoder
-from nestling.models import LoadError
+from nestling.errors import LoadError
 
 from .families import sentence_model
 

@@ -13,7 +13,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, normal
 
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.rotation import Rotation
-from nestling.ladder import Ladder, LadderError
+from nestling.errors import LadderError
+from nestling.ladder import Ladder
 
 from .families import FAMILIES, HIDDEN, LAYERS, some_texts
 

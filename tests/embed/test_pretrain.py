@@ -13,11 +13,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from nestling import embed
-from nestling.checkpoints import TrainingError, last_whole
-from nestling.embed import MaskingError, Texts, UnsupportedEncoderError, load_ladder, pretrain
+from nestling.checkpoints import last_whole
+from nestling.embed import Texts, load_ladder, pretrain
 from nestling.embed.smae import MaskedAutoencoder
-from nestling.ladder import LadderError
-from nestling.records import DataError
+from nestling.errors import DataError, LadderError, MaskingError, TrainingError, UnsupportedEncoderError
 
 from .families import VOCAB, WORDS, some_texts
 

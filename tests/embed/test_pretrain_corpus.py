@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.embed import MaskingError, Texts
+from nestling.embed import Texts
 from nestling.embed.collate import Collator, MaskedBatches
 from nestling.embed.corpus import Corpus, Position
 from nestling.embed.masking import Masking
-from nestling.records import DataError
+from nestling.errors import DataError, MaskingError
 
 from .families import VOCAB, WORDS, some_texts, tokenizer
 

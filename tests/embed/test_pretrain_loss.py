@@ -13,14 +13,15 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForMaskedLM
 
-from nestling.embed import UnsupportedEncoderError, load_encoder
+from nestling.embed import load_encoder
 from nestling.embed.collate import Collator
 from nestling.embed.corpus import Corpus
 from nestling.embed.encoder import Encoder
 from nestling.embed.masking import Masking
 from nestling.embed.mlm import positions_of
 from nestling.embed.smae import MaskedAutoencoder
-from nestling.ladder import Ladder, LadderError
+from nestling.errors import LadderError, UnsupportedEncoderError
+from nestling.ladder import Ladder
 
 from .families import FAMILIES, VOCAB, WORDS, sentence_model, some_texts, tokenizer
 

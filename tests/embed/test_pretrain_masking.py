@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nestling.embed.masking import Masking, MaskingError, Window, chosen, visible
+from nestling.embed.masking import Masking, Window, chosen, visible
+from nestling.errors import MaskingError
 
 MASK, ORDINARY = 4, np.arange(5, 1000)
 

@@ -8,7 +8,7 @@ from sentence_transformers.base.modules import Dense
 from nestling.embed.encode import encode
 from nestling.embed.rotation import Rotation, rotations
 from nestling.embed.taps import taps
-from nestling.ladder import LadderError
+from nestling.errors import LadderError
 
 from .families import HIDDEN, some_texts
 

@@ -11,9 +11,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import nn
 
-from nestling.embed.encoder import UnsupportedEncoderError
 from nestling.embed.taps import taps
-from nestling.ladder import LadderError
+from nestling.errors import LadderError, UnsupportedEncoderError
 from nestling.models import models_folder
 
 from .families import FAMILIES, HIDDEN, LAYERS, PRE_NORM, cut_folder, sentence_model, some_texts

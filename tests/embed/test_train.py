@@ -17,13 +17,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
 from nestling import embed
-from nestling.checkpoints import TrainingError, last_whole
+from nestling.checkpoints import last_whole
 from nestling.embed import GridEvaluator, StarbucksLoss, load_ladder, load_rotations, train
 from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder
 from nestling.embed.rotation import Rotation
 from nestling.embed.teacher import shared_table
-from nestling.ladder import LadderError
+from nestling.errors import LadderError, TrainingError
 
 from .families import FAMILIES, sentence_model, some_texts
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nestling import kv
+from nestling.errors import AdapterError
 from nestling.kv import files
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.files import CONFIG_FILE, WEIGHTS_FILE, AdapterError
+from nestling.kv.files import CONFIG_FILE, WEIGHTS_FILE
 
 from .families import tiny_model
 

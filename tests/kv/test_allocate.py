@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nestling.errors import BudgetError
 from nestling.kv.allocate import (
     MAX_GROUPS,
     STEP,
-    BudgetError,
     RankTable,
     blended,
     by_energy,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.kv.allocate import MAX_GROUPS, BudgetError
+from nestling.errors import BudgetError
+from nestling.kv.allocate import MAX_GROUPS
 from nestling.kv.bits import CHOICES, BitTable, by_bits, hull, losses
 
 ERRORS = torch.tensor([[0.36, 0.12, 0.037, 0.012, 1e-4]] * 2)

@@ -14,12 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, QuantizedCache
 
 from nestling import kv
-from nestling.kv.allocate import BudgetError
+from nestling.errors import BudgetError, EvaluationError, TextTooShortError
 from nestling.kv.cache import make_cache
 from nestling.kv.evaluate import Contender, Partial, compare, evaluate
 from nestling.kv.probes import (
     DEPTHS,
-    EvaluationError,
     choice_pairs,
     choice_scores,
     encode_question,
@@ -27,7 +26,6 @@ from nestling.kv.probes import (
     line_prompts,
     passkey_prompts,
 )
-from nestling.tokens import TextTooShortError
 
 from .families import tiny_model
 

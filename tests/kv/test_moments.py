@@ -9,12 +9,12 @@ from transformers.cache_utils import Cache
 
 from nestling import kv
 from nestling.basis import pca
+from nestling.errors import TextTooShortError
 from nestling.kv import attention
 from nestling.kv import moments as module
 from nestling.kv.files import SIDES
 from nestling.kv.moments import SKIP, collect_moments, make_bases
 from nestling.kv.sensitivity import measure, sensitivity, spread
-from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
 

@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nestling import kv
+from nestling.errors import AdapterError, BudgetError, CacheMismatchError
 from nestling.kv import kernels
-from nestling.kv.allocate import BudgetError
 from nestling.kv.bits import CHOICES, BitTable
 from nestling.kv.evaluate import held_bytes
 from nestling.kv.exact import BLOCK
-from nestling.kv.files import AdapterError
-from nestling.kv.layer import CacheMismatchError, NestedLayer
+from nestling.kv.layer import NestedLayer
 from nestling.kv.packed import Layout, PackedRows
 
 from .families import FAMILIES, tiny_model

@@ -8,9 +8,9 @@ import torch
 
 from nestling import kv
 from nestling.distill import kl_divergence
+from nestling.errors import TextTooShortError
 from nestling.kv.allocate import blended, by_gains, energy_gains
 from nestling.kv.search import SHARES, KLMeter, search
-from nestling.tokens import TextTooShortError
 
 OPTIONS = dict(windows=2, length=24, window=0, progress=False)
 WHOLE = {**OPTIONS, "sinks": 0, "window": 0}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nestling import kv
-from nestling.checkpoints import TrainingError
 from nestling.distill import IGNORED, kl_divergence
+from nestling.errors import TrainingError
 from nestling.kv import attention
 from nestling.kv.sampling import bits_of_ranks
 from nestling.kv.student import Student

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from nestling import kv
-from nestling.checkpoints import TrainingError, last_whole
+from nestling.checkpoints import last_whole
 from nestling.distill import IGNORED
+from nestling.errors import TextTooShortError, TrainingError
 from nestling.kv.files import SIDES
 from nestling.kv.sampling import RankedWindows
 from nestling.kv.student import Student
 from nestling.kv.train import train
-from nestling.tokens import TextTooShortError
 
 from .families import FAMILIES, tiny_model
 

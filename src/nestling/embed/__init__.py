@@ -7,26 +7,29 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
 
-from nestling.checkpoints import TrainingError
 from nestling.embed.agreement import agreement
 from nestling.embed.align import align
 from nestling.embed.corpus import Texts
-from nestling.embed.encoder import UnsupportedEncoderError
-from nestling.embed.errors import ExportError
 from nestling.embed.evaluate import GridEvaluator
-from nestling.embed.examples import ExampleError
 from nestling.embed.export import Exported, export
 from nestling.embed.files import load_ladder, load_rotations
 from nestling.embed.load import load_encoder
 from nestling.embed.losses import StarbucksLoss
-from nestling.embed.masking import MaskingError
 from nestling.embed.pretrain import pretrain
 from nestling.embed.results import save_results
 from nestling.embed.rotation import Rotation, rotations
 from nestling.embed.taps import taps
 from nestling.embed.train import Trained, train
-from nestling.ladder import Cup, Ladder, LadderError
-from nestling.partial import EvaluationError
+from nestling.errors import (
+    EvaluationError,
+    ExampleError,
+    ExportError,
+    LadderError,
+    MaskingError,
+    TrainingError,
+    UnsupportedEncoderError,
+)
+from nestling.ladder import Cup, Ladder
 
 __all__ = [
     "Cup",

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
+from nestling.errors import EvaluationError
 from nestling.ladder import Cup, Ladder
-from nestling.partial import EvaluationError
 
 NEIGHBOURS = 10
 NOTE = (

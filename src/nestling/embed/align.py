@@ -9,15 +9,15 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from nestling.checkpoints import TrainingError
 from nestling.embed.card import aligned_card
 from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
-from nestling.embed.examples import ExampleError, Examples
+from nestling.embed.examples import Examples
 from nestling.embed.plan import ladder_of
 from nestling.embed.rotation import rotations
 from nestling.embed.start import SAMPLE, turned_depths
 from nestling.embed.train import Trained, save
+from nestling.errors import ExampleError, TrainingError
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 

@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nestling.embed.modes import in_eval_mode
+from nestling.errors import UnsupportedEncoderError
 
 PROBE = 4  # tokens
-
-
-class UnsupportedEncoderError(ValueError):
-    """A model that cannot be cut into cups. The message names it and the reason."""
 
 
 @dataclass(frozen=True)

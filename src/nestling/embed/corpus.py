@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from nestling.data import read_texts
-from nestling.embed.masking import FEWEST, MaskingError, Window
-from nestling.records import DataError
+from nestling.embed.masking import FEWEST, Window
+from nestling.errors import DataError, MaskingError
 
 POOL = 64  # batches
 READ = 64  # texts that are tokenised at a time

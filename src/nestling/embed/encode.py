@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from nestling.embed.encoder import unwrapped
 from nestling.embed.modes import in_eval_mode
 from nestling.embed.taps import taps
+from nestling.errors import EvaluationError
 from nestling.ladder import Cup
-from nestling.partial import EvaluationError
 
 
 def widths(cups: Iterable[Cup]) -> dict[int, int]:

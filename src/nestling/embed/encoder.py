@@ -18,7 +18,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Weight
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from nestling.embed.anatomy import Anatomy, UnsupportedEncoderError, anatomy_of, depth_of, state_of
+from nestling.embed.anatomy import Anatomy, anatomy_of, depth_of, state_of
+from nestling.errors import UnsupportedEncoderError
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from nestling.embed.checksum import checksum, reading
 from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.embed.metrics import BESIDE, ranking, spearman
+from nestling.errors import EvaluationError
 from nestling.ladder import Cup, Ladder
 from nestling.pairs import read_sts
-from nestling.partial import EvaluationError, Partial
+from nestling.partial import Partial
 from nestling.progress import progress_bar
 from nestling.report import run_meta, write_json
 from nestling.retrieval import Retrieval, read_retrieval

@@ -11,15 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestling.records import DataError, check_said, short
+from nestling.errors import DataError, ExampleError
+from nestling.records import check_said, short
 
 LABELS = ("label", "labels", "score", "scores")  # the columns that sentence-transformers reads as labels
 FORMS = {("sentence1", "sentence2"): "scored", ("anchor", "positive"): "pairs", ("query", "passage"): "pairs"}
 PATIENCE = 8  # rows that wait for another batch, in batches; above that they are taken though a text comes twice
-
-
-class ExampleError(ValueError):
-    """Rows that cannot be trained on. The message names the row and says what was expected."""
 
 
 @dataclass(frozen=True)

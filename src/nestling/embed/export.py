@@ -22,12 +22,12 @@ from nestling.embed import graph
 from nestling.embed.card import card
 from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder, truncated_config
-from nestling.embed.errors import ExportError
 from nestling.embed.files import LADDER_FILE
 from nestling.embed.modes import in_eval_mode
 from nestling.embed.probe import probe_texts
 from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite, write
+from nestling.errors import ExportError
 from nestling.folders import write_folder
 from nestling.ladder import Cup, Ladder
 from nestling.models import quiet

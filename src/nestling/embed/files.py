@@ -18,9 +18,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nestling.embed.hub import UnreachableError, find_file
+from nestling.embed.hub import find_file
 from nestling.embed.rotation import Rotation
-from nestling.ladder import Cup, Ladder, LadderError
+from nestling.errors import LadderError, UnreachableError
+from nestling.ladder import Cup, Ladder
 
 LADDER_FILE, ROTATIONS_FILE = "nestling.json", "rotations.safetensors"
 

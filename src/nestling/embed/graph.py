@@ -18,8 +18,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from nestling.embed.errors import ExportError
 from nestling.embed.probe import probe_texts
+from nestling.errors import ExportError
 
 TOLERANCE = 1e-4  # of coordinates of unit vectors
 CLOSE = 0.9  # the mean cosine of int8 vectors to those in fp32, at least

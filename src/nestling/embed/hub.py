@@ -8,17 +8,14 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from nestling.models import ALIASES, LoadError
+from nestling.errors import LoadError, UnreachableError
+from nestling.models import ALIASES
 from nestling.records import reason
 
 _ADVICE = (
     "no folder has that name, and {} cannot be loaded from the hub; check the spelling, the network, HF_HUB_OFFLINE, "
     "and that you may access it"
 )
-
-
-class UnreachableError(LoadError):
-    """The hub cannot be asked, and the file is not in its cache."""
 
 
 def find_file(source: str | os.PathLike[str], name: str) -> Path | None:

@@ -12,7 +12,8 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from nestling.embed.hub import find_file
-from nestling.models import ALIASES, LoadError, locate, quiet
+from nestling.errors import LoadError
+from nestling.models import ALIASES, locate, quiet
 from nestling.records import reason
 
 

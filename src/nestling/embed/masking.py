@@ -11,12 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nestling.errors import MaskingError
+
 HIDDEN, REPLACED = 0.8, 0.1  # of the masked tokens: by the mask token, by any token; the others stay (BERT)
 FEWEST = 2  # words of a text: one to be masked and one to be seen
-
-
-class MaskingError(ValueError):
-    """Text or a tokenizer that nothing can be masked with. The message says why."""
 
 
 class Window(NamedTuple):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, linear
 from transformers import AutoModelForMaskedLM
 
-from nestling.embed.anatomy import UnsupportedEncoderError
 from nestling.embed.encoder import Encoder, truncated_config
-from nestling.models import LoadError, locate, quiet
+from nestling.errors import LoadError, UnsupportedEncoderError
+from nestling.models import locate, quiet
 
 MASKS = ("<mask>", "[MASK]")
 

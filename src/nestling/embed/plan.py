@@ -14,7 +14,6 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
-from nestling.checkpoints import TrainingError
 from nestling.embed.arguments import check_changes, processes, relevant
 from nestling.embed.checksum import checksum, reading
 from nestling.embed.encoder import Encoder
@@ -24,6 +23,7 @@ from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import in_eval_mode
 from nestling.embed.rotation import KINDS
 from nestling.embed.trainer import check_finite
+from nestling.errors import TrainingError
 from nestling.ladder import Ladder
 
 RECIPE = ("kl", "kl_weight", "temperature", "teacher_temperature", "weights", "cascade", "detach_teacher", "normalize")

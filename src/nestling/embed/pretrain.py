@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from nestling.checkpoints import TrainingError, attributes, begin, run
+from nestling.checkpoints import attributes, begin, run
 from nestling.embed.arguments import check_changes, relevant, training_arguments
 from nestling.embed.card import pretrained_card
 from nestling.embed.checksum import checksum
@@ -31,6 +31,7 @@ from nestling.embed.plan import ladder_of
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
 from nestling.embed.train import Trained, save
 from nestling.embed.trainer import Watch, check_finite, without_bars
+from nestling.errors import TrainingError
 from nestling.ladder import Ladder
 
 LONGEST = 512  # tokens, where nobody says how many

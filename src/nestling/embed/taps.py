@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nestling.embed.anatomy import eager
 from nestling.embed.encoder import Encoder
-from nestling.ladder import LadderError
+from nestling.errors import LadderError
 
 
 def taps(

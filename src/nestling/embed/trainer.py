@@ -15,10 +15,10 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from nestling.checkpoints import TrainingError
 from nestling.embed.encoder import unwrapped
 from nestling.embed.files import ROTATIONS_FILE, read_rotations, write_rotations
 from nestling.embed.rotation import Rotation
+from nestling.errors import TrainingError
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 

@@ -1,15 +1,19 @@
 """The cache wing: nested bases for keys and values, and a cache that stores their first coordinates."""
 
-from nestling.checkpoints import TrainingError
+from nestling.errors import (
+    AdapterError,
+    BudgetError,
+    CacheMismatchError,
+    CalibrationError,
+    TrainingError,
+    UnsupportedModelError,
+)
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import BudgetError, RankTable
-from nestling.kv.attention import UnsupportedModelError, attach
+from nestling.kv.allocate import RankTable
+from nestling.kv.attention import attach
 from nestling.kv.cache import NestedCache
 from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import Contender, compare, evaluate
-from nestling.kv.files import AdapterError
-from nestling.kv.layer import CacheMismatchError
-from nestling.kv.moments import CalibrationError
 from nestling.kv.search import search
 from nestling.kv.train import train
 

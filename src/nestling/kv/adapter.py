@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from nestling.basis import NestedBasis
+from nestling.errors import AdapterError
 from nestling.kv import allocate, attention
 from nestling.kv.allocate import CONTEXT, RankTable
 from nestling.kv.bits import BitTable, by_bits, losses
 from nestling.kv.cache import CHUNK, Maker, NestedCache, make_cache
 from nestling.kv.exact import capacity
-from nestling.kv.files import SIDES, AdapterError, path_names, read, write
+from nestling.kv.files import SIDES, path_names, read, write
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
 WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"

@@ -19,13 +19,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nestling.errors import BudgetError
+
 STEP = 8
 MAX_GROUPS = 4
 CONTEXT = 4096
-
-
-class BudgetError(ValueError):
-    """A budget that no rank table can meet; the message says which budgets can be met."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
+from nestling.errors import UnsupportedModelError
+
 NAME = "nestling"
 EXTRAS = ("s_aux", "sinks", "softcap", "position_bias", "indices")  # what SDPA or a handle would leave out in silence
-
-
-class UnsupportedModelError(ValueError):
-    """The model's attention cannot be compressed; the message says why."""
 
 
 class Handle(Protocol):

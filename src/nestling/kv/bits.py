@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.kv.allocate import MAX_GROUPS, BudgetError, cluster, single_heads
+from nestling.errors import BudgetError
+from nestling.kv.allocate import MAX_GROUPS, cluster, single_heads
 from nestling.kv.pack import BLOCK
 from nestling.kv.quantise import WIDTHS
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from nestling.errors import BudgetError, CacheMismatchError
 from nestling.kv import attention
-from nestling.kv.allocate import BudgetError, RankTable
+from nestling.kv.allocate import RankTable
 from nestling.kv.bits import BitTable
 from nestling.kv.evict import HeavyHitters
 from nestling.kv.exact import BLOCK, ExactStore
 from nestling.kv.groups import RankGroup, shared_biases
-from nestling.kv.layer import CacheMismatchError, NestedLayer
+from nestling.kv.layer import NestedLayer
 from nestling.kv.packed import Layout
 
 CHUNK = 256  # tokens by which storage grows

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from nestling.data import read_texts
 from nestling.distill import kl_divergence
+from nestling.errors import EvaluationError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.probes import (
@@ -33,7 +34,7 @@ from nestling.kv.probes import (
     passkey_prompts,
     read,
 )
-from nestling.partial import EvaluationError, Partial
+from nestling.partial import Partial
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nestling.errors import AdapterError
 from nestling.folders import write_folder
 from nestling.kv.allocate import edges
 
@@ -23,10 +24,6 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.saf
 FORMAT = 1
 SIDES = ("key", "value")
 BUILT_IN = Path(__file__).parent / "adapters"
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read, or does not fit the model; the message says what differs."""
 
 
 def write(folder: str | Path, info: dict, tensors: dict[str, Tensor], card: str) -> None:

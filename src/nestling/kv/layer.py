@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from nestling.errors import CacheMismatchError
 from nestling.kv import attention, coordinates
 from nestling.kv.evict import HeavyHitters, attention_mass
 from nestling.kv.exact import ExactStore, coded
@@ -22,10 +23,6 @@ from nestling.kv.products import cast
 from nestling.kv.shrink import take
 
 SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
-
-
-class CacheMismatchError(ValueError):
-    """A cache was used with a model, batch or shape that it was not made for."""
 
 
 @dataclass(slots=True)

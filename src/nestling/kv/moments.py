@@ -15,14 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from nestling.basis import NestedBasis, balanced, pca
+from nestling.errors import CalibrationError
 from nestling.kv import attention
 
 QUERY_STRIDE = 16  # one query in so many is read for the attended keys: their attention weights are explicit
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
-
-
-class CalibrationError(ValueError):
-    """Statistics that no basis can be made from; the message names the layer."""
 
 
 @dataclass

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from nestling.errors import EvaluationError
 from nestling.kv import attention
-from nestling.partial import EvaluationError
 
 Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")

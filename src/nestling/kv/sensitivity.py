@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nestling.errors import CalibrationError
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.allocate import halvable
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
-from nestling.kv.moments import CalibrationError
 from nestling.kv.noise import Noise
 from nestling.kv.student import Student
 from nestling.progress import progress_bar

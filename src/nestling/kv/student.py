@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from nestling.checkpoints import TrainingError
 from nestling.distill import IGNORED, head_loss
+from nestling.errors import TrainingError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.files import SIDES

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from nestling.checkpoints import TrainingError, begin, run
+from nestling.checkpoints import begin, run
+from nestling.errors import BudgetError, TrainingError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import BudgetError, RankTable
+from nestling.kv.allocate import RankTable
 from nestling.kv.bits import BitTable
 from nestling.kv.calibrate import fit
 from nestling.kv.exact import capacity
