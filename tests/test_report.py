@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nestling import report
+from nestling.errors import FileError
 from nestling.report import Section, curve, heat_maps, markdown_table, run_meta, table, write_html, write_json
 
 HOSTILE = "$\\frac{$ --></pre><script src=http://x>1</script>\"' [b] |"
@@ -120,7 +121,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failure):
 def test_unwritable_values_and_folders_are_named(tmp_path):
     with pytest.raises(TypeError, match="object"):
         write_json(tmp_path / "x.json", [{"v": object()}], {})
-    with pytest.raises(FileNotFoundError, match=r"cannot write x\.json: the folder .*nowhere does not exist"):
+    with pytest.raises(FileError, match=r"cannot write x\.json: the folder .*nowhere does not exist"):
         write_json(tmp_path / "nowhere" / "x.json", [], {})
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nestling.errors import CalibrationError
+
 RIDGE = 1e-6  # of the mean eigenvalue, added to the diagonal: singular statistics stay invertible
 
 
@@ -115,7 +117,7 @@ def _symmetric(matrix: Tensor, name: str) -> Tensor:
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"{name} must be [..., d, d], got {tuple(matrix.shape)}")
     if not torch.isfinite(matrix).all():
-        raise ValueError(f"{name} holds NaN or infinite entries")
+        raise CalibrationError(f"{name} holds NaN or infinite entries")
     matrix = matrix.double()
     return (matrix + matrix.mT) / 2
 
@@ -131,4 +133,4 @@ def _factor(matrix: Tensor, name: str, ridge: float) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(matrix + ridge * 10**attempt * scale[..., None, None] * eye)
         if not info.any():
             return factor
-    raise ValueError(f"{name} is not positive semi-definite")
+    raise CalibrationError(f"{name} is not positive semi-definite")

@@ -33,6 +33,8 @@ from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
 
+from nestling.errors import FileError
+
 Row = Mapping[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito, safe for colour-blind
 MARKERS = "os^DvPX"  # no line is told by its colour alone
@@ -120,7 +122,7 @@ def plain(value: Any) -> Any:
 def _write(path: str | os.PathLike[str], text: str) -> None:
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path.name}: the folder {path.parent} does not exist")
+        raise FileError(f"cannot write {path.name}: the folder {path.parent} does not exist")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate must not cost the report

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nestling.distill import IGNORED
-from nestling.errors import TextTooShortError
+from nestling.errors import DataError, OptionError, TextTooShortError
 
 
 def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: int | None = None) -> Iterator[Tensor]:
@@ -23,7 +23,7 @@ def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: 
         ValueError: if ids are not an integer tensor ``[n, T]``, or ``texts`` is one string, or ``length`` is below 1.
     """
     if length < 1:
-        raise ValueError(f"length must be at least 1 token, got {length}")
+        raise OptionError(f"length must be at least 1 token, got {length}")
     made = 0
     for window in _windows(tokenizer, texts, length):
         yield window
@@ -46,7 +46,7 @@ def answer_windows(tokenizer, pairs: Iterable[tuple[str, str]], length: int) -> 
         ValueError: if the tokenizer has no EOS token, by which an answer's end is learned.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token: set tokenizer.eos_token, answers could not end")
+        raise OptionError("the tokenizer has no EOS token: set tokenizer.eos_token, answers could not end")
     rows = []
     for prompt, answer in pairs:
         start = tokenizer(prompt, verbose=False)["input_ids"]
@@ -64,14 +64,14 @@ def answer_windows(tokenizer, pairs: Iterable[tuple[str, str]], length: int) -> 
 def _windows(tokenizer, texts: Iterable[str] | Tensor, length: int) -> Iterator[Tensor]:
     if isinstance(texts, Tensor):
         if texts.ndim != 2 or texts.is_floating_point():
-            raise ValueError(f"token ids must be an integer tensor [n, T], got {texts.dtype} {list(texts.shape)}")
+            raise DataError(f"token ids must be an integer tensor [n, T], got {texts.dtype} {list(texts.shape)}")
         for row in texts:
             yield from (w for w in row.long().split(length) if len(w) == length)
         return
     if isinstance(texts, str):
-        raise ValueError("texts must be a list (or any iterable) of strings, not one string")
+        raise DataError("texts must be a list (or any iterable) of strings, not one string")
     if tokenizer is None:
-        raise ValueError("texts are strings, so a tokenizer is needed (it may be None only for token ids)")
+        raise OptionError("texts are strings, so a tokenizer is needed (it may be None only for token ids)")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pending: list[int] = []
     for text in texts:

@@ -24,6 +24,7 @@ from nestling.cli.terminal import (
     write_curve,
     write_results,
 )
+from nestling.errors import DataError, FileError, OptionError, TextTooShortError
 
 embed_app = typer.Typer(
     no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export."
@@ -55,7 +56,7 @@ def align(
     texts = _sentences(text)
     held, read = texts[::HELD_OUT][:500], [text for i, text in enumerate(texts) if i % HELD_OUT]
     if len(texts) < 100:
-        raise ValueError(f"{text}: {len(texts)} sentences are too few, expected some thousands, 100 at least")
+        raise TextTooShortError(f"{text}: {len(texts)} sentences are too few, expected some thousands, 100 at least")
     encoder = loading(embed.load_encoder, model)
     ladder, _ = _ladder(model, cups, encoder, rotated=False)
     aligned = embed.align(encoder, read, ladder, folder=out, prompt=prompt)
@@ -117,7 +118,7 @@ def train(
         check_folder(path)
     data = _training_data(pairs, scored, text)
     if steps is not None and epochs is not None:
-        raise ValueError(f"--steps {steps} and --epochs {epochs:g}: both say how long, leave one out")
+        raise OptionError(f"--steps {steps} and --epochs {epochs:g}: both say how long, leave one out")
     weights = dict(_weight(item) for item in weight or ())
     prompts = dict(_prompt(item) for item in prompt or ())
     evaluator = _evaluator(sts, retrieval, None)
@@ -166,11 +167,11 @@ def evaluate(
     for path in (json, html):
         check_folder(path)
     if text is not None and (sts or retrieval):
-        raise ValueError("--text is what is measured on where there is no --sts and no --retrieval: leave it out")
+        raise OptionError("--text is what is measured on where there is no --sts and no --retrieval: leave it out")
     prompts = dict(_prompt(item) for item in prompt or ())
     uses = (["query", "passage"] if retrieval else []) + (["sts"] if sts or not retrieval else [])
     if unused := [use for use in prompts if use not in uses]:
-        raise ValueError(f"--prompt {unused[0]}: nothing that is measured has that use, expected {', '.join(uses)}")
+        raise OptionError(f"--prompt {unused[0]}: nothing that is measured has that use, expected {', '.join(uses)}")
     evaluator = _evaluator(sts, retrieval, prompts, batch_size=batch_size, progress=True, grid=grid)
     texts = [] if evaluator is not None else _sentences(text)[:1000]
     encoder = loading(embed.load_encoder, model)
@@ -220,7 +221,7 @@ def export(
     for path in (out, json):
         check_folder(path)
     if out.exists():
-        raise FileExistsError(f"{out} exists: choose another folder, or remove it")
+        raise FileError(f"{out} exists: choose another folder, or remove it")
     encoder = loading(embed.load_encoder, model)
     ladder, rotations = _ladder(model, cups, encoder)
     given = cups is not None or embed.load_ladder(model) is not None
@@ -257,7 +258,7 @@ def _training_data(pairs: list[Path] | None, scored: Path | None, text: str | No
 
     named = [flag for flag, value in (("--pairs", pairs), ("--scored", scored), ("--text", text)) if value]
     if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)}: only one kind of data can be trained on at a time, leave one out")
+        raise OptionError(f"{' and '.join(named)}: only one kind of data can be trained on at a time, leave one out")
     if scored:
         return read_sts(scored)
     if not pairs:
@@ -266,7 +267,7 @@ def _training_data(pairs: list[Path] | None, scored: Path | None, text: str | No
     for path in pairs:
         found = read_pairs(path)
         if rows and list(found[0]) != list(rows[0]):
-            raise ValueError(
+            raise DataError(
                 f"{path}: columns {', '.join(found[0])}, expected {', '.join(rows[0])} as in {pairs[0]}: "
                 "train on one kind at a time"
             )
@@ -280,7 +281,7 @@ def _sentences(text: str | None) -> list[str]:
 
     found = sentences(read_texts(text))
     if not found:
-        raise ValueError(f"{text}: no sentences of four words and more were found, expected prose")
+        raise DataError(f"{text}: no sentences of four words and more were found, expected prose")
     return found
 
 
@@ -298,7 +299,7 @@ def _named(paths: list[Path]) -> dict[str, Path]:
     for path in paths:
         name = path.resolve().name.removesuffix(".gz").removesuffix(".jsonl")
         if name in found:
-            raise ValueError(f"{path}: there is another set called {name}, {found[name]}: rename one")
+            raise OptionError(f"{path}: there is another set called {name}, {found[name]}: rename one")
         found[name] = path
     return found
 
@@ -313,7 +314,7 @@ def _ladder(model: str, cups: str | None, encoder: Any, rotated: bool = True) ->
     ladder = embed.Ladder.parse(cups) if cups else own or embed.Ladder.default(parts.depth, parts.dims)
     rotations = embed.load_rotations(model) if rotated else {}
     if own and rotations and (missing := sorted(set(ladder.layers) - set(own.layers))):
-        raise ValueError(f"{model} was trained with rotations for its own cups {own}, not for layers {missing}")
+        raise OptionError(f"{model} was trained with rotations for its own cups {own}, not for layers {missing}")
     return ladder, rotations
 
 
@@ -322,13 +323,13 @@ def _weight(item: str) -> tuple[str, float]:
     try:
         return cup.strip(), float(number)
     except ValueError:
-        raise ValueError(f"--weight {item!r}: expected a cup and a number, such as 12x768=3") from None
+        raise OptionError(f"--weight {item!r}: expected a cup and a number, such as 12x768=3") from None
 
 
 def _prompt(item: str) -> tuple[str, str]:
     use, equals, prompt = item.partition("=")
     if not equals:
-        raise ValueError(f"--prompt {item!r}: expected a name and a text, such as query='query: '")
+        raise OptionError(f"--prompt {item!r}: expected a name and a text, such as query='query: '")
     return use.strip(), prompt
 
 
@@ -341,11 +342,11 @@ def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:
         if not all("cup" in row for row in rows):
             raise KeyError("cup")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no results of `embed eval --json` ({error!r})") from error
+        raise DataError(f"{path} holds no results of `embed eval --json` ({error!r})") from error
     models = sorted({str(row.get("model")) for row in rows})
     own = [row for row in rows if Path(str(row.get("model"))) == Path(model) and row["cup"] in cups]
     if not own:
-        raise ValueError(
+        raise DataError(
             f"{path} has no results of {model} at {', '.join(cups)}, it is of {', '.join(models)}: measure it first"
         )
     return own

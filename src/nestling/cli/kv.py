@@ -21,6 +21,7 @@ from nestling.cli.terminal import (
     show,
     write_results,
 )
+from nestling.errors import OptionError
 
 kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, inspect.")
 
@@ -305,7 +306,9 @@ def parse_budgets(text: str) -> list[float]:
         try:
             value = float(item.strip().removesuffix("%"))
         except ValueError:
-            raise ValueError(f"budgets: {item.strip()!r} is not a number; expected something like 100,50,25") from None
+            raise OptionError(
+                f"budgets: {item.strip()!r} is not a number; expected something like 100,50,25"
+            ) from None
         shares.append(value / 100 if value > 1 or item.strip().endswith("%") else value)
     return shares
 
@@ -315,5 +318,5 @@ def _dtype(name: str):
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "model": None}
     if name not in dtypes:
-        raise ValueError(f"--cache-dtype must be one of {', '.join(dtypes)}, got {name!r}")
+        raise OptionError(f"--cache-dtype must be one of {', '.join(dtypes)}, got {name!r}")
     return dtypes[name]

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nestling.errors import FileError
+
 console = Console()
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
@@ -50,7 +52,7 @@ def show(rows: list[dict], title: str) -> None:
 
 def check_folder(path: Path | None) -> None:
     if path is not None and not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"the folder of {path} does not exist: make it first")
+        raise FileError(f"the folder of {path} does not exist: make it first")
 
 
 def write_results(path: Path | None, rows: list[dict], seconds: float | None = None) -> None:

@@ -1,11 +1,13 @@
 """The embedding wing: text encoders whose every size, in layers and in coordinates, is good by itself."""
 
+from nestling.errors import MissingExtraError
+
 try:
     import sentence_transformers  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "sentence_transformers":
         raise
-    raise ImportError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
+    raise MissingExtraError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
 
 from nestling.embed.agreement import agreement
 from nestling.embed.align import align

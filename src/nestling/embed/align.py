@@ -17,7 +17,7 @@ from nestling.embed.plan import ladder_of
 from nestling.embed.rotation import rotations
 from nestling.embed.start import SAMPLE, turned_depths
 from nestling.embed.train import Trained, save
-from nestling.errors import ExampleError, TrainingError
+from nestling.errors import ExampleError, OptionError, TrainingError
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 
@@ -65,7 +65,7 @@ def align(
     ladder = ladder_of(parts, cups)
     depths = turned_depths(ladder)
     if not depths:
-        raise ValueError(f"the ladder {ladder} has the full model alone: name smaller cups")
+        raise OptionError(f"the ladder {ladder} has the full model alone: name smaller cups")
     given = examples.texts()
     few = given[:: -(-len(given) // SAMPLE)]
     used = stored_prompts(model)["sts"] if prompt is None else prompt

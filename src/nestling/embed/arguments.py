@@ -13,6 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from nestling.embed.evaluate import GridEvaluator
+from nestling.errors import OptionError
 
 OURS = {  # under other names, or not at all
     "output_dir": "use folder",
@@ -40,10 +41,10 @@ def check_changes(changes: Mapping[str, Any]) -> None:
     ValueError: an argument has another name here, or none; the message says which.
     """
     if wrong := [name for name in changes if name in OURS]:
-        raise ValueError(f"{wrong[0]}={changes[wrong[0]]!r} is no option of this training: {OURS[wrong[0]]}")
+        raise OptionError(f"{wrong[0]}={changes[wrong[0]]!r} is no option of this training: {OURS[wrong[0]]}")
     known = {field.name for field in fields(SentenceTransformerTrainingArguments)}
     if unknown := sorted(set(_checkpointing(changes)) - known):
-        raise ValueError(f"no option {', '.join(unknown)}: expected those of SentenceTransformerTrainingArguments")
+        raise OptionError(f"no option {', '.join(unknown)}: expected those of SentenceTransformerTrainingArguments")
 
 
 def relevant(changes: Mapping[str, Any]) -> dict[str, str]:
@@ -62,9 +63,9 @@ def training_arguments(
     """
     parts = processes() * changes.get("gradient_accumulation_steps", 1)
     if batch % parts:
-        raise ValueError(f"batch_size={batch} must be a multiple of processes times accumulation steps, {parts}")
+        raise OptionError(f"batch_size={batch} must be a multiple of processes times accumulation steps, {parts}")
     if not (steps >= 1 and 0 <= warmup < 1 and math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(
+        raise OptionError(
             f"steps={steps}, learning_rate={learning_rate:g} and warmup={warmup:g} must be at least 1, above 0, and "
             "a share of the steps from 0 to below 1"
         )

@@ -10,6 +10,8 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin, uses_gr
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
 
+from nestling.errors import ExampleError, OptionError
+
 Value = Tensor | dict[str, Tensor]  # some losses return named parts
 Batches = list[list[Tensor]]  # for each column of texts, vectors [b, d] of its mini-batches
 
@@ -24,7 +26,7 @@ def caches_gradients(loss: nn.Module) -> bool:
     if cached and isinstance(loss, CachedLossMixin):
         return True
     if cached or not hasattr(loss, "compute_loss_from_embeddings"):
-        raise ValueError(
+        raise OptionError(
             f"{type(loss).__name__} embeds texts by itself, so it cannot be taken at several sizes of one embedding: "
             "expected a loss with compute_loss_from_embeddings, such as MultipleNegativesRankingLoss or CoSENTLoss, "
             "or CachedMultipleNegativesRankingLoss"
@@ -39,7 +41,7 @@ def value(loss: Any, embeddings: Sequence[Tensor], labels: Tensor | None) -> Val
         ValueError: the loss needs labels and there are none, or they are of another number or shape.
     """
     if labels is not None and labels.shape[:1] != embeddings[0].shape[:1]:
-        raise ValueError(f"expected labels for {len(embeddings[0])} texts, got labels {list(labels.shape)}")
+        raise ExampleError(f"expected labels for {len(embeddings[0])} texts, got labels {list(labels.shape)}")
     if isinstance(loss, EmbedDistillLoss):
         return loss.compute_loss_from_embeddings(list(embeddings), _targets(labels, embeddings))
     try:
@@ -47,7 +49,7 @@ def value(loss: Any, embeddings: Sequence[Tensor], labels: Tensor | None) -> Val
     except (AttributeError, TypeError) as error:
         if labels is not None:
             raise
-        raise ValueError(
+        raise ExampleError(
             f"{type(loss).__name__} needs labels and there are none: give the data a column named label or score, or "
             "choose a loss without labels (those of a StarbucksLoss with a teacher are the teacher's)"
         ) from error
@@ -76,6 +78,6 @@ def _targets(labels: Tensor | None, embeddings: Sequence[Tensor]) -> list[Tensor
     dims = embeddings[0].shape[1]
     if labels is None or labels.ndim not in (2, 3) or labels.shape[-1] < dims:
         got = "none" if labels is None else list(labels.shape)
-        raise ValueError(f"expected labels [B, D] or [B, columns, D] with D from {dims} on, got {got}")
+        raise ExampleError(f"expected labels [B, D] or [B, columns, D] with D from {dims} on, got {got}")
     rows = labels if labels.ndim == 3 else labels[:, None].expand(-1, len(embeddings), -1)
     return list(rows[..., :dims].unbind(1))

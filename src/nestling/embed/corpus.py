@@ -17,7 +17,7 @@ import numpy as np
 
 from nestling.data import read_texts
 from nestling.embed.masking import FEWEST, Window
-from nestling.errors import DataError, MaskingError
+from nestling.errors import DataError, MaskingError, OptionError
 
 POOL = 64  # batches
 READ = 64  # texts that are tokenised at a time
@@ -108,9 +108,9 @@ class Corpus:
 
     def __init__(self, texts: Iterable[Any], tokenizer: Any, length: int, batch_size: int, seed: int = 0, pool=POOL):
         if isinstance(texts, str | bytes):
-            raise ValueError("texts must be strings in a list, or an iterable of them, not one string")
+            raise DataError("texts must be strings in a list, or an iterable of them, not one string")
         if isinstance(texts, Iterator):
-            raise ValueError(
+            raise OptionError(
                 "texts can be read only once, and are read again to resume and for a next pass: give a list, a data "
                 "set, or Texts([...]) of files"
             )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nestling.embed.anatomy import Anatomy, anatomy_of, depth_of, state_of
-from nestling.errors import UnsupportedEncoderError
+from nestling.errors import LadderError, UnsupportedEncoderError
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def truncated_config(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     """
     full = depth_of(config)
     if not 1 <= depth <= full:
-        raise ValueError(f"cannot keep {depth} of {full} layers: expected 1 to {full}")
+        raise LadderError(f"cannot keep {depth} of {full} layers: expected 1 to {full}")
     config = copy.deepcopy(config)
     text = config.get_text_config()
     per_layer = {

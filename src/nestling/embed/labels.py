@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer import losses
 from torch import nn
 
 from nestling.embed.losses import StarbucksLoss
+from nestling.errors import ExampleError
 
 BLIND = (
     losses.MultipleNegativesRankingLoss,
@@ -50,14 +51,14 @@ def check_labels(loss: nn.Module | None, labels: list[Any] | None) -> None:
         return
     name = type(loss).__name__
     if isinstance(loss, BLIND):
-        raise ValueError(
+        raise ExampleError(
             f"{name} takes every row as a good one and reads no labels, and these rows have some, such as "
             f"{labels[0]!r}: use CoSENTLoss for scores, or leave the labels out"
         )
     for kinds, expected, fits in KINDS:
         bad = next((i for i, label in enumerate(labels) if isinstance(loss, kinds) and not fits(label)), None)
         if bad is not None:
-            raise ValueError(f"row {bad + 1}: {name} cannot use the label {labels[bad]!r}: expected {expected}")
+            raise ExampleError(f"row {bad + 1}: {name} cannot use the label {labels[bad]!r}: expected {expected}")
 
 
 def _is_number(label: Any) -> bool:

@@ -22,6 +22,7 @@ from nestling.embed.lengths import embed_by_length
 from nestling.embed.rotation import Rotation
 from nestling.embed.taps import taps
 from nestling.embed.teacher import checked_teacher, rows_of
+from nestling.errors import OptionError
 from nestling.ladder import Cup, Ladder
 
 Parts = dict[str, Tensor]
@@ -129,24 +130,24 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     def _check(self) -> None:
         if self.kl not in (None, *TEMPERATURE):
-            raise ValueError(f"kl must be 'similarity', 'coordinate' or None, got {self.kl!r}")
+            raise OptionError(f"kl must be 'similarity', 'coordinate' or None, got {self.kl!r}")
         options = {name: getattr(self, name) for name in ("kl_weight", "temperature", "teacher_temperature")}
         options |= {f"weights[{cup}]": weight for cup, weight in self.weights.items()}
         for name, number in options.items():
             if not (isfinite(number) and number > 0):
-                raise ValueError(f"{name} must be a positive number, got {number!r}")
+                raise OptionError(f"{name} must be a positive number, got {number!r}")
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
-            raise ValueError("EmbedDistillLoss compares coordinates with those of another model: use no rotations")
+            raise OptionError("EmbedDistillLoss compares coordinates with those of another model: use no rotations")
         for depth, rotation in self.rotations.items():
             size = len(rotation.get_parameter("encode"))
             if int(depth) not in self.cups.layers or size != self.cups.full.dims:
-                raise ValueError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
+                raise OptionError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
         if self.teacher is not None and self.kl != "similarity":
-            raise ValueError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
+            raise OptionError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
         if self.loss is None and self.teacher is None:
-            raise ValueError("without a loss nothing holds the full cup where it is: give a loss, or a teacher")
+            raise OptionError("without a loss nothing holds the full cup where it is: give a loss, or a teacher")
         if self.gather_across_devices and getattr(self.loss, "gather_across_devices", False):
-            raise ValueError("texts would be gathered twice: leave gather_across_devices off in the inner loss")
+            raise OptionError("texts would be gathered twice: leave gather_across_devices off in the inner loss")
 
     def _who_teaches(self) -> dict[Cup, Cup | None]:
         """The teacher of each cup that has one; None is the external one."""

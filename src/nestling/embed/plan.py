@@ -23,7 +23,7 @@ from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import in_eval_mode
 from nestling.embed.rotation import KINDS
 from nestling.embed.trainer import check_finite
-from nestling.errors import TrainingError
+from nestling.errors import ExampleError, OptionError, TrainingError
 from nestling.ladder import Ladder
 
 RECIPE = ("kl", "kl_weight", "temperature", "teacher_temperature", "weights", "cascade", "detach_teacher", "normalize")
@@ -49,25 +49,25 @@ class Plan:
         """Options that do not go together, and labels that the loss cannot use."""
         name, model = type(self.given).__name__, self.encoder.model
         if isinstance(rotation, str) and rotation not in ("auto", *KINDS):
-            raise ValueError(f"rotation must be auto, {', '.join(KINDS)}, or rotations by depth, got {rotation!r}")
+            raise OptionError(f"rotation must be auto, {', '.join(KINDS)}, or rotations by depth, got {rotation!r}")
         if unknown := set(recipe or {}) - set(RECIPE):
-            raise ValueError(f"recipe has no {sorted(unknown)}: expected some of {', '.join(RECIPE)}")
+            raise OptionError(f"recipe has no {sorted(unknown)}: expected some of {', '.join(RECIPE)}")
         if out.exists() and not resume:
             raise TrainingError(f"{out} exists: choose another folder, or remove it")
         if self.given is not None and getattr(self.given, "model", model) is not model:
-            raise ValueError(f"the {name} is of another model: make it of the one that is trained")
+            raise OptionError(f"the {name} is of another model: make it of the one that is trained")
         if isinstance(self.given, StarbucksLoss):
             turns = None if rotation == "auto" else rotation
             also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": turns}
             if wrong := [key for key, value in also.items() if value is not None]:
-                raise ValueError(f"a StarbucksLoss has its own {', '.join(wrong)}: give those to it, or a base loss")
+                raise OptionError(f"a StarbucksLoss has its own {', '.join(wrong)}: give those to it, or a base loss")
         if mini_batch_size is not None and (self.given is not None or self.examples.kind != "pairs"):
-            raise ValueError(
+            raise OptionError(
                 f"mini_batch_size={mini_batch_size} is for pairs without a loss of your own: give a loss that caches "
                 "gradients"
             )
         if self.distils and self.examples.labels is not None:
-            raise ValueError("a teacher takes the place of labels: give pairs or texts, or leave the teacher out")
+            raise OptionError("a teacher takes the place of labels: give pairs or texts, or leave the teacher out")
         check_labels(self.given, self.examples.labels)
         check_changes(arguments)
 
@@ -153,7 +153,7 @@ def prompts_of(asked: str | Mapping[str, str] | None, examples: Examples, stored
         found = dict.fromkeys(columns, stored["sts"])
     if isinstance(asked, Mapping):
         if unknown := set(asked) - set(columns):
-            raise ValueError(f"there are no columns {sorted(unknown)} to prompt: expected {', '.join(columns)}")
+            raise OptionError(f"there are no columns {sorted(unknown)} to prompt: expected {', '.join(columns)}")
         found |= asked
     return {name: prompt for name, prompt in found.items() if prompt}
 
@@ -181,7 +181,7 @@ def attempt(loss: StarbucksLoss, examples: Examples, distils: bool, prompts: dic
             parts = loss.to(model.device)(features, None if labels is None else labels.to(model.device))
     except (TypeError, AttributeError, IndexError, RuntimeError) as error:
         shown = "none" if examples.labels is None else f"like {examples.labels[0]!r}"
-        raise ValueError(
+        raise ExampleError(
             f"{type(loss.loss).__name__} cannot be computed of {count} columns of texts with labels {shown} "
             f"({error}): give it the rows that it needs, or choose another loss"
         ) from error

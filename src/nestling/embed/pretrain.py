@@ -31,7 +31,7 @@ from nestling.embed.plan import ladder_of
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
 from nestling.embed.train import Trained, save
 from nestling.embed.trainer import Watch, check_finite, without_bars
-from nestling.errors import TrainingError
+from nestling.errors import MissingExtraError, OptionError, TrainingError
 from nestling.ladder import Ladder
 
 LONGEST = 512  # tokens, where nobody says how many
@@ -104,7 +104,7 @@ def pretrain(
             or the folders are another training's. The last whole checkpoint is kept.
     """
     if find_spec("accelerate") is None:
-        raise ImportError("training needs accelerate: pip install 'nestling[train,embed]'")
+        raise MissingExtraError("training needs accelerate: pip install 'nestling[train,embed]'")
     out = Path(folder)
     if out.exists() and not resume:
         raise TrainingError(f"{out} exists: choose another folder, or remove it")
@@ -116,7 +116,7 @@ def pretrain(
     longest = _longest(model)
     length = min(longest, LONGEST) if length is None else length
     if length > longest:
-        raise ValueError(f"length={length} is more than the {longest} tokens that the model reads")
+        raise OptionError(f"length={length} is more than the {longest} tokens that the model reads")
     work = out.with_name(f"{out.name}-checkpoints")
     options = _arguments(work, steps, batch_size, learning_rate, warmup, seed, arguments)
     source = Texts([texts], skip_bad) if isinstance(texts, str | os.PathLike) else texts
@@ -223,9 +223,9 @@ class MaskedTrainer(Trainer):
 
 def _check_options(decoder: str | None, cups_per_step: int | None, cups: int) -> None:
     if decoder not in ("plain", "enhanced", None):
-        raise ValueError(f"decoder must be plain, enhanced or None, got {decoder!r}")
+        raise OptionError(f"decoder must be plain, enhanced or None, got {decoder!r}")
     if cups_per_step is not None and not 1 <= cups_per_step <= cups:
-        raise ValueError(f"cups_per_step={cups_per_step}: expected 1 to {cups}, as many as the ladder has")
+        raise OptionError(f"cups_per_step={cups_per_step}: expected 1 to {cups}, as many as the ladder has")
 
 
 def _longest(model: SentenceTransformer) -> int:
@@ -250,9 +250,9 @@ def _arguments(
 ) -> TrainingArguments:
     """The trainer's arguments: those of fine-tunings, but for the paper's schedule and decay."""
     if batch < 1:
-        raise ValueError(f"batch_size={batch} must be at least 1")
+        raise OptionError(f"batch_size={batch} must be at least 1")
     if wrong := [name for name in changes if name.startswith(("gradient_checkpointing", "activation_checkpointing"))]:
-        raise ValueError(f"{wrong[0]} is no option of a pre-training: turn it on in the model's backbone beforehand")
+        raise OptionError(f"{wrong[0]} is no option of a pre-training: turn it on in the model's backbone beforehand")
     check_changes(changes)
     defaults = {
         "lr_scheduler_type": "cosine",

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from nestling.basis import pca
 from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder
+from nestling.errors import ExampleError, OptionError
 
 Kind = Literal["aligned", "centred", "pca"]
 KINDS = get_args(Kind)
@@ -45,7 +46,7 @@ class Rotation(nn.Module):
             or encode.shape[0] != encode.shape[1]
             or (mean is not None and mean.shape != encode[0].shape)
         ):
-            raise ValueError(f"expected encode [H, H] and mean [H], got {list(encode.shape)} and {_shape(mean)}")
+            raise OptionError(f"expected encode [H, H] and mean [H], got {list(encode.shape)} and {_shape(mean)}")
         self.encode = nn.Parameter(encode.detach().float(), requires_grad=False)
         frozen = None if mean is None else nn.Parameter(mean.detach().float(), requires_grad=False)
         self.register_parameter("mean", frozen)
@@ -110,11 +111,11 @@ def rotations(
     """
     given, parts = list(texts), Encoder.of(model)
     if not given:
-        raise ValueError("expected texts to take rotations from, got none")
+        raise ExampleError("expected texts to take rotations from, got none")
     if kind not in KINDS:
-        raise ValueError(f"kind must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
+        raise OptionError(f"kind must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
     if target is not None and (target.ndim != 2 or len(target) != len(given)):
-        raise ValueError(f"expected the target's embeddings of {len(given)} texts, got {list(target.shape)}")
+        raise OptionError(f"expected the target's embeddings of {len(given)} texts, got {list(target.shape)}")
     depths = sorted(set(layers))
     needed = {*depths, parts.depth} if kind == "aligned" and target is None else depths
     found = encode(model, given, dict.fromkeys(sorted(needed), parts.dims), batch_size=batch_size, advance=advance)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nestling.embed.modes import in_eval_mode
+from nestling.errors import EvaluationError, ExampleError, OptionError
 
 CHUNK = 1024  # texts that are embedded between two looks at the progress
 
@@ -98,7 +99,7 @@ def write_table(
     try:
         for places, vectors in _embedded(teacher, texts, batch_size):
             if not np.isfinite(vectors).all():
-                raise ValueError("the teacher gives embeddings that are not finite: its weights are broken")
+                raise EvaluationError("the teacher gives embeddings that are not finite: its weights are broken")
             if table is None:
                 shape = (len(texts), vectors.shape[1])
                 table = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape)
@@ -132,7 +133,7 @@ def checked_teacher(table: Tensor | np.ndarray) -> Tensor:
     """
     teacher = torch.as_tensor(table)
     if teacher.ndim != 2 or not teacher.is_floating_point():
-        raise ValueError(f"expected teacher embeddings [N, D] of floats, got {teacher.dtype} {list(teacher.shape)}")
+        raise OptionError(f"expected teacher embeddings [N, D] of floats, got {teacher.dtype} {list(teacher.shape)}")
     return teacher
 
 
@@ -150,12 +151,12 @@ def rows_of(teacher: Tensor, labels: Tensor | None, columns: Sequence[Tensor]) -
     shape = [len(columns[0]), len(columns)]
     if labels is None or labels.is_floating_point() or list(labels.shape) != shape:
         got = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(
+        raise ExampleError(
             f"with a teacher, labels are the numbers of its rows: expected integers of shape {shape} "
             f"(texts, columns), got {got}"
         )
     numbers = labels.to(teacher.device)
     low, high = int(numbers.min()), int(numbers.max())
     if low < 0 or high >= len(teacher):
-        raise ValueError(f"labels name rows {low} to {high} of a teacher that has {len(teacher)}")
+        raise ExampleError(f"labels name rows {low} to {high} of a teacher that has {len(teacher)}")
     return list(normalize(teacher[numbers.T].to(columns[0].device).float(), dim=-1))

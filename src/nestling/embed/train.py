@@ -38,6 +38,7 @@ from nestling.embed.rotation import Rotation
 from nestling.embed.start import start_rotations, turned_depths
 from nestling.embed.teacher import numbered, shared_table
 from nestling.embed.trainer import Averaged, CupTrainer, Watch, trained_rotations, without_bars
+from nestling.errors import MissingExtraError, OptionError
 from nestling.folders import write_folder
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
@@ -148,13 +149,13 @@ def train(
     """
     for package in ("accelerate", "datasets"):
         if find_spec(package) is None:
-            raise ImportError(f"training needs {package}: pip install 'nestling[train,embed]'")
+            raise MissingExtraError(f"training needs {package}: pip install 'nestling[train,embed]'")
     encoder, out = Encoder.of(model), Path(folder)
     inner = loss if loss is None or isinstance(loss, nn.Module) else loss(model)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
     plan.check(cups, recipe, rotation, mini_batch_size, out, resume, arguments)
     if rotation_rate is not None and not (math.isfinite(rotation_rate) and rotation_rate > 0):
-        raise ValueError(f"rotation_rate={rotation_rate} must be above 0, or None to leave rotations as they are")
+        raise OptionError(f"rotation_rate={rotation_rate} must be above 0, or None to leave rotations as they are")
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if rotation == "auto":
         rotation = "aligned"
@@ -167,14 +168,14 @@ def train(
     rows = len(plan.examples)
     batch = min(BATCH, rows) if batch_size is None else batch_size
     if not 2 * arguments.get("gradient_accumulation_steps", 1) <= batch <= rows:
-        raise ValueError(
+        raise OptionError(
             f"batch_size={batch} does not fit {rows} rows: a step takes some of them, and a loss compares at least two"
         )
     steps = max(1, round(epochs * rows / batch)) if steps is None else steps
     work = out.with_name(f"{out.name}-checkpoints")
     texts = by = prompts_of(prompts, plan.examples, stored_prompts(model))
     if teacher is None and teacher_prompts:
-        raise ValueError(f"teacher_prompts={teacher_prompts!r} without a teacher: give one, or use prompts")
+        raise OptionError(f"teacher_prompts={teacher_prompts!r} without a teacher: give one, or use prompts")
     if teacher is not None:
         by = prompts_of(teacher_prompts, plan.examples, stored_prompts(teacher))
     changes = dict(arguments)

@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from nestling import report
 from nestling.data import read_texts
+from nestling.errors import OptionError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import RankTable
 from nestling.kv.cache import NestedCache
@@ -67,7 +68,7 @@ def stream(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[-1]:
-        raise ValueError("the prompt is empty")
+        raise OptionError("the prompt is empty")
     inputs = inputs.to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = streamer or TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

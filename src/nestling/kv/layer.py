@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from nestling.errors import CacheMismatchError
+from nestling.errors import CacheMismatchError, OptionError
 from nestling.kv import attention, coordinates
 from nestling.kv.evict import HeavyHitters, attention_mass
 from nestling.kv.exact import ExactStore, coded
@@ -135,7 +135,7 @@ class NestedLayer(CacheLayerMixin):
         """A code for NaN would be read as a number."""
         for name, state in zip(("keys", "values"), states, strict=True):
             if not torch.isfinite(state).all():
-                raise ValueError(f"layer {self.index}: {name} hold NaN or infinity, which cannot be quantised")
+                raise CacheMismatchError(f"layer {self.index}: {name} hold NaN or infinity, which cannot be quantised")
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention in coordinates: ``[B, Tq, Hq, D]`` from ``query`` ``[B, Hq, Tq, D]``."""
@@ -233,7 +233,7 @@ class NestedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise OptionError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         remove = min(-tokens_to_remove, self.length)
         if remove:
             if self.hitters is not None and self.hitters.evicted:

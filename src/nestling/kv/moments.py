@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from nestling.basis import NestedBasis, balanced, pca
-from nestling.errors import CalibrationError
+from nestling.errors import CalibrationError, OptionError
 from nestling.kv import attention
 
 QUERY_STRIDE = 16  # one query in so many is read for the attended keys: their attention weights are explicit
@@ -165,7 +165,7 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
     map commutes with the attention average.
     """
     if basis not in ("pca", "balanced"):
-        raise ValueError(f"basis must be 'pca' or 'balanced', got {basis!r}")
+        raise OptionError(f"basis must be 'pca' or 'balanced', got {basis!r}")
     if basis == "pca":
         return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
     projections = attention.output_projections(model)

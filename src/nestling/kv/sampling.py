@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nestling.errors import OptionError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import STEP, RankTable
 from nestling.kv.bits import BitTable
@@ -55,7 +56,7 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
         step = max(1, width // 8)
         return lambda number: torch.randint(1, width // step + 1, shape, generator=generator(number)) * step
     if name not in SAMPLINGS:
-        raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {name!r}")
+        raise OptionError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {name!r}")
     if name == "fixed":
         half = adapter.ranks(FIXED * adapter.full_elements, allocation).stacked
         return lambda number: half

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nestling.errors import OptionError
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.allocate import STEP, blended, by_gains, edges, energy_gains, halvable
@@ -94,11 +95,11 @@ def search(
         TextTooShortError, AdapterError; ValueError for an unknown method.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise OptionError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     adapter.check(model)
     attention.attach(model)
     if length <= (exact := capacity(sinks, window)):
-        raise ValueError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
+        raise OptionError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
     ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=windows)))
     training = model.training
     with progress_bar(progress) as bar:

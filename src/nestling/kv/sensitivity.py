@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nestling.errors import CalibrationError
+from nestling.errors import CalibrationError, OptionError
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.allocate import halvable
@@ -105,7 +105,7 @@ def measure(
     for share, count in ((1.0, -(-pieces // 2)), (HALF, pieces)):
         batches = spread(windows, count, length, size)
         if batches[0].shape[1] <= (held := capacity(sinks, window)):
-            raise ValueError(
+            raise OptionError(
                 f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {held} exact ones: energies need "
                 "longer windows, or fewer sinks and a smaller window"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from nestling.checkpoints import begin, run
-from nestling.errors import BudgetError, TrainingError
+from nestling.errors import BudgetError, MissingExtraError, OptionError, TrainingError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import RankTable
@@ -125,18 +125,18 @@ def train(
         TextTooShortError, AdapterError, UnsupportedModelError.
     """
     if find_spec("accelerate") is None:
-        raise ImportError("training needs accelerate: pip install 'nestling[train]'")
+        raise MissingExtraError("training needs accelerate: pip install 'nestling[train]'")
     if preset not in RECIPES:
-        raise ValueError(f"preset must be one of {', '.join(RECIPES)}, got {preset!r}")
+        raise OptionError(f"preset must be one of {', '.join(RECIPES)}, got {preset!r}")
     chosen = replace(RECIPES[preset], **(recipe or {}))
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     if length <= (exact := capacity(chosen.sinks, chosen.window)):
-        raise ValueError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
+        raise OptionError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
     if labels is not None and (labels.shape[1:] != windows.shape[1:] or len(labels) < len(windows)):
-        raise ValueError(f"labels are {list(labels.shape)}, expected {list(windows.shape)}, in step with the texts")
+        raise OptionError(f"labels are {list(labels.shape)}, expected {list(windows.shape)}, in step with the texts")
     held_out = windows[:0]
     if eval_texts is not None:
         held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=eval_windows)))
@@ -235,7 +235,7 @@ def _arguments(
     processes = int(os.environ.get("WORLD_SIZE", 1))
     parts = processes * changes.get("gradient_accumulation_steps", 1)
     if batch_size % parts:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of processes times accumulation steps, {parts}")
+        raise OptionError(f"batch_size={batch_size} must be a multiple of processes times accumulation steps, {parts}")
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": batch_size // parts,
