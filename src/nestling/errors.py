@@ -49,8 +49,8 @@ class AdapterError(NestlingError, ValueError):
     """An adapter that cannot be read, or does not fit the model; the message says what differs."""
 
 
-class BudgetError(NestlingError, ValueError):
-    """A budget that no rank table can meet; the message says which budgets can be met."""
+class BudgetError(OptionError):
+    """A budget that cannot be read or met; the message has it as it was given, and the smallest one that can be met."""
 
 
 class CacheMismatchError(NestlingError, ValueError):

@@ -23,7 +23,7 @@ def whole(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -
     expected = f"a whole number of at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
     number_ = _plain(name, value, expected)
     if number_ != int(number_) or number_ < minimum or (maximum is not None and number_ > maximum):
-        raise OptionError(f"{name}={_shown(value)} is out of range: expected {expected}")
+        raise OptionError(f"{name}={shown(value)} is out of range: expected {expected}")
     return int(number_)
 
 
@@ -50,14 +50,14 @@ def number(
     try:
         number_ = float(_plain(name, value, expected))
     except OverflowError:
-        raise OptionError(f"{name}={_shown(value)} is out of range: expected {expected}") from None
+        raise OptionError(f"{name}={shown(value)} is out of range: expected {expected}") from None
     if (
         (minimum is not None and number_ < minimum)
         or (above is not None and number_ <= above)
         or (maximum is not None and number_ > maximum)
         or (below is not None and number_ >= below)
     ):
-        raise OptionError(f"{name}={_shown(value)} is out of range: expected {expected}")
+        raise OptionError(f"{name}={shown(value)} is out of range: expected {expected}")
     return number_
 
 
@@ -73,7 +73,7 @@ def flag(name: str, value: Any) -> bool:
         OptionError: for any other type.
     """
     if not isinstance(value, bool):
-        raise OptionError(f"{name}={_shown(value)}: expected True or False")
+        raise OptionError(f"{name}={shown(value)}: expected True or False")
     return value
 
 
@@ -84,28 +84,28 @@ def choice(name: str, value: T, known: Collection[T]) -> T:
         OptionError: for any other value; the message lists those known.
     """
     if not any(type(value) is type(item) and value == item for item in known):
-        raise OptionError(f"{name}={_shown(value)} is unknown: expected one of {', '.join(map(str, known))}")
+        raise OptionError(f"{name}={shown(value)} is unknown: expected one of {', '.join(map(str, known))}")
     return value
 
 
 def _plain(name: str, value: Any, expected: str) -> int | float:
     """A Python number of one element: not bool, not text, not NaN or infinite."""
     if isinstance(value, bool | str | bytes | complex) or value is None:
-        raise OptionError(f"{name}={_shown(value)}: expected {expected}")
+        raise OptionError(f"{name}={shown(value)}: expected {expected}")
     if not isinstance(value, int):
         try:
             value = value.item() if hasattr(value, "item") else float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise OptionError(f"{name}={_shown(value)}: expected {expected}") from None
+            raise OptionError(f"{name}={shown(value)}: expected {expected}") from None
         if isinstance(value, bool | complex) or not isinstance(value, int | float):
-            raise OptionError(f"{name}={_shown(value)}: expected {expected}")
+            raise OptionError(f"{name}={shown(value)}: expected {expected}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(f"{name}={_shown(value)}: expected {expected}")
+        raise OptionError(f"{name}={shown(value)}: expected {expected}")
     return value
 
 
-def _shown(value: Any) -> str:
-    """The value as a message shows it: a number of thousands of digits cannot even be spelled."""
+def shown(value: Any) -> str:
+    """The value as a message shows it, on one short line: a number of thousands of digits cannot even be spelled."""
     try:
         text = repr(value)
     except ValueError:

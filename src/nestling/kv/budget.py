@@ -1,0 +1,103 @@
+"""Budgets as users write them: ``0.25``, ``"25%"``, ``"25"``, ``"64MiB"``. Library and command line read them here."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from nestling.errors import BudgetError, OptionError
+from nestling.options import number, shown
+
+WRITTEN = re.compile(
+    r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*(%|[kmg]i?b|b)?\s*", re.ASCII | re.IGNORECASE
+)
+UNITS = {"b": 1} | {f"{k}b": 1000**n for n, k in enumerate("kmg", 1)} | {f"{k}ib": 1024**n for n, k in enumerate("kmg", 1)}  # fmt: skip
+EXPECTED = "a share of the full cache above 0 and at most 1, a percentage such as '25%', or bytes such as '64MiB'"
+EXPECTED_SHARE = "a share of the full cache above 0 and at most 1, or a percentage such as '25%'"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a cache may take; of ``share`` and ``limit``, one is None.
+
+    Attributes:
+        share: of the full cache's bytes, above 0 and at most 1.
+        limit: bytes that are never exceeded.
+        given: the option and its value as the user wrote them, for messages: ``budget='25%'``.
+    """
+
+    share: float | None
+    limit: int | None
+    given: str
+
+
+def read_budget(value: Any, name: str = "budget") -> Budget:
+    """A budget as the user wrote it: a number, or text.
+
+    * A number is a share of the full cache, above 0 and at most 1.
+    * Text is a share (``"0.25"``, ``"1"``), a percentage (``"25%"``, or a number above 1: ``"25"``), or a limit in
+      bytes, with one of the units B, kB, MB, GB, KiB, MiB, GiB (``"64MiB"``).
+
+    Args:
+        value: what was given; a `Budget` is returned as it is.
+        name: of the option, for messages.
+
+    Raises:
+        BudgetError: for anything else; the message has the value as it was given.
+    """
+    if isinstance(value, Budget):
+        return value
+    given = f"{name}={shown(value)}"
+    if not isinstance(value, str):
+        return Budget(_share(value, given), None, given)
+    if not (match := WRITTEN.fullmatch(value)):
+        raise BudgetError(f"{given} cannot be read: expected {EXPECTED}")
+    amount, unit = float(match[1]), (match[2] or "").lower()
+    if unit in UNITS:
+        if not 1 <= amount * UNITS[unit] < 2**63:
+            raise BudgetError(f"{given} is out of range: a limit is at least 1 byte, and below 2^63")
+        return Budget(None, int(amount * UNITS[unit]), given)
+    return Budget(_share(amount / 100 if unit == "%" or amount > 1 else amount, given), None, given)
+
+
+def read_share(value: Any, name: str = "budget") -> Budget:
+    """A budget that is a share: as `read_budget`, where a limit in bytes is refused.
+
+    Raises:
+        BudgetError: as `read_budget`, and for bytes.
+    """
+    budget = read_budget(value, name)
+    if budget.share is None:
+        raise BudgetError(f"{budget.given} is a limit in bytes: expected {EXPECTED_SHARE}")
+    return budget
+
+
+def read_shares(values: Any, name: str = "budgets") -> list[Budget]:
+    """Several shares: an iterable of them, or text with commas between them (``"100%,0.5,25"``).
+
+    Raises:
+        BudgetError: if one of them is no share, if two are the same share, or if there are none.
+    """
+    if isinstance(values, str):
+        values = values.split(",")
+    if not isinstance(values, Iterable):
+        raise BudgetError(f"{name}={shown(values)}: expected several budgets, such as [0.5, 0.25] or '50%,25%'")
+    budgets = [read_share(value, name) for value in values]
+    shares = [budget.share for budget in budgets]
+    if repeated := [budget.given for budget in budgets if shares.count(budget.share) > 1]:
+        raise BudgetError(f"{' and '.join(repeated)} are the same budget: name each once")
+    if not budgets:
+        raise BudgetError(f"{name} are empty: expected several budgets, such as [0.5, 0.25] or '50%,25%'")
+    return budgets
+
+
+def _share(value: Any, given: str) -> float:
+    try:
+        share = number("budget", value)
+    except OptionError:
+        share = math.nan
+    if 0 < share <= 1:
+        return share
+    percent = f"; as a percentage, write '{share:g}%'" if 1 < share <= 100 else ""
+    raise BudgetError(f"{given} is out of range: expected {EXPECTED_SHARE}{percent}")
