@@ -50,7 +50,7 @@ class AdapterError(NestlingError, ValueError):
 
 
 class BudgetError(OptionError):
-    """A budget that cannot be read or met; the message has it as it was given, and the smallest one that can be met."""
+    """A budget that cannot be read or met; the message has it as given, and the smallest that can be met."""
 
 
 class CacheMismatchError(NestlingError, ValueError):

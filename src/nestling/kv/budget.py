@@ -12,7 +12,8 @@ from nestling.options import number, shown
 WRITTEN = re.compile(
     r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*(%|[kmg]i?b|b)?\s*", re.ASCII | re.IGNORECASE
 )
-UNITS = {"b": 1} | {f"{k}b": 1000**n for n, k in enumerate("kmg", 1)} | {f"{k}ib": 1024**n for n, k in enumerate("kmg", 1)}  # fmt: skip
+POWERS = {"k": 1, "m": 2, "g": 3}
+UNITS = {"b": 1} | {f"{k}b": 1000**n for k, n in POWERS.items()} | {f"{k}ib": 1024**n for k, n in POWERS.items()}
 EXPECTED = "a share of the full cache above 0 and at most 1, a percentage such as '25%', or bytes such as '64MiB'"
 EXPECTED_SHARE = "a share of the full cache above 0 and at most 1, or a percentage such as '25%'"
 
