@@ -183,7 +183,7 @@ def test_inspect_shows_the_ranks(place):
         (("kv", "inspect", "adapter", "--budget", 0.01), "below the smallest possible"),
         (("kv", "inspect", "adapter", "--budget", 0.5, "--allocation", "magic"), "magic"),
         (("kv", "inspect", "nowhere"), "nowhere"),
-        (("kv", "inspect", "lm"), "adapter_config.json is missing"),
+        (("kv", "inspect", "lm"), "nestling_adapter.json is missing"),
         (("kv", "eval", "lm", "adapter", "--budgets", "half"), "'half' is not a number"),
         (("kv", "eval", "lm", "adapter", "--json", "no/where.json"), "does not exist"),
         (("kv", "eval", "lm", "adapter", "--cache-dtype", "int3"), "int3"),

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from nestling.errors import TrainingError
+from nestling.writing import write_file
 
 JOB_FILE = "training.json"
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -36,7 +35,7 @@ def begin(folder: Path, job: dict, resume: bool) -> Path | None:
         if list(folder.glob("checkpoint-*")):
             raise TrainingError(f"{folder} holds checkpoints already: resume that training, or choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, job)
+        write_file(path, json.dumps(job, indent=2))
         return None
     try:
         theirs = json.loads(path.read_text("utf-8"))
@@ -117,9 +116,3 @@ def _is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
         return True
     return False
-
-
-def _write_json(path: Path, value) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
-        json.dump(value, part, indent=2)
-    os.replace(part.name, path)

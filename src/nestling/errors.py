@@ -17,6 +17,10 @@ class FileError(NestlingError, OSError):
     """A file or folder cannot be read or written; the message names it and what to do."""
 
 
+class MissingFolderError(FileError, FileNotFoundError):
+    """The folder that a file should be written to does not exist; the message names it."""
+
+
 class MissingExtraError(NestlingError, ImportError):
     """A library that this needs is not installed; the message names the extra that brings it."""
 
@@ -75,6 +79,10 @@ class ExampleError(NestlingError, ValueError):
 
 class ExportError(NestlingError, ValueError):
     """A cup that cannot be exported. The message says why; nothing is left behind."""
+
+
+class ExportFileError(ExportError, FileError):
+    """An export that cannot be written; the message names its folder and says what to do."""
 
 
 class MaskingError(NestlingError, ValueError):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import EvaluationError
+from nestling.writing import write_file
 
 
 class Partial:
@@ -36,6 +37,4 @@ class Partial:
 
     def save(self) -> None:
         if self.path is not None:
-            part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-            part.write_text(json.dumps({"job": self.job, "done": self.done}), "utf-8")
-            os.replace(part, self.path)
+            write_file(self.path, json.dumps({"job": self.job, "done": self.done}))

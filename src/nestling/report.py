@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
 
-from nestling.errors import FileError
+from nestling.writing import write_file
 
 Row = Mapping[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito, safe for colour-blind
@@ -96,10 +96,10 @@ def _command(argv: Sequence[str]) -> str:
 def write_json(path: str | os.PathLike[str], rows: Iterable[Row], meta: Mapping[str, Any]) -> None:
     """Write `{"rows": [...], "meta": {...}}`, one row a line, atomically; NaN and infinities become null.
 
-    Raises FileNotFoundError for a missing folder and TypeError for a value that JSON cannot hold; an older file stays.
+    Raises FileError where it cannot be written and TypeError for a value that JSON cannot hold; an older file stays.
     """
     lines = ",\n".join(json.dumps(plain(row)) for row in rows)
-    _write(path, f'{{"rows": [\n{lines}\n],\n"meta": {json.dumps(plain(meta), indent=1)}}}\n')
+    write_file(path, f'{{"rows": [\n{lines}\n],\n"meta": {json.dumps(plain(meta), indent=1)}}}\n')
 
 
 def plain(value: Any) -> Any:
@@ -117,18 +117,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     raise TypeError(f"cannot write a {type(value).__name__} as JSON")
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileError(f"cannot write {path.name}: the folder {path.parent} does not exist")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate must not cost the report
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, title: str | None = None) -> Table:
@@ -336,7 +324,7 @@ def write_html(
         body += f"<pre>\n{escape(section.pre)}</pre>\n" if section.pre is not None else ""
         body += "</section>\n"
     facts = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(_fact(value))}</dd>\n" for key, value in meta.items())
-    _write(path, _PAGE.format(title=escape(title), style=_STYLE, body=body, facts=facts))
+    write_file(path, _PAGE.format(title=escape(title), style=_STYLE, body=body, facts=facts))
 
 
 def _paragraphs(text: str) -> str:

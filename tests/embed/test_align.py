@@ -9,7 +9,7 @@ import torch
 from nestling import embed
 from nestling.embed.agreement import agreement
 from nestling.embed.encode import encode
-from nestling.errors import TrainingError
+from nestling.errors import LadderError, LoadError, TrainingError
 
 from .families import HIDDEN, some_texts
 
@@ -114,3 +114,33 @@ def test_broken_weights_are_named(encoder, tmp_path):
     with pytest.raises(embed.EvaluationError, match="layer 2 is not finite"):
         embed.align(model, TEXTS, CUPS, folder=tmp_path / "out", progress=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rotations.safetensors"])
+def test_a_bit_that_changed_is_told(encoder, tmp_path, name):
+    """Numbers that are a little wrong load without an error: the checksum of ``nestling.json`` tells."""
+    embed.align(encoder("bert"), TEXTS, CUPS, folder=tmp_path / "out", progress=False)
+    path = tmp_path / "out" / name
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises((LoadError, LadderError), match=f"{name} is not what was saved"):
+        embed.load_encoder(tmp_path / "out")
+        embed.load_rotations(tmp_path / "out")
+    ladder = json.loads((tmp_path / "out" / "nestling.json").read_text())
+    assert set(ladder.pop("sha256")) == {"model.safetensors", "rotations.safetensors"}
+    (tmp_path / "out" / "nestling.json").write_text(json.dumps(ladder))  # as older releases wrote it
+    embed.load_encoder(tmp_path / "out")
+    assert list(embed.load_rotations(tmp_path / "out")) == [1, 2]
+
+
+def test_a_resumed_training_takes_no_foreign_folder(encoder, tmp_path):
+    """Also one with files of other names: it is somebody's, and the training's own result is told by its ladder."""
+    for name, text in (("mine", "x"), ("nestling.json", '{"cups": [{"layers": 1, "dims": 8}], "pretraining": {}}')):
+        folder = tmp_path / name[:4]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(TrainingError, match="is not the result of a training"):
+            embed.train(encoder("bert"), TEXTS, CUPS, folder=folder, resume=True, progress=False)
+        assert [path.name for path in folder.iterdir()] == [name]
+    assert len(list(tmp_path.iterdir())) == 2

@@ -8,7 +8,6 @@ from nestling.embed import hub
 from nestling.embed.files import load_ladder, load_rotations, write_rotations
 from nestling.embed.rotation import Rotation
 from nestling.errors import LadderError, LoadError
-from nestling.folders import write_folder
 from nestling.ladder import Ladder
 
 
@@ -78,17 +77,3 @@ def test_what_a_model_on_the_hub_has_is_fetched(tmp_path, monkeypatch):
     (tmp_path / "rotations.safetensors").unlink()
     with pytest.raises(LadderError, match="user/elastic: rotations.safetensors is missing"):
         load_rotations("user/elastic")
-
-
-def test_folders_are_replaced_whole(tmp_path):
-    write_folder(tmp_path / "out", lambda new: (new / "a").write_text("1"))
-    with pytest.raises(RuntimeError):
-        write_folder(tmp_path / "out", fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "1"
-    write_folder(tmp_path / "out", lambda new: (new / "b").write_text("2"))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
-
-
-def fail(new):
-    (new / "half").write_text("")
-    raise RuntimeError("the disk is full")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nestling import kv
-from nestling.errors import AdapterError
+from nestling.errors import AdapterError, FileError
+from nestling.folders import sha256
 from nestling.kv import files
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.files import CONFIG_FILE, WEIGHTS_FILE
+from nestling.kv.files import CONFIG_FILE, OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
 
 from .families import tiny_model
 
@@ -118,6 +120,9 @@ def test_others_can_read_it(made, tmp_path):
 # Writing
 
 
+ADAPTER = sorted(["README.md", CONFIG_FILE, WEIGHTS_FILE])
+
+
 def other(made) -> KVAdapter:
     mean, energy = ({s: t * 2 for s, t in tensors.items()} for tensors in (made.adapter.mean, made.adapter.energy))
     return KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, energy)
@@ -133,7 +138,7 @@ def test_saving_replaces_an_adapter(made, folder):
     assert same(KVAdapter.from_pretrained(folder.parent / "empty"), new)
 
 
-@pytest.mark.parametrize("when", ["weights", "card", "first rename", "second rename"])
+@pytest.mark.parametrize("when", ["weights", "card", "rename 1", "rename 2", "rename 3"])
 def test_a_failed_save_leaves_the_old_adapter_whole(made, folder, monkeypatch, when):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
@@ -143,29 +148,125 @@ def test_a_failed_save_leaves_the_old_adapter_whole(made, folder, monkeypatch, w
     elif when == "card":
         monkeypatch.setattr(files, "_default_card", fail)
     else:
-        rename, calls = Path.rename, []
+        move, calls = Path.replace, []
 
         def failing(self, target):
             calls.append(target)
-            return fail() if len(calls) == 1 + (when == "second rename") else rename(self, target)
+            return fail() if len(calls) == int(when[-1]) else move(self, target)
 
-        monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no space"):
-        other(made).save_pretrained(folder)
+        monkeypatch.setattr(Path, "replace", failing)
+    card = "another card"  # so that the third one is of the config
+    with pytest.raises(FileError, match="no space"):
+        replace(other(made), card="" if when == "card" else card).save_pretrained(folder)
     monkeypatch.undo()
     assert same(KVAdapter.from_pretrained(folder), made.adapter)
-    assert os.listdir(folder.parent) == ["adapter"]
+    assert os.listdir(folder.parent) == ["adapter"] and sorted(os.listdir(folder)) == ADAPTER
 
 
-def test_a_folder_of_something_else_is_not_replaced(made, tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("x")
+@pytest.mark.parametrize("call", [4, 5])
+def test_a_save_that_ends_behind_its_head_is_the_new_one(made, folder, monkeypatch, call):
+    """The config is in place: weights and card are found under their other names until they are."""
+    move, calls, new = Path.replace, [], replace(other(made), card="new")
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) >= call:
+            raise OSError("no space left on device")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    new.save_pretrained(folder)
+    monkeypatch.undo()
+    assert same(KVAdapter.from_pretrained(folder), new) and sorted(os.listdir(folder)) != ADAPTER
+    new.save_pretrained(folder)
+    assert same(KVAdapter.from_pretrained(folder), new) and sorted(os.listdir(folder)) == ADAPTER
+    assert KVAdapter.from_pretrained(folder).card == "new"
+
+
+def test_other_files_stay(made, tmp_path):
+    """A LoRA's, notes and folders, also under the names that adapters had; and a README that is not the adapter's."""
+    mine = {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": "weights", "notes.txt": "x"}
+    mine |= {"README.md": "of the LoRA", "checkpoint-100/optimizer.pt": "state", ".hidden": "y"}
+    (tmp_path / "checkpoint-100").mkdir()
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    for adapter in (made.adapter, other(made)):
+        adapter.save_pretrained(tmp_path)
+        assert same(KVAdapter.from_pretrained(tmp_path), adapter)
+        assert {name: (tmp_path / name).read_text() for name in mine} == mine
+        ours = {"nestling_adapter.json", "nestling_adapter.safetensors", "nestling_adapter.md"}
+        assert {*os.listdir(tmp_path)} == {name.split("/")[0] for name in mine} | ours
+        assert "compressed layers" in KVAdapter.from_pretrained(tmp_path).card
+
+
+def test_a_card_that_was_edited_stays(made, folder):
+    edited = (folder / "README.md").read_text("utf-8") + "\nI measured this again."
+    (folder / "README.md").write_text(edited, "utf-8")
+    replace(other(made), card="new").save_pretrained(folder)
+    assert (folder / "README.md").read_text("utf-8") == edited
+    assert KVAdapter.from_pretrained(folder).card == "new"
+
+
+def old_names(folder: Path) -> None:
+    """An adapter as it was saved before its files had names of their own."""
+    config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+    for name in ("sha256", "card", "card_sha256"):
+        del config[name]
+    (folder / CONFIG_FILE).unlink()
+    (folder / OLD_CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+    (folder / WEIGHTS_FILE).rename(folder / OLD_WEIGHTS_FILE)
+
+
+def test_old_names_are_read_and_replaced(made, folder):
+    old_names(folder)
+    (folder / "notes.txt").write_text("mine")
+    assert same(KVAdapter.from_pretrained(folder), made.adapter)
+    new = other(made)
+    new.save_pretrained(folder)
+    assert same(KVAdapter.from_pretrained(folder), new)
+    assert sorted(os.listdir(folder)) == sorted([*ADAPTER, "notes.txt"])
+
+
+def test_what_peft_has_under_the_old_names_stays(made, folder):
+    """A LoRA that was saved over an old adapter: the config is PEFT's by now."""
+    old_names(folder)
+    (folder / OLD_CONFIG_FILE).write_text('{"peft_type": "LORA"}')
+    made.adapter.save_pretrained(folder)
+    assert {OLD_CONFIG_FILE, OLD_WEIGHTS_FILE} < {*os.listdir(folder)}
+    save_file({"base_model.lora_A.weight": torch.zeros(2, 2)}, folder / OLD_WEIGHTS_FILE)
+    (folder / OLD_CONFIG_FILE).write_text(
+        '{"kind": "nestling-kv"}'
+    )  # weights that are not ours beside a config that is
+    made.adapter.save_pretrained(folder)
+    assert (folder / OLD_WEIGHTS_FILE).is_file()
+
+
+@pytest.mark.parametrize("name, content", [(CONFIG_FILE, '{"kind": "theirs"}'), (CONFIG_FILE, None)])
+def test_what_is_not_ours_under_our_names_is_refused(made, tmp_path, name, content):
+    (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_text(content)
+    with pytest.raises(AdapterError, match=f"{name} is not .*choose another folder"):
+        made.adapter.save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == [name] and (content is None or (tmp_path / name).read_text() == content)
+
+
+def test_a_file_is_not_replaced_by_a_folder(made, tmp_path):
     (tmp_path / "file").write_text("x")
-    for name in ("thesis", "file"):
-        with pytest.raises(AdapterError, match="is not an adapter: choose another"):
-            made.adapter.save_pretrained(tmp_path / name)
-    assert sorted(os.listdir(tmp_path)) == ["file", "thesis"]
-    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == (tmp_path / "file").read_text() == "x"
+    for path in (tmp_path / "file", tmp_path / "file" / "adapter"):
+        with pytest.raises(FileError, match="file"):
+            made.adapter.save_pretrained(path)
+    assert (tmp_path / "file").read_text() == "x" and os.listdir(tmp_path) == ["file"]
+
+
+def test_weights_of_another_save_are_refused(made, folder, tmp_path):
+    other(made).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterError, match=f"{WEIGHTS_FILE} is not what was saved"):
+        KVAdapter.from_pretrained(folder)
+    content = bytearray((tmp_path / "other" / WEIGHTS_FILE).read_bytes())
+    content[-7] ^= 1  # a bit of the last number's fraction
+    (tmp_path / "other" / WEIGHTS_FILE).write_bytes(content)
+    with pytest.raises(AdapterError, match="sha256"):
+        KVAdapter.from_pretrained(tmp_path / "other")
 
 
 def test_pushing_uploads_the_saved_files(made, monkeypatch):
@@ -279,6 +380,7 @@ def broken(folder: Path, change) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     change(tensors)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS_FILE)
+    edit(folder, sha256=sha256(folder / WEIGHTS_FILE))
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from nestling.embed.card import aligned_card
 from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
+from nestling.embed.files import check_place
 from nestling.embed.plan import ladder_of
 from nestling.embed.rotation import rotations
 from nestling.embed.start import SAMPLE, turned_depths
 from nestling.embed.train import Trained, save
-from nestling.errors import ExampleError, OptionError, TrainingError
+from nestling.errors import ExampleError, OptionError
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 
@@ -57,8 +58,7 @@ def align(
         TrainingError: the folder exists.
     """
     out, started = Path(folder), time.monotonic()
-    if out.exists():
-        raise TrainingError(f"{out} exists: choose another folder, or remove it")
+    check_place(out, "alignment", resume=False)
     examples, parts = Examples.of(texts), Encoder.of(model)
     if examples.kind != "texts":
         raise ExampleError(f"expected texts without labels, got {examples.kind}: give their texts alone")

@@ -22,16 +22,17 @@ from nestling.embed import graph
 from nestling.embed.card import card
 from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder, truncated_config
-from nestling.embed.files import LADDER_FILE
+from nestling.embed.files import write_ladder
 from nestling.embed.modes import in_eval_mode
 from nestling.embed.probe import probe_texts
 from nestling.embed.rotation import Rotation
-from nestling.embed.servers import rewrite, write
-from nestling.errors import ExportError
+from nestling.embed.servers import rewrite
+from nestling.errors import ExportError, ExportFileError, FileError
 from nestling.folders import write_folder
 from nestling.ladder import Cup, Ladder
 from nestling.models import quiet
 from nestling.records import reason
+from nestling.writing import check_folder
 
 TOLERANCE = 1e-5  # of coordinates of unit vectors
 
@@ -87,7 +88,8 @@ def export(
         int8: also write ``onnx/model_int8.onnx``, with weights quantised; needs ``onnx``.
 
     Raises:
-        ExportError: the folder exists or cannot be made, weights are not fp32, ``int8`` without ``onnx``, a package is
+        ExportFileError: the folder cannot be made or written to, or the disk is full.
+        ExportError: the folder exists, weights are not fp32, ``int8`` without ``onnx``, a package is
             missing, the rotation is of another width, there are some but none for a depth below the model's, or the
             result does not give the same vectors: those of int8 weights must have a mean cosine of 0.9.
         LadderError: the model does not have that cup, or one of the ladder's.
@@ -116,8 +118,8 @@ def export(
 
     try:
         return write_folder(folder, fill)
-    except OSError as error:
-        raise ExportError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
+    except FileError as error:
+        raise ExportFileError(str(error)) from error
 
 
 def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, rotation: Rotation | None) -> None:
@@ -145,6 +147,10 @@ def _rotation(encoder: Encoder, cup: Cup, rotations: Mapping[int, Rotation]) -> 
 def _check_new(folder: Path) -> None:
     if folder.exists():
         raise ExportError(f"{folder} exists: choose another folder, or remove it")
+    try:
+        check_folder(folder)
+    except FileError as error:
+        raise ExportFileError(str(error)) from error
 
 
 def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
@@ -166,7 +172,7 @@ def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: R
     small.save_pretrained(str(folder), create_model_card=False)
     dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
     rewrite(folder, small, dims)
-    write(folder / LADDER_FILE, ladder.to_json() | {"cup": cup.name, "rotated": rotation is not None})
+    write_ladder(folder, ladder.to_json() | {"cup": cup.name, "rotated": rotation is not None})
 
 
 def _loaded(folder: Path, device: str) -> SentenceTransformer:

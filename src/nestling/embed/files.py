@@ -1,9 +1,9 @@
 """What a trained encoder's folder holds beside a stock sentence-transformers model: its ladder and rotations.
 
-``nestling.json`` has the cups (`Ladder.to_json`), how they were trained, and, in the folder of an export, which cup it
-is. ``rotations.safetensors`` has ``DEPTH.encode`` ``[H, H]`` and perhaps ``DEPTH.mean`` ``[H]``, fp32, where training
-started from a rotation, and perhaps trained it; it is applied to pooled vectors before they are cut. Stock readers
-ignore both files.
+``nestling.json`` has the cups (`Ladder.to_json`), how they were trained, in the folder of an export which cup it is,
+and, under ``sha256``, checksums of the folder's safetensors files by name. ``rotations.safetensors`` has
+``DEPTH.encode`` ``[H, H]`` and perhaps ``DEPTH.mean`` ``[H]``, fp32, where training started from a rotation, and
+perhaps trained it; it is applied to pooled vectors before they are cut. Stock readers ignore both files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from nestling.embed.hub import find_file
 from nestling.embed.rotation import Rotation
-from nestling.errors import LadderError, UnreachableError
+from nestling.errors import LadderError, LoadError, TrainingError, UnreachableError
+from nestling.folders import Parts, read_sealed, sha256, waiting
 from nestling.ladder import Cup, Ladder
+from nestling.report import plain
+from nestling.temporary import temporary_file
+from nestling.writing import check_folder, naming, sync
 
 LADDER_FILE, ROTATIONS_FILE = "nestling.json", "rotations.safetensors"
+PARTS = Parts(LADDER_FILE, (ROTATIONS_FILE,))
 
 
 def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
@@ -55,10 +60,55 @@ def load_rotations(name: str | os.PathLike[str]) -> dict[int, Rotation]:
     found = read(name)
     if found is None or not found.get("rotations"):
         return {}
-    path = find_file(name, ROTATIONS_FILE)
-    if path is None:
+    path, checksum = find_file(name, ROTATIONS_FILE), checksums(found).get(ROTATIONS_FILE)
+    if path is None and checksum is not None:
+        path = waiting(Path(name, ROTATIONS_FILE), checksum)
+    if path is None or not path.is_file():
         raise LadderError(f"{name}: {ROTATIONS_FILE} is missing, and {LADDER_FILE} says that the cups need it")
-    return read_rotations(path)
+    return read_rotations(path, checksum)
+
+
+def check_weights(folder: Path) -> None:
+    """Compare a folder's weights with the checksums that they were saved with, if there are any.
+
+    Raises:
+        LoadError: a file has changed since.
+    """
+    found = read(folder)
+    for name, checksum in checksums(found or {}).items():
+        path = folder / name
+        if name != ROTATIONS_FILE and path.is_file() and sha256(path) != checksum:
+            raise LoadError(
+                f"{path} is not what was saved with {LADDER_FILE} (sha256 differs): it is damaged, copy it again; if "
+                f"another program was meant to change it, remove 'sha256' from {LADDER_FILE}"
+            )
+
+
+def checksums(found: Mapping[str, Any]) -> dict[str, str]:
+    """Checksums of files by name, of what ``nestling.json`` has; folders of older releases have none."""
+    sums = found.get("sha256")
+    if not isinstance(sums, dict):
+        return {}
+    return {name: value for name, value in sums.items() if isinstance(value, str) and ".." not in Path(name).parts}
+
+
+def check_place(folder: Path, name: str, resume: bool, nbytes: int = 0) -> None:
+    """Whether the result of a training can be written, before it starts.
+
+    Args:
+        name: under which ``nestling.json`` speaks of such a training.
+        resume: whether the folder may be there already, as that training's result.
+        nbytes: that will be needed.
+
+    Raises:
+        TrainingError: the folder exists, or is not a training's.
+        FileError: it cannot be made or written to, or there is no room.
+    """
+    if folder.exists() and not resume:
+        raise TrainingError(f"{folder} exists: choose another folder, or remove it")
+    check_folder(folder, nbytes)
+    if folder.exists() and any(folder.iterdir()) and name not in (read(folder) or {}):
+        raise TrainingError(f"{folder} is not the result of a {name} to resume: choose another folder, or remove it")
 
 
 def read(name: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -78,23 +128,43 @@ def read(name: str | os.PathLike[str]) -> dict[str, Any] | None:
     return found
 
 
-def read_rotations(path: Path) -> dict[int, Rotation]:
-    """The rotations of a file, by depth."""
+def read_rotations(path: Path, checksum: str | None = None) -> dict[int, Rotation]:
+    """The rotations of a file, by depth.
+
+    Args:
+        checksum: the file's, where it is known.
+    """
     try:
-        tensors = load_file(path)
+        content = None if checksum is None else read_sealed(path, checksum)
+        tensors = load_file(path) if content is None else load(content)
         depths = sorted({int(name.split(".")[0]) for name in tensors})
-        return {depth: Rotation(tensors[f"{depth}.encode"], tensors.get(f"{depth}.mean")) for depth in depths}
+        turns = {depth: Rotation(tensors[f"{depth}.encode"], tensors.get(f"{depth}.mean")) for depth in depths}
     except (SafetensorError, ValueError, KeyError) as error:
         raise LadderError(f"{path} is damaged ({error}): copy it again from where the model came from") from error
+    if checksum is not None and content is None:
+        raise LadderError(f"{path} is not what was saved with {LADDER_FILE} (sha256 differs): copy it again")
+    return turns
 
 
 def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:
-    """The file that `read_rotations` reads, written whole or not at all."""
+    """The file that `read_rotations` reads, written whole or not at all.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     tensors = {
         f"{depth}.{name}": tensor.cpu().contiguous()
         for depth, rotation in rotations.items()
         for name, tensor in rotation.state_dict().items()
     }
-    new = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file(tensors, new)
-    os.replace(new, path)
+    with naming(path), temporary_file(path.parent) as new:
+        save_file(tensors, new)
+        sync(new)
+        new.replace(path)
+
+
+def write_ladder(folder: Path, value: Mapping[str, Any]) -> None:
+    """Write ``nestling.json`` into a folder whose other files are complete, with their checksums."""
+    sums = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+    text = json.dumps(plain({**value, "sha256": sums}), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / LADDER_FILE).write_text(text + "\n", "utf-8")

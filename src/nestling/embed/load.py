@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from nestling.embed.files import check_weights
 from nestling.embed.hub import find_file
 from nestling.errors import LoadError
 from nestling.models import ALIASES, locate, quiet
@@ -45,6 +46,7 @@ def load_encoder(name: str | os.PathLike[str], pooling: str | None = None) -> Se
         plain = pooling is not None and not (source / "modules.json").exists()
         if not plain or source.is_file():
             _check_folder(name, source)
+            check_weights(source)
     with quiet():
         model = _read(name, source, pooling)
     backbone: Any = model[0].model

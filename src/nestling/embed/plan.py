@@ -18,6 +18,7 @@ from nestling.embed.arguments import check_changes, processes, relevant
 from nestling.embed.checksum import checksum, reading
 from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
+from nestling.embed.files import check_place
 from nestling.embed.labels import check_labels
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import in_eval_mode
@@ -52,8 +53,7 @@ class Plan:
             raise OptionError(f"rotation must be auto, {', '.join(KINDS)}, or rotations by depth, got {rotation!r}")
         if unknown := set(recipe or {}) - set(RECIPE):
             raise OptionError(f"recipe has no {sorted(unknown)}: expected some of {', '.join(RECIPE)}")
-        if out.exists() and not resume:
-            raise TrainingError(f"{out} exists: choose another folder, or remove it")
+        check_place(out, "training", resume)
         if self.given is not None and getattr(self.given, "model", model) is not model:
             raise OptionError(f"the {name} is of another model: make it of the one that is trained")
         if isinstance(self.given, StarbucksLoss):

@@ -24,6 +24,7 @@ from nestling.embed.collate import Collator, MaskedBatches
 from nestling.embed.corpus import Corpus, Position, Texts
 from nestling.embed.dropout import without_dropout
 from nestling.embed.encoder import Encoder
+from nestling.embed.files import check_place
 from nestling.embed.masking import Masking
 from nestling.embed.mlm import check, declare_mask, positions_of, vocabulary_of
 from nestling.embed.modes import in_eval_mode, modes_kept
@@ -106,8 +107,7 @@ def pretrain(
     if find_spec("accelerate") is None:
         raise MissingExtraError("training needs accelerate: pip install 'nestling[train,embed]'")
     out = Path(folder)
-    if out.exists() and not resume:
-        raise TrainingError(f"{out} exists: choose another folder, or remove it")
+    check_place(out, "pretraining", resume)
     check(model)
     declare_mask(model.tokenizer)
     parts = Encoder.of(model)
@@ -156,7 +156,7 @@ def pretrain(
     counted["bad_lines"] = getattr(source, "bad", 0)
     trained = Trained(out, ladder, {}, {**kept, **counted, "seconds": round(seconds), "curve": watch.points})
     if trainer.is_world_process_zero():
-        save(model, trained, "pretraining", pretrained_card(model, ladder, trained.info))
+        save(model, trained, "pretraining", pretrained_card(model, ladder, trained.info), resume)
     trainer.accelerator.wait_for_everyone()
     return trained
 

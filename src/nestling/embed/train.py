@@ -6,7 +6,6 @@ ones. A teacher's embeddings are computed once and mapped from a file.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +29,7 @@ from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.examples import Examples, order
-from nestling.embed.files import LADDER_FILE, ROTATIONS_FILE, write_rotations
+from nestling.embed.files import PARTS, ROTATIONS_FILE, write_ladder, write_rotations
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import modes_kept
 from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
@@ -42,7 +41,6 @@ from nestling.errors import MissingExtraError, OptionError
 from nestling.folders import write_folder
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
-from nestling.report import plain
 
 BATCH = 64
 TEACHER_FILE = "teacher.npy"
@@ -227,7 +225,7 @@ def train(
     info = _info(job, trainer, watch, seconds)
     trained = Trained(out, ladder, turns, info)
     if trainer.is_world_process_zero():
-        save(model, trained, "training", trained_card(model, ladder, info, turns))
+        save(model, trained, "training", trained_card(model, ladder, info, turns), resume)
     trainer.accelerator.wait_for_everyone()
     return trained
 
@@ -281,22 +279,22 @@ def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float
     return {**kept, **taught, "seconds": round(seconds), **chosen, "curve": watch.points}
 
 
-def save(model: SentenceTransformer, trained: Trained, name: str, card: str) -> None:
+def save(model: SentenceTransformer, trained: Trained, name: str, card: str, resumed: bool = False) -> None:
     """Write the folder, whole or not at all.
 
     Args:
         name: of ``trained.info`` in ``nestling.json``.
         card: the model card.
+        resumed: the folder may be there, as the training's result, whose files are replaced.
     """
 
     def fill(new: Path) -> None:
         with without_bars():
             Encoder.of(model).model.save_pretrained(str(new), create_model_card=False)
         named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
-        value = trained.ladder.to_json() | named | {name: trained.info}
-        (new / LADDER_FILE).write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", "utf-8")
         if trained.rotations:
             write_rotations(new / ROTATIONS_FILE, trained.rotations)
+        write_ladder(new, trained.ladder.to_json() | named | {name: trained.info})
         (new / "README.md").write_text(card, "utf-8")
 
-    write_folder(trained.folder, fill)
+    write_folder(trained.folder, fill, over=PARTS if resumed else None)

@@ -17,6 +17,7 @@ from nestling.kv.bits import BitTable, by_bits, losses
 from nestling.kv.cache import CHUNK, Maker, NestedCache, make_cache
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, path_names, read, write
+from nestling.temporary import temporary_folder
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
 WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"
@@ -279,11 +280,18 @@ class KVAdapter:
             raise AdapterError(f"the adapter was made for another model ({'; '.join(wrong)})")
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
-        """Write config, weights and card, atomically: an existing adapter is replaced whole or not at all.
+        """Write config, weights and card: an adapter in the folder is replaced whole or not at all, other files stay.
 
         Args:
+            folder: made if it does not exist. The files are ``nestling_adapter.json``,
+                ``nestling_adapter.safetensors`` and ``README.md``, or ``nestling_adapter.md`` where there is another
+                ``README.md``.
             half: bases in fp16, in half the bytes. They move by 5e-4 of their entries, and full rank stays exact,
                 since ``decode`` is the inverse of what is stored.
+
+        Raises:
+            FileError: the folder cannot be made or written to, or the disk is full. What was there is as it was.
+            AdapterError: something else has the name of one of the files, or a basis does not fit into fp16.
         """
         tensors = {
             f"layers.{layer}.{side}.{name}": values[side][row].contiguous()
@@ -327,9 +335,7 @@ class KVAdapter:
 
         api = HfApi(token=token)
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as work:
-            self.save_pretrained(Path(work) / "adapter")
-            api.upload_folder(
-                repo_id=repo_id, folder_path=Path(work) / "adapter", commit_message="nestling KV adapter"
-            )
+        with temporary_folder(tempfile.gettempdir()) as work:
+            self.save_pretrained(work / "adapter")
+            api.upload_folder(repo_id=repo_id, folder_path=work / "adapter", commit_message="nestling KV adapter")
         return str(address)

@@ -1,49 +1,125 @@
 """The files of an adapter, read with checks and written atomically.
 
-Two files beside a card: ``adapter_config.json`` (format version, the model's fingerprint, how the bases were made) and
-``adapter_model.safetensors`` with, for each layer l, ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and
-``.energy`` ``[Hkv, D]``, all fp32; in adapters that caches can be quantised by also ``.noise`` and ``.step``
-``[Hkv, D]``. ``decode`` is not stored: it is the inverse of ``encode``. A searched allocation
-adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves every budget.
+Two files beside a card: ``nestling_adapter.json`` (format version, the model's fingerprint, how the bases were made,
+and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
+``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.energy`` ``[Hkv, D]``, all fp32; in adapters that
+caches can be quantised by also ``.noise`` and ``.step`` ``[Hkv, D]``. ``decode`` is not stored: it is the inverse of
+``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves every budget.
+
+Older adapters have other names, which are PEFT's, and no checksum. The card is ``README.md``, or, where somebody
+else's file has that name, ``nestling_adapter.md``.
 """
 
+import contextlib
+import hashlib
 import json
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from nestling.errors import AdapterError
-from nestling.folders import write_folder
+from nestling.folders import Parts, read_sealed, sha256, write_folder
 from nestling.kv.allocate import edges
+from nestling.writing import check_folder
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-FORMAT = 1
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "nestling_adapter.json", "nestling_adapter.safetensors", "README.md"
+OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, OTHER_CARD_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "nestling_adapter.md",
+)
+FORMAT, KIND = 1, "nestling-kv"
+HEAD = ("format", "kind", "nestling", "sha256", "card", "card_sha256")  # keys that say nothing of the bases
 SIDES = ("key", "value")
 BUILT_IN = Path(__file__).parent / "adapters"
 
 
 def write(folder: str | Path, info: dict, tensors: dict[str, Tensor], card: str) -> None:
-    """Write config, weights and card: an existing adapter in ``folder`` is replaced whole or not at all."""
+    """Write config, weights and card: an adapter in ``folder`` is replaced whole or not at all, other files stay.
+
+    Raises:
+        AdapterError, FileError: as `check_place`; or it cannot be written. What was there is as it was.
+    """
     folder = Path(folder)
-    config = {"format": FORMAT, "kind": "nestling-kv", "nestling": _library_version(), **info}
+    check_place(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    config = {"format": FORMAT, "kind": KIND, "nestling": _library_version(), **info}
 
     def fill(new: Path) -> None:
         save_file(tensors, new / WEIGHTS_FILE)
-        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (new / CARD_FILE).write_text(card or _default_card(config), encoding="utf-8")
-        if folder.exists() and not _is_ours(folder):
-            raise AdapterError(f"{folder} exists and is not an adapter: choose another folder")
+        text = card or _default_card(config)
+        name = CARD_FILE if _may_have_card(folder, text) else OTHER_CARD_FILE
+        (new / name).write_text(text, encoding="utf-8")
+        sums = {"sha256": sha256(new / WEIGHTS_FILE), "card": name, "card_sha256": sha256(new / name)}
+        (new / CONFIG_FILE).write_text(json.dumps(config | sums, indent=2) + "\n", encoding="utf-8")
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, over=Parts(CONFIG_FILE, (WEIGHTS_FILE, CARD_FILE, OTHER_CARD_FILE)))
+    _remove_old(folder)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder may be replaced: it is empty, or holds an adapter."""
-    return folder.is_dir() and (not any(folder.iterdir()) or (folder / CONFIG_FILE).is_file())
+def check_place(folder: str | Path, nbytes: int = 0) -> None:
+    """Whether an adapter can be written to a folder, before the work for it is done.
+
+    Raises:
+        FileError: the folder cannot be made or written to, or there is no room for ``nbytes``.
+        AdapterError: something else has the name of one of the adapter's files.
+    """
+    check_folder(folder, nbytes)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, OTHER_CARD_FILE):
+        path = Path(folder) / name
+        if path.exists() and not path.is_file():
+            raise AdapterError(f"{path} is not a file of an adapter: choose another folder, or move it away")
+    config = Path(folder) / CONFIG_FILE
+    if (found := _stored(config)) is not None and found.get("kind") != KIND:
+        raise AdapterError(f"{config} is not an adapter's: choose another folder, or move it away")
+
+
+def _stored(path: Path) -> dict | None:
+    """What a JSON file has, if it can be read and has an object."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _may_have_card(folder: Path, text: str) -> bool:
+    """Whether ``README.md`` may be written: there is none, or it is the one that an adapter here was saved with."""
+    path = folder / CARD_FILE
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    if content == text.encode():
+        return True
+    config = _stored(folder / CONFIG_FILE)
+    if config is not None:
+        return config.get("card") == CARD_FILE and config.get("card_sha256") == hashlib.sha256(content).hexdigest()
+    old = _stored(folder / OLD_CONFIG_FILE)
+    if old is None or old.get("kind") != KIND:
+        return False
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of a damaged config
+        return content == _default_card(old).encode()
+    return False
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove an adapter's files under their old names, once it has been replaced; never PEFT's of those names."""
+    config, weights = folder / OLD_CONFIG_FILE, folder / OLD_WEIGHTS_FILE
+    if (_stored(config) or {}).get("kind") != KIND:
+        return
+    with contextlib.suppress(OSError, SafetensorError):
+        if weights.is_file():
+            with safe_open(weights, "pt") as file:
+                if not all(re.match(r"layers\.\d+\.(key|value)\.", name) for name in file.keys()):
+                    return
+            weights.unlink()
+        config.unlink()
 
 
 def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
@@ -55,19 +131,39 @@ def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
     path = Path(folder)
     if not path.is_dir():
         path = BUILT_IN / path if str(folder) in built_in() else _download(str(folder))
-    config = _read_config(path / CONFIG_FILE)
-    weights = path / WEIGHTS_FILE
+    config, tensors = _read_pair(path)
+    name = config.get("card")
+    card = path / (name if name in (CARD_FILE, OTHER_CARD_FILE) else CARD_FILE)
+    info = {k: v for k, v in config.items() if k not in HEAD}
+    return info, tensors, card.read_text("utf-8") if card.is_file() else ""
+
+
+def _read_pair(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Config and tensors, which belong together; another process may be replacing them."""
+    old = not (folder / CONFIG_FILE).exists() and (folder / OLD_CONFIG_FILE).exists()
+    path, weights = (
+        folder / name for name in ((OLD_CONFIG_FILE, OLD_WEIGHTS_FILE) if old else (CONFIG_FILE, WEIGHTS_FILE))
+    )
+    for _ in range(3):
+        config = _read_config(path)
+        tensors, whole = _read_tensors(weights, config)
+        if whole:
+            return config, tensors
+    raise AdapterError(f"{weights} is not what was saved with {path.name} (sha256 differs): copy both files again")
+
+
+def _read_tensors(weights: Path, config: dict) -> tuple[dict[str, Tensor], bool]:
+    """Tensors by name, and whether they are those that the config was written with."""
+    checksum = config.get("sha256")
     try:
-        tensors = load_file(weights)
+        content = None if checksum is None else read_sealed(weights, checksum)
+        tensors = load_file(weights) if content is None else load(content)
     except FileNotFoundError:
         raise AdapterError(f"{weights} is missing") from None
     except SafetensorError as error:
         raise AdapterError(f"{weights} is truncated or not a safetensors file ({error})") from error
     _check_tensors(weights, config["model"], tensors)
-    card = path / CARD_FILE
-    head = ("format", "kind", "nestling")
-    info = {k: v for k, v in config.items() if k not in head}
-    return info, tensors, card.read_text("utf-8") if card.is_file() else ""
+    return tensors, checksum is None or content is not None
 
 
 def built_in() -> list[str]:
@@ -111,12 +207,15 @@ def _read_config(path: Path) -> dict:
         raise AdapterError(f"{path} is missing: not an adapter folder") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("kind") != "nestling-kv":
+    if not isinstance(config, dict) or config.get("kind") != KIND:
         raise AdapterError(f"{path} is not a nestling KV adapter's (kind is not 'nestling-kv')")
     if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
         raise AdapterError(
             f"{path} has format {config.get('format')}, this version reads up to {FORMAT}: upgrade nestling"
         )
+    checksum = config.get("sha256")
+    if checksum is not None and not (isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum)):
+        raise AdapterError(f"{path}: 'sha256' must be 64 hexadecimal digits")
     model = config.get("model")
     sizes = ("num_key_value_heads", "head_dim")
     if (
@@ -135,7 +234,11 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]))
+        names = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, OTHER_CARD_FILE]
+        folder = Path(snapshot_download(repo_id, allow_patterns=names))
+        if not (folder / CONFIG_FILE).is_file():
+            folder = Path(snapshot_download(repo_id, allow_patterns=[OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, CARD_FILE]))
+        return folder
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise AdapterError(
             f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
