@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
 
+from nestling.visible import visible, visible_lines
 from nestling.writing import write_file
 
 Row = Mapping[str, Any]
@@ -125,29 +126,37 @@ def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, title: 
     Floats show 3-4 significant digits and missing cells "-"; no text is read as rich markup.
     """
     headers, numeric, lines = _grid(rows, columns)
-    out = Table(title=None if title is None else Text(title), title_justify="left")
+    out = Table(title=None if title is None else Text(visible(title)), title_justify="left")
     for header, right in zip(headers, numeric, strict=True):
-        out.add_column(Text(header), justify="right" if right else "left")
+        out.add_column(Text(visible(header)), justify="right" if right else "left")
     for line in lines:
-        out.add_row(*map(Text, line))
+        out.add_row(*(Text(visible(cell)) for cell in line))
     return out
 
 
 def markdown_table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
     """The same table in Markdown, for READMEs and model cards."""
     headers, numeric, lines = _grid(rows, columns)
-    clean = [
-        [" ".join(t.split()).replace("<", "&lt;").replace("|", "\\|") for t in line] for line in (headers, *lines)
-    ]
+    clean = [[_in_markdown(t) for t in line] for line in (headers, *lines)]
     clean.insert(1, ["---:" if right else "---" for right in numeric])
     return "".join(f"| {' | '.join(line)} |\n" for line in clean)
+
+
+def _in_markdown(text: str) -> str:
+    """A cell's text that is only text: no tags, links, code or emphasis."""
+    line = visible(" ".join(text.split()))
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _in_html(text: str) -> str:
+    return escape(visible(" ".join(text.split())))
 
 
 def _html_table(rows: Sequence[Row], columns: Mapping[str, str] | None) -> str:
     headers, numeric, lines = _grid(rows, columns)
     starts = ["td class=n" if right else "td" for right in numeric]
     body = [
-        [f"<{start}>{escape(t)}</td>" for start, t in zip(starts, line, strict=True)] for line in (headers, *lines)
+        [f"<{start}>{_in_html(t)}</td>" for start, t in zip(starts, line, strict=True)] for line in (headers, *lines)
     ]
     body[0] = [cell.replace("<td", "<th").replace("</td>", "</th>") for cell in body[0]]
     return "<div><table>\n" + "".join(f"<tr>{''.join(line)}</tr>\n" for line in body) + "</table></div>\n"
@@ -209,7 +218,7 @@ def curve(
     groups: dict[str, list[tuple[Any, Any]]] = {}
     for row in rows:
         if None not in (point := (_scalar(row.get(x)), _scalar(row.get(y)))):
-            groups.setdefault(str(row[series]), []).append(point)
+            groups.setdefault(visible(str(row[series])), []).append(point)
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(groups.items()):
@@ -219,7 +228,7 @@ def curve(
         line = "none" if alone else "-"
         color = INK if alone else PALETTE[i % len(PALETTE)]
         marker = MARKERS[i % len(MARKERS)]
-        axes.plot(*zip(*points, strict=True), label=name, color=color, marker=marker, linestyle=line)
+        axes.plot(*zip(*points, strict=True), label=_label(name), color=color, marker=marker, linestyle=line)
         if alone:
             note = axes.annotate(name, points[0], (7, 5), textcoords="offset points", color=INK, parse_math=False)
             note.set_path_effects([patheffects.withStroke(linewidth=3, foreground="white")])
@@ -284,12 +293,18 @@ def heat_maps(
     bar = figure.colorbar(image, ax=grid, fraction=0.05, pad=0.02)
     bar.set_label(unit, color=INK, parse_math=False)
     bar.ax.tick_params(colors=INK, labelsize=8.5)
-    figure.suptitle(title, x=0.02, ha="left", size=11, color=INK, parse_math=False)
+    figure.suptitle(visible(title), x=0.02, ha="left", size=11, color=INK, parse_math=False)
     return figure
 
 
+def _label(name: str) -> str:
+    """A name for a legend, which leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, loc="left", size=11, color=INK, parse_math=False)  # "$" is a dollar sign here, never TeX
+    # "$" is a dollar sign here, never TeX.
+    axes.set_title(visible(title), loc="left", size=11, color=INK, parse_math=False)
     axes.set_xlabel(xlabel, color=INK, parse_math=False)
     axes.set_ylabel(ylabel, color=INK, parse_math=False)
     axes.tick_params(colors=INK, labelsize=8.5, length=3)
@@ -314,21 +329,23 @@ def write_html(
 
     Raises FileNotFoundError for a missing folder.
     """
-    body = f"<header><h1>{escape(title)}</h1>\n{_paragraphs(intro)}</header>\n"
+    body = f"<header><h1>{_in_html(title)}</h1>\n{_paragraphs(intro)}</header>\n"
     for i, section in enumerate(sections):
-        body += f"<section><h2>{escape(section.title)}</h2>\n{_paragraphs(section.text)}"
+        body += f"<section><h2>{_in_html(section.title)}</h2>\n{_paragraphs(section.text)}"
         body += _html_table(section.rows, section.columns) if section.rows is not None else ""
         if section.figure is not None:
             svg = _svg(section.figure, f"fig{i}-")
-            body += f'<figure role="img" aria-label="{escape(section.title)}">{svg}</figure>\n'
-        body += f"<pre>\n{escape(section.pre)}</pre>\n" if section.pre is not None else ""
+            body += f'<figure role="img" aria-label="{_in_html(section.title)}">{svg}</figure>\n'
+        body += f"<pre>\n{escape(visible_lines(section.pre))}</pre>\n" if section.pre is not None else ""
         body += "</section>\n"
-    facts = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(_fact(value))}</dd>\n" for key, value in meta.items())
-    write_file(path, _PAGE.format(title=escape(title), style=_STYLE, body=body, facts=facts))
+    facts = "".join(f"<dt>{_in_html(str(key))}</dt><dd>{_in_html(_fact(value))}</dd>\n" for key, value in meta.items())
+    write_file(path, _PAGE.format(title=_in_html(title), style=_STYLE, body=body, facts=facts))
 
 
 def _paragraphs(text: str) -> str:
-    return "".join(f"<p>{escape(part.strip())}</p>\n" for part in re.split(r"\n\s*\n", text) if part.strip())
+    return "".join(
+        f"<p>{escape(visible_lines(part.strip()))}</p>\n" for part in re.split(r"\n\s*\n", text) if part.strip()
+    )
 
 
 def _fact(value: Any) -> str:

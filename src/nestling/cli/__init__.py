@@ -11,9 +11,35 @@ import typer
 
 from nestling.cli.embed import embed_app
 from nestling.cli.kv import kv_app
-from nestling.cli.terminal import Json, check_folder, console, errors_as_messages, write_results
+from nestling.cli.terminal import (
+    Json,
+    check_folder,
+    console,
+    errors_as_messages,
+    natural,
+    positive,
+    tracebacks,
+    write_results,
+)
+from nestling.cli.version import show_version
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="One model, every size.")
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version; with -v, all that matters.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where errors come from.")] = False,
+) -> None:
+    tracebacks.on = verbose
+    if version:
+        show_version(verbose)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 demo_app = typer.Typer(no_args_is_help=True, help="End to end on a small real model, without the hub.")
 app.add_typer(kv_app, name="kv")
 app.add_typer(embed_app, name="embed")
@@ -25,7 +51,9 @@ app.add_typer(demo_app, name="demo")
 def demo_kv(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or alias.")] = "smollm2",
     out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.html"),
-    tokens: Annotated[int, typer.Option(help="Calibrate on this many, even if the package has an adapter.")] = 0,
+    tokens: Annotated[
+        int, typer.Option(help="Calibrate on this many, even if the package has an adapter."), natural
+    ] = 0,
     json: Json = None,
 ) -> None:
     """Tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""
@@ -43,7 +71,7 @@ def demo_kv(
 def demo_embed(
     model: Annotated[str, typer.Option(help="Hub id, folder, or alias.")] = "minilm",
     out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report-embed.html"),
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 60,
+    steps: Annotated[int, typer.Option(help="Steps of training."), positive] = 60,
     cup: Annotated[str | None, typer.Option(help="Cup to export and use; default: the second of the ladder.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep the trained model and the cup in this folder.")] = None,
     json: Json = None,

@@ -15,11 +15,16 @@ from nestling.cli.terminal import (
     Encoder,
     Html,
     Json,
+    Seed,
     Text,
+    above_zero,
     check_folder,
     console,
     errors_as_messages,
+    less_than_one,
     loading,
+    not_negative,
+    positive,
     show,
     write_curve,
     write_results,
@@ -88,14 +93,18 @@ def train(
         typer.Option(help="Of small cups: aligned, centred, pca or none; default: MODEL's, if any, else aligned."),
     ] = None,
     rotation_rate: Annotated[
-        float, typer.Option(help="Learning rate of the rotations; 0: they stay as they are.")
+        float, typer.Option(help="Learning rate of the rotations; 0: they stay as they are."), not_negative
     ] = 5e-3,
-    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes; default 64.")] = None,
-    mini_batch_size: Annotated[int | None, typer.Option(help="Rows embedded at a time, for large batches.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-5,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.1,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs."), positive] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1."), above_zero] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows a step, over all processes; default 64."), positive
+    ] = None,
+    mini_batch_size: Annotated[
+        int | None, typer.Option(help="Rows embedded at a time, for large batches."), positive
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW."), above_zero] = 5e-5,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises."), less_than_one] = 0.1,
     weight: Annotated[list[str] | None, typer.Option(help="Of a cup, such as 12x768=3; may be repeated.")] = None,
     sts: Sts = None,
     retrieval: Retrieval = None,
@@ -103,7 +112,7 @@ def train(
         list[str] | None,
         typer.Option(help="By column, such as anchor='query: '; may be repeated; default: the model's own."),
     ] = None,
-    seed: int = 0,
+    seed: Seed = 0,
     bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
@@ -156,7 +165,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="By use, such as query='query: '; uses: sts, query, passage; default: the model's own."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts in a forward.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts in a forward."), positive] = 32,
     json: Json = None,
     html: Html = None,
 ) -> None:

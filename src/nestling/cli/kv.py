@@ -13,11 +13,17 @@ import typer
 from nestling.cli.terminal import (
     Json,
     Model,
+    Sinks,
     Text,
+    Window,
+    above_zero,
     check_folder,
     console,
     errors_as_messages,
     loading,
+    natural,
+    not_negative,
+    positive,
     show,
     write_results,
 )
@@ -41,10 +47,10 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     text: Text = None,
     basis: Annotated[str, typer.Option(help="balanced, or pca (the paper's baseline).")] = "balanced",
-    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 65536,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    sinks: Annotated[int, typer.Option(help="Leading tokens that the caches will keep exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens that they will keep exact, at least.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on."), positive] = 65536,
+    length: Annotated[int, typer.Option(help="Tokens per window."), positive] = 1024,
+    sinks: Annotated[int, typer.Option(help="Leading tokens that the caches will keep exact."), natural] = 4,
+    window: Annotated[int, typer.Option(help="Recent tokens that they will keep exact, at least."), natural] = 64,
     json: Json = None,
 ) -> None:
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
@@ -80,10 +86,10 @@ def train(
         str | None, typer.Option(help="Held-out text; default: one in twenty of the texts that are trained on.")
     ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper (as MatryoshkaKV was published).")] = "default",
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2**19,
-    length: Annotated[int, typer.Option(help="Tokens per text.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Texts per step, over all processes.")] = 4,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on."), positive] = 2**19,
+    length: Annotated[int, typer.Option(help="Tokens per text."), positive] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Texts per step, over all processes."), positive] = 4,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's."), above_zero] = None,
     sampling: Annotated[
         str | None, typer.Option(help="path, sandwich, independent, fixed or bits; default: the preset's.")
     ] = None,
@@ -137,11 +143,13 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder for the adapter with what was found.")],
     method: Annotated[str, typer.Option(help="blend (quick), or greedy (Algorithm 1 of the paper).")] = "blend",
     text: Text = None,
-    windows: Annotated[int, typer.Option(help="Texts to measure on.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens per text.")] = 512,
-    sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
-    per_sweep: Annotated[int, typer.Option(help="Ranks that greedy lowers at a time; 1 is the paper's.")] = 16,
+    windows: Annotated[int, typer.Option(help="Texts to measure on."), positive] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per text."), positive] = 512,
+    sinks: Sinks = 4,
+    window: Window = 64,
+    per_sweep: Annotated[
+        int, typer.Option(help="Ranks that greedy lowers at a time; 1 is the paper's."), positive
+    ] = 16,
     budgets: Annotated[str, typer.Option(help="Shares of the ranks to show afterwards.")] = "75,50,37.5,25",
     json: Json = None,
 ) -> None:
@@ -181,19 +189,21 @@ def evaluate(
     budgets: Annotated[str, typer.Option(help="Shares or percents, separated by commas.")] = "100,75,50,40",
     allocation: Allocation = None,
     text: Text = None,
-    windows: Annotated[int, typer.Option(help="Windows of text to read.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    chunk: Annotated[int, typer.Option(help="Tokens that go through the cache at once.")] = 64,
+    windows: Annotated[int, typer.Option(help="Windows of text to read."), positive] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per window."), positive] = 1024,
+    chunk: Annotated[int, typer.Option(help="Tokens that go through the cache at once."), positive] = 64,
     task: Annotated[list[Path] | None, typer.Option(help="Multiple-choice .jsonl; may be repeated.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Questions per task.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Questions per task."), positive] = None,
     passkey: Annotated[
-        list[int] | None, typer.Option(help="Prompt length of a passkey test; may be repeated.")
+        list[int] | None, typer.Option(help="Prompt length of a passkey test; may be repeated."), positive
     ] = None,
     lines: Annotated[
-        list[int] | None, typer.Option(help="The same for a record of numbered lines, of which one is asked for.")
+        list[int] | None,
+        typer.Option(help="The same for a record of numbered lines, of which one is asked for."),
+        positive,
     ] = None,
-    sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
+    sinks: Sinks = 4,
+    window: Window = 64,
     bits: Bits = False,
     cache_dtype: CacheDtype = "bfloat16",
     json: Json = None,
@@ -234,13 +244,15 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
     budget: Budget = 0.5,
     allocation: Allocation = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    sinks: Annotated[int, typer.Option(help="Leading tokens kept exact.")] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens kept exact, at least.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most."), positive] = 128,
+    sinks: Sinks = 4,
+    window: Window = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy."), not_negative] = 0.0,
     bits: Bits = False,
     limit_mib: Annotated[
-        float | None, typer.Option(help="MiB that the cache never exceeds: its budget falls as the text grows.")
+        float | None,
+        typer.Option(help="MiB that the cache never exceeds: its budget falls as the text grows."),
+        above_zero,
     ] = None,
     cache_dtype: CacheDtype = "bfloat16",
 ) -> None:
@@ -270,6 +282,7 @@ def inspect(
 ) -> None:
     """Show the ranks of every layer and head at a budget, as a table and a heat map."""
     from rich.table import Table
+    from rich.text import Text as Styled
 
     from nestling import kv
     from nestling.kv.demo import rank_maps, rank_rows, shade
@@ -284,7 +297,10 @@ def inspect(
     width = nested.shape[2]
     table = Table("layer", "keys", "values", "groups", title=f"ranks of {width} at {budget:.4g} of the full cache")
     for row in rows:
-        cells = ["".join(f"[on {shade(r / width)}] {r:3d} [/]" for r in row[side]) for side in ("keys", "values")]
+        cells = [
+            Styled.assemble(*((f" {r:3d} ", f"on {shade(r / width)}") for r in row[side]))
+            for side in ("keys", "values")
+        ]
         table.add_row(str(row["layer"]), *cells, str(row["groups"]))
     console.print(table)
     kept = {side: int(getattr(ranks, side).sum()) / (nested.full_elements / 2) for side in ("keys", "values")}

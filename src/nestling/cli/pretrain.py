@@ -11,10 +11,15 @@ from nestling.cli.terminal import (
     Encoder,
     Html,
     Json,
+    Seed,
+    above_zero,
     check_folder,
     console,
     errors_as_messages,
+    less_than_one,
     loading,
+    part,
+    positive,
     show,
     write_curve,
 )
@@ -24,7 +29,7 @@ from nestling.cli.terminal import (
 def pretrain(
     model: Encoder,
     out: Annotated[Path, typer.Option(help="Folder for the model; checkpoints go beside it.")],
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")],
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser."), positive],
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,20 +40,26 @@ def pretrain(
     pooling: Annotated[
         str | None, typer.Option(help="mean or cls, for a folder of transformers' own, which has no pooling.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows of text a step, over all processes.")] = 64,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window; default: the model's, 512 at most.")] = None,
-    encoder_ratio: Annotated[float, typer.Option(help="Share of the tokens that the encoder predicts.")] = 0.2,
-    decoder_ratio: Annotated[float, typer.Option(help="Share of the tokens that the decoder predicts.")] = 0.4,
+    batch_size: Annotated[int, typer.Option(help="Windows of text a step, over all processes."), positive] = 64,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a window; default: the model's, 512 at most."), positive
+    ] = None,
+    encoder_ratio: Annotated[float, typer.Option(help="Share of the tokens that the encoder predicts."), part] = 0.2,
+    decoder_ratio: Annotated[float, typer.Option(help="Share of the tokens that the decoder predicts."), part] = 0.4,
     decoder: Annotated[
         str, typer.Option(help="plain, enhanced (RetroMAE's), or none: masked-language modelling alone.")
     ] = "plain",
-    cups_per_step: Annotated[int | None, typer.Option(help="Cups of a step, the full one among them.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,
+    cups_per_step: Annotated[
+        int | None, typer.Option(help="Cups of a step, the full one among them."), positive
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW."), above_zero] = 1e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises."), less_than_one] = 0.05,
     skip_bad: Annotated[bool, typer.Option(help="Leave out bad lines of files, and count them.")] = False,
-    seed: int = 0,
+    seed: Seed = 0,
     bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints; default: a tenth.")] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; default: a tenth."), positive
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     json: Json = None,
     html: Html = None,

@@ -1,16 +1,51 @@
 """What commands share: the console, options, errors as messages, tables and files of results."""
 
+import traceback
+import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text as Styled
 
-from nestling.errors import FileError
+from nestling.errors import FileError, NestlingError
+from nestling.options import number, whole
+from nestling.visible import visible, visible_lines
 
-console = Console()
+
+class PlainConsole(Console):
+    """A console that shows strings as they are: nothing in them is markup, and control characters are spelled out."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As the parent's; strings are lines, which are not broken."""
+        if any(isinstance(item, str) for item in objects):
+            options = {"soft_wrap": True} | options
+        super().print(*map(_plain, objects), **options)
+
+    def status(self, status: Any, **options: Any) -> Status:
+        return super().status(Styled(visible(status)) if isinstance(status, str) else status, **options)
+
+    def rule(self, title: Any = "", **options: Any) -> None:
+        super().rule(_plain(title), **options)
+
+
+def _plain(item: Any) -> Any:
+    return visible(item) if isinstance(item, str) else item
+
+
+console, messages = PlainConsole(), PlainConsole(stderr=True)
+
+# Checks of options, beside their help: `errors_as_messages` runs them before the command.
+positive, natural = partial(whole, minimum=1), partial(whole, minimum=0)
+above_zero, not_negative = partial(number, above=0), partial(number, minimum=0)
+part, less_than_one = partial(number, above=0, maximum=1), partial(number, minimum=0, below=1)
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
 Text = Annotated[
@@ -21,22 +56,109 @@ Cups = Annotated[
     str | None,
     typer.Option(help="Ladder, such as 2x32,4x64,6x128; default: the one it was trained for, or one for its shape."),
 ]
+Sinks = Annotated[int, typer.Option(help="Leading tokens kept exact."), natural]
+Window = Annotated[int, typer.Option(help="Recent tokens kept exact, at least."), natural]
+Seed = Annotated[int, typer.Option(), natural]
 Html = Annotated[Path | None, typer.Option(help="Write a report page to this file.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write {rows, meta} to this file.")]
 
 
+class _Tracebacks:
+    """Whether tracebacks of expected errors are shown too; set by ``nestling --verbose``."""
+
+    on = False
+
+
+tracebacks = _Tracebacks()
+
+
 def errors_as_messages(command: Callable) -> Callable:
-    """Expected errors (bad input, missing files) end the command with one line, not with a traceback."""
+    """The user's mistakes end a command with one line and exit code 1; what we did wrong shows where it happened.
+
+    Options that have a check in their annotation are checked before the command runs.
+    """
+    checks = _checks(command)
 
     @wraps(command)
     def run(*args, **kwargs):
         try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                _check(checks, kwargs)
+                return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # the last: `head` has enough
+            raise
+        except KeyboardInterrupt as error:
+            messages.print(f"stopped{_how_to_go_on(kwargs)}", style="red", highlight=False)
+            raise typer.Exit(130) from error
+        except Exception as error:
+            _show_error(error)
             raise typer.Exit(1) from error
 
     return run
+
+
+def _checks(command: Callable) -> dict[str, Callable[[str, Any], Any]]:
+    """The check of each parameter that has one, from its annotation."""
+    hints = get_type_hints(command, include_extras=True)
+    found = {
+        name: [x for x in getattr(hint, "__metadata__", ()) if isinstance(x, partial)] for name, hint in hints.items()
+    }
+    return {name: checks[0] for name, checks in found.items() if checks}
+
+
+def _check(checks: dict[str, Callable[[str, Any], Any]], given: dict[str, Any]) -> None:
+    for name, check in checks.items():
+        values = given.get(name)
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if value is not None:
+                check(f"--{name.replace('_', '-')}", value)
+
+
+def _show_error(error: Exception) -> None:
+    short_of_memory = _short_of_memory(error)
+    expected = short_of_memory or isinstance(error, NestlingError | OSError | ImportError)
+    if tracebacks.on or not expected:
+        messages.print(Styled(visible_lines("".join(traceback.format_exception(error)))), end="")
+    text = f"error: {error}"
+    if not expected:
+        text = f"error: {type(error).__name__}: {error}"
+    messages.print(text, style="red", highlight=False)
+    if short_of_memory:
+        messages.print("The memory does not suffice: smaller batches or shorter texts take less.")
+    if not expected:
+        messages.print(
+            "This is a mistake in nestling, not yours. Please report it, with the lines above and what "
+            "`nestling --version -v` prints.",
+            highlight=False,
+        )
+
+
+def _short_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it, is that there is no memory left, on whatever device."""
+    while error is not None:
+        words = str(error).lower()
+        allocating = "out of memory" in words or "allocate memory" in words or "not enough memory" in words
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and allocating):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _how_to_go_on(given: dict[str, Any]) -> str:
+    """After an interrupt: whether and how the command can go on, where it can."""
+    if "resume" not in given:
+        return ""
+    from nestling.checkpoints import JOB_FILE
+
+    work = given["out"].with_name(f"{given['out'].name}-checkpoints")
+    if not (work / JOB_FILE).is_file():
+        return " before anything was written"
+    return f": the same command with --resume goes on from the last checkpoint in {work}"
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    messages.print(f"warning: {message}", style="yellow", highlight=False)
 
 
 def loading(load: Callable, model: str) -> Any:

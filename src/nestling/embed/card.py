@@ -1,5 +1,6 @@
 """The model card of an exported cup."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,8 @@ def measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]
 def base_name(model: SentenceTransformer) -> str:
     """The alias or hub id that a model was loaded as; "" for a folder, which means nothing elsewhere."""
     name = str(getattr(model[0].model, "name_or_path", "") or "")
-    local = name.startswith((".", "~", "/", "\\")) or name.count("/") > 1 or "\\" in name or Path(name).exists()
-    return "" if local else name
+    known = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) and not Path(name).exists()
+    return name if known else ""
 
 
 def _usage(served: SentenceTransformer) -> str:

@@ -63,7 +63,8 @@ def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, c
     answers = _answers({f"by {size}": by_cup, "by the full model": by_full}, titles)
     console.print(report.table(answers, title="Search in the pages"))
     write_demo(out, rows, trained, costs, answers, title=f"nestling: {model} in {len(ladder)} sizes")
-    console.print(f"\nReport: {out}" + ("" if keep is None else f"; models: {keep}"))
+    console.print()
+    console.print(f"Report: {out}" + ("" if keep is None else f"; models: {keep}"))
     return rows
 
 

@@ -18,6 +18,7 @@ from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import evaluate
 from nestling.kv.files import built_in
 from nestling.models import load_model
+from nestling.visible import visible_lines
 
 BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
 BITS = (0.3125, 0.25, 0.1875, 0.125)  # budgets with quantised coordinates
@@ -71,7 +72,7 @@ def stream(
         raise OptionError("the prompt is empty")
     inputs = inputs.to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    streamer = streamer or TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = streamer or _Plain(tokenizer)
     start = time.perf_counter()
     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     seconds = time.perf_counter() - start
@@ -193,7 +194,8 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
     measure = partial(evaluate, language_model, tokenizer, adapter, texts=held_out, windows=1, dtype=torch.bfloat16)
     rows = measure(BUDGETS) + measure(BITS, bits=True)[1:]
     console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
-    console.print(f"\nPrompt, with a story before it: {PROMPT.splitlines()[-1]}", markup=False)
+    console.print()
+    console.print(f"Prompt, with a story before it: {PROMPT.splitlines()[-1]}")
     make = partial(adapter.cache, language_model, dtype=torch.bfloat16)
     answers = {}
 
@@ -209,15 +211,26 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
     title = f"{SHRINK[0]:.0%}, and {SHRINK[1]:.1%} from the {SHRINK_AT}th token on, ranks and bits"
     answer(title, cache, _Shrinking(tokenizer, cache, SHRINK[1]))
     write_report(out, adapter, rows, BUDGETS, title=f"nestling: {model} with a smaller KV cache", answers=answers)
-    console.print(f"\nReport: {out}")
+    console.print()
+    console.print(f"Report: {out}")
     return rows
 
 
-class _Keeping(TextStreamer):
-    """Streams to the terminal and keeps the text."""
+class _Plain(TextStreamer):
+    """Streams the answer to the terminal; control characters in it are spelled out."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(visible_lines(text), stream_end)
+
+
+class _Keeping(_Plain):
+    """Streams to the terminal and keeps the text."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
         self.kept: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
