@@ -58,7 +58,8 @@ def test_without_a_source_the_help_pages_of_python():
         ("a.jsonl", rows({"text": ""}), "empty"),
         ("a.txt", b"good\nb\xe4d\n", "line 2: not UTF-8 (byte 2"),
         ("a.txt", "x".encode("utf-16"), "line 1: not UTF-8"),
-        ("a.csv", "x", "unknown kind of file; expected .txt"),
+        ("a.csv", "x", "empty"),
+        ("a.xls", "x", "unknown kind of file; expected .txt"),
         ("a.jsonl", rows({"text": "x"}) + "{", "line 2: not valid JSON"),
         ("a.jsonl", "[" * 100_000, "line 1: not valid JSON"),
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "line 1: not valid JSON"),
@@ -186,7 +187,7 @@ def test_every_field_of_a_question_is_needed(tmp_path, field):
 
 
 def test_questions_are_jsonl(tmp_path):
-    with pytest.raises(DataError, match=r"expected .jsonl or .jsonl.gz"):
+    with pytest.raises(DataError, match=r"unknown kind of file; expected .jsonl"):
         read_multiple_choice(write(tmp_path / "q.json", rows(QUESTION)))
     with pytest.raises(DataError, match="no such file"):
         read_multiple_choice(tmp_path / "q.jsonl")

@@ -117,7 +117,7 @@ def test_a_group_gives_every_pair_once(tmp_path, group):
         ([{"words": [], "definition": "d"}], "line 1: 'words' must be a list of 1 or more"),
         ([{"text1": "a", "text2": "b", "label": None}], "line 1: 'label' must be an integer or a text, got None"),
         ([{"text1": "a", "text2": "", "label": 0}], "line 1: 'text2' is blank"),
-        ([{"text1": "a", "text2": "b", "label": 0}], "empty; expected at least one positive pair"),
+        ([{"text1": "a", "text2": "b", "label": 0}], "line 1: no pair up to here is positive, labels are 0"),
         ([], "empty; expected at least one positive pair"),
     ],
 )
@@ -132,8 +132,9 @@ def test_bad_pairs_are_refused_by_line(tmp_path, rows, expected):
 def test_files_that_cannot_be_read(tmp_path, read):
     with pytest.raises(DataError, match="no such file"):
         read(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="unknown kind of file; expected .jsonl or .jsonl.gz"):
-        read(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="unknown kind of file; expected .jsonl"):
+        (tmp_path / "a.xls").write_text("x")
+        read(tmp_path / "a.xls")
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(DataError, match="not a file"):
         read(tmp_path / "a.jsonl")

@@ -104,7 +104,7 @@ def check_said(where: str, field: str, value: Any) -> None:
     """A text that is not blank: an empty sentence has an embedding, but no meaning."""
     check_text(where, field, value)
     if not value.strip():
-        raise DataError(f"{where}: '{field}' is blank")
+        raise DataError(f"{where}: '{field}' is blank: give a text, or leave the row out")
 
 
 def short(value: Any) -> str:

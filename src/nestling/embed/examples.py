@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Number
+import numbers
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nestling.errors import DataError, ExampleError
+from nestling.pairs import LABELS, PLAIN, SCORED, named_rows, positives, said, scored
 from nestling.records import check_said, short
+from nestling.rows import Source, open_rows
+from nestling.told import BESIDE, tell_left_out
 
-LABELS = ("label", "labels", "score", "scores")  # the columns that sentence-transformers reads as labels
-FORMS = {("sentence1", "sentence2"): "scored", ("anchor", "positive"): "pairs", ("query", "passage"): "pairs"}
+KNOWN = ("sentence1", "sentence2", *chain.from_iterable(PLAIN))
 PATIENCE = 8  # rows that wait for another batch, in batches; above that they are taken though a text comes twice
 
 
@@ -28,43 +33,63 @@ class Examples:
             (sentence1, sentence2, score), or ``"rows"`` (columns of the user's own, for a loss of the user's own).
         columns: texts by column, in the order in which losses see them.
         labels: one for each row, or None.
+        left_out: how many rows, or columns of how many rows, were left out, by the reason.
     """
 
     kind: Literal["texts", "pairs", "scored", "rows"]
     columns: dict[str, list[str]]
     labels: list[Any] | None = None
+    left_out: dict[str, int] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, data: Iterable[str] | Iterable[Mapping[str, Any]], own_loss: bool = False) -> Examples:
-        """Rows as the readers give them, or strings.
+    def of(cls, data: Any, own_loss: bool = False) -> Examples:
+        """Whatever `nestling.rows.open_rows` takes, but for names of files, and what the readers give.
 
         Args:
-            data: strings (each is taken once), or rows of `read_pairs` or `read_sts`. With a loss of one's own, rows
-                with any columns of texts, all of which it gets, and at most one of `LABELS`. Columns of numbers that
-                are no labels, such as ids, are left out.
+            data: texts (each is taken once), or rows as `read_sts` and `read_pairs` describe them: of a list, a data
+                frame, a data set of `datasets`, ... With a loss of one's own, rows with any columns of texts, all of
+                which it gets, and at most one of `LABELS`. Columns of numbers that are no labels, such as ids, are
+                left out, and so is what says where a row is from.
             own_loss: whether there is one.
 
         Raises:
-            ExampleError: there are no rows, one lacks a column, has one more or is of another kind, a text is blank,
-                all texts are the same, or all scores are.
+            ExampleError: there are no rows, one lacks a column, has one that would be lost or is of another kind, a
+                text is blank, all texts are the same, or all scores are.
         """
-        if isinstance(data, str | Mapping):
-            raise ExampleError(f"expected a list of texts or of rows, got one {type(data).__name__}")
-        rows = list(data)
-        if not rows:
-            raise ExampleError("there is nothing to train on: expected texts, pairs or scored pairs, got none")
+        if isinstance(data, str | os.PathLike):
+            reading = "read it with read_pairs, read_sts or read_texts"
+            raise ExampleError(f"expected texts or rows, got one {type(data).__name__}, {short(data)}: {reading}")
         try:
-            if isinstance(rows[0], str):
-                made = cls("texts", {"text": list(dict.fromkeys(_texts(rows)))})
-            else:
-                made = _table(rows, own_loss)
-        except DataError as error:  # of a text
-            raise ExampleError(f"{error}: give a text, or leave the row out") from None
+            made = cls._read(open_rows(data), own_loss, getattr(data, "left_out", {}))
+        except DataError as error:
+            raise ExampleError(str(error)) from None
         if len({text for column in made.columns.values() for text in column}) < 2:
             raise ExampleError(f"all texts are the same, {short(next(iter(made.columns.values()))[0])}: give others")
         if made.kind == "scored" and len(set(made.labels or ())) < 2:
             raise ExampleError("all scores are the same: pairs without an order teach nothing, give read_pairs rows")
         return made
+
+    @classmethod
+    def _read(cls, source: Source, own_loss: bool, before: Mapping[str, int]) -> Examples:
+        """``before`` is what a reader has left out of the rows that it gave."""
+        first = next(source.rows, None)
+        if first is None:
+            raise ExampleError("there is nothing to train on: expected texts, pairs or scored pairs, got none")
+        source = replace(source, rows=chain([first], source.rows))
+        row = first[1]
+        if isinstance(row, str):
+            made = cls("texts", {"text": _texts(source)})
+        elif own_loss:
+            made = _table(source)
+        elif _is_scored(row):
+            rows = list(scored(source))
+            texts = {column: [pair[column] for pair in rows] for column in SCORED[:2]}
+            made = cls("scored", texts, [pair["score"] for pair in rows])
+        else:
+            pairs = list(positives(source))
+            made = cls("pairs", {column: [pair[column] for pair in pairs] for column in pairs[0]})
+        tell_left_out(source.name, source.left_out)
+        return replace(made, left_out=dict(source.left_out + Counter(before)))
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -116,66 +141,74 @@ def _passes(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-def _texts(rows: Sequence[Any]) -> Iterator[str]:
-    for number, text in enumerate(rows, 1):
+def _texts(source: Source) -> list[str]:
+    """Each text once."""
+    found: dict[str, None] = {}
+    for number, (_, text) in enumerate(source.rows, 1):
         check_said(f"text {number}", "text", text)
-        yield text
+        if text in found:
+            source.left_out["texts that are there twice"] += 1
+        found[text] = None
+    return list(found)
 
 
-def _table(rows: Sequence[Any], own_loss: bool) -> Examples:
-    """Columns of rows that are mappings."""
-    if not isinstance(rows[0], Mapping):
-        raise ExampleError(f"row 1 is {short(rows[0])}: expected a text, or a mapping of columns")
-    kind, names, label = _form(rows[0], own_loss)
-    wanted = [*names, *([label] if label else [])]
+def _is_scored(row: Any) -> bool:
+    if isinstance(row, tuple):
+        return len(row) == 3 and not isinstance(row[2], str)
+    return isinstance(row, dict) and all(column in row for column in SCORED)
+
+
+def _table(source: Source) -> Examples:
+    """All columns of texts, and one of labels, for a loss of one's own."""
+    rows = named_rows(source, ("anchor", "positive"))
+    first = next(rows)
+    names, labelled = _columns(*first)
+    kind = _kind(names, labelled)
     columns: dict[str, list[str]] = {name: [] for name in names}
     labels = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping) or not all(name in row for name in wanted):
-            had = ", ".join(row) if isinstance(row, Mapping) else short(row)
-            raise ExampleError(f"row {number} has {had or 'no columns'}: expected {', '.join(wanted)}, as in row 1")
-        others = [name for name in row if name not in wanted]
-        if more := [name for name in others if name in LABELS or _is_content(name, row[name])]:
-            raise ExampleError(
-                f"row {number} has {', '.join(more)} beside {', '.join(wanted)}: nothing would be learned of that, "
-                "leave it out, have it in every row as negative, or give a loss that takes it"
-            )
+    for where, row in chain([first], rows):
+        if missing := [name for name in (*names, *labelled) if name not in row]:
+            raise ExampleError(f"{where} has no {missing[0]!r}, as row 1 has: it has {', '.join(row) or 'no columns'}")
+        for name in row:
+            if name in names or name in labelled:
+                continue
+            if name in LABELS or _is_content(name, row[name]):
+                raise ExampleError(f"{where} has {name!r}, which row 1 has not: have it in every row, or in none")
+            source.left_out[f"column {name}"] += 1
         for name in names:
-            check_said(f"row {number}", name, row[name])
-            columns[name].append(row[name])
-        if label:
-            _check_label(f"row {number}: {label!r}", row[label])
-            labels.append(row[label])
-    return Examples(kind, columns, labels if label else None)  # type: ignore[arg-type]
+            columns[name].append(said(where, row, name))
+        if labelled:
+            labels.append(_label(f"{where}: {labelled[0]!r}", row[labelled[0]]))
+    return Examples(kind, columns, labels if labelled else None)
 
 
-def _form(row: Mapping[str, Any], own_loss: bool) -> tuple[str, list[str], str | None]:
-    """Kind, columns of texts and the column of labels, told by the first row."""
-    content = [name for name in row if name not in LABELS and _is_content(name, row[name])]
-    labels = [name for name in LABELS if name in row]
-    for names, kind in FORMS.items():
-        label = ["score"] if kind == "scored" else []
-        columns = [*names, *(name for name in content if not label and name.startswith("negative"))]
-        others = set(content) - set(columns)  # which a loss of one's own may take
-        if all(name in row for name in names) and labels == label and not (own_loss and others):
-            return kind, columns, labels[0] if labels else None
-    if not own_loss:
-        expected = "sentence1, sentence2, score; anchor, positive; query, passage"
-        raise ExampleError(
-            f"row 1 has {', '.join(row) or 'no columns'}: expected {expected}; or texts; for other rows, give a loss"
-        )
-    if len(labels) > 1 or not content:
-        raise ExampleError(f"row 1 has {', '.join(row) or 'no columns'}: expected texts and at most one of {LABELS}")
-    return "rows", content, labels[0] if labels else None
+def _columns(where: str, row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The columns of texts, those of known names first, and that of labels, if there is one."""
+    found = [name for name in row if name not in LABELS and _is_content(name, row[name])]
+    labelled = [name for name in LABELS if name in row]
+    if len(labelled) > 1 or not found:
+        raise ExampleError(f"{where} has {', '.join(row) or 'no columns'}: expected texts and at most one of {LABELS}")
+    return [*(name for name in KNOWN if name in found), *(name for name in found if name not in KNOWN)], labelled
+
+
+def _kind(names: list[str], labelled: list[str]) -> Literal["pairs", "scored", "rows"]:
+    """What the columns are; anything but pairs and scored pairs is a matter between the user and the loss."""
+    if labelled:
+        return "scored" if labelled == ["score"] and tuple(names) == SCORED[:2] else "rows"
+    negatives = all(name.startswith("negative") for name in names[2:])
+    return "pairs" if tuple(names[:2]) in PLAIN and negatives else "rows"
 
 
 def _is_content(name: str, value: Any) -> bool:
-    """Whether a column has something to learn from: not numbers such as ids, nor the subset that `read_sts` tells."""
-    return name != "subset" and not isinstance(value, Number)
+    """Whether a column has something to learn from: no numbers such as ids, nor what says where a row is from."""
+    return f"column {name}" not in BESIDE and not isinstance(value, numbers.Number)
 
 
-def _check_label(where: str, label: Any) -> None:
-    numbers = label if isinstance(label, list | tuple) else [label]
-    for number in numbers:
+def _label(where: str, label: Any) -> Any:
+    """A finite number, or a list of such, as Python has them."""
+    plain = label.tolist() if hasattr(label, "tolist") else label
+    several = isinstance(plain, list | tuple)
+    for number in plain if several else [plain]:
         if not isinstance(number, int | float) or not math.isfinite(number):
             raise ExampleError(f"{where} must be a finite number or a list of numbers, got {short(label)}")
+    return list(plain) if several else plain
