@@ -28,9 +28,12 @@ class Rows(list):
 BESIDE = {f"column {name}" for name in ("id", "_id", "idx", "index", "source", "subset", "split", "url", "lang", "")}
 
 
-def tell_left_out(name: str, left_out: Counter[str]) -> None:
-    """Log one line of what was left out of a source, if anything was: as a warning, if that is a column of use."""
+def tell_left_out(name: str, left_out: Counter[str], doubtful: bool = False) -> None:
+    """Log one line of what was left out of a source, if anything was.
+
+    It is a warning if a column of use is among it, or if it is ``doubtful`` in any case.
+    """
     if left_out:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in left_out.most_common())
-        doubtful = any(reason.startswith("column ") and reason not in BESIDE for reason in left_out)
+        doubtful = doubtful or any(reason.startswith("column ") and reason not in BESIDE for reason in left_out)
         logger.log(logging.WARNING if doubtful else logging.INFO, "%s: left out: %s", name, reasons)

@@ -218,8 +218,8 @@ def test_what_cannot_be_measured_is_refused(encoder, tmp_path):
     for sets, expected in [
         ({}, "nothing to measure"),
         ({"sts": {"s": [row | {"score": 3} for row in rows]}}, "s: a correlation needs pairs with different scores"),
-        ({"sts": {"s": [row | {"score": math.nan} for row in rows]}}, "s: a score is not a finite number"),
-        ({"sts": {"s": []}}, "s: a correlation needs pairs"),
+        ({"sts": {"s": [row | {"score": math.nan} for row in rows]}}, "s: row 1: 'score' must be a finite number"),
+        ({"sts": {"s": []}}, "s: list: empty"),
         ({"sts": {"mean_x": rows}}, "cannot be called mean_x"),
         ({"sts": {"minutes": rows}}, "cannot be called minutes"),
         ({"sts": {"s": rows}, "prompts": {"doc": "x"}}, "unknown use of a prompt"),

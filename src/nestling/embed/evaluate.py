@@ -5,7 +5,6 @@ measuring the full model alone. What is measured is what an exported cup would g
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from nestling.embed.checksum import checksum, reading
 from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.embed.metrics import BESIDE, ranking, spearman
-from nestling.errors import EvaluationError
+from nestling.errors import DataError, EvaluationError
 from nestling.ladder import Cup, Ladder
 from nestling.pairs import read_sts
 from nestling.partial import Partial
@@ -56,8 +55,9 @@ class GridEvaluator(BaseEvaluator):
     Args:
         ladder: the cups that are measured, in any form that `Ladder.parse` takes; by default `Ladder.default` of the
             model. They need not include the full model.
-        sts: scored pairs by the name of the set (``"sts12"``, ``"stsb"``): a file or the rows of `read_sts`.
-        retrieval: retrieval sets by name: a BEIR folder (its split ``test``) or a `Retrieval`.
+        sts: scored pairs by the name of the set (``"sts12"``, ``"stsb"``): whatever `read_sts` reads.
+        retrieval: retrieval sets by name: a BEIR folder (``FOLDER:dev`` for another split than ``test``), a
+            `Retrieval`, or corpus, queries and judgements as BEIR's loader gives them.
         grid: measure all of the ladder's depths in all of its widths instead of its cups alone.
         prompts: what is put in front of texts by their use, ``sts``, ``query`` or ``passage``. For those left out, the
             prompts that the model was saved with, see `stored_prompts`; ``""`` turns one off. `prompts_for` tells.
@@ -81,8 +81,8 @@ class GridEvaluator(BaseEvaluator):
         self,
         ladder: Ladder | str | Iterable[Any] | None = None,
         *,
-        sts: Mapping[str, FileName | Sequence[Mapping[str, Any]]] | None = None,
-        retrieval: Mapping[str, FileName | Retrieval] | None = None,
+        sts: Mapping[str, Any] | None = None,
+        retrieval: Mapping[str, FileName | Retrieval | tuple[Any, Any, Any]] | None = None,
         grid: bool = False,
         prompts: Mapping[str, str] | None = None,
         rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
@@ -101,19 +101,19 @@ class GridEvaluator(BaseEvaluator):
             raise EvaluationError("nothing to measure: give sts or retrieval sets")
         self.sentences: dict[str, int] = {}
         self.sts = {key: self._scored(key, value) for key, value in (sts or {}).items()}
-        self.retrieval = {
-            key: value if isinstance(value, Retrieval) else read_retrieval(value)
-            for key, value in (retrieval or {}).items()
-        }
+        self.retrieval = {key: _searched(key, value) for key, value in (retrieval or {}).items()}
         self.primary_metric = "mean"
 
-    def _scored(self, name: str, source: FileName | Sequence[Mapping[str, Any]]) -> _Scored:
+    def _scored(self, name: str, source: Any) -> _Scored:
         if name in BESIDE or name.startswith(("ndcg_", "recall_", "mean_")):
             raise EvaluationError(f"an STS set cannot be called {name}: that is a column of the results")
-        rows = read_sts(source) if isinstance(source, str | os.PathLike) else source
-        scores = [float(row["score"]) for row in rows]
-        if not all(map(math.isfinite, scores)):
-            raise EvaluationError(f"{name}: a score is not a finite number")
+        try:
+            rows = read_sts(source)
+        except DataError as error:
+            if isinstance(source, str | os.PathLike):
+                raise
+            raise EvaluationError(f"{name}: {error}") from error
+        scores = [row["score"] for row in rows]
         if len(set(scores)) < 2:
             raise EvaluationError(f"{name}: a correlation needs pairs with different scores, this set has none")
         first, second = (
@@ -208,7 +208,8 @@ class GridEvaluator(BaseEvaluator):
             "prompts": prompts,
             "sts": [list(self.sts), checksum([list(self.sentences), sts])],
             "retrieval": {
-                name: checksum([data.corpus, data.queries, data.relevant]) for name, data in self.retrieval.items()
+                name: checksum([data.corpus, data.queries, data.relevant] + [True] * bool(data.ignore_identical_ids))
+                for name, data in self.retrieval.items()
             },
         }
 
@@ -225,12 +226,16 @@ class GridEvaluator(BaseEvaluator):
         data = self.retrieval[name]
         documents = sorted(data.corpus)  # equal scores are then ranked as sentence-transformers ranks them, by id
         place = {key: number for number, key in enumerate(documents)}
-        relevant = [{place[key]: gain for key, gain in data.relevant[query].items()} for query in data.queries]
+        relevant = [
+            {place.get(key, -1 - missing): gain for missing, (key, gain) in enumerate(data.relevant[query].items())}
+            for query in data.queries
+        ]
+        itself = [place.get(query) for query in data.queries] if data.ignore_identical_ids else None
         corpus = vectors([data.corpus[key] for key in documents], "passage")
         queries, found = vectors(list(data.queries.values()), "query"), {}
         for cup in cups:
             asked, there = queries[cup.layers][:, : cup.dims], corpus[cup.layers][:, : cup.dims]
-            ndcg, recall = ranking(asked, there, relevant)
+            ndcg, recall = ranking(asked, there, relevant, itself)
             found[cup] = {f"ndcg_{name}": ndcg, f"recall_{name}": recall}
         return found
 
@@ -265,6 +270,16 @@ class GridEvaluator(BaseEvaluator):
     def get_config_dict(self) -> dict[str, Any]:
         """What sentence-transformers writes into a model card."""
         return {"ladder": str(self.ladder)} if self.ladder else {}
+
+
+def _searched(name: str, source: FileName | Retrieval | tuple[Any, Any, Any]) -> Retrieval:
+    if isinstance(source, tuple):
+        return Retrieval.of(name, *source)
+    if not isinstance(source, Retrieval):
+        return read_retrieval(source)
+    if source.ignore_identical_ids is not None:
+        return source
+    return Retrieval.of(source.name, source.corpus, source.queries, source.relevant)
 
 
 def _means(metrics: Mapping[str, float]) -> dict[str, float]:

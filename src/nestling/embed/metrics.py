@@ -30,7 +30,12 @@ def spearman(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
     return float(spearmanr(cosines, scores).statistic)
 
 
-def ranking(queries: Tensor, corpus: Tensor, relevant: Sequence[Mapping[int, float]]) -> tuple[float, float]:
+def ranking(
+    queries: Tensor,
+    corpus: Tensor,
+    relevant: Sequence[Mapping[int, float]],
+    itself: Sequence[int | None] | None = None,
+) -> tuple[float, float]:
     """Mean nDCG@10 and recall@100 of exact search by cosine.
 
     Gains are those of the judgements, not only 0 and 1, and enter linearly, as in trec_eval and so in BEIR. Documents
@@ -39,7 +44,9 @@ def ranking(queries: Tensor, corpus: Tensor, relevant: Sequence[Mapping[int, flo
     Args:
         queries: embeddings ``[q, d]``, of any length.
         corpus: embeddings ``[n, d]``, of any length.
-        relevant: for each query, the gain (above zero) of its relevant documents by their place in the corpus.
+        relevant: for each query, the gain (above zero) of its relevant documents by their place in the corpus; places
+            below 0 are of documents that are not there. A query without any counts, and finds nothing.
+        itself: for each query, the place of the document that it is, which is not searched for it, or None.
 
     Returns:
         nDCG@10, recall@100.
@@ -49,9 +56,10 @@ def ranking(queries: Tensor, corpus: Tensor, relevant: Sequence[Mapping[int, flo
     totals = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(queries), rows):
         scores = queries[start : start + rows] @ corpus.T / lengths
-        for row, gains in zip(scores, relevant[start : start + rows], strict=True):
-            best = _best(row, DEPTH)
-            found = sum(place in gains for place in best) / len(gains)
+        for number, row in enumerate(scores, start):
+            gains, own = relevant[number], None if itself is None else itself[number]
+            best = [place for place in _best(row, DEPTH + 1) if place != own][:DEPTH]
+            found = sum(place in gains for place in best) / max(1, len(gains))
             totals += torch.tensor([_ndcg(best[:CUTOFF], gains), found], dtype=torch.float64)
     ndcg, recall = (totals / len(queries)).tolist()
     return ndcg, recall
@@ -65,6 +73,8 @@ def _best(scores: Tensor, count: int) -> list[int]:
 
 
 def _ndcg(best: Sequence[int], gains: Mapping[int, float]) -> float:
+    if not gains:
+        return 0.0
     ideal = sorted(gains.values(), reverse=True)[:CUTOFF]
     return _dcg([gains.get(place, 0.0) for place in best]) / _dcg(ideal)
 
