@@ -154,8 +154,7 @@ def test_sets_of_other_kinds_of_files(tmp_path, kind):
 
 def test_integer_ids_are_those_of_the_judgements(tmp_path):
     corpus, queries = [{"_id": 0, "text": "x"}, {"_id": 1, "text": "y"}], [{"id": 12, "text": "q"}]
-    folder = layout(tmp_path / "a", corpus, queries, "12	0	1
-")
+    folder = layout(tmp_path / "a", corpus, queries, "12\t0\t1\n")
     assert read_retrieval(folder).relevant == {"12": {"0": 1.0}}
 
 
