@@ -7,7 +7,6 @@ one another with nothing between them, and that what follows the last one is a n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +16,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from nestling.embed.modes import in_eval_mode
+from nestling.embed.copies import copied_tree, plain
 from nestling.errors import UnsupportedEncoderError
 
 PROBE = 4  # tokens
@@ -41,7 +40,7 @@ def anatomy_of(transformer: Transformer) -> Anatomy:
         UnsupportedEncoderError: layers are shared, there is no one list of them, or something else happens between or
             behind them.
     """
-    backbone = transformer.model
+    backbone: nn.Module = plain(transformer.model)
     if backbone not in _FOUND:
         _FOUND[backbone] = _dissected(transformer)
     return _FOUND[backbone]
@@ -59,18 +58,9 @@ def depth_of(config: PreTrainedConfig) -> int:
     return depth
 
 
-def eager(model: nn.Module):
-    """A context in which compiled parts of the model run as they were written, if there are any.
-
-    torch.compile does not notice hooks that come and go: compiled code would go on filling the variables of the hook
-    that it was traced with.
-    """
-    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
 def _dissected(transformer: Transformer) -> Anatomy:
-    """The layers and the final norm, if a probe shows that they are all there is."""
+    """The layers and the final norm, if a probe of a copy shows that they are all there is."""
+    transformer = copied_tree(transformer).eval()
     backbone = transformer.model
     depth = depth_of(backbone.config)
     kind = f"{backbone.config.model_type} models cannot be cut"
@@ -114,15 +104,11 @@ def _probe(transformer: Transformer, layers: nn.Module) -> tuple[list[Tensor], l
         outputs.append(state_of(output).clone())  # a next layer that writes into it is found out
 
     backbone: Any = transformer.model
-    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers.children()]
-    handles += [layer.register_forward_hook(leave) for layer in layers.children()]
+    for layer in layers.children():
+        layer.register_forward_pre_hook(enter, with_kwargs=True)
+        layer.register_forward_hook(leave)
     ids = torch.arange(1, 1 + PROBE, device=backbone.device) % backbone.get_input_embeddings().num_embeddings
-    try:
-        with eager(transformer), in_eval_mode(transformer):
-            last = transformer({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
-    finally:
-        for handle in handles:
-            handle.remove()
+    last = transformer({"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])})
     return inputs, outputs, last["token_embeddings"]
 
 

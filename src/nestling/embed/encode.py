@@ -7,9 +7,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
-from nestling.embed.encoder import unwrapped
-from nestling.embed.modes import in_eval_mode
-from nestling.embed.taps import taps
+from nestling.embed.encoder import Encoder
+from nestling.embed.taps import pooled_taps
 from nestling.errors import EvaluationError
 from nestling.ladder import Cup
 
@@ -35,7 +34,7 @@ def encode(
 ) -> dict[int, Tensor]:
     """The embeddings of texts at several depths. Batches are of texts of like length, longest first.
 
-    The model runs in eval mode and is put back into its own.
+    The model runs in eval mode, in a copy that shares its weights: others may use it meanwhile.
 
     Args:
         model: a SentenceTransformer, perhaps wrapped.
@@ -53,22 +52,21 @@ def encode(
         EvaluationError: a vector is not finite (its text and depth are named).
         LadderError, UnsupportedEncoderError: as `taps`.
     """
-    inner = unwrapped(model)
+    encoder = Encoder.of(model).evaluating()
     found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    with in_eval_mode(model):
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            features = inner.preprocess([texts[i] for i in places], prompt=prompt or None)
-            features = batch_to_device(features, inner.device)
-            for layer, pooled in taps(model, features, layers).items():
-                pooled = pooled.float()
-                if rotations is not None and layer in rotations:
-                    pooled = rotations[layer](pooled)
-                cut = pooled[:, : layers[layer]].cpu()
-                _check_finite(cut, [texts[i] for i in places], layer)
-                found[layer][places] = cut
-            advance(len(places))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        features = encoder.model.preprocess([texts[i] for i in places], prompt=prompt or None)
+        features = batch_to_device(features, encoder.model.device)
+        for layer, pooled in pooled_taps(encoder, features, layers, {}).items():
+            pooled = pooled.float()
+            if rotations is not None and layer in rotations:
+                pooled = rotations[layer](pooled)
+            cut = pooled[:, : layers[layer]].cpu()
+            _check_finite(cut, [texts[i] for i in places], layer)
+            found[layer][places] = cut
+        advance(len(places))
     return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from nestling.embed.anatomy import Anatomy, anatomy_of, depth_of, state_of
+from nestling.embed.copies import copied, copied_path, copied_tree, descend, plain
 from nestling.errors import LadderError, UnsupportedEncoderError
 
 
@@ -27,6 +28,7 @@ class Encoder:
     """The parts of a sentence encoder. Make it with `of`.
 
     Attributes:
+        outer: the model as it was given, perhaps wrapped.
         model: the SentenceTransformer itself, without wrappers.
         transformer: its first module.
         backbone: the transformers model inside of that.
@@ -34,6 +36,7 @@ class Encoder:
             last normalisation, since coordinates are dropped before vectors are normalised.
     """
 
+    outer: nn.Module
     model: SentenceTransformer
     transformer: Transformer
     backbone: nn.Module
@@ -49,18 +52,23 @@ class Encoder:
         """
         inner = unwrapped(model)
         transformer, head = _parts(inner)
-        backbone: nn.Module = transformer.model
-        return cls(inner, transformer, backbone, head, anatomy_of(transformer))
+        return cls(model, inner, transformer, plain(transformer.model), head, anatomy_of(transformer))
+
+    def evaluating(self) -> Encoder:
+        """The encoder in eval mode: a copy that shares its weights. The modes of the model itself stay as they are."""
+        inner = copied_tree(self.model).eval()
+        transformer, head = _parts(inner)
+        return Encoder(inner, inner, transformer, plain(transformer.model), head, self.anatomy)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The backbone's layers, first one first."""
-        return self.backbone.get_submodule(self.anatomy.layers)  # type: ignore[return-value]
+        return descend(self.backbone, self.anatomy.layers)  # type: ignore[return-value]
 
     @property
     def final_norm(self) -> nn.Module | None:
         """What a k-layer model applies to the output of its last layer; None where layers normalise by themselves."""
-        return None if self.anatomy.norm is None else self.backbone.get_submodule(self.anatomy.norm)
+        return None if self.anatomy.norm is None else descend(self.backbone, self.anatomy.norm)
 
     @property
     def depth(self) -> int:
@@ -107,30 +115,26 @@ class Encoder:
     def _is_trained(self, number: int) -> bool:
         return any(parameter.requires_grad for parameter in self.layers[number - 1].parameters())
 
-    @contextmanager
-    def cut(self, depth: int) -> Iterator[None]:
-        """The model with its first ``depth`` layers only, for as long as the block lasts.
+    def shortened(self, depth: int) -> Transformer:
+        """The transformer with its first ``depth`` layers only: a copy that shares their weights."""
+        copies = copied_path(self.transformer, ["model", *self.anatomy.layers.split(".")])
+        _keep(copies[-1], depth)
+        return copies[0]  # type: ignore[return-value]
 
-        The list of layers is swapped for a shorter one. So the model's own code runs to its end, with its own masks
-        and final norm, and nothing has to be thrown through the wrappers around it: an exception that stops the
-        forward early would leave DistributedDataParallel and gradient checkpointing half done. The layers themselves
-        stay as they are, so gradients, hooks and recomputation are not touched. Not for several threads at once.
+    @contextmanager
+    def running(self, depth: int, wanted: set[int]) -> Iterator[tuple[nn.Module, dict[int, Tensor]]]:
+        """The model as it was given, wrappers and all, with its first ``depth`` layers, and what these return.
+
+        It is a copy of the modules on the way to the layers, whose list is shorter. So the model's own code runs to
+        its end, with its own masks and final norm, and nothing has to be thrown through the wrappers around it: an
+        exception that stops the forward early would leave DistributedDataParallel and gradient checkpointing half
+        done. Weights are shared, so gradients are those of the model; the model itself is not touched, so that other
+        threads may use it.
+
+        Yields:
+            The copy, and a dict that collects the outputs ``[B, T, H]`` of the layers ``wanted`` (1 is the first) as
+            it runs.
         """
-        layers = self.layers
-        if depth == len(layers):
-            yield
-            return
-        path, _, name = self.anatomy.layers.rpartition(".")
-        owner = self.backbone.get_submodule(path)
-        setattr(owner, name, layers[:depth])
-        try:
-            yield
-        finally:
-            setattr(owner, name, layers)
-
-    @contextmanager
-    def watched(self, wanted: set[int]) -> Iterator[dict[int, Tensor]]:
-        """Outputs of the layers ``wanted`` (1 is the first), collected while the block lasts: ``[B, T, H]`` each."""
         states: dict[int, Tensor] = {}
 
         def keep(number: int):
@@ -139,12 +143,39 @@ class Encoder:
 
             return hook
 
-        handles = [self.layers[number - 1].register_forward_hook(keep(number)) for number in sorted(wanted)]
+        first = next(iter(self.model._modules))
+        copies = copied_path(self.outer, [*_way(self.outer), first, "model", *self.anatomy.layers.split(".")])
+        runs, layers = copies[0], copies[-1]
+        _keep(layers, depth)
+        _ask_for_nothing(copies)
+        handles = [layers.get_submodule(str(n - 1)).register_forward_hook(keep(n)) for n in sorted(wanted)]
         try:
-            yield states
-        finally:
+            yield runs, states
+        finally:  # a layer that is checkpointed runs again in the backward pass
             for handle in handles:
                 handle.remove()
+
+
+def _keep(layers: Any, depth: int) -> None:
+    """Cut a list of layers, and make it one of copies, which can be given hooks."""
+    layers._modules = {str(number): copied(plain(layer)) for number, layer in enumerate(list(layers)[:depth])}
+
+
+def _ask_for_nothing(copies: list[nn.Module]) -> None:
+    """Let no config ask for hidden states or attentions: transformers would put hooks for them into shared modules."""
+    for module in copies:
+        if (config := vars(module).get("config")) is not None:
+            vars(module)["config"] = config = copy.copy(config)
+            config.output_hidden_states = config.output_attentions = False
+
+
+def _way(model: Any) -> list[str]:
+    """Names of the modules from what wraps a SentenceTransformer to itself, but for those of torch.compile."""
+    way, module = [], plain(model)
+    while not isinstance(module, SentenceTransformer):
+        way.append("module")
+        module = plain(module.get_submodule("module"))
+    return way
 
 
 def unwrapped(model: nn.Module) -> SentenceTransformer:

@@ -23,7 +23,6 @@ from nestling.embed.card import card
 from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder, truncated_config
 from nestling.embed.files import write_ladder
-from nestling.embed.modes import in_eval_mode
 from nestling.embed.probe import probe_texts
 from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite
@@ -154,8 +153,7 @@ def _check_new(folder: Path) -> None:
 
 
 def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
-    with encoder.cut(cup.layers):
-        transformer = copy.deepcopy(encoder.transformer).cpu()
+    transformer = copy.deepcopy(encoder.shortened(cup.layers)).cpu()
     backbone: Any = transformer.model
     backbone.config = truncated_config(encoder.transformer.model.config, cup.layers)
     backbone.config.output_hidden_states = False
@@ -221,8 +219,7 @@ def _difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: S
     texts = probe_texts(served)
     rotations = None if rotation is None else {cup.layers: rotation}
     wanted = normalize(encode(encoder.model, texts, {cup.layers: cup.dims}, rotations=rotations)[cup.layers], dim=-1)
-    with in_eval_mode(served):
-        found = torch.from_numpy(served.encode(texts, prompt="", show_progress_bar=False))
+    found = torch.from_numpy(served.encode(texts, prompt="", show_progress_bar=False))
     if found.shape != wanted.shape:
         raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {cup.dims}")
     difference = float((found - wanted).abs().max())

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nestling.embed.anatomy import eager
 from nestling.embed.encoder import Encoder
 from nestling.errors import LadderError
 
@@ -26,11 +25,11 @@ def taps(
 
     One forward through ``model`` as it is wrapped, so that DistributedDataParallel sees it. Layers above the deepest
     one asked for are not run, and states of layers that are not asked for are not kept. Gradients flow through every
-    vector.
+    vector. The model itself is not touched: several threads may do this at once, while others use it as it is.
 
     Args:
         model: a SentenceTransformer, or one within DistributedDataParallel or torch.compile (which runs uncompiled
-            here, see `eager`).
+            here).
         features: one batch of texts as ``model.preprocess`` makes it; it is not changed.
         layers: depths from 1 to the model's, in any order.
         rotations: by depth, applied to the pooled vectors.
@@ -42,9 +41,14 @@ def taps(
         UnsupportedEncoderError: the model has no layers to cut.
         LadderError: no depths, or one that the model does not have.
     """
-    encoder, rotations = Encoder.of(model), rotations or {}
-    tokens = token_taps(model, features, layers)
-    pooled = {number: encoder.pool(features, states) for number, states in tokens.items()}
+    return pooled_taps(Encoder.of(model), features, layers, rotations or {})
+
+
+def pooled_taps(
+    encoder: Encoder, features: Mapping[str, Any], layers: Iterable[int], rotations: Mapping[int, Any]
+) -> dict[int, Tensor]:
+    """`taps` of an encoder whose parts are known."""
+    pooled = {number: encoder.pool(features, states) for number, states in _states(encoder, features, layers).items()}
     return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}
 
 
@@ -54,12 +58,16 @@ def token_taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[i
     Raises:
         UnsupportedEncoderError, LadderError: as `taps`.
     """
-    encoder, wanted = Encoder.of(model), sorted(set(layers))
+    return _states(Encoder.of(model), features, layers)
+
+
+def _states(encoder: Encoder, features: Mapping[str, Any], layers: Iterable[int]) -> dict[int, Tensor]:
+    wanted = sorted(set(layers))
     if not wanted or wanted[0] < 1 or wanted[-1] > encoder.depth:
         raise LadderError(f"cannot tap layers {wanted}: expected some of 1 to {encoder.depth}")
     *between, deepest = wanted
-    with encoder.cut(deepest), encoder.watched(set(between)) as states, eager(model):
-        output = model(dict(features))  # modules add keys to what they are given
+    with encoder.running(deepest, set(between)) as (runs, states):
+        output = runs(dict(features))  # modules add keys to what they are given
     # The deepest state is taken from the output, behind what wrappers do to it: DistributedDataParallel wants the loss
     # to depend on what it returned.
     last = output["token_embeddings"]

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from nestling.embed.modes import in_eval_mode
+from nestling.embed.copies import copied_tree
 from nestling.errors import EvaluationError, ExampleError, OptionError
 
 CHUNK = 1024  # texts that are embedded between two looks at the progress
@@ -85,7 +85,7 @@ def write_table(
 ) -> None:
     """Embed texts by a model of any kind, into a file of numpy's that can be mapped: ``[N, D]``, fp32.
 
-    The file appears when it is complete. The model runs in eval mode, and is put back into its own.
+    The file appears when it is complete. The model runs in eval mode, in a copy that shares its weights.
 
     Args:
         texts: pairs (prompt, text).
@@ -116,12 +116,12 @@ def _embedded(
     teacher: SentenceTransformer, texts: Sequence[tuple[str, str]], batch_size: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Places of some texts of one prompt, and their embeddings, until all are done."""
+    model = copied_tree(teacher)  # which `encode` puts into eval mode
     order = sorted(range(len(texts)), key=lambda i: (texts[i][0], len(texts[i][1])))
     for prompt, places in groupby(order, key=lambda i: texts[i][0]):
         while some := list(islice(places, CHUNK)):
             said = [texts[i][1] for i in some]
-            with in_eval_mode(teacher):
-                vectors = teacher.encode(said, prompt=prompt, batch_size=batch_size, show_progress_bar=False)
+            vectors = model.encode(said, prompt=prompt, batch_size=batch_size, show_progress_bar=False)
             yield some, vectors
 
 
