@@ -125,11 +125,11 @@ class Encoder:
     def running(self, depth: int, wanted: set[int]) -> Iterator[tuple[nn.Module, dict[int, Tensor]]]:
         """The model as it was given, wrappers and all, with its first ``depth`` layers, and what these return.
 
-        It is a copy of the modules on the way to the layers, whose list is shorter. So the model's own code runs to
-        its end, with its own masks and final norm, and nothing has to be thrown through the wrappers around it: an
-        exception that stops the forward early would leave DistributedDataParallel and gradient checkpointing half
-        done. Weights are shared, so gradients are those of the model; the model itself is not touched, so that other
-        threads may use it.
+        Inside of the wrappers it is a copy of the modules on the way to the layers, whose list is shorter. So the
+        model's own code runs to its end, with its own masks and final norm, and nothing has to be thrown through the
+        wrappers: an exception that stops the forward early would leave DistributedDataParallel and gradient
+        checkpointing half done. Weights are shared, so gradients are those of the model; the model itself is not
+        touched, so that other threads may use it.
 
         Yields:
             The copy, and a dict that collects the outputs ``[B, T, H]`` of the layers ``wanted`` (1 is the first) as
@@ -144,13 +144,14 @@ class Encoder:
             return hook
 
         first = next(iter(self.model._modules))
-        copies = copied_path(self.outer, [*_way(self.outer), first, "model", *self.anatomy.layers.split(".")])
-        runs, layers = copies[0], copies[-1]
+        copies = copied_path(self.model, [first, "model", *self.anatomy.layers.split(".")])
+        inner, layers = copies[0], copies[-1]
         _keep(layers, depth)
         _ask_for_nothing(copies)
         handles = [layers.get_submodule(str(n - 1)).register_forward_hook(keep(n)) for n in sorted(wanted)]
         try:
-            yield runs, states
+            with _wrapping(self.outer, inner) as runs:
+                yield runs, states
         finally:  # a layer that is checkpointed runs again in the backward pass
             for handle in handles:
                 handle.remove()
@@ -169,13 +170,23 @@ def _ask_for_nothing(copies: list[nn.Module]) -> None:
             config.output_hidden_states = config.output_attentions = False
 
 
-def _way(model: Any) -> list[str]:
-    """Names of the modules from what wraps a SentenceTransformer to itself, but for those of torch.compile."""
-    way, module = [], plain(model)
-    while not isinstance(module, SentenceTransformer):
-        way.append("module")
-        module = plain(module.get_submodule("module"))
-    return way
+@contextmanager
+def _wrapping(outer: Any, inner: nn.Module) -> Iterator[nn.Module]:
+    """What wraps a SentenceTransformer, wrapping another one while the block lasts, and uncompiled.
+
+    Wrappers are not copied, since DistributedDataParallel keeps its state from one forward to the next.
+    """
+    if isinstance(plain(outer), SentenceTransformer):
+        yield inner
+        return
+    wrapper = plain(outer)
+    child, compiled = wrapper._modules["module"], wrapper._compiled_call_impl
+    with _wrapping(child, inner) as runs:
+        wrapper._modules["module"], wrapper._compiled_call_impl = runs, None
+        try:
+            yield wrapper
+        finally:
+            wrapper._modules["module"], wrapper._compiled_call_impl = child, compiled
 
 
 def unwrapped(model: nn.Module) -> SentenceTransformer:
