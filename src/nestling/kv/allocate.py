@@ -9,10 +9,10 @@ valuable step first, until the next one would not fit, so they end within one st
 * A searched path (see `nestling.kv.search`): a sort by what was measured.
 
 Groups: a layer stores its heads in at most `MAX_GROUPS` rank groups. In models with more KV heads, heads with similar
-ranks are tied together and the steps are taken again for the groups, at the group's cost.
+ranks are tied together, at every budget the same ones, and the steps are taken for the groups, at the group's cost.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 
 from nestling.errors import BudgetError
+from nestling.kv.steps import Steps
 
 STEP = 8
 MAX_GROUPS = 4
+CLUSTERED_AT = (0.75, 0.5, 0.25)  # shares of the cost of all steps, at which heads are compared to be grouped
 CONTEXT = 4096
+
+Units = list[list[list[int]]]  # of each layer, the lists of heads that move together
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,12 @@ def elements_per_token(
 
 def uniform(layers: int, heads: int, width: int, elements: float) -> RankTable:
     """Equal ranks for all heads; what is left below one step for all goes to values first, spread over the layers."""
-    return _take_steps(uniform_gains(layers, heads, width), elements, width, single_heads(layers, heads))
+    return table_of(uniform_steps(layers, heads, width), elements, width)
+
+
+def uniform_steps(layers: int, heads: int, width: int) -> Steps:
+    """The steps of equal ranks: heads are alike, so that no groups have to be made."""
+    return _steps(uniform_gains(layers, heads, width), width, single_heads(layers, heads))
 
 
 def uniform_gains(layers: int, heads: int, width: int) -> Tensor:
@@ -195,13 +204,30 @@ def by_gains(gains: Tensor, elements: float, width: int) -> RankTable:
     Raises:
         BudgetError: if ``elements`` is below the smallest table (one step everywhere).
     """
-    layers, heads = gains.shape[1:3]
+    return table_of(gain_steps(gains, width), elements, width)
+
+
+def gain_steps(gains: Tensor, width: int) -> Steps:
+    """The steps in order of their ``gains``, for heads of a layer in at most `MAX_GROUPS` groups; see `by_gains`."""
     gains = _decreasing(gains)
-    table = _take_steps(gains, elements, width, single_heads(layers, heads))
-    if heads > MAX_GROUPS:
-        ranks = table.stacked.double()
-        table = _take_steps(gains, elements, width, [cluster(ranks[:, row].T) for row in range(layers)])
-    return table
+    return nested(lambda units: _steps(gains, width, units), *gains.shape[1:3])
+
+
+def table_of(steps: Steps, elements: float, width: int) -> RankTable:
+    """The rank table of some elements per token.
+
+    Raises:
+        BudgetError: if they are fewer than the smallest table takes.
+    """
+    table = steps.table(elements)
+    if table is None:
+        full = steps.start.numel() * width
+        raise BudgetError(
+            f"elements={elements:g}, that is {elements / full:.4f} of the full cache and below the smallest possible, "
+            f"{steps.least / full:.4f} ({edges(width)[1]} of {width} coordinates in every head): "
+            f"give at least elements={steps.least:g}"
+        )
+    return RankTable(table[0], table[1])
 
 
 def edges(width: int) -> list[int]:
@@ -209,48 +235,43 @@ def edges(width: int) -> list[int]:
     return [*range(0, width, STEP), width]
 
 
-def single_heads(layers: int, heads: int) -> list[list[list[int]]]:
-    return [[[h] for h in range(heads)] for _ in range(layers)]
+def single_heads(layers: int, heads: int) -> Units:
+    return [[[head] for head in range(heads)] for _ in range(layers)]
 
 
-def _take_steps(gains: Tensor, elements: float, width: int, units: list[list[list[int]]]) -> RankTable:
-    """Take steps in order of gain per element until no next step fits.
+def nested(make: Callable[[Units], Steps], layers: int, heads: int) -> Steps:
+    """Steps of single heads; in models with more than `MAX_GROUPS` KV heads, of groups, the same ones at any budget.
+
+    Args:
+        make: the steps for units of heads that move together, of tables ``[2, L, Hkv, ...]``.
+    """
+    single = make(single_heads(layers, heads))
+    if heads <= MAX_GROUPS:
+        return single
+    tables = [single.table(single.least + share * (single.most - single.least)) for share in CLUSTERED_AT]
+    sizes = torch.cat([t.reshape(2, layers, heads, -1).sum(-1).double() for t in tables if t is not None])
+    return make([cluster(sizes[:, row].T) for row in range(layers)])
+
+
+def _steps(gains: Tensor, width: int, units: Units) -> Steps:
+    """Steps in order of gain per element: from one step in every rank to full ranks.
 
     Args:
         gains: ``[2, L, Hkv, steps]``, non-increasing along the steps of a head.
-        units: per layer, the lists of heads that move together.
     """
-    bounds = edges(width)
-    layers, heads = gains.shape[1:3]
-    smallest = 2 * layers * heads * bounds[1]
-    if elements < smallest:
-        full = 2 * layers * heads * width
-        raise BudgetError(
-            f"the budget of {elements / full:.4f} of the full cache is below the smallest possible, "
-            f"{smallest / full:.4f} ({bounds[1]} of {width} coordinates in every head)"
-        )
-    ranks = torch.full((2, layers, heads), bounds[1], dtype=torch.int64)
-    steps = sorted(_steps(gains, units), key=lambda step: -step[0])
-    left = elements - smallest
-    stuck = set()
-    for _, side, layer, unit, index in steps:
-        cost = len(unit) * (bounds[index + 1] - bounds[index])
-        if cost > left + 1e-9 or (side, layer, unit[0]) in stuck:
-            stuck.add((side, layer, unit[0]))
-            continue
-        ranks[side, layer, unit] = bounds[index + 1]
-        left -= cost
-    return RankTable(ranks[0], ranks[1])
-
-
-def _steps(gains: Tensor, units: list[list[list[int]]]) -> Iterator[tuple[float, int, int, list[int], int]]:
-    """Every step beyond the first of every unit: (gain per element, side, layer, heads, step)."""
+    bounds, shape = edges(width), gains.shape[:3]
+    found = []
     for layer, groups in enumerate(units):
         for unit in groups:
             unit_gains = gains[:, layer, unit].mean(1).tolist()
             for side in (0, 1):
+                places = [(side * shape[1] + layer) * shape[2] + head for head in unit]
                 for index in range(1, gains.shape[-1]):
-                    yield unit_gains[side][index], side, layer, unit, index
+                    cost = len(unit) * (bounds[index + 1] - bounds[index])
+                    found.append((unit_gains[side][index], places, bounds[index + 1], cost))
+    found.sort(key=lambda step: -step[0])
+    start = torch.full(shape, bounds[1], dtype=torch.int64)
+    return Steps.of(start, start.sum().item(), (step[1:] for step in found), any_start=True)
 
 
 def _decreasing(gains: Tensor) -> Tensor:
@@ -270,7 +291,7 @@ def _decreasing(gains: Tensor) -> Tensor:
 
 
 def cluster(sizes_of_heads: Tensor) -> list[list[int]]:
-    """Merge heads of a layer, those of the nearest sizes ``[Hkv, 2]`` first, until `MAX_GROUPS` groups are left."""
+    """Merge heads of a layer, those of the nearest sizes ``[Hkv, n]`` first, until `MAX_GROUPS` groups are left."""
     groups = [[h] for h in range(len(sizes_of_heads))]
     while len(groups) > MAX_GROUPS:
         centres = torch.stack([sizes_of_heads[g].mean(0) for g in groups])

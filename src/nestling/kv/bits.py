@@ -9,15 +9,15 @@ once: the bits at a smaller budget are never more than those at a larger one, in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestling.errors import BudgetError
-from nestling.kv.allocate import MAX_GROUPS, cluster, single_heads
+from nestling.kv.allocate import Units, nested
 from nestling.kv.pack import BLOCK
 from nestling.kv.quantise import WIDTHS
+from nestling.kv.steps import Steps
 
 CHOICES = (0, *WIDTHS, 16)
 
@@ -83,48 +83,45 @@ def by_bits(lost: Tensor, bits: float) -> BitTable:
     Raises:
         BudgetError: if a loss is not finite, or not even one bit of one block fits.
     """
-    if not torch.isfinite(lost).all():
-        raise BudgetError("losses must be finite: calibrate the adapter again")
-    layers, heads = lost.shape[1:3]
-    table = _take_steps(lost.double(), bits, single_heads(layers, heads))
-    if heads > MAX_GROUPS:
-        used = table.sum(-1).double()
-        units = [cluster(used[:, row].T) for row in range(layers)]
-        table = _take_steps(lost.double(), bits, units)
-    if not table.any():
-        raise BudgetError(f"{bits:.0f} bits per token are fewer than the smallest step takes: raise the budget")
+    steps = bit_steps(lost)
+    if (table := steps.table(bits)) is None:
+        raise BudgetError(
+            f"bits={bits:g} per token are fewer than the smallest step takes: give at least bits={steps.least:g}"
+        )
     return BitTable(table[0], table[1])
 
 
-def _take_steps(lost: Tensor, bits: float, units: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Take steps in order of gain per bit, and stop at the first that does not fit: so tables are nested."""
-    steps = sorted(
-        (
-            (gain, place, choice, cost * len(unit))
-            for layer, groups in enumerate(units)
-            for unit in groups
-            for place, losses_of_block in _blocks(lost, layer, unit)
-            for gain, choice, cost in hull(losses_of_block)
-        ),
-        key=lambda step: (-step[0], step[1]["order"]),
-    )
-    table = torch.zeros(lost.shape[:-1], dtype=torch.int64)
-    for gain, place, choice, cost in steps:
-        if gain <= 0 or cost > bits:
-            break
-        table[place["side"], place["layer"], place["unit"], place["block"]] = choice
-        bits -= cost
-    return table
+def bit_steps(lost: Tensor) -> Steps:
+    """The steps of all blocks in order of gain per bit, for heads of a layer in at most `MAX_GROUPS` groups.
+
+    Raises:
+        BudgetError: if a loss is not finite, or no block is worth any bits.
+    """
+    if not torch.isfinite(lost).all():
+        raise BudgetError("losses must be finite: calibrate the adapter again")
+    steps = nested(lambda units: _steps(lost.double(), units), *lost.shape[1:3])
+    if not len(steps.place):
+        raise BudgetError("no coordinate is worth any bits by the losses of this adapter: calibrate it again")
+    return steps
 
 
-def _blocks(lost: Tensor, layer: int, unit: Sequence[int]) -> list[tuple[dict[str, Any], list[float]]]:
-    """Where each block of some heads is, and what it loses at each choice."""
-    mean = lost[:, layer, unit].mean(1)
-    return [
-        ({"side": side, "layer": layer, "unit": list(unit), "block": block, "order": (block, side, layer, unit[0])},
-         mean[side, block].tolist())
-        for side in (0, 1) for block in range(mean.shape[1])
-    ]  # fmt: skip
+def _steps(lost: Tensor, units: Units) -> Steps:
+    """Steps from no bits, in order of gain per bit."""
+    layers, heads, blocks = lost.shape[1:4]
+    found = []
+    for layer, groups in enumerate(units):
+        for unit in groups:
+            mean = lost[:, layer, unit].mean(1).tolist()
+            for side, block in ((side, block) for side in (0, 1) for block in range(blocks)):
+                places = [((side * layers + layer) * heads + head) * blocks + block for head in unit]
+                found += [
+                    (-gain, (block, side, layer, unit[0]), (places, choice, cost * len(unit)))
+                    for gain, choice, cost in hull(mean[side][block])
+                    if gain > 0
+                ]
+    found.sort(key=lambda step: step[:2])
+    start = torch.zeros(lost.shape[:-1], dtype=torch.int64)
+    return Steps.of(start, 0, (step for _, _, step in found), any_start=False)
 
 
 def hull(lost: Sequence[float]) -> list[tuple[float, int, int]]:
