@@ -299,7 +299,7 @@ def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
             budgets.append(cache.budget)
     assert budgets[0] == 1 and budgets == sorted(budgets, reverse=True) and 2 < len(set(budgets)) < 20
     assert cache.full_nbytes > 3 * cache.nbytes > 0.1 * 2**20
-    with pytest.raises(BudgetError, match="do not fit into a limit of 0.0 MiB"):
-        made.model(input_ids=text, past_key_values=made.adapter.cache(made.model, limit_mib=0.001, **options))
-    with pytest.raises(BudgetError, match="must be positive"):
-        made.adapter.cache(made.model, limit_mib=-1, **options)
+    with pytest.raises(BudgetError, match="limit_mib=0.001 is out of reach"):
+        made.adapter.cache(made.model, limit_mib=0.001, **options)
+    with pytest.raises(BudgetError, match="limit_mib=0.0075: 400 tokens take .* do not fit"):
+        made.model(input_ids=text, past_key_values=made.adapter.cache(made.model, limit_mib=0.0075, **options))

@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 
 from nestling.basis import NestedBasis
-from nestling.errors import AdapterError
+from nestling.errors import AdapterError, BudgetError
 from nestling.kv import allocate, attention
 from nestling.kv.allocate import CONTEXT, RankTable
-from nestling.kv.bits import BitTable, by_bits, losses
-from nestling.kv.cache import CHUNK, Maker, NestedCache, make_cache
+from nestling.kv.bits import BitTable, bit_steps, bit_table_of, losses
+from nestling.kv.budget import Budget, read_request
+from nestling.kv.cache import CHUNK, NestedCache, make_cache
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, path_names, read, write
+from nestling.kv.maker import Maker
+from nestling.kv.steps import Steps
+from nestling.options import choice, flag, number, share, shown, whole
 from nestling.temporary import temporary_folder
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
 WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"
+DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a cache can store
 SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
 
 
@@ -112,27 +117,46 @@ class KVAdapter:
         searched = self.info.get("search", {}).get("method")
         return searched if searched in self.paths else "energy"
 
+    def steps(self, allocation: str | None = None, *, bits: bool = False) -> Steps:
+        """The steps of a named allocation, of ranks or of bits: the tables of all budgets.
+
+        Raises:
+            AdapterError: for bits of an adapter without `noise`.
+            BudgetError: for unknown allocations.
+        """
+        layers, heads, width = self.shape
+        if bits:
+            if not self.quantises:
+                raise AdapterError(WITHOUT_BITS)
+            if allocation not in (None, "energy"):
+                raise BudgetError(f"allocation of bits must be 'energy' or a bit table, got {shown(allocation)}")
+            energy, noise = (torch.stack([values[s] for s in SIDES]) for values in (self.energy, self.noise))
+            errors = torch.tensor([self.info["errors"][s] for s in SIDES])
+            return bit_steps(losses(energy, noise, errors))
+        allocation = allocation or self.allocation
+        if allocation == "uniform":
+            return allocate.uniform_steps(layers, heads, width)
+        if allocation == "energy":
+            return allocate.gain_steps(allocate.energy_gains(self.energy["key"], self.energy["value"]), width)
+        if isinstance(allocation, str) and allocation in self.paths:
+            return allocate.gain_steps(self.paths[allocation].double(), width)
+        known = ", ".join(map(repr, ("energy", "uniform", *self.paths)))
+        raise BudgetError(f"allocation must be {known} or a rank table, got {shown(allocation)}")
+
     def ranks(self, elements: float, allocation: str | RankTable | Mapping | None = None) -> RankTable:
         """The rank table of an allocation for a number of elements per token.
 
         Raises:
+            OptionError: if ``elements`` is no positive number.
             BudgetError: for budgets out of reach, tables of the wrong shape, unknown allocations.
         """
-        layers, heads, width = self.shape
         if isinstance(allocation, Mapping):
             allocation = RankTable.from_dict(dict(allocation))
         if isinstance(allocation, RankTable):
-            allocation.check(layers, heads, width)
+            allocation.check(*self.shape)
             return allocation
-        allocation = allocation or self.allocation
-        if allocation == "uniform":
-            return allocate.uniform(layers, heads, width, elements)
-        if allocation == "energy":
-            return allocate.by_energy(self.energy["key"], self.energy["value"], elements)
-        if allocation in self.paths:
-            return allocate.by_gains(self.paths[allocation].double(), elements, width)
-        known = ", ".join(map(repr, ("energy", "uniform", *self.paths)))
-        raise allocate.BudgetError(f"allocation must be {known} or a rank table, got {allocation!r}")
+        elements = number("elements", elements, above=0)
+        return allocate.table_of(self.steps(allocation), elements, self.shape[2])
 
     @property
     def quantises(self) -> bool:
@@ -143,6 +167,7 @@ class KVAdapter:
         """The bits of every block of coordinates for a number of bits per token.
 
         Raises:
+            OptionError: if ``bits`` is no positive number.
             AdapterError: if the adapter was made without `noise`.
             BudgetError: for budgets out of reach, tables of the wrong shape, unknown allocations.
         """
@@ -151,19 +176,16 @@ class KVAdapter:
         if isinstance(allocation, BitTable):
             allocation.check(*self.shape)
             return allocation
-        if allocation not in (None, "energy"):
-            raise allocate.BudgetError(f"allocation of bits must be 'energy' or a bit table, got {allocation!r}")
-        energy, noise = (torch.stack([values[s] for s in SIDES]) for values in (self.energy, self.noise))
-        errors = torch.tensor([self.info["errors"][s] for s in SIDES])
-        return by_bits(losses(energy, noise, errors), bits)
+        bits = number("bits", bits, above=0)
+        return bit_table_of(self.steps(allocation, bits=True), bits)
 
     def cache(
         self,
         model,
-        budget: float | None = None,
+        budget: float | str | Budget | None = None,
         *,
         bytes_per_token: float | None = None,
-        allocation: str | RankTable | Mapping | None = None,
+        allocation: str | RankTable | BitTable | Mapping | None = None,
         sinks: int = SINKS,
         window: int = WINDOW,
         exact_prompt: bool = True,
@@ -180,8 +202,10 @@ class KVAdapter:
 
         Args:
             model: the causal LM that the adapter was made for.
-            budget: share of the full cache of the compressed layers, in (0, 1], at equal precision: of its bf16 bytes
-                for a model (or ``dtype``) of 16 bits. Not needed with a rank table.
+            budget: share of the full cache of the compressed layers, above 0 and at most 1, at equal precision: of its
+                bf16 bytes for a model (or ``dtype``) of 16 bits. Or text: ``"25%"``, or a limit such as ``"64MiB"``,
+                which is the same as ``limit_mib=64``; see `nestling.kv.budget.read_budget`. Not needed with a rank
+                table.
             bytes_per_token: the same as a number of bytes per token, at the precision in use.
             allocation: ``"energy"`` (least predicted loss), ``"uniform"``, the name of a searched one, such as
                 ``"greedy"``, or a rank table ``{"keys": [L][Hkv], "values": [L][Hkv]}``; by default what was searched
@@ -191,58 +215,54 @@ class KVAdapter:
                 so that the total meets the budget at ``context`` tokens.
             exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression.
             paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
-            dtype: of the stored coordinates; None means that of the model's keys and values.
+            context: number of tokens at which the budget is met.
+            dtype: of the stored coordinates: float16, bfloat16, float32 or float64; None means that of the model's
+                keys and values.
             chunk: tokens by which storage grows.
             tokens: share of the tokens that is kept, those that were read most (and sinks and recent ones); the
                 budget is that of a cache of all tokens, so both shares multiply. It has attention weights computed.
             bits: quantise coordinates, each at the width that pays: 1 to 8 bits, none, or all 16. An adapter that
                 cannot (`quantises`) warns, and stores ranks of 16 bits.
             limit_mib: MiB that the compressed layers never exceed: the cache shrinks as the text grows, from
-                ``budget`` (1 if there is none) down.
+                ``budget`` (1 if there is none) down. Bases are not counted, see `NestedCache.basis_nbytes`.
             offloading: keep layers in host memory between their turns, as transformers' offloaded caches do.
 
         Raises:
+            OptionError: if an option has a value or a type that it cannot have.
             AdapterError: if the model is not the one the adapter was made for.
-            BudgetError: if the budget or table cannot be met.
+            BudgetError: if the budget or table cannot be met; the message has the smallest budget that can.
         """
+        exact_prompt, paper = flag("exact_prompt", exact_prompt), flag("paper", paper)
+        sinks, window = whole("sinks", sinks, minimum=0), whole("window", window, minimum=0)
+        context, chunk, tokens = whole("context", context), whole("chunk", chunk), share("tokens", tokens)
+        bits, offloading = flag("bits", bits), flag("offloading", offloading)
+        choice("dtype", dtype, DTYPES)
         self.check(model)
         if paper:
             sinks, window, exact_prompt = 0, 0, False
-        if not 0 < tokens <= 1:
-            raise allocate.BudgetError(f"tokens={tokens:g} is out of range: a share, above 0 and at most 1")
-        if sinks < 0 or window < 0 or chunk < 1:
-            raise allocate.BudgetError(
-                f"sinks={sinks} and window={window} must not be negative, chunk={chunk} at least 1"
-            )
-        if limit_mib is not None and budget is None and bytes_per_token is None:
-            budget = 1.0
-        elements, table = 0.0, isinstance(allocation, RankTable | BitTable | Mapping)
         if bits or isinstance(allocation, BitTable):
             dtype = dtype or (model.dtype if model.dtype.itemsize == 2 else torch.bfloat16)
             if dtype.itemsize != 2:
-                raise allocate.BudgetError(f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits")
+                raise BudgetError(f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits")
         if bits and not self.quantises:
             warnings.warn(f"bits=True: {WITHOUT_BITS}; until then its caches have ranks alone", stacklevel=2)
             bits = False
-        if not table:
-            itemsize = (dtype or model.dtype).itemsize
-            elements = allocate.elements_per_token(
-                self.full_elements,
-                budget,
-                bytes_per_token,
-                itemsize=itemsize,
-                exact_tokens=capacity(sinks, window),
-                context=context,
-            )
-        elif budget is not None or bytes_per_token is not None:
-            raise allocate.BudgetError("a rank table is a budget by itself: leave out budget and bytes_per_token")
-        if bits or isinstance(allocation, BitTable):
-            ranks: RankTable | BitTable = self.bits(16 * elements, allocation)  # type: ignore[arg-type]
+        itemsize, remake = (dtype or model.dtype).itemsize, None
+        asked, limit = read_request(budget, bytes_per_token, limit_mib, self.full_elements * itemsize)
+        if isinstance(allocation, RankTable | BitTable | Mapping):
+            if given := asked or limit:
+                raise BudgetError(f"{given.given}: a rank table is a budget by itself, leave it out")
+            ranks = self._checked(allocation, bits)
+        elif asked is None and limit is None:
+            raise BudgetError("give budget= (such as 0.25 or '64MiB') or bytes_per_token=, not both or neither")
         else:
-            ranks = self.ranks(elements, allocation)
-        attention.attach(model)
+            remake = Maker(
+                self, asked or Budget(1.0, None, "budget=1"), limit, allocation=allocation, bits=bits, dtype=dtype,
+                exact_tokens=capacity(sinks, window), context=context,
+            )  # fmt: skip
+            ranks = remake.required(remake.budget)
         made = make_cache(
-            {layer: self._layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
+            {layer: self.layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
             ranks,
             attention.text_config(model),
             device=model.device,
@@ -254,21 +274,21 @@ class KVAdapter:
             offloading=offloading,
             tokens=tokens,
         )
-        if limit_mib is not None and (table or limit_mib <= 0):
-            raise allocate.BudgetError(
-                f"limit_mib={limit_mib:g} must be positive, and goes with a budget, not a table"
-            )
-        if not table:
-            made.limit = None if limit_mib is None else int(limit_mib * 2**20)
-            made.budget = budget or (bytes_per_token or 0.0) / (self.full_elements * itemsize)
-            options = dict(
-                allocation=allocation, sinks=sinks, window=window, exact_prompt=exact_prompt, context=context,
-                dtype=dtype, chunk=chunk, offloading=offloading, tokens=tokens, bits=bits,
-            )  # fmt: skip
-            made.remake = Maker(self.cache, model, options)
+        if remake is not None:
+            made.start(remake, itemsize)
+        attention.attach(model)
         return made
 
-    def _layer_bases(self, row: int) -> dict[str, Tensor]:
+    def _checked(self, table: RankTable | BitTable | Mapping, bits: bool) -> RankTable | BitTable:
+        """A table that the user gave."""
+        if isinstance(table, BitTable):
+            return self.bits(1, table)
+        if bits:
+            raise BudgetError("bits=True goes with a budget or a bit table, not with a rank table")
+        return self.ranks(1, table)
+
+    def layer_bases(self, row: int) -> dict[str, Tensor]:
+        """Bases, means and steps of a compressed layer, by its row: ``{"key_encode": [Hkv, D, D], ...}``."""
         tensors = {"encode": self.encode, "decode": self.decode, "mean": self.mean, "step": self.step}
         return {f"{side}_{name}": values[side][row] for side in SIDES for name, values in tensors.items() if values}
 
@@ -290,9 +310,11 @@ class KVAdapter:
                 since ``decode`` is the inverse of what is stored.
 
         Raises:
+            OptionError: if ``half`` is no bool.
             FileError: the folder cannot be made or written to, or the disk is full. What was there is as it was.
             AdapterError: something else has the name of one of the files, or a basis does not fit into fp16.
         """
+        half = flag("half", half)
         tensors = {
             f"layers.{layer}.{side}.{name}": values[side][row].contiguous()
             for row, layer in enumerate(self.fingerprint["layers"])
@@ -331,6 +353,7 @@ class KVAdapter:
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the adapter to the hub and return its address."""
+        private = flag("private", private)
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)

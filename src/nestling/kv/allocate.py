@@ -62,6 +62,14 @@ class RankTable:
                     f"rank table: {name} must be in 1..{width}, got {int(ranks.min())}..{int(ranks.max())}"
                 )
 
+    def token_bytes(self, width: int, itemsize: int) -> list[int]:
+        """Bytes of the coordinates of a token in each layer, of ``itemsize`` bytes each; for heads of any width."""
+        return (self.stacked.sum((0, 2)) * itemsize).tolist()
+
+    def full(self, width: int) -> list[bool]:
+        """For each layer, whether nothing of it is compressed."""
+        return (self.stacked == width).all(2).all(0).tolist()
+
     def to_dict(self) -> dict[str, list[list[int]]]:
         return {"keys": self.keys.tolist(), "values": self.values.tolist()}
 

@@ -44,6 +44,17 @@ class BitTable:
         pairs = [tuple(tuple(side[row, h].tolist()) for side in (self.keys, self.values)) for h in range(self.heads)]
         return [([h for h, p in enumerate(pairs) if p == pair], pair) for pair in sorted(set(pairs), reverse=True)]  # type: ignore[misc]
 
+    def token_bytes(self, width: int, itemsize: int) -> list[int]:
+        """Bytes of the coordinates of a token in each layer, of heads of ``width``: those of 16 bits have ``itemsize``
+        bytes each, and b bits of the eight of a block are b bytes."""
+        stacked = self.stacked
+        sizes = (width - BLOCK * torch.arange(stacked.shape[-1])).clamp(max=BLOCK) * itemsize
+        return torch.where(stacked == 16, sizes, stacked).sum((0, 2, 3)).tolist()
+
+    def full(self, width: int) -> list[bool]:
+        """For each layer, whether nothing of it is compressed."""
+        return (self.stacked == 16).flatten(2).all(2).all(0).tolist()
+
     @property
     def heads(self) -> int:
         return self.keys.shape[1]
@@ -83,7 +94,15 @@ def by_bits(lost: Tensor, bits: float) -> BitTable:
     Raises:
         BudgetError: if a loss is not finite, or not even one bit of one block fits.
     """
-    steps = bit_steps(lost)
+    return bit_table_of(bit_steps(lost), bits)
+
+
+def bit_table_of(steps: Steps, bits: float) -> BitTable:
+    """The bit table of some bits per token.
+
+    Raises:
+        BudgetError: if they are fewer than the smallest step takes.
+    """
     if (table := steps.table(bits)) is None:
         raise BudgetError(
             f"bits={bits:g} per token are fewer than the smallest step takes: give at least bits={steps.least:g}"

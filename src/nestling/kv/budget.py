@@ -26,11 +26,13 @@ class Budget:
         share: of the full cache's bytes, above 0 and at most 1.
         limit: bytes that are never exceeded.
         given: the option and its value as the user wrote them, for messages: ``budget='25%'``.
+        full_bytes: what the full cache takes per token, if the share was given as bytes per token.
     """
 
     share: float | None
     limit: int | None
     given: str
+    full_bytes: int | None = None
 
 
 def read_budget(value: Any, name: str = "budget") -> Budget:
@@ -93,11 +95,49 @@ def read_shares(values: Any, name: str = "budgets") -> list[Budget]:
     return budgets
 
 
-def _share(value: Any, given: str) -> float:
+def read_request(
+    budget: Any, bytes_per_token: Any, limit_mib: Any, full_bytes: int
+) -> tuple[Budget | None, Budget | None]:
+    """What was asked of a cache in one of several ways: a share, and a limit in bytes; None where there is none.
+
+    Args:
+        budget: as for `read_budget`.
+        bytes_per_token: a share as a number of bytes per token.
+        limit_mib: a limit as a number of MiB.
+        full_bytes: what the full cache takes per token.
+
+    Raises:
+        BudgetError: if something cannot be read, or is said twice.
+        OptionError: for a limit that is no positive number.
+    """
+    asked = None if budget is None else read_budget(budget)
+    limit = asked if asked is not None and asked.limit is not None else None
+    wanted = asked if limit is None else None
+    if limit_mib is not None:
+        mib = number("limit_mib", limit_mib, above=0, below=2**40)
+        if limit is not None:
+            raise BudgetError(f"{limit.given} and limit_mib={shown(limit_mib)} are both limits in bytes: give one")
+        limit = Budget(None, int(mib * 2**20), f"limit_mib={shown(limit_mib)}")
+    if bytes_per_token is not None:
+        given = f"bytes_per_token={shown(bytes_per_token)}"
+        if wanted is not None:
+            raise BudgetError(f"{wanted.given} and {given} are two budgets: give one of them, not both or neither")
+        found = _number(bytes_per_token) / full_bytes
+        if not 0 < found <= 1:
+            raise BudgetError(f"{given} is out of range: expected more than 0, and the full cache takes {full_bytes}")
+        wanted = Budget(found, None, given, full_bytes)
+    return wanted, limit
+
+
+def _number(value: Any) -> float:
     try:
-        share = number("budget", value)
+        return number("budget", value)
     except OptionError:
-        share = math.nan
+        return math.nan
+
+
+def _share(value: Any, given: str) -> float:
+    share = _number(value)
     if 0 < share <= 1:
         return share
     percent = f"; as a percentage, write '{share:g}%'" if 1 < share <= 100 else ""

@@ -83,9 +83,13 @@ class Buffer:
         self.length -= remove
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device."""
+        """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device.
+
+        Chunks that are not needed any more, after a crop, are left behind.
+        """
         if self.data is not None:
-            self._store(change(self.data).contiguous())
+            needed = -(-self.length // self.chunk) * self.chunk
+            self._store(change(self.data.narrow(self.dim, 0, needed)).contiguous())
 
     def reset(self) -> None:
         self.data, self._flat, self.length = None, None, 0

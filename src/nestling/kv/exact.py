@@ -57,9 +57,14 @@ class ExactStore:
             self.length, count = self.sinks, count - missing
         return self._roll(states, self.length - self.sinks, count)
 
+    def leaving(self, count: int) -> int:
+        """How many of the tokens held and ``count`` new ones leave when those are appended."""
+        beyond = self.length + count - self.capacity
+        return -(-max(beyond, 0) // self.block) * self.block
+
     def _roll(self, states: tuple[Tensor, Tensor], recent: int, count: int) -> list[tuple[Tensor, ...]]:
         """Make room for ``count`` new tokens after ``recent`` held ones: the oldest of both leave, in whole blocks."""
-        leave = -(-(recent + count - (self.capacity - self.sinks)) // self.block) * self.block
+        leave = self.leaving(count)
         held, new = min(leave, recent), max(leave - recent, 0)
         gone = []
         if held:

@@ -4,14 +4,14 @@ A group encodes and appends the tokens that are given to it, and reads what it h
 that in tensors of a whole layer a group is a slice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from nestling.kv.buffer import Buffer
 from nestling.kv.pack import BLOCK
-from nestling.kv.packed import Layout, PackedRows
+from nestling.kv.packed import ALL, Layout, PackedRows
 from nestling.kv.products import cast, product, product_into, work_dtype
 
 SIDES = ("key", "value")
@@ -33,34 +33,51 @@ class RankGroup:
         layouts: tuple[Layout, Layout],
         chunk: int,
         by_token: bool = False,
+        present: "RankGroup | None" = None,
     ):
         """``bases``: of the layer, {key,value}_encode and _decode ``[Hkv, D, D]``; for layouts with codes also
-        {key,value}_mean and _step ``[Hkv, D]``."""
+        {key,value}_mean and _step ``[Hkv, D]``.
+
+        A side that a ``present`` group of the same heads stores alike is its own, with all that it holds.
+        """
         self.heads, self.start, self.stop = heads, start, start + len(heads)
         self.layouts, self.chunk, self.width = layouts, chunk, bases["key_encode"].shape[-1]
         self.device = bases["key_encode"].device
-        self.encode = [_rows_of(bases[f"{s}_encode"].mT, heads, kept) for s, kept in zip(SIDES, layouts, strict=True)]
-        self.decode = [_rows_of(bases[f"{s}_decode"], heads, kept) for s, kept in zip(SIDES, layouts, strict=True)]
-        self.rows = [self._storage(bases, side, chunk, by_token) for side in (0, 1)]
+        self.encode: list[Tensor | None] = []
+        self.decode: list[Tensor | None] = []
+        self.rows: list[Buffer | PackedRows] = []
+        for side in (0, 1):
+            if present is not None and present.stores(side, heads, layouts, by_token):
+                encode, decode, rows = present.encode[side], present.decode[side], present.rows[side]
+            else:
+                encode, decode, rows = self._side(bases, side, by_token)
+            self.encode.append(encode)
+            self.decode.append(decode)
+            self.rows.append(rows)
 
-    def _storage(self, bases: dict[str, Tensor], side: int, chunk: int, by_token: bool) -> Buffer | PackedRows:
-        layout, encode, name = self.layouts[side], self.encode[side], SIDES[side]
+    def stores(self, side: int, heads: list[int], layouts: Sequence[Layout], by_token: bool) -> bool:
+        """Whether keys (side 0) or values (side 1) of these heads are stored here, in this way."""
+        rows = self.rows[side]
+        return self.heads == heads and self.layouts[side] == layouts[side] and (rows.dim == 2) == by_token
+
+    def _side(
+        self, bases: dict[str, Tensor], side: int, by_token: bool
+    ) -> tuple[Tensor | None, Tensor | None, Buffer | PackedRows]:
+        """Bases and empty storage of keys (side 0) or values (side 1)."""
+        layout, name = self.layouts[side], SIDES[side]
+        encode = _rows_of(bases[f"{name}_encode"].mT, self.heads, layout)
+        decode = _rows_of(bases[f"{name}_decode"], self.heads, layout)
         if not layout.widths:
-            return Buffer(chunk, by_token)
+            return encode, decode, Buffer(self.chunk, by_token)
         assert encode is not None, "a coded side is never at full width"
         centre = (encode[:, len(layout.plain) :] @ bases[f"{name}_mean"][self.heads, :, None])[..., 0]
         step = _padded(bases[f"{name}_step"][self.heads, :, None], 1.0)[:, layout.coded, 0]
-        return PackedRows(layout, centre, step, chunk)
+        return encode, decode, PackedRows(layout, centre, step, self.chunk)
 
     @property
     def length(self) -> int:
         """Tokens held."""
         return self.rows[0].length
-
-    def expected_bytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes of storage for that many tokens of one text."""
-        row = sum(len(layout.plain) * itemsize + sum(layout.widths) for layout in self.layouts)
-        return len(self.heads) * row * -(-tokens // self.chunk) * self.chunk
 
     def append(self, states: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         """Store keys and values of the layer ``[Hkv, B, t, D]``, as far as they are of this group's heads."""
@@ -69,15 +86,21 @@ class RankGroup:
 
     def append_side(self, side: int, state: Tensor, dtype: torch.dtype) -> None:
         """Store keys (side 0) or values (side 1) of the group's heads, ``[h, B, t, D]``."""
-        rows, encode = self.rows[side], self.encode[side]
-        if encode is None:
+        rows = self.rows[side]
+        if self.encode[side] is None:
             rows.append(state if rows.dim == 2 else state.mT, dtype)
-            return
+        else:
+            rows.append(self.coordinates(side, state), dtype)
+
+    def coordinates(self, side: int, state: Tensor, slots: slice = ALL) -> Tensor:
+        """The coordinates kept of keys or values ``[h, B, t, D]`` of the heads at some slots: ``[h, B, r, t]``."""
+        encode = self.encode[side]
+        assert encode is not None, "keys or values are kept as they are"
         heads, batch, count, width = state.shape
         work = work_dtype(state.device, state.dtype)
         columns = state.to(work).reshape(heads, batch * count, width).mT
-        coordinates = product(encode.to(work), columns)
-        rows.append(coordinates.view(heads, encode.shape[1], batch, count).transpose(1, 2), dtype)
+        found = product(encode[slots].to(work), columns)
+        return found.view(heads, encode.shape[1], batch, count).transpose(1, 2)
 
     def score(self, query: Tensor, batch: int, scaling: float, into: Tensor) -> None:
         """Logits of the tokens held, ``(q D_k^T) k'^T``: of ``query`` ``[Hkv * B, n, D]`` into ``[Hkv * B, n, T]``."""
@@ -133,6 +156,11 @@ class RankGroup:
     def reset(self) -> None:
         for rows in self.rows:
             rows.reset()
+
+    def basis_tensors(self) -> list[Tensor | None]:
+        """Bases, and steps and means of quantisers."""
+        coded = [rows for rows in self.rows if isinstance(rows, PackedRows)]
+        return [*self.encode, *self.decode, *(t for r in coded for t in (r.centre, r.step, r.scale, r.offset))]
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from nestling.errors import CacheMismatchError, OptionError
 from nestling.kv import attention, coordinates
 from nestling.kv.evict import HeavyHitters, attention_mass
-from nestling.kv.exact import ExactStore, coded
+from nestling.kv.exact import ExactStore
 from nestling.kv.groups import RankGroup
 from nestling.kv.products import cast
 from nestling.kv.shrink import take
@@ -81,8 +81,15 @@ class NestedLayer(CacheLayerMixin):
     ):
         super().__init__()
         self.index = index
-        self.groups, self.exact, self.biases, self.hitters = groups, exact, biases, hitters
+        self.hitters = hitters
         self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
+        self._store_in(groups, exact, biases)
+        self.length = 0
+        self._shape: tuple[int, int, int] | None = None
+        self._module: weakref.ref | None = None
+
+    def _store_in(self, groups: list[RankGroup], exact: ExactStore | None, biases: Sequence[Tensor | None]) -> None:
+        self.groups, self.exact, self.biases = groups, exact, biases
         self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
         self.quantised = any(layout.widths for group in groups for layout in group.layouts)
         order = self._order()
@@ -91,9 +98,6 @@ class NestedLayer(CacheLayerMixin):
         if order != sorted(order):
             there = torch.tensor(order, device=groups[0].device)
             self.order = there, there.argsort()
-        self.length = 0
-        self._shape: tuple[int, int, int] | None = None
-        self._module: weakref.ref | None = None
 
     def check_module(self, module) -> None:
         """Raise `CacheMismatchError` unless ``module`` is the attention module that this layer was made for."""
@@ -178,27 +182,31 @@ class NestedLayer(CacheLayerMixin):
         """Heads of the model in the order in which they are stored."""
         return [head for group in self.groups for head in group.heads]
 
-    def take(self, old: "NestedLayer") -> None:
-        """Become what this empty layer would be, had it been given the tokens of another one with no fewer bits."""
-        self.length, self._shape, self._module, self.hitters = old.length, old._shape, old._module, old.hitters
-        if not old.is_initialized:
-            return
-        self.dtype, self.device, self.is_initialized = old.dtype, old.device, True
-        if old.uncompressed and self.exact is not None:  # which has no exact store
-            keys, values = (old._heads_second(rows.coordinates(self.dtype)) for rows in old.groups[0].rows)
-            for gone in self.exact.append((self._heads_first(keys), self._heads_first(values)), self.dtype):
-                for group in self.groups:
-                    group.append(gone, self.dtype)
-            return
-        order, held = self._order(), old._order()
-        self.exact = old.exact
-        if order != held:
-            there = torch.tensor([held.index(head) for head in order], device=self.device)
-            for part in (self.exact, self.hitters):
-                if part is not None:
-                    part.apply(lambda tensor: tensor.index_select(0, there))
-        for group in self.groups:
-            take(group, old.groups, self.dtype)
+    def move(self, groups: list[RankGroup], exact: ExactStore | None, biases: Sequence[Tensor | None]) -> None:
+        """Store what is held in other groups, which keep no more of it; tensors that both have are not copied.
+
+        Args:
+            groups: empty, or with what the present ones hold where it stays as it is; see `RankGroup`.
+            exact: an empty store, used if this layer has none yet since nothing was compressed.
+            biases: of the groups.
+        """
+        if self.length:
+            held = self._order()
+            order = [held.index(head) for group in groups for head in group.heads]
+            there = None if order == sorted(order) else torch.tensor(order, device=self.device)
+            if self.uncompressed and exact is not None:
+                keys, values = (_reordered(rows.coordinates(self.dtype), there) for rows in self.groups[0].rows)
+                for gone in exact.append((keys, values), self.dtype):
+                    for group in groups:
+                        group.append(gone, self.dtype)
+            else:
+                take(groups, self.groups, self.dtype)
+                exact = self.exact
+                if exact is not None:
+                    exact.apply(lambda tensor: _reordered(tensor, there))
+            if self.hitters is not None:
+                self.hitters.apply(lambda tensor: _reordered(tensor, there))
+        self._store_in(groups, exact, biases)
 
     def _heads_first(self, states: Tensor) -> Tensor:
         """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
@@ -222,13 +230,18 @@ class NestedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def expected_bytes(self, batch: int, tokens: int, itemsize: int) -> int:
-        """Bytes of storage for that many tokens, of elements of ``itemsize`` bytes where they are not coded."""
-        left, exact = tokens, 0
-        if self.exact is not None:
-            left = coded(tokens, self.exact.sinks, self.exact.window, self.exact.block)
-            exact = 2 * self.heads * self.groups[0].width * self.exact.capacity * itemsize
-        return batch * (exact + sum(group.expected_bytes(left, itemsize) for group in self.groups))
+    def stored_after(self, count: int, exact: ExactStore | None) -> tuple[int, int]:
+        """Tokens that would be held with ``count`` new ones, those in coordinates and all of them.
+
+        Args:
+            exact: the store that there would be, empty: what it takes if this layer has none of its own.
+        """
+        held = self.length - (0 if self.hitters is None else self.hitters.evicted) + count
+        if exact is None:
+            return held, held
+        if self.exact is None:
+            return exact.leaving(held), held
+        return self.groups[0].length + self.exact.leaving(count), held
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""
@@ -251,6 +264,16 @@ class NestedLayer(CacheLayerMixin):
         for part in self._parts():
             part.reset()
         self.length, self._shape, self.is_initialized = 0, None, False
+
+    @property
+    def batch(self) -> int:
+        """Texts held."""
+        return self._shape[0] if self._shape else 0
+
+    def basis_tensors(self) -> list[Tensor]:
+        """All that coordinates are made and read by, and that does not depend on the text."""
+        found = [*self.biases, *(tensor for group in self.groups for tensor in group.basis_tensors())]
+        return [tensor for tensor in found if tensor is not None]
 
     def _parts(self) -> list:
         """All that stores something."""
@@ -290,3 +313,7 @@ class NestedLayer(CacheLayerMixin):
         """Elements of full keys and values for the tokens and batch held."""
         batch, heads, width = self._shape or (0, 0, 0)
         return 2 * batch * heads * self.length * width
+
+
+def _reordered(tensor: Tensor, there: Tensor | None) -> Tensor:
+    return tensor if there is None else tensor.index_select(0, there)

@@ -55,6 +55,23 @@ def unpack(rows: Tensor, widths: Sequence[int]) -> Tensor:
     return torch.cat(codes, -2)
 
 
+def rows_of(widths: Sequence[int]) -> list[dict[int, range]]:
+    """For each block of coordinates and each field of its width, which of the packed rows it has."""
+    rows: list[dict[int, range]] = [{} for _ in widths]
+    start = 0
+    for field in FIELDS:
+        for own, width in zip(rows, widths, strict=True):
+            if width & field:
+                own[field] = range(start, start + field)
+                start += field
+    return rows
+
+
+def in_order(blocks: Sequence[dict[int, range]]) -> list[int]:
+    """Rows of some blocks, each as from `rows_of`, in the order that these blocks alone would be packed in."""
+    return [row for field in FIELDS for own in blocks for row in own.get(field, ())]
+
+
 def places(widths: Sequence[int]) -> tuple[list[int], list[list[int]], list[list[int]]]:
     """What each byte of a token holds: its field, and of each number in it the coordinate and what its ones count."""
     fields, coordinates, units = [], [], []

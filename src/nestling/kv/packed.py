@@ -17,6 +17,7 @@ from nestling.kv.pack import BLOCK, pack, unpack
 from nestling.kv.products import cast, product
 
 TOKENS = 1024  # unpacked at a time
+ALL = slice(None)
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -50,6 +51,16 @@ class Layout:
         return [block * BLOCK + i for block in self.blocks for i in range(BLOCK)]
 
 
+def runs_of(widths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of blocks of equal widths: bits, the first coordinate, and how many."""
+    runs, start = [], 0
+    for bits, run in groupby(widths):
+        count = BLOCK * len(list(run))
+        runs.append((bits, start, count))
+        start += count
+    return runs
+
+
 class PackedRows:
     """Coordinates of tokens by a `Layout`; to a rank group what `Buffer` is where nothing is coded.
 
@@ -64,12 +75,7 @@ class PackedRows:
         self.plain = Buffer(chunk) if layout.plain else None
         self.codes = Buffer(chunk)
         self.centre, self.step = centre[:, None, :, None], step[:, None, :, None]
-        runs, start = [], 0
-        for bits, run in groupby(layout.widths):
-            count = BLOCK * len(list(run))
-            runs.append((bits, start, count))
-            start += count
-        self.runs = runs
+        runs = runs_of(layout.widths)
         self.scale = torch.cat([quantise.scale(step[:, a : a + n], bits) for bits, a, n in runs], -1)[:, None]
         self.offset = torch.cat([step.new_full((n,), quantise.offset(bits)) for bits, _, n in runs])
 
@@ -81,21 +87,28 @@ class PackedRows:
         """Add coordinates ``[h, B, w, t]``: the plain ones, then the coded ones. They are rounded to ``dtype`` first,
         so that codes do not depend on how wide a coordinate was before (see `NestedCache.shrink`)."""
         new = new.to(dtype)
+        self.append_packed(new[:, :, : self.rank], self.quantised(new[:, :, self.rank :]), dtype)
+
+    def append_packed(self, plain: Tensor, packed: Tensor, dtype: torch.dtype) -> None:
+        """Add coordinates that are stored as they are, ``[h, B, rank, t]``, and the bytes of the others."""
         if self.plain is not None:
-            self.plain.append(new[:, :, : self.rank], dtype)
-        z = new[:, :, self.rank :].float() - self.centre
-        runs = [quantise.quantise(z[:, :, a : a + n], self.step[:, :, a : a + n], bits) for bits, a, n in self.runs]
-        self.append_codes(torch.cat(runs, 2))
+            self.plain.append(plain, dtype)
+        self.codes.append(packed, torch.uint8)
 
-    def append_codes(self, codes: Tensor) -> None:
-        """Add codes ``[h, B, w, t]``, one to a byte."""
-        self.codes.append(pack(codes, self.layout.widths), torch.uint8)
+    def quantised(self, values: Tensor, heads: slice = ALL, numbers: Sequence[int] | None = None) -> Tensor:
+        """The bytes ``[h, B, rows, t]`` of coordinates ``[h, B, w, t]`` of some heads.
 
-    def quantised(self, coordinates: Tensor, head: int, number: int) -> Tensor:
-        """Codes ``[B, 8, t]`` of the coordinates of the coded block of that number, of the head at a place."""
-        part = slice(number * BLOCK, (number + 1) * BLOCK)
-        centred = coordinates.float() - self.centre[head, :, part]
-        return quantise.quantise(centred, self.step[head, :, part], self.layout.widths[number])
+        Args:
+            numbers: which of the coded blocks they are, rising; by default all.
+        """
+        widths, centre, step = self.layout.widths, self.centre[heads], self.step[heads]
+        if numbers is not None:
+            widths = tuple(widths[number] for number in numbers)
+            rows = [number * BLOCK + i for number in numbers for i in range(BLOCK)]
+            centre, step = centre[:, :, rows], step[:, :, rows]
+        z = values.float() - centre
+        codes = [quantise.quantise(z[:, :, a : a + n], step[:, :, a : a + n], bits) for bits, a, n in runs_of(widths)]
+        return pack(torch.cat(codes, 2), widths)
 
     def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """Codes of some tokens at a time: start, count, ``[h * B, w, count]``."""
@@ -141,12 +154,6 @@ class PackedRows:
         values = unpack(self.codes.view(), self.layout.widths).to(dtype).mT
         values = (values - self.offset.to(dtype)) * self.scale[:, None].to(dtype)
         return values if self.plain is None else torch.cat((self.plain.coordinates(dtype), values), -1)
-
-    def code_of(self, head: int, block: int) -> tuple[Tensor, int]:
-        """Codes ``[B, 8, length]`` of a block of coordinates of the head at a place, and their bits."""
-        place = self.layout.blocks.index(block)
-        codes = unpack(self.codes.view()[head], self.layout.widths)
-        return codes[:, place * BLOCK : (place + 1) * BLOCK], self.layout.widths[place]
 
     def _parts(self) -> list[Buffer]:
         return [self.codes] if self.plain is None else [self.plain, self.codes]

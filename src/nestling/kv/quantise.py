@@ -58,6 +58,8 @@ def narrowed(code: Tensor, bits: int, fewer: int) -> Tensor:
         return code
     shift = round(math.log2(CELLS[fewer] / CELLS[bits]))
     middle, half = 1 << (bits - 1), 1 << (fewer - 1)
+    if middle == half << shift:  # both have the same range
+        return code >> shift
     return ((code.int() - middle) >> shift).clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
 

@@ -3,74 +3,142 @@
 Codes are nested, so what is left is what a cache of the smaller budget would have stored of the same tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from nestling.kv.buffer import Buffer
 from nestling.kv.groups import RankGroup
-from nestling.kv.pack import BLOCK
+from nestling.kv.pack import BLOCK, in_order, pack, rows_of, unpack
 from nestling.kv.packed import PackedRows
 from nestling.kv.quantise import narrowed
 
+NOTHING = torch.empty(0)
 
-def take(new: RankGroup, old: Sequence[RankGroup], dtype: torch.dtype) -> None:
-    """Fill an empty group with what groups of the same layer hold, as far as it keeps it."""
+
+@contextmanager
+def as_stored(device: torch.device) -> Iterator[None]:
+    """The same arithmetic, and tensors that can be written to later, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def take(new: Sequence[RankGroup], old: Sequence[RankGroup], dtype: torch.dtype) -> None:
+    """Fill empty groups with what other groups of the same layer hold, as far as they keep it."""
+    if not old[0].length:
+        return
     for side in (0, 1):
-        sources = [_find(old, head) for head in new.heads]
-        rows = new.rows[side]
-        if new.encode[side] is None:
-            states = torch.stack([group.rows[side].coordinates(dtype)[place] for group, place in sources])
-            new.append_side(side, states, dtype)
-            continue
-        heads = [_coordinates(new, i, side, *source, dtype) for i, source in enumerate(sources)]
-        if isinstance(rows, Buffer):
-            rows.append(torch.stack([plain for plain, _ in heads]), dtype)
-            continue
-        if rows.plain is not None:
-            rows.plain.append(torch.stack([plain for plain, _ in heads]), dtype)
-        coded = [
-            torch.cat([_code(rows, i, number, *block) for number, block in enumerate(blocks)], 1)
-            for i, (_, blocks) in enumerate(heads)
-        ]
-        rows.append_codes(torch.stack(coded))
+        held = [Held(group, side) for group in old]
+        for group in new:
+            if not any(group.rows[side] is source.rows for source in held):
+                _take_side(group, side, held, dtype)
 
 
-def _find(groups: Sequence[RankGroup], head: int) -> tuple[RankGroup, int]:
-    """The group that holds a head, and the head's place there."""
-    group = next(group for group in groups if head in group.heads)
-    return group, group.heads.index(head)
+class Held:
+    """What a group holds of keys (side 0) or values (side 1)."""
+
+    def __init__(self, group: RankGroup, side: int):
+        self.heads, self.layout, self.rows = group.heads, group.layouts[side], group.rows[side]
+        self.whole = group.encode[side] is None  # keys or values as they were
+        self.place = {coordinate: place for place, coordinate in enumerate(self.layout.plain)}
+        self.bits = dict(zip(self.layout.blocks, self.layout.widths, strict=True))
+        self.bytes = dict(zip(self.layout.blocks, rows_of(self.layout.widths), strict=True))
+
+    def coordinates(self, places: list[int], wanted: Sequence[int]) -> Tensor:
+        """Coordinates of some heads that are stored as they are, ``[h, B, w, T]``: zero beyond the heads' width."""
+        plain = self.rows if isinstance(self.rows, Buffer) else self.rows.plain
+        if plain is None:
+            assert not wanted and isinstance(self.rows, PackedRows)
+            return self.rows.codes.view()[: len(places), :, :0]
+        rows = [self.place[i] for i in wanted if i in self.place]
+        found, missing = _rows(plain.view(), places, rows), len(wanted) - len(rows)
+        return torch.nn.functional.pad(found, (0, 0, 0, missing)) if missing else found
+
+    def packed(self, places: list[int], blocks: Sequence[int]) -> Tensor:
+        """The bytes of some coded blocks of some heads, ``[h, B, rows, T]``."""
+        assert isinstance(self.rows, PackedRows)
+        return _rows(self.rows.codes.view(), places, in_order([self.bytes[block] for block in blocks]))
+
+    def narrowed(self, places: list[int], blocks: Sequence[int], widths: Sequence[int]) -> Tensor:
+        """The same at fewer bits; blocks whose bits are equal, before and after, must lie together."""
+        held = [self.bits[block] for block in blocks]
+        codes, start, found = unpack(self.packed(places, blocks), held), 0, []
+        for (bits, fewer), run in groupby(zip(held, widths, strict=True)):
+            count = BLOCK * len(list(run))
+            found.append(narrowed(codes.narrow(2, start, count), bits, fewer))
+            start += count
+        return pack(torch.cat(found, 2), widths)
 
 
-def _coordinates(
-    new: RankGroup, head: int, side: int, group: RankGroup, place: int, dtype: torch.dtype
-) -> tuple[Tensor, list[tuple[Tensor, int]]]:
-    """What a head keeps of what a group holds of it: coordinates that are stored as they are ``[B, w, T]``, and for
-    each coded block codes and their bits, or coordinates and 16, ``[B, 8, T]``."""
-    layout, held, rows = new.layouts[side], group.layouts[side], group.rows[side]
-    count = len(layout.plain)
-    if group.encode[side] is None:  # keys or values as they were
-        encode = new.encode[side]
-        assert encode is not None
-        z = (encode[head] @ rows.coordinates(encode.dtype)[place].mT).to(dtype)
-        blocks = [z[:, i : i + BLOCK] for i in range(count, z.shape[1], BLOCK)]
-        return z[:, :count], [(block, 16) for block in blocks]
-    plain = rows if isinstance(rows, Buffer) else rows.plain
-    stored = plain.view()[place] if plain is not None else rows.coordinates(dtype)[place].mT[:, :0]
-    found: list[tuple[Tensor, int]] = []
-    for block in layout.blocks:
-        if isinstance(rows, PackedRows) and block in held.blocks:
-            found.append(rows.code_of(place, block))
+def _take_side(new: RankGroup, side: int, held: Sequence[Held], dtype: torch.dtype) -> None:
+    """One side of `take`, in runs of heads that come from one group."""
+    sources = [next(source for source in held if head in source.heads) for head in new.heads]
+    rows, parts = new.rows[side], []
+    for source, run in groupby(range(len(sources)), key=lambda i: sources[i]):
+        slots = list(run)
+        places, own = [source.heads.index(new.heads[i]) for i in slots], slice(slots[0], slots[-1] + 1)
+        if source.whole:
+            parts.append(_of_states(new, side, source.rows.coordinates(dtype)[places], own, dtype))
         else:
-            inside = [held.plain.index(i) for i in range(block * BLOCK, (block + 1) * BLOCK) if i in held.plain]
-            missing = (0, 0, 0, BLOCK - len(inside))
-            found.append((torch.nn.functional.pad(stored[:, inside], missing), 16))
-    return stored[:, [held.plain.index(i) for i in layout.plain]], found
+            parts.append(_of_coordinates(new, side, source, places, own))
+    plain, packed = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
+    if isinstance(rows, PackedRows):
+        rows.append_packed(plain, packed, dtype)
+    else:
+        rows.append(plain, dtype)
 
 
-def _code(rows: PackedRows, head: int, number: int, values: Tensor, bits: int) -> Tensor:
-    """The codes ``[B, 8, T]`` that the coded block of that number has, of codes of ``bits`` or of coordinates."""
-    if bits == 16:
-        return rows.quantised(values, head, number)
-    return narrowed(values, bits, rows.layout.widths[number])
+Part = tuple[
+    Tensor, Tensor
+]  # of some heads: what is stored as it is, as a buffer takes it; and bytes, if there are any
+
+
+def _of_states(new: RankGroup, side: int, states: Tensor, slots: slice, dtype: torch.dtype) -> Part:
+    """What a group keeps of keys or values ``[h, B, T, D]`` of the heads at some of its slots."""
+    rows = new.rows[side]
+    if new.encode[side] is None:
+        return (states if rows.dim == 2 else states.mT), NOTHING
+    coordinates = new.coordinates(side, states, slots).to(dtype)
+    if isinstance(rows, Buffer):
+        return coordinates, NOTHING
+    return coordinates[:, :, : rows.rank], rows.quantised(coordinates[:, :, rows.rank :], slots)
+
+
+def _of_coordinates(new: RankGroup, side: int, source: Held, places: list[int], slots: slice) -> Part:
+    """What a group keeps of what another holds of the heads at some places."""
+    rows, layout = new.rows[side], new.layouts[side]
+    plain = source.coordinates(places, layout.plain)
+    if isinstance(rows, Buffer):
+        return plain, NOTHING
+    numbers = {block: number for number, block in enumerate(layout.blocks)}
+    widths = dict(zip(layout.blocks, layout.widths, strict=True))
+    kept = [block for block in layout.blocks if source.bits.get(block) == widths[block]]
+    fewer = [block for block in layout.blocks if source.bits.get(block, 0) > widths[block]]
+    fewer.sort(key=lambda block: (-source.bits[block], -widths[block]))
+    coded = [block for block in layout.blocks if block not in source.bits]
+    parts = []
+    if kept:
+        parts.append((kept, source.packed(places, kept)))
+    if fewer:
+        parts.append((fewer, source.narrowed(places, fewer, [widths[block] for block in fewer])))
+    if coded:
+        values = source.coordinates(places, [block * BLOCK + i for block in coded for i in range(BLOCK)])
+        parts.append((coded, rows.quantised(values, slots, [numbers[block] for block in coded])))
+    own = rows_of(layout.widths)
+    order = torch.tensor([row for blocks, _ in parts for row in in_order([own[numbers[block]] for block in blocks])])
+    packed = parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in parts], 2)
+    return plain, packed.index_select(2, order.argsort().to(packed.device))
+
+
+def _rows(tensor: Tensor, places: list[int], rows: list[int]) -> Tensor:
+    """``tensor[places][:, :, rows]`` of ``[h, B, w, T]``: a view where both are ranges."""
+    for dim, chosen in ((0, places), (2, rows)):
+        start = chosen[0] if chosen else 0
+        if chosen == list(range(start, start + len(chosen))):
+            tensor = tensor.narrow(dim, start, len(chosen))
+        else:
+            tensor = tensor.index_select(dim, torch.tensor(chosen, device=tensor.device))
+    return tensor

@@ -47,11 +47,10 @@ class Steps:
             values += [value] * len(raised)
             spent += [total] * len(raised)
         least = cost if any_start else next(iter(spent), torch.inf)
-        ints = {"dtype": torch.int64}
         return cls(
             start,
-            torch.tensor(places, **ints),
-            torch.tensor(values, **ints),
+            torch.tensor(places, dtype=torch.int64),
+            torch.tensor(values, dtype=torch.int64),
             torch.tensor(spent, dtype=torch.float64),
             least,
         )
