@@ -262,7 +262,7 @@ class KVAdapter:
             )  # fmt: skip
             ranks = remake.required(remake.budget)
         made = make_cache(
-            {layer: self.layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
+            {layer: self._layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
             ranks,
             attention.text_config(model),
             device=model.device,
@@ -287,7 +287,7 @@ class KVAdapter:
             raise BudgetError("bits=True goes with a budget or a bit table, not with a rank table")
         return self.ranks(1, table)
 
-    def layer_bases(self, row: int) -> dict[str, Tensor]:
+    def _layer_bases(self, row: int) -> dict[str, Tensor]:
         """Bases, means and steps of a compressed layer, by its row: ``{"key_encode": [Hkv, D, D], ...}``."""
         tensors = {"encode": self.encode, "decode": self.decode, "mean": self.mean, "step": self.step}
         return {f"{side}_{name}": values[side][row] for side in SIDES for name, values in tensors.items() if values}

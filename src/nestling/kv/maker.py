@@ -80,7 +80,7 @@ class Maker:
 
     def bases(self, row: int, device: torch.device) -> dict[str, Tensor]:
         """The bases of a compressed layer, by its row in the adapter."""
-        return {name: tensor.to(device) for name, tensor in self.adapter.layer_bases(row).items()}
+        return {name: tensor.to(device) for name, tensor in self.adapter._layer_bases(row).items()}
 
     def _least(self, budget: Budget) -> str:
         """The smallest budget in the unit of another one, why it is not smaller, and what would make it so."""
