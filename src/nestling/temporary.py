@@ -13,8 +13,10 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
@@ -23,13 +25,17 @@ DAY = 86400  # seconds
 
 
 @contextlib.contextmanager
-def temporary_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder within ``parent``, with the permissions of any folder, which is removed unless it was renamed."""
+def temporary_folder(parent: str | os.PathLike[str], mode: int = 0o777) -> Iterator[Path]:
+    """A new folder within ``parent``, which is removed unless it was renamed.
+
+    Args:
+        mode: its permissions, which the umask narrows, as those of any folder.
+    """
     sweep(Path(parent))
     while True:
         folder = Path(parent) / _name()
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(mode)
             break
     try:
         yield folder
@@ -51,6 +57,11 @@ def temporary_file(parent: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def private_temporary_folder() -> AbstractContextManager[Path]:
+    """One that nobody else can look into, where the system keeps temporary files."""
+    return temporary_folder(tempfile.gettempdir(), 0o700)
 
 
 def sweep(folder: Path) -> None:

@@ -1,12 +1,22 @@
 """The compiled products: found, refused or done without, and as many threads as asked for give the same."""
 
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+
 import pytest
 import torch
 
+from nestling.folders import sha256
 from nestling.kv import kernels
 from nestling.kv.pack import pack
 
 TRITON = "cuda" if torch.cuda.is_available() else "cpu"  # where its kernels are interpreted
+
+
+QUICK = ("-O0", *kernels.FLAGS[1:])  # compiles in a tenth of the time
 
 
 @pytest.fixture
@@ -45,15 +55,152 @@ def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
     assert kernels.compiled() is not None and kernels.compiled()._name.startswith(str(tmp_path))
 
 
-def test_a_damaged_library_is_done_without(fresh, monkeypatch, tmp_path):
-    if kernels.compiled() is None:
-        pytest.skip("there is no C compiler")
-    kernels.compiled.cache_clear()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder of compiled libraries, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("built")))
+        patch.setattr(kernels, "FLAGS", QUICK)
+        if "on (" not in in_another_process():
+            pytest.skip("there is no C compiler")
+        return kernels._folder()
+
+
+@pytest.fixture
+def cache(built, fresh, monkeypatch, tmp_path):
+    """A copy of that folder, of which this process knows nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = tmp_path / "nestling" / "kernels" / kernels.file_name(kernels.compiler())
-    built.parent.mkdir(parents=True)
-    built.write_bytes(b"not a library")
-    assert kernels.compiled() is None
+    monkeypatch.setattr(kernels, "FLAGS", QUICK)
+    shutil.copytree(built.parent, tmp_path / "nestling")
+    return tmp_path / "nestling" / "kernels"
+
+
+def library(cache):
+    return cache / kernels.file_name(kernels.compiler())
+
+
+def in_another_process() -> str:
+    """How another process ends, and what it says of the kernels: one that loads a broken library dies of it."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, kernels.status().encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, encoding="utf-8") as said:
+        text = said.read()
+    return f"{os.waitpid(child, 0)[1]} {text}"
+
+
+PLANTED = """#include <stdio.h>
+#include <stdlib.h>
+__attribute__((constructor)) static void run(void) { fclose(fopen(getenv("PLANTED"), "w")); }
+void nestling_score(void) {}
+void nestling_weighted(void) {}
+"""
+
+
+@pytest.fixture
+def planted(cache, monkeypatch, tmp_path):
+    """The cache with a library that leaves a mark where it is loaded, and its right checksum; the mark."""
+    (tmp_path / "planted.c").write_text(PLANTED)
+    command = [*shlex.split(kernels.compiler()), "-shared", "-fPIC", tmp_path / "planted.c", "-o", library(cache)]
+    subprocess.run(command, check=True)
+    library(cache).with_suffix(".sha256").write_text(sha256(library(cache)))
+    monkeypatch.setenv("PLANTED", str(tmp_path / "mark"))
+    return tmp_path / "mark"
+
+
+def test_they_are_compiled_once_into_a_private_folder(cache):
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700 == stat.S_IMODE(cache.parent.stat().st_mode)
+    names = [library(cache).name, library(cache).with_suffix(".sha256").name]
+    assert sorted(path.name for path in cache.iterdir()) == sorted(names)
+    before = library(cache).stat()
+    assert in_another_process() == f"0 compiled C: on ({library(cache)})" and library(cache).stat() == before
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "text", "fifo", "link", "folder", "no checksum", "other checksum"])
+def test_a_library_that_is_not_what_was_compiled_is_compiled_again(cache, kind, tmp_path):
+    path, whole = library(cache), library(cache).read_bytes()
+    if kind in ("fifo", "link", "folder"):
+        path.unlink()
+        os.mkfifo(path) if kind == "fifo" else path.mkdir() if kind == "folder" else path.symlink_to(tmp_path / "no")
+    elif kind.endswith("checksum"):
+        path.with_suffix(".sha256").unlink() if kind == "no checksum" else path.with_suffix(".sha256").write_text("0")
+    else:
+        path.write_bytes({"empty": b"", "half": whole[: len(whole) * 2 // 3], "text": b"hello"}[kind])
+    assert in_another_process() == f"0 compiled C: on ({path})"
+    assert not path.is_symlink() and path.is_file() and path.stat().st_size == len(whole)
+    assert path.with_suffix(".sha256").read_text().strip() == sha256(path)
+
+
+def test_a_planted_library_of_the_right_folder_would_run(cache, planted):
+    """So that the tests below show what they say."""
+    assert in_another_process().startswith("0 compiled C: on") and planted.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("mode", [0o777, 0o722, 0o770])
+def test_no_library_is_loaded_that_others_could_have_planted(cache, planted, which, mode):
+    folder = [cache, *cache.parents][which]
+    folder.chmod(mode)
+    if mode & stat.S_IWGRP:
+        os.chown(folder, -1, 12345 if os.getuid() == 0 else -1)
+    if mode == 0o770 and os.getuid() != 0:
+        pytest.skip("the group is this user's own")
+    found = in_another_process()
+    assert found.startswith("0 compiled C: off (others can write to") and str(folder) in found
+    assert not planted.exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can give folders away")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_no_library_is_loaded_from_another_users_folder(cache, planted, which):
+    os.chown([cache, *cache.parents][which], 65534, -1)
+    found = in_another_process()
+    assert found.startswith("0 compiled C: off (") and "of another user (number 65534)" in found
+    assert not planted.exists()
+
+
+def test_a_link_in_the_folders_place_is_not_followed(cache, planted):
+    cache.rename(cache.with_name("other"))
+    cache.symlink_to("other")
+    assert "is not a folder (links are not followed)" in in_another_process() and not planted.exists()
+
+
+def test_a_sticky_folder_around_will_do(cache):
+    cache.parent.parent.chmod(0o1777)
+    assert in_another_process().startswith("0 compiled C: on")
+
+
+@pytest.mark.parametrize("value", ["", ".", "cache"])
+def test_a_relative_cache_folder_means_the_usual_one(monkeypatch, tmp_path, value):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kernels._folder() == tmp_path / ".cache" / "nestling" / "kernels"
+
+
+def test_the_compiler_may_have_arguments(cache, monkeypatch):
+    program = shlex.split(kernels.compiler())[0]
+    monkeypatch.setenv("CC", f"'{program}' -g0 -DA='b c'")
+    assert kernels.compiler() == shlex.join([program, "-g0", "-DA=b c"])
+    assert kernels.compiled() is not None and len(list(cache.glob("*.so"))) == 2
+
+
+@pytest.mark.parametrize("value", ["no-such-compiler -m64", "'cc", " "])
+def test_a_compiler_that_is_none_is_named(fresh, monkeypatch, value):
+    monkeypatch.setenv("CC", value)
+    assert kernels.compiler() is None and kernels.compiled() is None
+    assert kernels.status().startswith("compiled C: off (") and repr(value) in kernels.status()
+
+
+def test_why_they_are_off_is_logged_once(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    for _ in range(3):
+        kernels.compiled()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "no-such-compiler" in caplog.text
+    monkeypatch.setenv("NESTLING_KERNELS", "0")
+    assert kernels.status().startswith("compiled C: off (NESTLING_KERNELS=0)")
 
 
 def test_loading_them_leaves_subnormal_numbers_alone():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from nestling.embed.sentences import sentences
 from nestling.embed.train import Trained, train
 from nestling.embed.trainer import without_bars
 from nestling.ladder import Ladder
+from nestling.temporary import private_temporary_folder
 
 LONGEST = 20  # words of a sentence; longer ones are cut
 BATCH, RATE = 48, 2e-4
@@ -49,8 +49,8 @@ def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, c
     size = ladder.cups[min(1, len(ladder) - 1)] if cup is None else ladder.cup(cup)
     pages = list(read_texts(None))
     openings = [_opening(page) for page in pages]
-    with tempfile.TemporaryDirectory() as thrown_away:
-        folder = Path(thrown_away) if keep is None else keep
+    with private_temporary_folder() as thrown_away:
+        folder = thrown_away if keep is None else keep
         by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
         rows, trained = _learn(encoder, ladder, pages, folder / "elastic", steps, model, console)
         exported = export(encoder, size, folder / size.name, ladder=ladder, rotations=trained.rotations)

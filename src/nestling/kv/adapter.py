@@ -1,6 +1,5 @@
 """KVAdapter: the nested bases of one model, small enough to share, from which caches of every budget are made."""
 
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from nestling.kv.files import SIDES, path_names, read, write
 from nestling.kv.maker import Maker
 from nestling.kv.steps import Steps
 from nestling.options import choice, flag, number, share, shown, whole
-from nestling.temporary import temporary_folder
+from nestling.temporary import private_temporary_folder
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
 WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"
@@ -358,7 +357,7 @@ class KVAdapter:
 
         api = HfApi(token=token)
         address = api.create_repo(repo_id, private=private, exist_ok=True)
-        with temporary_folder(tempfile.gettempdir()) as work:
+        with private_temporary_folder() as work:
             self.save_pretrained(work / "adapter")
             api.upload_folder(repo_id=repo_id, folder_path=work / "adapter", commit_message="nestling KV adapter")
         return str(address)
