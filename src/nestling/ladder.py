@@ -54,6 +54,8 @@ class Cup:
         Raises:
             LadderError: for anything else.
         """
+        if not isinstance(text, str):
+            raise LadderError(f"{text!r:.60} is no cup: write layers x dims, as in 6x128")
         word = text.strip().lower()
         for label, size in LABELS.items():
             if word == label.lower():

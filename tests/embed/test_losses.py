@@ -432,11 +432,11 @@ def test_ladders_that_do_not_fit(cups, reason, encoder):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"kl": "cosine"}, "kl must be 'similarity', 'coordinate' or None, got 'cosine'"),
-        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
-        ({"teacher_temperature": -1.0}, "teacher_temperature must be a positive number"),
-        ({"kl_weight": float("nan")}, "kl_weight must be a positive number, got nan"),
-        ({"weights": {"4x32": 0.0}}, r"weights\[4x32\] must be a positive number, got 0.0"),
+        ({"kl": "cosine"}, "kl='cosine'"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"teacher_temperature": -1.0}, "teacher_temperature=-1.0"),
+        ({"kl_weight": float("nan")}, "kl_weight=nan"),
+        ({"weights": {"4x32": 0.0}}, r"weights\[4x32\]=0.0"),
         ({"weights": {"6x128": 2.0}}, "6x128 is not in the ladder"),
         ({"teacher": torch.rand(3)}, r"expected teacher embeddings \[N, D\] of floats, got torch.float32 \[3\]"),
         ({"teacher": torch.ones(3, 3, dtype=torch.long)}, "of floats, got torch.int64"),

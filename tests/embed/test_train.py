@@ -592,9 +592,9 @@ def test_folders_are_checked(encoder, tmp_path):
         (pairs(), {"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),
         (pairs(), {"warmup": 1.5}, ValueError, "warmup=1.5"),
         (pairs(), {"rotation": "spin"}, ValueError, "rotation must be auto, aligned, centred, pca.* got 'spin'"),
-        (pairs(), {"rotation": "pca", "rotation_rate": -1.0}, ValueError, "rotation_rate=-1.0 must be above 0"),
+        (pairs(), {"rotation": "pca", "rotation_rate": -1.0}, ValueError, "rotation_rate=-1.0"),
         (pairs(), {"recipe": {"klweight": 1}}, ValueError, "recipe has no .*klweight"),
-        (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl must be"),
+        (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl='words'"),
         (pairs(), {"max_steps": 9}, ValueError, "max_steps=9 is no option of this training: use steps"),
         (pairs(), {"per_device_train_batch_size": 9}, ValueError, "use batch_size"),
         (pairs(), {"num_train_epochs": 2}, ValueError, "use epochs"),
@@ -618,7 +618,7 @@ def test_folders_are_checked(encoder, tmp_path):
             "CoSENTLoss expects 4 labels",
         ),
         ([r | {"label": "good"} for r in pairs()], {"loss": losses.CoSENTLoss}, ValueError, "must be a finite number"),
-        (pairs(), {"loss": losses.CachedGISTEmbedLoss}, TypeError, "guide"),
+        (pairs(), {"loss": losses.CachedGISTEmbedLoss}, ValueError, "guide"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(encoder, tmp_path, data, options, error, message):

@@ -17,7 +17,7 @@ from nestling.embed.files import check_place
 from nestling.embed.plan import ladder_of
 from nestling.embed.rotation import rotations
 from nestling.embed.start import SAMPLE, turned_depths
-from nestling.embed.train import Trained, save
+from nestling.embed.trained import Trained, save
 from nestling.errors import ExampleError, OptionError
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from nestling.embed.evaluate import GridEvaluator
-from nestling.errors import OptionError
+from nestling.embed.schedule import INTERVALS
+from nestling.errors import NestlingError, OptionError
+from nestling.options import flag, number, share, shown, whole
 
+ARGUMENTS = SentenceTransformerTrainingArguments.__name__
 OURS = {  # under other names, or not at all
     "output_dir": "use folder",
     "max_steps": "use steps",
@@ -24,6 +28,13 @@ OURS = {  # under other names, or not at all
     "warmup_steps": "use warmup, a share of the steps",
     "warmup_ratio": "use warmup, a share of the steps",
     "data_seed": "use seed",
+    "auto_find_batch_size": "use batch_size, and mini_batch_size to take less memory",
+    "train_sampling_strategy": "batches are put together beforehand, of texts of like length",
+    "label_names": "labels are the column called label or score",
+    "label_smoothing_factor": "it is for losses of classes",
+    "neftune_noise_alpha": "the stock trainer has it for language models alone",
+    "ignore_data_skip": "a training that is resumed goes on with the next batch",
+    "restore_callback_states_from_checkpoint": "they always are",
     "resume_from_checkpoint": "use resume=True",
     "disable_tqdm": "use progress",
     "batch_sampler": "batches are put together beforehand, without a text that comes twice",
@@ -31,20 +42,96 @@ OURS = {  # under other names, or not at all
     "torch_compile": "layers are read with hooks, which compiled code does not run: the model stays uncompiled",
 }
 OURS |= {name: OURS["torch_compile"] for name in ("torch_compile_backend", "torch_compile_mode")}
+# What the stock Trainer takes beside its arguments.
+OURS |= {
+    "args": "give its options by name",
+    "train_dataset": "give the rows as data",
+    "eval_dataset": "give an evaluator, which measures every size",
+    "data_collator": "texts are collated as the model does it",
+    "processing_class": "the model has its own",
+    "tokenizer": "the model has its own",
+    "model_init": "give the model",
+    "compute_metrics": "give an evaluator",
+    "preprocess_logits_for_metrics": "give an evaluator",
+    "optimizers": "use optim, learning_rate and lr_scheduler_type",
+    "optimizer_cls_and_kwargs": "use optim and optim_args",
+}
+# Of options whose default does not tell what they may be; None is taken too.
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "gradient_accumulation_steps": whole,
+    "save_total_limit": whole,
+    "torch_empty_cache_steps": whole,
+    "eval_accumulation_steps": whole,
+    "dataloader_prefetch_factor": whole,
+    "eval_delay": partial(number, minimum=0),
+    "gradient_checkpointing": flag,
+    "activation_checkpointing": flag,
+    "tf32": flag,
+    "greater_is_better": flag,
+}
+NUMBERS: dict[str, Callable[[str, Any], Any]] = {
+    "steps": whole,
+    "epochs": partial(number, above=0),
+    "batch_size": whole,
+    "mini_batch_size": whole,
+    "length": whole,
+    "cups_per_step": whole,
+    "learning_rate": partial(number, above=0),
+    "rotation_rate": partial(number, above=0),
+    "warmup": partial(number, minimum=0, below=1),
+    "encoder_ratio": share,
+    "decoder_ratio": share,
+    "seed": partial(whole, minimum=0, maximum=2**32 - 1),
+}
+OPTIONAL = ("steps", "batch_size", "mini_batch_size", "length", "cups_per_step", "rotation_rate")  # may be None
 # Changes that leave the result as it is, so that a training can be resumed with others.
 FREE = ("logging", "dataloader", "ddp", "report_to", "run_name", "log_level", "use_cpu", "save_total_limit",
         "gradient_checkpointing", "activation_checkpointing")  # fmt: skip
 
 
+def checked(**given: Any) -> list[Any]:
+    """Numbers of a training, as plain ones.
+
+    Raises:
+        OptionError: one is out of range, or no number.
+    """
+    return [
+        None if value is None and name in OPTIONAL else NUMBERS[name](name, value) for name, value in given.items()
+    ]
+
+
+def checked_folder(folder: Any) -> Path:
+    """Raises:
+    OptionError: it is no path.
+    """
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise OptionError(f"folder={shown(folder)}: expected the path of a folder")
+    return Path(folder)
+
+
 def check_changes(changes: Mapping[str, Any]) -> None:
     """Raises:
-    ValueError: an argument has another name here, or none; the message says which.
+    OptionError: an argument has another name here, or none, or a value of the wrong type; the message says which.
     """
     if wrong := [name for name in changes if name in OURS]:
-        raise OptionError(f"{wrong[0]}={changes[wrong[0]]!r} is no option of this training: {OURS[wrong[0]]}")
-    known = {field.name for field in fields(SentenceTransformerTrainingArguments)}
-    if unknown := sorted(set(_checkpointing(changes)) - known):
-        raise OptionError(f"no option {', '.join(unknown)}: expected those of SentenceTransformerTrainingArguments")
+        raise OptionError(f"{wrong[0]}={shown(changes[wrong[0]])} is no option of this training: {OURS[wrong[0]]}")
+    given, known = _checkpointing(changes), {f.name: f for f in fields(SentenceTransformerTrainingArguments)}
+    if unknown := sorted(set(given) - set(known)):
+        near = get_close_matches(unknown[0], known, 3)
+        such = ", such as " * bool(near) + ", ".join(near)
+        raise OptionError(f"no option {', '.join(unknown)}: expected those of {ARGUMENTS}{such}")
+    for name, value in given.items():
+        default = known[name].default
+        if name in CHECKS and value is not None:
+            CHECKS[name](name, value)
+        elif name in INTERVALS or name in CHECKS:
+            continue  # `scheduled` looks at intervals
+        elif isinstance(default, bool):
+            flag(name, value)
+        elif isinstance(default, float):
+            number(name, value, minimum=0)
+        elif isinstance(default, int):
+            whole(name, value, minimum=min(0, default))
 
 
 def relevant(changes: Mapping[str, Any]) -> dict[str, str]:
@@ -53,23 +140,23 @@ def relevant(changes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def training_arguments(
-    work: Path, steps: int, batch: int, learning_rate: float, warmup: float, seed: int,
-    evaluator: GridEvaluator | None, prompts: dict[str, str], changes: dict[str, Any],
-) -> SentenceTransformerTrainingArguments:  # fmt: skip
-    """Our defaults under the user's ``changes``.
+    work: Path,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    warmup: float,
+    seed: int,
+    prompts: dict[str, str],
+    changes: Mapping[str, Any],
+) -> SentenceTransformerTrainingArguments:
+    """Our defaults under the user's ``changes``, which have been through `scheduled`.
 
     Raises:
-        ValueError: a number is out of its range, or the batch cannot be shared out.
+        OptionError: the batch cannot be shared out, or the stock trainer refuses an option.
     """
     parts = processes() * changes.get("gradient_accumulation_steps", 1)
     if batch % parts:
         raise OptionError(f"batch_size={batch} must be a multiple of processes times accumulation steps, {parts}")
-    if not (steps >= 1 and 0 <= warmup < 1 and math.isfinite(learning_rate) and learning_rate > 0):
-        raise OptionError(
-            f"steps={steps}, learning_rate={learning_rate:g} and warmup={warmup:g} must be at least 1, above 0, and "
-            "a share of the steps from 0 to below 1"
-        )
-    often = max(1, steps // 10)
     defaults: dict[str, Any] = {
         "output_dir": str(work),
         "per_device_train_batch_size": batch // parts,
@@ -78,7 +165,6 @@ def training_arguments(
         "learning_rate": learning_rate,
         "warmup_steps": round(warmup * steps),
         "logging_steps": max(1, steps // 100),
-        "save_steps": often,
         "save_total_limit": 2,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
@@ -89,16 +175,20 @@ def training_arguments(
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused where there is no accelerator
     }
-    if evaluator is not None:
-        defaults |= {
-            "eval_strategy": "steps",
-            "eval_steps": changes.get("save_steps", often),
-            "eval_on_start": True,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": f"eval_{evaluator.name}{'_' * bool(evaluator.name)}mean",
-            "greater_is_better": True,
-        }
-    return SentenceTransformerTrainingArguments(**(defaults | _checkpointing(changes)))
+    with refused_options():
+        return SentenceTransformerTrainingArguments(**(defaults | _checkpointing(changes)))
+
+
+@contextmanager
+def refused_options() -> Iterator[None]:
+    """What the stock trainer does not take is the user's option: it says so with errors of any class."""
+    try:
+        yield
+    except (NestlingError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise OptionError(f"the stock trainer cannot be made with these options ({text})") from error
 
 
 def _checkpointing(changes: Mapping[str, Any]) -> dict[str, Any]:

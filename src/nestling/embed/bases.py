@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, uses_gradient_cache
+from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
 
 from nestling.errors import ExampleError, OptionError
+from nestling.options import shown
 
 Value = Tensor | dict[str, Tensor]  # some losses return named parts
 Batches = list[list[Tensor]]  # for each column of texts, vectors [b, d] of its mini-batches
+
+
+def made(loss: Any, model: SentenceTransformer) -> nn.Module | None:
+    """The loss that was asked for: a module, or something that makes one of the model.
+
+    Args:
+        loss: a module; a class or a function of the model; the name of a class of sentence-transformers; a dict of one
+            of these; or None.
+
+    Raises:
+        OptionError: it is none of these, or cannot be made of the model alone.
+    """
+    if loss is None or isinstance(loss, nn.Module):
+        return loss
+    if isinstance(loss, Mapping):
+        if len(loss) != 1:
+            raise OptionError(f"loss={shown(loss)}: there is one set of rows, which takes one loss, not {len(loss)}")
+        return made(next(iter(loss.values())), model)
+    maker = _named(loss) if isinstance(loss, str) else loss
+    if not callable(maker):
+        raise OptionError(f"loss={shown(loss)}: expected a loss, its class or its name, or a function of the model")
+    name = getattr(maker, "__name__", type(maker).__name__)
+    try:
+        found = maker(model)
+    except Exception as error:
+        raise OptionError(f"loss: {name}(model) cannot be made ({error}): give the loss itself") from error
+    if not isinstance(found, nn.Module):
+        raise OptionError(f"loss: {name}(model) made {shown(found)}, which is no loss")
+    return found
+
+
+def _named(name: str) -> Any:
+    known = {key: kind for key, kind in vars(losses).items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
+    if name not in known:
+        near = ", ".join(get_close_matches(name, known, 3, 0.4)) or "MultipleNegativesRankingLoss"
+        raise OptionError(f"loss={shown(name)}: sentence-transformers has no loss of that name, but {near}")
+    return known[name]
 
 
 def caches_gradients(loss: nn.Module) -> bool:

@@ -137,6 +137,16 @@ class GridEvaluator(BaseEvaluator):
         dims = sorted({cup.dims for cup in ladder})
         return [Cup(layers, width) for layers in ladder.layers for width in dims]
 
+    def metric_names(self, model: nn.Module) -> list[str]:
+        """What a call during a training of that model returns.
+
+        Raises:
+            LadderError: a cup is deeper or wider than the model.
+        """
+        kinds = ["mean_sts"] * bool(self.sts) + ["mean_ndcg"] * bool(self.retrieval)
+        names = [*(f"{cup}_{kind}" for cup in self.cups(model) for kind in kinds), *kinds, "mean"]
+        return [f"{self.name}_{name}" if self.name else name for name in names]
+
     def prompts_for(self, model: nn.Module) -> dict[str, str]:
         """The prompts that are used with that model, by use."""
         return stored_prompts(Encoder.of(model).model) | self.prompts

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from math import isfinite
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,9 +24,44 @@ from nestling.embed.taps import taps
 from nestling.embed.teacher import checked_teacher, rows_of
 from nestling.errors import OptionError
 from nestling.ladder import Cup, Ladder
+from nestling.options import choice, flag, number, shown
 
 Parts = dict[str, Tensor]
 TEMPERATURE = {"similarity": 0.05, "coordinate": 1.0}
+
+
+def _weights(name: str, value: Any) -> dict[Any, float]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name}={shown(value)}: expected weights by cup, such as {{'12x768': 3.0}}")
+    return {cup: number(f"{name}[{cup}]", weight, above=0) for cup, weight in value.items()}
+
+
+def _kind(name: str, value: Any) -> str:
+    return choice(name, value, tuple(TEMPERATURE))
+
+
+ABOVE_ZERO = partial(number, above=0)
+RECIPE: dict[str, Callable[[str, Any], Any]] = {
+    "kl": _kind, "kl_weight": ABOVE_ZERO, "temperature": ABOVE_ZERO, "teacher_temperature": ABOVE_ZERO,
+    "weights": _weights, "cascade": flag, "detach_teacher": flag, "normalize": flag,
+}  # fmt: skip
+
+
+def checked_recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a `StarbucksLoss`, as plain numbers.
+
+    Raises:
+        OptionError: one is unknown, or has a value that it cannot have.
+    """
+    if not isinstance(options, Mapping):
+        raise OptionError(f"recipe={shown(options)}: expected options by name, some of {', '.join(RECIPE)}")
+    if unknown := [str(name) for name in options if name not in RECIPE]:
+        raise OptionError(f"recipe has no {', '.join(unknown)}: expected some of {', '.join(RECIPE)}")
+    may_be_none = ("kl", "temperature", "teacher_temperature", "weights")
+    return {
+        name: None if value is None and name in may_be_none else RECIPE[name](name, value)
+        for name, value in options.items()
+    }
 
 
 class StarbucksLoss(CachedRepresentation, nn.Module):
@@ -104,21 +139,30 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         gather_across_devices: bool = False,
     ):
         super().__init__()
+        options = {
+            "kl": kl,
+            "kl_weight": kl_weight,
+            "temperature": temperature,
+            "weights": weights,
+            "cascade": cascade,
+        }
+        more = {"teacher_temperature": teacher_temperature, "detach_teacher": detach_teacher, "normalize": normalize}
+        given = checked_recipe({**options, **more})
         encoder = Encoder.of(model)
         self.cups = Ladder.parse(cups).check(encoder.depth, encoder.dims)
         self.uses_gradient_cache = loss is not None and caches_gradients(loss)
         self.model, self.loss = model, loss
-        self.gather_across_devices = gather_across_devices
+        self.gather_across_devices = flag("gather_across_devices", gather_across_devices)
         if self.uses_gradient_cache:
             self.mini_batch_size, self.mini_batch_num_tokens = (
                 self.loss.mini_batch_size,
                 self.loss.mini_batch_num_tokens,
             )
         self.kl, self.cascade, self.detach_teacher, self.normalize = kl, cascade, detach_teacher, normalize
-        self.kl_weight = kl_weight
-        self.temperature = TEMPERATURE.get(kl or "", 1.0) if temperature is None else temperature
-        self.teacher_temperature = self.temperature if teacher_temperature is None else teacher_temperature
-        named = {self.cups.cup(name): weight for name, weight in (weights or {}).items()}
+        self.kl_weight = given["kl_weight"]
+        self.temperature = given["temperature"] or TEMPERATURE.get(kl or "", 1.0)
+        self.teacher_temperature = given["teacher_temperature"] or self.temperature
+        named = {self.cups.cup(name): weight for name, weight in (given["weights"] or {}).items()}
         self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
         self.rotations = nn.ModuleDict({str(depth): rotation for depth, rotation in (rotations or {}).items()})
         # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
@@ -129,13 +173,6 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         self.widths = {depth: max(c.dims for c in self.cups if c.layers == depth) for depth in self.cups.layers}
 
     def _check(self) -> None:
-        if self.kl not in (None, *TEMPERATURE):
-            raise OptionError(f"kl must be 'similarity', 'coordinate' or None, got {self.kl!r}")
-        options = {name: getattr(self, name) for name in ("kl_weight", "temperature", "teacher_temperature")}
-        options |= {f"weights[{cup}]": weight for cup, weight in self.weights.items()}
-        for name, number in options.items():
-            if not (isfinite(number) and number > 0):
-                raise OptionError(f"{name} must be a positive number, got {number!r}")
         if self.rotations and isinstance(self.loss, EmbedDistillLoss):
             raise OptionError("EmbedDistillLoss compares coordinates with those of another model: use no rotations")
         for depth, rotation in self.rotations.items():

@@ -20,6 +20,19 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def forward_kept(model: nn.Module) -> Iterator[None]:
+    """What accelerate wraps ``forward`` into within the block (autocast, for mixed precision) is taken off again."""
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("forward", None)
+        if before is not None:
+            vars(model)["forward"] = before
+
+
+@contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for as long as the block lasts."""
     with modes_kept(model):

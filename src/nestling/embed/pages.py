@@ -9,7 +9,7 @@ from typing import Any
 from nestling import report
 from nestling.embed.agreement import COLUMNS, NOTE
 from nestling.embed.results import FLOPS, cost_figure, grid_figure
-from nestling.embed.train import Trained
+from nestling.embed.trained import Trained
 from nestling.ladder import Cup
 
 Row = Mapping[str, Any]
@@ -55,7 +55,7 @@ def training_sections(info: Mapping[str, Any]) -> list[report.Section]:
         for p in points
         if "loss" in p
         for name, value in p.items()
-        if name not in ("step", "loss") and "mean" not in name
+        if name not in ("step", "loss") and "mean" not in name and not name.startswith("eval_")
     ]
     figure = report.curve(
         losses, "step", "loss", "part", title="While training", xlabel="step", ylabel="loss", log_y=True
@@ -68,6 +68,11 @@ def training_sections(info: Mapping[str, Any]) -> list[report.Section]:
         what = "mean Spearman or nDCG@10"
         figure = report.curve(measured, "step", "value", "cup", title="Held-out data", xlabel="step", ylabel=what)
         sections.append(report.Section("Quality while training", figure=figure))
+    stock = [
+        {k.removeprefix("eval_"): v for k, v in p.items() if k == "step" or k.startswith("eval_")} for p in points
+    ]
+    if stock := [row for row in stock if len(row) > 1]:
+        sections.append(report.Section("Measured by stock evaluators", "On the full model.", rows=stock))
     return sections
 
 

@@ -22,12 +22,11 @@ from nestling.embed.files import check_place
 from nestling.embed.labels import check_labels
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import in_eval_mode
-from nestling.embed.rotation import KINDS
+from nestling.embed.rotation import KINDS, Rotation
 from nestling.embed.trainer import check_finite
 from nestling.errors import ExampleError, OptionError, TrainingError
 from nestling.ladder import Ladder
-
-RECIPE = ("kl", "kl_weight", "temperature", "teacher_temperature", "weights", "cascade", "detach_teacher", "normalize")
+from nestling.options import shown
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,21 @@ class Plan:
     def check(self, cups, recipe, rotation, mini_batch_size, out: Path, resume: bool, arguments) -> None:
         """Options that do not go together, and labels that the loss cannot use."""
         name, model = type(self.given).__name__, self.encoder.model
+        if self.teacher is not None and not isinstance(self.teacher, SentenceTransformer):
+            raise OptionError(
+                f"teacher={shown(self.teacher)}: expected a SentenceTransformer, as load_encoder makes one"
+            )
+        turns = list(rotation.values()) if isinstance(rotation, Mapping) else []
+        if not isinstance(rotation, str | Mapping | None) or not all(isinstance(turn, Rotation) for turn in turns):
+            raise OptionError(f"rotation={shown(rotation)}: expected auto, {', '.join(KINDS)}, or rotations by depth")
         if isinstance(rotation, str) and rotation not in ("auto", *KINDS):
             raise OptionError(f"rotation must be auto, {', '.join(KINDS)}, or rotations by depth, got {rotation!r}")
-        if unknown := set(recipe or {}) - set(RECIPE):
-            raise OptionError(f"recipe has no {sorted(unknown)}: expected some of {', '.join(RECIPE)}")
         check_place(out, "training", resume)
         if self.given is not None and getattr(self.given, "model", model) is not model:
             raise OptionError(f"the {name} is of another model: make it of the one that is trained")
         if isinstance(self.given, StarbucksLoss):
-            turns = None if rotation == "auto" else rotation
-            also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": turns}
+            asked = None if rotation == "auto" else rotation
+            also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": asked}
             if wrong := [key for key, value in also.items() if value is not None]:
                 raise OptionError(f"a StarbucksLoss has its own {', '.join(wrong)}: give those to it, or a base loss")
         if mini_batch_size is not None and (self.given is not None or self.examples.kind != "pairs"):
@@ -145,6 +149,8 @@ def prompts_of(asked: str | Mapping[str, str] | None, examples: Examples, stored
     passage's. Other rows do not, and take the prompt that ``encode`` uses by itself, which few models have.
     """
     columns = examples.columns
+    if asked is not None and not isinstance(asked, str) and not _are_texts(asked):
+        raise OptionError(f"prompts={shown(asked)}: expected a text, or texts by column")
     if isinstance(asked, str):
         found = dict.fromkeys(columns, asked)
     elif {"query", "passage"} <= set(columns):
@@ -156,6 +162,10 @@ def prompts_of(asked: str | Mapping[str, str] | None, examples: Examples, stored
             raise OptionError(f"there are no columns {sorted(unknown)} to prompt: expected {', '.join(columns)}")
         found |= asked
     return {name: prompt for name, prompt in found.items() if prompt}
+
+
+def _are_texts(prompts: Any) -> bool:
+    return isinstance(prompts, Mapping) and all(isinstance(text, str) for text in [*prompts, *prompts.values()])
 
 
 def attempt(loss: StarbucksLoss, examples: Examples, distils: bool, prompts: dict[str, str]) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from nestling.checkpoints import attributes, begin, run
-from nestling.embed.arguments import check_changes, relevant, training_arguments
+from nestling.callbacks import made, restore, stops_early
+from nestling.checkpoints import attributes, begin, last_whole, run
+from nestling.embed.arguments import check_changes, checked, checked_folder, relevant, training_arguments
 from nestling.embed.card import pretrained_card
 from nestling.embed.checksum import checksum
 from nestling.embed.collate import Collator, MaskedBatches
@@ -29,11 +30,14 @@ from nestling.embed.masking import Masking
 from nestling.embed.mlm import check, declare_mask, positions_of, vocabulary_of
 from nestling.embed.modes import in_eval_mode, modes_kept
 from nestling.embed.plan import ladder_of
+from nestling.embed.schedule import scheduled
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
-from nestling.embed.train import Trained, save
-from nestling.embed.trainer import Watch, check_finite, without_bars
+from nestling.embed.trained import Trained, save
+from nestling.embed.trainer import Watch, check_finite, rehearsed, remove_printer, stopped, without_bars
 from nestling.errors import MissingExtraError, OptionError, TrainingError
 from nestling.ladder import Ladder
+from nestling.options import flag
+from nestling.undo import Undo, withdrawn
 
 LONGEST = 512  # tokens, where nobody says how many
 
@@ -56,6 +60,7 @@ def pretrain(
     seed: int = 0,
     dropout: bool = True,
     skip_bad: bool = False,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     resume: bool = False,
     progress: bool = True,
     **arguments: Any,
@@ -87,6 +92,7 @@ def pretrain(
         learning_rate, warmup: of AdamW; it falls to zero as a cosine, after a rise over that share of the steps.
         dropout: whether the model's dropout is on.
         skip_bad: leave out lines of ``texts``'s file that are not as expected, and count them (``info["bad_lines"]``).
+        callbacks: of transformers, as objects or classes; as in `nestling.embed.train`.
         resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
         arguments: for transformers' TrainingArguments: ``bf16, save_steps, logging_steps, gradient_accumulation_steps,
             weight_decay, dataloader_num_workers, ...``.
@@ -100,13 +106,24 @@ def pretrain(
         DataError: there are no texts, or one is not as expected; file and line are named.
         MaskingError: the tokenizer cannot mask words, there is nothing to mask, or the ratios cannot be.
         LadderError, UnsupportedEncoderError: the cups do not fit the model, or it cannot be pre-trained.
-        ValueError: options that do not go together.
+        OptionError: an option is out of range or unknown, or two do not go together. Like all of the above it is
+            raised before anything is written.
         TrainingError: the loss or a gradient is not finite (step and part are named), a checkpoint cannot be written,
             or the folders are another training's. The last whole checkpoint is kept.
     """
     if find_spec("accelerate") is None:
         raise MissingExtraError("training needs accelerate: pip install 'nestling[train,embed]'")
-    out = Path(folder)
+    steps, batch_size, length, cups_per_step, seed = checked(
+        steps=steps, batch_size=batch_size, length=length, cups_per_step=cups_per_step, seed=seed
+    )
+    learning_rate, warmup, encoder_ratio, decoder_ratio = checked(
+        learning_rate=learning_rate, warmup=warmup, encoder_ratio=encoder_ratio, decoder_ratio=decoder_ratio
+    )
+    for name, value in {"dropout": dropout, "skip_bad": skip_bad, "resume": resume, "progress": progress}.items():
+        flag(name, value)
+    out, own = checked_folder(folder), made(callbacks)
+    if stops_early(own):
+        raise OptionError("EarlyStoppingCallback: a pre-training measures nothing that it could be stopped by")
     check_place(out, "pretraining", resume)
     check(model)
     declare_mask(model.tokenizer)
@@ -127,7 +144,7 @@ def pretrain(
     padding = model.tokenizer.pad_token_id or 0
     collator = Collator(masking, padding, len(ladder), cups_per_step, decoder == "enhanced")
     smae = MaskedAutoencoder(model, ladder, decoder, seed)
-    # From here on the disk is written to. First the loss of a few windows is computed, which needs none.
+    # What needs no disk is tried first, on a few windows.
     first = next(corpus.batches())
     _attempt(smae, collator(first, batch_size)[:4])
     job = {
@@ -137,26 +154,38 @@ def pretrain(
         "dropout": dropout, "seed": seed, "arguments": relevant(arguments),
         "data": checksum([window.ids.tolist() for window in first.windows]),
     }  # fmt: skip
-    checkpoint = begin(work, job, resume)
-    place = Place.of(checkpoint)
-    batches = MaskedBatches(
-        corpus, collator, steps, Position(**place.after), options.process_index, options.world_size,
-        options.gradient_accumulation_steps,
-    )  # fmt: skip
     watch = Watch(ladder, steps, progress)
-    try:
-        trainer = MaskedTrainer(smae, options, train_dataset=batches, callbacks=[watch, place])
-        trainer.remove_callback(PrinterCallback)
-        with modes_kept(model), without_bars(), without_dropout(smae, off=not dropout):
-            seconds = run(trainer, work, checkpoint)
-    finally:
-        watch.bar.stop()
-    kept = {key: value for key, value in job.items() if key not in ("model", "cups", "data")}
-    counted = {"tokens": place.tokens, "passes": place.after["turn"], "left_out": corpus.left_out}
-    counted["bad_lines"] = getattr(source, "bad", 0)
-    trained = Trained(out, ladder, {}, {**kept, **counted, "seconds": round(seconds), "curve": watch.points})
-    if trainer.is_world_process_zero():
-        save(model, trained, "pretraining", pretrained_card(model, ladder, trained.info), resume)
+
+    def batches(place: Place) -> MaskedBatches:
+        parts = (options.process_index, options.world_size, options.gradient_accumulation_steps)
+        return MaskedBatches(corpus, collator, steps, Position(**place.after), *parts)
+
+    with rehearsed(options) as tried:
+        MaskedTrainer(smae, tried, train_dataset=batches(Place()), callbacks=[Place()]).create_optimizer_and_scheduler(
+            steps
+        )
+    with withdrawn(work, unless=lambda: watch.started):
+        checkpoint = begin(work, job, resume)
+        restore(own, checkpoint)
+        place, undo = Place.of(checkpoint), Undo(smae)
+        try:
+            trainer = MaskedTrainer(smae, options, train_dataset=batches(place), callbacks=[watch, place, *own])
+            remove_printer(trainer)
+            with modes_kept(model), without_bars(), without_dropout(smae, off=not dropout):
+                seconds = run(trainer, work, checkpoint)
+            kept = {key: value for key, value in job.items() if key not in ("model", "cups", "data")}
+            counted = {"tokens": place.tokens, "passes": place.after["turn"], "left_out": corpus.left_out}
+            counted["bad_lines"] = getattr(source, "bad", 0)
+            info = {**kept, **counted, "seconds": round(seconds), "curve": watch.points}
+            trained = Trained(out, ladder, {}, info | stopped(trainer, steps))
+            if trainer.is_world_process_zero():
+                save(model, trained, "pretraining", pretrained_card(model, ladder, trained.info), resume)
+        except BaseException:
+            if not watch.ended or last_whole(work):  # else the weights would be lost if they cannot be saved
+                undo.put_back()
+            raise
+        finally:
+            watch.bar.stop()
     trainer.accelerator.wait_for_everyone()
     return trained
 
@@ -247,10 +276,8 @@ def _attempt(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
 
 def _arguments(
     work: Path, steps: int, batch: int, learning_rate: float, warmup: float, seed: int, changes: dict[str, Any]
-) -> TrainingArguments:
+) -> SentenceTransformerTrainingArguments:
     """The trainer's arguments: those of fine-tunings, but for the paper's schedule and decay."""
-    if batch < 1:
-        raise OptionError(f"batch_size={batch} must be at least 1")
     if wrong := [name for name in changes if name.startswith(("gradient_checkpointing", "activation_checkpointing"))]:
         raise OptionError(f"{wrong[0]} is no option of a pre-training: turn it on in the model's backbone beforehand")
     check_changes(changes)
@@ -260,4 +287,5 @@ def _arguments(
         "ignore_data_skip": True,  # the corpus starts where it was left
         "remove_unused_columns": False,
     }
-    return training_arguments(work, steps, batch, learning_rate, warmup, seed, None, {}, defaults | changes)
+    changes = scheduled(defaults | changes, steps, None, measured=False)
+    return training_arguments(work, steps, batch, learning_rate, warmup, seed, {}, changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -21,6 +22,17 @@ def turned_depths(ladder: Ladder) -> list[int]:
     """The depths that have a rotation. The full model's has none, unless narrower cups share it: it stays as it is."""
     full = ladder.full
     return sorted({cup.layers for cup in ladder if cup.layers < full.layers or cup.dims < full.dims})
+
+
+def blank(rotation: str | Mapping[int, Rotation] | None, ladder: Ladder, trained: bool) -> dict[int, Rotation]:
+    """Rotations of the same shape as those that were asked for, to try a loss with."""
+    if isinstance(rotation, Mapping):
+        found = {depth: deepcopy(module) for depth, module in rotation.items()}
+    else:
+        found = {depth: Rotation(torch.eye(ladder.full.dims)) for depth in (turned_depths(ladder) if rotation else ())}
+    for module in found.values():
+        module.requires_grad_(trained)
+    return found
 
 
 def start_rotations(

@@ -6,11 +6,8 @@ ones. A teacher's embeddings are computed once and mapped from a file.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from copy import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,51 +15,32 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
-from transformers import PrinterCallback
+from sentence_transformers.base.evaluation import BaseEvaluator
+from torch import nn
+from transformers import TrainerCallback
 
-from nestling.checkpoints import begin, run
-from nestling.embed.arguments import processes, rank, training_arguments
-from nestling.embed.card import trained_card
-from nestling.embed.dropout import without_dropout
+from nestling.callbacks import made as made_callbacks
+from nestling.callbacks import stops_early
+from nestling.embed.arguments import checked, checked_folder, training_arguments
+from nestling.embed.bases import made
 from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
-from nestling.embed.evaluate import GridEvaluator
 from nestling.embed.examples import Examples, order
-from nestling.embed.files import PARTS, ROTATIONS_FILE, write_ladder, write_rotations
-from nestling.embed.losses import StarbucksLoss
-from nestling.embed.modes import modes_kept
+from nestling.embed.job import Job, dataset
+from nestling.embed.losses import StarbucksLoss, checked_recipe
+from nestling.embed.measures import Measures
 from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
 from nestling.embed.rotation import Rotation
-from nestling.embed.start import start_rotations, turned_depths
-from nestling.embed.teacher import numbered, shared_table
-from nestling.embed.trainer import Averaged, CupTrainer, Watch, trained_rotations, without_bars
+from nestling.embed.schedule import scheduled
+from nestling.embed.start import blank, turned_depths
+from nestling.embed.trained import Trained
+from nestling.embed.trainer import rehearse
 from nestling.errors import MissingExtraError, OptionError
-from nestling.folders import write_folder
 from nestling.ladder import Ladder
-from nestling.progress import progress_bar
+from nestling.options import flag
 
 BATCH = 64
-TEACHER_FILE = "teacher.npy"
-Loss = nn.Module | Callable[[SentenceTransformer], nn.Module]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training wrote; the model itself was trained in place.
-
-    Attributes:
-        folder: a sentence-transformers folder, with ``nestling.json``.
-        ladder: the cups that were trained.
-        rotations: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
-        info: settings, seconds (of all runs), and ``curve``, the losses and measurements by step; as in
-            ``nestling.json``.
-    """
-
-    folder: Path
-    ladder: Ladder
-    rotations: dict[int, Rotation] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
+Loss = nn.Module | Callable[[SentenceTransformer], nn.Module] | str | Mapping[str, Any]
 
 
 def train(
@@ -82,16 +60,20 @@ def train(
     learning_rate: float = 5e-5,
     warmup: float = 0.1,
     seed: int = 0,
-    evaluator: GridEvaluator | None = None,
+    evaluator: BaseEvaluator | Sequence[BaseEvaluator] | None = None,
     prompts: str | Mapping[str, str] | None = None,
     teacher_prompts: str | Mapping[str, str] | None = None,
     recipe: Mapping[str, Any] | None = None,
     dropout: bool | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     resume: bool = False,
     progress: bool = True,
     **arguments: Any,
 ) -> Trained:
     """Train a sentence encoder so that every cup is good by itself, and save it.
+
+    A training that is stopped by an error or an interrupt puts the model back as it was; ``resume=True`` goes on from
+    the last checkpoint, with the same objects or, in another process, with new ones.
 
     What is learned follows from the data:
 
@@ -107,7 +89,8 @@ def train(
             or ``sentence1, sentence2, score``; with a ``loss`` of your own, any columns of texts and one of labels.
         cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
         folder: of the trained model, must not exist; checkpoints go beside it, into ``<folder>-checkpoints``.
-        loss: a base loss of the model for `StarbucksLoss`, a function that makes one, or a whole `StarbucksLoss`.
+        loss: a base loss of the model for `StarbucksLoss`, its class or the name of that, a function that makes one,
+            or a whole `StarbucksLoss`.
         teacher: another sentence encoder, of any kind and width, that all cups follow, beside the loss if there are
             pairs. Its embeddings are computed once.
         rotation: what is done to the pooled vectors of the depths below the full model's before they are cut (of that
@@ -125,6 +108,7 @@ def train(
         learning_rate, warmup: of AdamW; it falls to zero linearly, after a rise over that share of the steps.
         evaluator: measures on held-out data before, ten times during and after the training; the checkpoint with the
             best mean over the cups is kept. If it has no ladder, or no rotations, it is given those of the training.
+            Evaluators of sentence-transformers measure the full model; of a list the last one counts.
         prompts: in front of texts, for all columns or by column. Columns that are left out have the model's own: in
             rows of ``query, passage`` its prompts for queries and for passages (`stored_prompts`), as of the E5
             family; in others the one that ``encode`` uses by itself. ``""`` turns one off.
@@ -134,26 +118,40 @@ def train(
             whatever ``normalize`` was.
         dropout: whether the model's dropout is on while it is trained; by default not where texts are all there is,
             since what is followed has none, and on otherwise.
+        callbacks: of transformers, as objects or classes. Those that say their state (EarlyStoppingCallback, or your
+            own with ``ExportableState``) go on with it when a training is resumed.
         resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
         arguments: for SentenceTransformerTrainingArguments: ``bf16, gradient_checkpointing, save_steps, eval_steps,
-            gradient_accumulation_steps, weight_decay, ...``; not those that have a name above, nor ``torch_compile``.
+            save_strategy, metric_for_best_model, gradient_accumulation_steps, weight_decay, ...``; not those that
+            have a name above, nor ``torch_compile``. An epoch is one pass over the data.
+
+    Returns:
+        `Trained`; where a callback has stopped the training, ``info["stopped_at"]`` is its last step.
 
     Raises:
         ExampleError: the rows cannot be trained on (which one, and why).
         LadderError, UnsupportedEncoderError: the cups do not fit the model.
-        ValueError: options that do not go together, or labels that the loss cannot use.
+        OptionError: an option is out of range or unknown, or two do not go together. Like all of the above it is
+            raised before anything is computed or written.
+        EvaluationError: the evaluator cannot measure this model.
         TrainingError: the loss or a gradient is not finite (step and part are named), a checkpoint cannot be written,
             or the folders are another training's. The last whole checkpoint is kept.
     """
     for package in ("accelerate", "datasets"):
         if find_spec(package) is None:
             raise MissingExtraError(f"training needs {package}: pip install 'nestling[train,embed]'")
-    encoder, out = Encoder.of(model), Path(folder)
-    inner = loss if loss is None or isinstance(loss, nn.Module) else loss(model)
+    steps, epochs, batch_size, mini_batch_size = checked(
+        steps=steps, epochs=epochs, batch_size=batch_size, mini_batch_size=mini_batch_size
+    )
+    learning_rate, rotation_rate, warmup, seed = checked(
+        learning_rate=learning_rate, rotation_rate=rotation_rate, warmup=warmup, seed=seed
+    )
+    for name, value in {"resume": resume, "progress": progress, "dropout": dropout or False}.items():
+        flag(name, value)
+    encoder, out, own = Encoder.of(model), checked_folder(folder), made_callbacks(callbacks)
+    inner, recipe = made(loss, model), None if recipe is None else checked_recipe(recipe)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
     plan.check(cups, recipe, rotation, mini_batch_size, out, resume, arguments)
-    if rotation_rate is not None and not (math.isfinite(rotation_rate) and rotation_rate > 0):
-        raise OptionError(f"rotation_rate={rotation_rate} must be above 0, or None to leave rotations as they are")
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if rotation == "auto":
         rotation = "aligned"
@@ -176,125 +174,30 @@ def train(
         raise OptionError(f"teacher_prompts={teacher_prompts!r} without a teacher: give one, or use prompts")
     if teacher is not None:
         by = prompts_of(teacher_prompts, plan.examples, stored_prompts(teacher))
-    changes = dict(arguments)
+    changes = scheduled(arguments, steps, max(1, round(rows / batch)), evaluator is not None)
+    if stops_early(own) and changes["eval_strategy"] == "no":
+        raise OptionError("EarlyStoppingCallback: nothing is measured, give an evaluator")
     if rotation and rotation_rate is not None:
         rates = arguments.get("learning_rate_mapping") or {}
         changes["learning_rate_mapping"] = {**rates, r"^rotations\.": rotation_rate}
-    options = training_arguments(work, steps, batch, learning_rate, warmup, seed, evaluator, texts, changes)
+    options = training_arguments(work, steps, batch, learning_rate, warmup, seed, texts, changes)
     noisy = plan.examples.kind != "texts" if dropout is None else dropout
     job = plan.job(
         ladder, steps, batch, learning_rate, warmup, seed, texts, by, recipe, rotation, mini_batch_size, arguments
     )
     job |= {"dropout": noisy, "rotation_rate": rotation_rate}
-    # From here on the disk is written to. First what needs no disk is tried, on a few rows.
+    # What needs no disk is tried first, on a few rows.
     table = np.zeros((4 * len(plan.examples.columns), 2), np.float32) if plan.distils else None
-    attempt(plan.loss(ladder, recipe, mini_batch_size, {}, table), plan.examples, plan.distils, texts)
-    checkpoint = begin(work, job, resume)
-    numbers = None
-    with options.main_process_first(local=False, desc="clean"):
-        if not resume and rank() == 0:
-            for left in work.glob("teacher*.npy"):  # by a training that was stopped before its first checkpoint
-                left.unlink()
-    taught = None
-    if plan.distils:
-        entries, numbers = numbered(plan.examples.columns, by)
-        table = _table(work / TEACHER_FILE, teacher or model, entries, progress)
-        taught = torch.from_numpy(table)
-    with options.main_process_first(local=False, desc="start"):
-        kept, written = work / ROTATIONS_FILE, resume or rank() > 0  # the first process writes them
-        start = start_rotations(model, rotation, ladder, plan.examples, texts, kept, written, taught, numbers)
-    for module in start.values():  # copies: those of a user's own loss are as the user left them
-        module.requires_grad_(rotation_rate is not None)
-    srl = plan.loss(ladder, recipe, mini_batch_size, start, table)
-    turns: dict[int, Any] = {int(depth): module for depth, module in srl.rotations.items()}
-    measures = _measures(evaluator, ladder, turns)
-    watch = Watch(ladder, steps, progress)
-    try:
-        trainer = CupTrainer(
-            model, options, train_dataset=_dataset(plan.examples, numbers, order(plan.examples, batch, steps, seed)),
-            loss=srl, evaluator=measures, callbacks=[watch, Averaged(trained_rotations(srl))],
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        with modes_kept(model), without_bars(), without_dropout(model, off=not noisy):
-            seconds = run(trainer, work, checkpoint)
-    finally:
-        watch.bar.stop()
-        if options.gradient_checkpointing:
-            _without_checkpointing(model)
-    srl.rotations.requires_grad_(False)
-    info = _info(job, trainer, watch, seconds)
-    trained = Trained(out, ladder, turns, info)
-    if trainer.is_world_process_zero():
-        save(model, trained, "training", trained_card(model, ladder, info, turns), resume)
-    trainer.accelerator.wait_for_everyone()
-    return trained
-
-
-def _table(path: Path, teacher: SentenceTransformer, entries: list[tuple[str, str]], progress: bool) -> np.ndarray:
-    """The teacher's embeddings, from the file if this training has written them already."""
-    with progress_bar(progress and rank() == 0) as bar:
-        task = bar.add_task("embedding by the teacher", total=len(entries[:: processes()]))
-        shared_table(path, teacher, entries, rank(), processes(), lambda count: bar.advance(task, count))
-    return np.load(path, mmap_mode="c")
-
-
-def _measures(evaluator: GridEvaluator | None, ladder: Ladder, start: dict[int, Rotation]) -> GridEvaluator | None:
-    """The user's evaluator with this training's cups and rotations, if it has none."""
-    if evaluator is None:
-        return None
-    found = copy(evaluator)
-    found.ladder = evaluator.ladder or ladder
-    if evaluator.rotations is None:
-        found.rotations = start
-    return found
-
-
-def _dataset(examples: Examples, numbers: Tensor | None, rows: Tensor):
-    """The rows in the order of the batches, as a `datasets.Dataset`."""
-    from datasets import Dataset
-
-    columns: dict[str, list[Any]] = dict(examples.columns)
-    if numbers is not None:
-        columns["label"] = numbers.tolist()
-    elif examples.labels is not None:
-        columns["label"] = examples.labels
-    return Dataset.from_dict(columns).select(rows.tolist())
-
-
-def _without_checkpointing(model: SentenceTransformer) -> None:
-    """The backbone as it was; the name of the method differs between versions of transformers."""
-    backbone: Any = Encoder.of(model).backbone
-    for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
-        if hasattr(backbone, name):
-            return getattr(backbone, name)()
-
-
-def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float) -> dict[str, Any]:
-    """What ``nestling.json`` says of the training."""
-    left_out = ("model", "pooling", "cups", "data", "teacher")
-    kept = {key: value for key, value in job.items() if key not in left_out}
-    best = trainer.state.best_model_checkpoint
-    chosen = {} if best is None else {"best_step": int(best.rsplit("-", 1)[-1]), "best": trainer.state.best_metric}
-    taught = {"teacher": job["teacher"] is not None}
-    return {**kept, **taught, "seconds": round(seconds), **chosen, "curve": watch.points}
-
-
-def save(model: SentenceTransformer, trained: Trained, name: str, card: str, resumed: bool = False) -> None:
-    """Write the folder, whole or not at all.
-
-    Args:
-        name: of ``trained.info`` in ``nestling.json``.
-        card: the model card.
-        resumed: the folder may be there, as the training's result, whose files are replaced.
-    """
-
-    def fill(new: Path) -> None:
-        with without_bars():
-            Encoder.of(model).model.save_pretrained(str(new), create_model_card=False)
-        named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
-        if trained.rotations:
-            write_rotations(new / ROTATIONS_FILE, trained.rotations)
-        write_ladder(new, trained.ladder.to_json() | named | {name: trained.info})
-        (new / "README.md").write_text(card, "utf-8")
-
-    write_folder(trained.folder, fill, over=PARTS if resumed else None)
+    tried = plan.loss(ladder, recipe, mini_batch_size, blank(rotation, ladder, rotation_rate is not None), table)
+    attempt(tried, plan.examples, plan.distils, texts)
+    rehearse(model, options, dataset(plan.examples, None, torch.arange(min(4, rows))), tried)
+    measures = None
+    if changes["eval_strategy"] != "no":
+        measures = Measures(evaluator, model, ladder)
+        measures.choose(options, changes)
+    return Job(
+        model=model, plan=plan, ladder=ladder, recipe=recipe, rotation=rotation, rotation_rate=rotation_rate,
+        mini_batch_size=mini_batch_size, out=out, work=work, options=options,
+        rows=order(plan.examples, batch, steps, seed), prompts=texts, teacher_prompts=by, dropout=noisy,
+        callbacks=own, measures=measures, identity=job, progress=progress,
+    ).run(resume)  # fmt: skip

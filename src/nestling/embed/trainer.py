@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.sampler import DefaultBatchSampler
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, PrinterCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from nestling.embed.arguments import refused_options
 from nestling.embed.encoder import unwrapped
 from nestling.embed.files import ROTATIONS_FILE, read_rotations, write_rotations
+from nestling.embed.modes import forward_kept
 from nestling.embed.rotation import Rotation
 from nestling.errors import TrainingError
 from nestling.ladder import Ladder
@@ -55,6 +63,46 @@ class CupTrainer(SentenceTransformerTrainer):
     def track_loss_components(self, loss: dict[str, Tensor]) -> None:
         check_finite(loss)
         super().track_loss_components(loss)
+
+
+@contextmanager
+def rehearsed(options: SentenceTransformerTrainingArguments) -> Iterator[SentenceTransformerTrainingArguments]:
+    """The options for a trainer that is made, with its optimiser, only to see whether it can be.
+
+    Its folder is thrown away behind the block.
+
+    Raises:
+        OptionError: the block raises something, as stock trainers do with options that they do not take.
+    """
+    with refused_options(), tempfile.TemporaryDirectory() as thrown_away:
+        tried = copy(options)
+        tried.hub_model_id = options.hub_model_id or Path(str(options.output_dir)).name
+        tried.output_dir, tried.eval_strategy = thrown_away, IntervalStrategy.NO
+        yield tried
+
+
+def rehearse(
+    model: SentenceTransformer, options: SentenceTransformerTrainingArguments, rows: Any, loss: nn.Module
+) -> None:
+    """Make a `CupTrainer` and its optimiser once.
+
+    Raises:
+        OptionError: the options are refused.
+    """
+    with rehearsed(options) as tried, forward_kept(model):
+        CupTrainer(model, tried, train_dataset=rows, loss=loss).create_optimizer_and_scheduler(options.max_steps)
+
+
+def remove_printer(trainer: Trainer) -> None:
+    """The stock callback that prints what is logged; one that the user gave stays."""
+    printers = [found for found in trainer.callback_handler.callbacks if type(found) is PrinterCallback]
+    trainer.remove_callback(printers[-1])
+
+
+def stopped(trainer: Trainer, steps: int) -> dict[str, int]:
+    """What is said of a training that a callback has stopped."""
+    last = trainer.state.global_step
+    return {"stopped_at": last} if last < steps else {}
 
 
 def trained_rotations(loss: Any) -> dict[int, Rotation]:
@@ -107,10 +155,11 @@ class Watch(TrainerCallback):
     Attributes:
         points: ``{"step", "loss", "6x128", "kl_6x128", ..., "mean", "6x128_mean_sts", ...}``: parts of the loss, and
             what was measured on held-out data.
+        started, ended: whether there has been a step, and whether there will be no other.
     """
 
     def __init__(self, ladder: Ladder, steps: int, progress: bool):
-        self.ladder = ladder
+        self.ladder, self.started, self.ended = ladder, False, False
         self.points: list[dict[str, float]] = []
         self.bar = progress_bar(progress)
         self.task = self.bar.add_task("training", total=steps)
@@ -129,6 +178,12 @@ class Watch(TrainerCallback):
             bad = next((name for name, g in gradients.items() if not g.isfinite().all()), "their norm")
             raise TrainingError(f"the gradient is not finite ({bad})")
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.ended = True
+
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(self.task, completed=state.global_step)
 
@@ -140,6 +195,9 @@ class Watch(TrainerCallback):
         self.bar.update(self.task, description=f"training, loss {shown}" if shown else "training")
 
 
+CLOCKED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+
+
 def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """What a trainer has logged, a row a step: losses by part, measurements by their own names."""
     points: dict[int, dict[str, float]] = {}
@@ -148,7 +206,9 @@ def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
         if "loss" in entry:
             other = ("step", "epoch", "grad_norm", "learning_rate")
             point |= {name: value for name, value in entry.items() if name not in other}
-        point |= {name[5:]: value for name, value in entry.items() if name.startswith("eval_") and "mean" in name}
+        for name, value in entry.items():
+            if name.startswith("eval_") and name not in CLOCKED and isinstance(value, int | float):
+                point[name[5:] if "mean" in name else name] = value  # others are of stock evaluators
     return [points[step] for step in sorted(points) if len(points[step]) > 1]
 
 

@@ -1,0 +1,183 @@
+"""One training, from its folder to what it saves: all that is written to the disk, in the order in which it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from torch import Tensor
+from transformers import TrainerCallback
+
+from nestling.callbacks import have_stopped, restore
+from nestling.checkpoints import begin, last_whole, run
+from nestling.embed.arguments import processes, rank
+from nestling.embed.card import trained_card
+from nestling.embed.dropout import without_dropout
+from nestling.embed.encoder import Encoder
+from nestling.embed.examples import Examples
+from nestling.embed.files import ROTATIONS_FILE
+from nestling.embed.losses import StarbucksLoss
+from nestling.embed.measures import Measures
+from nestling.embed.modes import forward_kept, modes_kept
+from nestling.embed.plan import Plan
+from nestling.embed.rotation import Rotation
+from nestling.embed.start import start_rotations
+from nestling.embed.teacher import numbered, shared_table
+from nestling.embed.trained import Trained, save
+from nestling.embed.trainer import (
+    Averaged,
+    CupTrainer,
+    Watch,
+    remove_printer,
+    stopped,
+    trained_rotations,
+    without_bars,
+)
+from nestling.ladder import Ladder
+from nestling.progress import progress_bar
+from nestling.undo import Undo, withdrawn
+
+TEACHER_FILE = "teacher.npy"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training whose options have been checked.
+
+    Attributes:
+        out, work: folders of the result and of the checkpoints.
+        rows: numbers of the examples, batch after batch.
+        prompts, teacher_prompts: by column.
+        identity: what a resumed training must agree on.
+    """
+
+    model: SentenceTransformer
+    plan: Plan
+    ladder: Ladder
+    recipe: Mapping[str, Any] | None
+    rotation: str | Mapping[int, Rotation] | None
+    rotation_rate: float | None
+    mini_batch_size: int | None
+    out: Path
+    work: Path
+    options: SentenceTransformerTrainingArguments
+    rows: Tensor
+    prompts: dict[str, str]
+    teacher_prompts: dict[str, str]
+    dropout: bool
+    callbacks: Sequence[TrainerCallback]
+    measures: Measures | None
+    identity: dict[str, Any]
+    progress: bool
+
+    def run(self, resume: bool) -> Trained:
+        """Train, from the start or from the last whole checkpoint, and save the result.
+
+        Raises:
+            TrainingError: as `nestling.embed.train.train`.
+        """
+        watch = Watch(self.ladder, self.options.max_steps, self.progress)
+        with withdrawn(self.work, unless=lambda: watch.started or any(self.work.glob("teacher*.npy"))):
+            checkpoint = begin(self.work, self.identity, resume)
+            restore(self.callbacks, checkpoint)
+            loss, numbers = self._start(resume)
+            undo = Undo(loss)
+            try:
+                return self._train(loss, numbers, watch, checkpoint, resume)
+            except BaseException:
+                if not watch.ended or last_whole(self.work):  # else the weights would be lost if they cannot be saved
+                    undo.put_back()
+                raise
+            finally:
+                watch.bar.stop()
+                if self.options.gradient_checkpointing:
+                    _without_checkpointing(self.model)
+
+    def _start(self, resume: bool) -> tuple[StarbucksLoss, Tensor | None]:
+        """The loss with its start rotations and the teacher's table, and which of its rows each example has."""
+        examples, options = self.plan.examples, self.options
+        with options.main_process_first(local=False, desc="clean"):
+            if not resume and rank() == 0:
+                for left in self.work.glob("teacher*.npy"):  # by one that was stopped before its first checkpoint
+                    left.unlink()
+        table = taught = numbers = None
+        if self.plan.distils:
+            entries, numbers = numbered(examples.columns, self.teacher_prompts)
+            table = _table(self.work / TEACHER_FILE, self.plan.teacher or self.model, entries, self.progress)
+            taught = torch.from_numpy(table)
+        with options.main_process_first(local=False, desc="start"):
+            kept, written = self.work / ROTATIONS_FILE, resume or rank() > 0  # the first process writes them
+            start = start_rotations(
+                self.model, self.rotation, self.ladder, examples, self.prompts, kept, written, taught, numbers
+            )
+        for module in start.values():  # copies: those of a user's own loss are as the user left them
+            module.requires_grad_(self.rotation_rate is not None)
+        return self.plan.loss(self.ladder, self.recipe, self.mini_batch_size, start, table), numbers
+
+    def _train(
+        self, loss: StarbucksLoss, numbers: Tensor | None, watch: Watch, checkpoint: Path | None, resume: bool
+    ) -> Trained:
+        model, options, rows = self.model, self.options, self.rows
+        turns: dict[int, Any] = {int(depth): module for depth, module in loss.rotations.items()}
+        if checkpoint is not None and have_stopped(self.callbacks):  # there is no step left
+            batch = len(rows) // options.max_steps
+            options.max_steps = int(checkpoint.name.rsplit("-", 1)[-1])
+            rows = rows[: options.max_steps * batch]
+        trainer = CupTrainer(
+            model, options, train_dataset=dataset(self.plan.examples, numbers, rows), loss=loss,
+            evaluator=None if self.measures is None else self.measures.during(turns),
+            callbacks=[watch, Averaged(trained_rotations(loss)), *self.callbacks],
+        )  # fmt: skip
+        remove_printer(trainer)
+        with modes_kept(model), forward_kept(model), without_bars(), without_dropout(model, off=not self.dropout):
+            seconds = run(trainer, self.work, checkpoint)
+        loss.rotations.requires_grad_(False)
+        info = _info(self.identity, trainer, watch, seconds)
+        trained = Trained(self.out, self.ladder, turns, info)
+        if trainer.is_world_process_zero():
+            save(model, trained, "training", trained_card(model, self.ladder, info, turns), resume)
+        trainer.accelerator.wait_for_everyone()
+        return trained
+
+
+def _table(path: Path, teacher: SentenceTransformer, entries: list[tuple[str, str]], progress: bool) -> np.ndarray:
+    """The teacher's embeddings, from the file if this training has written them already."""
+    with progress_bar(progress and rank() == 0) as bar:
+        task = bar.add_task("embedding by the teacher", total=len(entries[:: processes()]))
+        shared_table(path, teacher, entries, rank(), processes(), lambda count: bar.advance(task, count))
+    return np.load(path, mmap_mode="c")
+
+
+def dataset(examples: Examples, numbers: Tensor | None, rows: Tensor):
+    """The rows in the order of the batches, as a `datasets.Dataset`."""
+    from datasets import Dataset
+
+    columns: dict[str, list[Any]] = dict(examples.columns)
+    if numbers is not None:
+        columns["label"] = numbers.tolist()
+    elif examples.labels is not None:
+        columns["label"] = examples.labels
+    return Dataset.from_dict(columns).select(rows.tolist())
+
+
+def _without_checkpointing(model: SentenceTransformer) -> None:
+    """The backbone as it was; the name of the method differs between versions of transformers."""
+    backbone: Any = Encoder.of(model).backbone
+    for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
+        if hasattr(backbone, name):
+            return getattr(backbone, name)()
+
+
+def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float) -> dict[str, Any]:
+    """What ``nestling.json`` says of the training."""
+    left_out = ("model", "pooling", "cups", "data", "teacher")
+    kept = {key: value for key, value in job.items() if key not in left_out}
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    chosen = {} if best is None else {"best_step": int(best.rsplit("-", 1)[-1]), "best": trainer.state.best_metric}
+    taught = {"teacher": job["teacher"] is not None, **stopped(trainer, job["steps"])}
+    return {**kept, **taught, "seconds": round(seconds), **chosen, "curve": watch.points}

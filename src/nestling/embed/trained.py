@@ -1,0 +1,55 @@
+"""What a training, an alignment or a pre-training wrote, and how it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from nestling.embed.encoder import Encoder
+from nestling.embed.files import PARTS, ROTATIONS_FILE, write_ladder, write_rotations
+from nestling.embed.rotation import Rotation
+from nestling.embed.trainer import without_bars
+from nestling.folders import write_folder
+from nestling.ladder import Ladder
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training wrote; the model itself was trained in place.
+
+    Attributes:
+        folder: a sentence-transformers folder, with ``nestling.json``.
+        ladder: the cups that were trained.
+        rotations: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
+        info: settings, seconds (of all runs), and ``curve``, the losses and measurements by step; as in
+            ``nestling.json``.
+    """
+
+    folder: Path
+    ladder: Ladder
+    rotations: dict[int, Rotation] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def save(model: SentenceTransformer, trained: Trained, name: str, card: str, resumed: bool = False) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        name: of ``trained.info`` in ``nestling.json``.
+        card: the model card.
+        resumed: the folder may be there, as the training's result, whose files are replaced.
+    """
+
+    def fill(new: Path) -> None:
+        with without_bars():
+            Encoder.of(model).model.save_pretrained(str(new), create_model_card=False)
+        named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
+        if trained.rotations:
+            write_rotations(new / ROTATIONS_FILE, trained.rotations)
+        write_ladder(new, trained.ladder.to_json() | named | {name: trained.info})
+        (new / "README.md").write_text(card, "utf-8")
+
+    write_folder(trained.folder, fill, over=PARTS if resumed else None)
