@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from nestling.errors import TrainingError
-from nestling.writing import write_file
+from nestling.writing import check_folder, write_file
 
 JOB_FILE = "training.json"
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -116,3 +117,38 @@ def _is_whole(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
         return True
     return False
+
+
+def check_place(folder: Path, resume: bool, ours: Collection[str] = ()) -> None:
+    """Whether checkpoints can be written to a folder, before anything is computed.
+
+    Args:
+        ours: names of other files that the training writes there.
+
+    Raises:
+        TrainingError: there are checkpoints and ``resume`` is not set, or it is and there is nothing to resume, or
+            somebody else's files have names of ours.
+        FileError: the folder cannot be made or written to.
+    """
+    check_folder(folder)
+    path = folder / JOB_FILE
+    if resume:
+        if not path.exists():
+            raise TrainingError(f"{folder} is no training to resume: {JOB_FILE} is missing")
+        return
+    if any(folder.glob("checkpoint-*")):
+        raise TrainingError(f"{folder} holds checkpoints already: resume that training, or choose another folder")
+    taken = [name for name in ours if (folder / name).exists()] if not path.exists() else []
+    if path.exists() and not _is_job(path):
+        taken = [JOB_FILE]
+    if taken:
+        raise TrainingError(f"{folder / taken[0]} is not of a training: choose another folder, or move it away")
+
+
+def _is_job(path: Path) -> bool:
+    """Whether a file is one that an earlier training wrote."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"steps", "seed"} <= set(found)

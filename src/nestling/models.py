@@ -10,7 +10,6 @@ import importlib.util
 import io
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from nestling.errors import LoadError
+from nestling.temporary import temporary_folder
+from nestling.writing import check_folder, sync_tree
 
 GGUF_HEADER = 24  # bytes: magic, version, number of tensors, number of metadata entries
 DAY = 86400  # seconds
@@ -251,13 +252,14 @@ def _converted(alias: str) -> Path:
         return source.parent  # a plain folder already
     _check_gguf(alias, str(source))
     try:
+        check_folder(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        with tempfile.TemporaryDirectory(prefix=f".{alias}-", dir=target.parent) as temp, quiet():
-            done = Path(temp) / alias
+        with temporary_folder(target.parent) as done, quiet():
             model, tokenizer = _read(str(source), source, torch.float32)
             model.to(torch.bfloat16).save_pretrained(done)  # type: ignore[arg-type]
             tokenizer.save_pretrained(done)
+            sync_tree(done)
             try:
                 done.rename(target)
             except OSError:
@@ -272,7 +274,7 @@ def _converted(alias: str) -> Path:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what conversions killed long ago left behind."""
+    """Remove what killed conversions of older releases left behind."""
     for left in target.parent.glob(f".{target.name}-*"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > DAY:

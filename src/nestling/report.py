@@ -103,6 +103,13 @@ def write_json(path: str | os.PathLike[str], rows: Iterable[Row], meta: Mapping[
     write_file(path, f'{{"rows": [\n{lines}\n],\n"meta": {json.dumps(plain(meta), indent=1)}}}\n')
 
 
+def write_png(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write a figure, whole or not at all; FileError where it cannot be written."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": "nestling"})
+    write_file(path, buffer.getvalue())
+
+
 def plain(value: Any) -> Any:
     """`value` in JSON's own types; arrays and tensors become numbers or lists, NaN and infinities None."""
     if value is None or isinstance(value, str | bool):
@@ -363,7 +370,7 @@ def _svg(figure: Figure, prefix: str) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="nestling"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <style>{style}</style></head>

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from nestling.errors import FileError, MissingFolderError
 from nestling.temporary import temporary_file
 
+RESULTS, MARK = b'{"rows": [', b"nestling"  # how results in JSON start; what pages and figures have near their start
+
 ADVICE = {
     errno.ENOSPC: "make room there, or choose another place",
     errno.EDQUOT: "make room there, or choose another place",
@@ -114,6 +116,21 @@ def check_file(path: str | os.PathLike[str] | None, nbytes: int = 0) -> None:
         _check_target(path)
         if not _is_stream(path):
             _probe(path, Path(os.path.realpath(path)).parent, nbytes)
+
+
+def check_result(path: str | os.PathLike[str] | None) -> None:
+    """`check_file`, and that an existing file is one that an earlier run wrote: a user's own is not replaced.
+
+    Raises:
+        FileError: as `check_file`, or there is a file that is not empty and not of nestling.
+    """
+    check_file(path)
+    if path is None or _is_stream(path) or not os.path.exists(path):
+        return
+    with naming(path), open(path, "rb") as file:
+        head = file.read(1000)
+    if head and not head.startswith(RESULTS) and MARK not in head:
+        raise FileError(f"{os.fspath(path)} exists, and is no result of nestling: choose another name, or remove it")
 
 
 def check_folder(path: str | os.PathLike[str] | None, nbytes: int = 0) -> None:

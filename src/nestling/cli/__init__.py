@@ -13,7 +13,7 @@ from nestling.cli.embed import embed_app
 from nestling.cli.kv import kv_app
 from nestling.cli.terminal import (
     Json,
-    check_folder,
+    check_outputs,
     console,
     errors_as_messages,
     natural,
@@ -59,8 +59,7 @@ def demo_kv(
     """Tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""
     from nestling.kv.demo import run
 
-    check_folder(out)
-    check_folder(json)
+    check_outputs(out, json)
     start = time.perf_counter()
     rows = run(model, out, tokens, console)
     write_results(json, rows, time.perf_counter() - start)
@@ -79,8 +78,7 @@ def demo_embed(
     """Make an encoder elastic by following itself, compare cups before and after, export one and search with it."""
     from nestling.embed.demo import run
 
-    for path in (out, json, keep):
-        check_folder(path)
+    check_outputs(out, json, folder=keep)
     start = time.perf_counter()
     rows = run(model, out, steps, cup, keep, console)
     write_results(json, rows, time.perf_counter() - start)

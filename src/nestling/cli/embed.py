@@ -18,7 +18,7 @@ from nestling.cli.terminal import (
     Seed,
     Text,
     above_zero,
-    check_folder,
+    check_outputs,
     console,
     errors_as_messages,
     less_than_one,
@@ -29,7 +29,7 @@ from nestling.cli.terminal import (
     write_curve,
     write_results,
 )
-from nestling.errors import DataError, FileError, OptionError, TextTooShortError
+from nestling.errors import DataError, OptionError, TextTooShortError
 
 embed_app = typer.Typer(
     no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export."
@@ -56,8 +56,7 @@ def align(
     """Make small cups of MODEL without training it, in closed form from text without labels; MODEL stays as it is."""
     from nestling import embed
 
-    for path in (out, json):
-        check_folder(path)
+    check_outputs(json, folder=out, new=True)
     texts = _sentences(text)
     held, read = texts[::HELD_OUT][:500], [text for i, text in enumerate(texts) if i % HELD_OUT]
     if len(texts) < 100:
@@ -123,8 +122,7 @@ def train(
     from nestling import embed
     from nestling.embed.arguments import rank
 
-    for path in (out, json, html):
-        check_folder(path)
+    check_outputs(json, html, folder=out, new=not resume)
     data = _training_data(pairs, scored, text)
     if steps is not None and epochs is not None:
         raise OptionError(f"--steps {steps} and --epochs {epochs:g}: both say how long, leave one out")
@@ -173,8 +171,7 @@ def evaluate(
     from nestling import embed
     from nestling.ladder import Ladder
 
-    for path in (json, html):
-        check_folder(path)
+    check_outputs(json, html)
     if text is not None and (sts or retrieval):
         raise OptionError("--text is what is measured on where there is no --sts and no --retrieval: leave it out")
     prompts = dict(_prompt(item) for item in prompt or ())
@@ -227,10 +224,7 @@ def export(
     from nestling import embed
     from nestling.folders import write_folder
 
-    for path in (out, json):
-        check_folder(path)
-    if out.exists():
-        raise FileError(f"{out} exists: choose another folder, or remove it")
+    check_outputs(json, folder=out, new=True)
     encoder = loading(embed.load_encoder, model)
     ladder, rotations = _ladder(model, cups, encoder)
     given = cups is not None or embed.load_ladder(model) is not None

@@ -17,7 +17,7 @@ from nestling.cli.terminal import (
     Text,
     Window,
     above_zero,
-    check_folder,
+    check_outputs,
     console,
     errors_as_messages,
     loading,
@@ -56,10 +56,11 @@ def fit(
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
     from nestling import kv
     from nestling.data import read_texts
+    from nestling.kv.files import check_place
     from nestling.models import load_model
 
-    check_folder(out)
-    check_folder(json)
+    check_outputs(json, folder=out)
+    check_place(out)
     texts = read_texts(text)
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
@@ -103,11 +104,11 @@ def train(
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
     from nestling.data import read_texts
-    from nestling.kv.files import shares_of
+    from nestling.kv.files import check_place, shares_of
     from nestling.models import load_model
 
-    for path in (out, json, html):
-        check_folder(path)
+    check_outputs(json, html, folder=out)
+    check_place(out)
     texts = list(read_texts(text))
     if eval_text is not None:
         held_out = list(read_texts(eval_text))
@@ -156,10 +157,11 @@ def search(
     """Search the ranks of layers and heads by measurement, for all budgets at once."""
     from nestling import kv
     from nestling.data import read_texts
+    from nestling.kv.files import check_place
     from nestling.models import load_model
 
-    check_folder(out)
-    check_folder(json)
+    check_outputs(json, folder=out)
+    check_place(out)
     shares = parse_budgets(budgets)
     nested = kv.KVAdapter.from_pretrained(adapter)
     texts = read_texts(text)
@@ -215,8 +217,7 @@ def evaluate(
     from nestling.models import load_model
 
     shares = parse_budgets(budgets)
-    check_folder(json)
-    check_folder(html)
+    check_outputs(json, html)
     nested = kv.KVAdapter.from_pretrained(adapter)
     tasks = {path.name.split(".")[0]: read_multiple_choice(path)[:rows] for path in task or []}
     texts = read_texts(text)
@@ -286,9 +287,9 @@ def inspect(
 
     from nestling import kv
     from nestling.kv.demo import rank_maps, rank_rows, shade
+    from nestling.report import write_png
 
-    check_folder(json)
-    check_folder(png)
+    check_outputs(json, png)
     nested = kv.KVAdapter.from_pretrained(adapter)
     if not 0 < budget <= 1:
         raise kv.BudgetError(f"budget={budget:g} is out of range: a share of the full cache, above 0 and at most 1")
@@ -311,7 +312,7 @@ def inspect(
     )
     write_results(json, rows)
     if png is not None:
-        rank_maps(nested, ranks, f"Ranks at {budget:.0%}").savefig(png, dpi=150)
+        write_png(png, rank_maps(nested, ranks, f"Ranks at {budget:.0%}"))
         console.print(f"Heat map: {png}")
 
 

@@ -13,7 +13,7 @@ from nestling.cli.terminal import (
     Json,
     Seed,
     above_zero,
-    check_folder,
+    check_outputs,
     console,
     errors_as_messages,
     less_than_one,
@@ -68,8 +68,7 @@ def pretrain(
     from nestling import embed
     from nestling.embed.arguments import rank
 
-    for path in (out, json, html):
-        check_folder(path)
+    check_outputs(json, html, folder=out, new=not resume)
     texts = embed.Texts(text or [None], skip_bad)
     encoder = loading(partial(embed.load_encoder, pooling=pooling), model)
     if cups is None and Path(model).is_dir():

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text as Styled
 
-from nestling.errors import FileError, NestlingError
+from nestling.errors import FileError, MissingFolderError, NestlingError
 from nestling.options import number, whole
 from nestling.visible import visible, visible_lines
 
@@ -172,9 +172,30 @@ def show(rows: list[dict], title: str) -> None:
     console.print(table([{k: v for k, v in r.items() if k != "model"} for r in rows], title=title))
 
 
-def check_folder(path: Path | None) -> None:
-    if path is not None and not path.resolve().parent.is_dir():
-        raise FileError(f"the folder of {path} does not exist: make it first")
+def check_outputs(*files: Path | None, folder: Path | None = None, new: bool = False) -> None:
+    """Look at the places of results before the work: what cannot be written is said now.
+
+    Args:
+        files: results, pages and figures; those of an earlier run may be there and are replaced, other files are not.
+        folder: of the result; its own folder has to be there.
+        new: whether it must not be there itself.
+
+    Raises:
+        FileError: one cannot be written, does not have a folder, is a user's file, or two are the same.
+    """
+    from nestling.writing import check_folder, check_result
+
+    if folder is not None:
+        if not folder.resolve().parent.is_dir():
+            raise MissingFolderError(f"the folder of {folder} does not exist: make it first")
+        if new and folder.exists():
+            raise FileError(f"{folder} exists: choose another folder, or remove it")
+        check_folder(folder)
+    for path in files:
+        check_result(path)
+    places = [path.resolve() for path in (*files, folder) if path is not None and not path.is_char_device()]
+    if double := [path for path in places if places.count(path) > 1]:
+        raise FileError(f"{double[0].name} is named twice: choose another name for one of them")
 
 
 def write_results(path: Path | None, rows: list[dict], seconds: float | None = None) -> None:

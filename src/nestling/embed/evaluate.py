@@ -27,6 +27,7 @@ from nestling.partial import Partial
 from nestling.progress import progress_bar
 from nestling.report import run_meta, write_json
 from nestling.retrieval import Retrieval, read_retrieval
+from nestling.writing import naming
 
 FileName = str | os.PathLike[str]
 Row = dict[str, Any]
@@ -269,7 +270,8 @@ class GridEvaluator(BaseEvaluator):
         return metrics
 
     def _keep(self, folder: Path, rows: list[Row]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"grid{'_' * bool(self.name)}{self.name}.json"
         try:
             earlier = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []

@@ -59,6 +59,8 @@ def write(model: SentenceTransformer, folder: Path, int8: bool) -> tuple[float, 
     model.eval()
     try:
         _trace(model, path)
+    except OSError:  # the disk is full, for one
+        raise
     except Exception as error:  # whatever an operator is missing
         first = (str(error).splitlines() or [""])[0]
         raise ExportError(f"the model cannot be written as ONNX [{type(error).__name__}: {first}]") from error

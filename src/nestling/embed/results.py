@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from nestling.embed.metrics import BESIDE
 from nestling.ladder import Cup
-from nestling.report import curve, heat_maps, markdown_table, run_meta, write_json
+from nestling.report import curve, heat_maps, markdown_table, run_meta, write_json, write_png
+from nestling.writing import check_folder, naming, write_file
 
 Row = Mapping[str, Any]
 MEANS = {"mean_sts": "STS, mean Spearman", "mean_ndcg": "retrieval, mean nDCG@10"}
@@ -28,14 +29,19 @@ def save_results(folder: str | Path, rows: Sequence[Row], meta: Mapping[str, Any
 
     Returns:
         The files.
+
+    Raises:
+        FileError: they cannot be written.
     """
+    check_folder(folder)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("grid.json", "grid.md", "grid.png", "cost.png")]
     write_json(files[0], rows, run_meta() if meta is None else meta)
-    files[1].write_text(markdown(rows), encoding="utf-8")
-    grid_figure(rows).savefig(files[2], dpi=150)
-    cost_figure(rows).savefig(files[3], dpi=150)
+    write_file(files[1], markdown(rows))
+    write_png(files[2], grid_figure(rows))
+    write_png(files[3], cost_figure(rows))
     return files
 
 

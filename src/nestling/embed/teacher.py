@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torch.nn.functional import normalize
 
 from nestling.embed.copies import copied_tree
 from nestling.errors import EvaluationError, ExampleError, OptionError
+from nestling.temporary import temporary_file
+from nestling.writing import naming, sync
 
 CHUNK = 1024  # texts that are embedded between two looks at the progress
 
@@ -48,32 +51,63 @@ def shared_table(
     a barrier of torch.distributed gives up after half an hour, which a large teacher takes on many texts. That one of
     them has died is for the launcher to notice, as torchrun does.
     """
-    parts = [path.with_name(f"{path.stem}-{i}-of-{processes}.npy") for i in range(min(processes, len(texts)))]
-    if processes == 1 and not path.is_file():
+    count = len(texts)
+    parts = {path.with_name(f"{path.stem}-{i}-of-{processes}.npy"): len(texts[i::processes]) for i in range(processes)}
+    parts = {part: rows for part, rows in parts.items() if rows}
+    mine = path.with_name(f"{path.stem}-{rank}-of-{processes}.npy")
+    if processes == 1 and not _is_table(path, count):
         write_table(path, teacher, texts, advance=advance)
-    elif rank < len(parts) and not path.is_file() and not parts[rank].is_file():
-        write_table(parts[rank], teacher, texts[rank::processes], advance=advance)
-    if rank == 0 and not path.is_file():
+    elif mine in parts and not _is_table(path, count) and not _is_table(mine, parts[mine]):
+        write_table(mine, teacher, texts[rank::processes], advance=advance)
+    if rank == 0 and not _is_table(path, count):
         _wait_for(parts)
-        _join(path, parts, len(texts))
-    _wait_for([path])
+        _join(path, list(parts), count)
+    _wait_for({path: count})
 
 
-def _wait_for(paths: Sequence[Path]) -> None:
-    while not all(path.is_file() for path in paths):
+def _is_table(path: Path, rows: int) -> bool:
+    """Whether a file is a table of so many rows, complete: one that was left damaged is written again."""
+    try:
+        table = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return table.ndim == 2 and len(table) == rows and table.dtype == np.float32
+
+
+def _wait_for(tables: Mapping[Path, int]) -> None:
+    while not all(_is_table(path, rows) for path, rows in tables.items()):
         time.sleep(0.2)
 
 
 def _join(path: Path, parts: Sequence[Path], count: int) -> None:
     tables = [np.load(part, mmap_mode="r") for part in parts]
-    new = path.with_name(f".{path.name}.{os.getpid()}.part")
-    joined = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=(count, tables[0].shape[1]))
-    for rank, table in enumerate(tables):
-        joined[rank :: len(tables)] = table
-    joined.flush()
-    os.replace(new, path)
+    with _new_table(path) as make:
+        joined = make((count, tables[0].shape[1]))
+        for rank, table in enumerate(tables):
+            joined[rank :: len(tables)] = table
     for part in parts:
         part.unlink()
+
+
+@contextmanager
+def _new_table(path: Path) -> Iterator[Callable[[tuple[int, int]], np.ndarray]]:
+    """A function that makes a table of a shape; the file appears, filled, when the body is done.
+
+    Raises:
+        FileError: it cannot be written, or the disk does not have the room for it.
+    """
+    with naming(path), temporary_file(path.parent) as new:
+
+        def make(shape: tuple[int, int]) -> np.ndarray:
+            table = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a page for which there is no room would end the process
+                with open(new, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+            return table
+
+        yield make
+        sync(new)
+        new.replace(path)
 
 
 def write_table(
@@ -94,22 +128,17 @@ def write_table(
     Raises:
         ValueError: an embedding is not finite.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}.part")
     table = None
-    try:
+    with _new_table(path) as make:
         for places, vectors in _embedded(teacher, texts, batch_size):
             if not np.isfinite(vectors).all():
                 raise EvaluationError("the teacher gives embeddings that are not finite: its weights are broken")
             if table is None:
-                shape = (len(texts), vectors.shape[1])
-                table = np.lib.format.open_memmap(new, mode="w+", dtype=np.float32, shape=shape)
+                table = make((len(texts), vectors.shape[1]))
             table[places] = vectors
             advance(len(places))
-        if table is not None:
+        if isinstance(table, np.memmap):
             table.flush()
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _embedded(

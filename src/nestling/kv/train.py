@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from nestling.checkpoints import begin, run
+from nestling.checkpoints import begin, check_place, run
 from nestling.errors import BudgetError, MissingExtraError, OptionError, TrainingError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
@@ -128,6 +128,7 @@ def train(
         raise MissingExtraError("training needs accelerate: pip install 'nestling[train]'")
     if preset not in RECIPES:
         raise OptionError(f"preset must be one of {', '.join(RECIPES)}, got {preset!r}")
+    check_place(Path(folder), resume)
     chosen = replace(RECIPES[preset], **(recipe or {}))
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
