@@ -58,6 +58,20 @@ def depth_of(config: PreTrainedConfig) -> int:
     return depth
 
 
+def positions_of(backbone: nn.Module) -> int | None:
+    """The most tokens of a text that a model has learned positions for; None if it learns none.
+
+    RoBERTa's and its relatives' start behind the padding token's number, OPT's at an offset of the table's own.
+    """
+    for module in backbone.modules():
+        for name in ("position_embeddings", "embed_positions", "wpe"):
+            if isinstance(table := getattr(module, name, None), nn.Embedding):
+                padding = getattr(module, "padding_idx", None)
+                behind = padding + 1 if isinstance(padding, int) else 0
+                return table.num_embeddings - getattr(table, "offset", behind)
+    return None
+
+
 def _dissected(transformer: Transformer) -> Anatomy:
     """The layers and the final norm, if a probe of a copy shows that they are all there is."""
     transformer = copied_tree(transformer).eval()

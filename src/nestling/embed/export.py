@@ -23,6 +23,7 @@ from nestling.embed.card import card
 from nestling.embed.encode import encode
 from nestling.embed.encoder import Encoder, truncated_config
 from nestling.embed.files import write_ladder
+from nestling.embed.lora import has_adapters, merge
 from nestling.embed.probe import probe_texts
 from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite
@@ -128,8 +129,6 @@ def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, rotation: R
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ExportError(f"the weights are {found}: load the model in float32, its vectors are compared to 1e-5")
-    if getattr(encoder.backbone, "peft_config", None):
-        raise ExportError("the model has an adapter (LoRA): merge it into the weights first")
     if rotation is not None and rotation.encode.shape[0] != encoder.dims:
         raise ExportError(f"the rotation is of width {rotation.encode.shape[0]}, the embeddings of {encoder.dims}")
 
@@ -154,6 +153,8 @@ def _check_new(folder: Path) -> None:
 
 def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
     transformer = copy.deepcopy(encoder.shortened(cup.layers)).cpu()
+    if has_adapters(transformer):
+        merge(transformer)
     backbone: Any = transformer.model
     backbone.config = truncated_config(encoder.transformer.model.config, cup.layers)
     backbone.config.output_hidden_states = False
