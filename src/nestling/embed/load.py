@@ -90,7 +90,7 @@ def _check_folder(name: str, folder: Path, pooling: str | None) -> None:
 
 
 def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransformer:
-    local = isinstance(source, Path)
+    local, layout = isinstance(source, Path), None
     try:
         layout = layout_of(name, source)
         with adapter_folder(source, layout, _located) as folder:
@@ -104,7 +104,9 @@ def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransfo
     except (LoadError, MemoryError):
         raise
     except Exception as error:  # damaged files fail in any way: OSError, KeyError, SafetensorError ...
-        raise LoadError(f"{name}: {_advice(local)} [{reason(error)}]") from error
+        base = None if layout is None else layout.base
+        advice = _advice(local) if base is None else f"an adapter for {base}, and they cannot be loaded together"
+        raise LoadError(f"{name}: {advice} [{reason(error)}]") from error
     # Weights that a file lacks are made up at random, which embeds without an error. BERT's pooler, which no pooling
     # reads, goes: made up, it would have every load be another model to whoever compares weights.
     if any(key.startswith("pooler.") for key in missing):

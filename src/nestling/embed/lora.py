@@ -42,7 +42,9 @@ def merge(transformer: Transformer) -> None:
     from peft import PeftModel
 
     backbone: Any = transformer.model
-    kinds = {str(getattr(config, "peft_type", "of PEFT")).rpartition(".")[2] for config in backbone.peft_config.values()}
+    kinds = {
+        str(getattr(config, "peft_type", "of PEFT")).rpartition(".")[2] for config in backbone.peft_config.values()
+    }
     try:
         if isinstance(backbone, PeftModel):
             transformer.model = backbone.merge_and_unload()
