@@ -61,6 +61,10 @@ class CacheMismatchError(NestlingError, ValueError):
     """A cache was used with a model, batch or shape that it was not made for."""
 
 
+class GradientError(NestlingError, RuntimeError):
+    """A gradient would have to pass through what has none; the message says what to do instead."""
+
+
 class CalibrationError(NestlingError, ValueError):
     """Statistics that no basis can be made from; the message names the layer."""
 

@@ -18,13 +18,13 @@ from transformers.cache_utils import CacheLayerMixin
 from nestling import kv
 from nestling.basis import balanced
 from nestling.kv import attention
-from nestling.kv import layer as layer_module
+from nestling.kv import handle as handle_module
 from nestling.kv.allocate import RankTable
 from nestling.kv.buffer import Buffer
 from nestling.kv.cache import CHUNK, Maker, NestedCache, make_cache
 from nestling.kv.exact import BLOCK, ExactStore, capacity
 from nestling.kv.groups import RankGroup
-from nestling.kv.layer import NestedLayer
+from nestling.kv.layer import DRAFT, NestedLayer
 
 from .families import FAMILIES, tiny_model
 
@@ -130,19 +130,19 @@ def random_bases(heads: int, width: int, generator, mean: float | None = None) -
 
 
 def recent_after(tokens: int, window: int, block: int) -> int:
-    """How many are exact of so many tokens since the sinks, or since none was exact: whole blocks leave."""
+    """How many of so many tokens after the sinks are exact: whole blocks leave."""
     return tokens if tokens < window + block else window + (tokens - window) % block
 
 
 class Reference:
-    """One layer that keeps all keys and values in full, and which of them the cache holds exactly."""
+    """One layer that keeps all keys and values in full, and knows which of them each query sees exact."""
 
     def __init__(self, bases, ranks: RankTable, groups: int, sinks: int, window: int, block: int = BLOCK):
         self.bases = {name: tensor.double() for name, tensor in bases.items()}
         self.ranks, self.groups, self.sinks, self.window = ranks, groups, sinks, window
         self.block = block if window else 1
         self.states: list[torch.Tensor] | None = None
-        self.recent = 0
+        self.left, self.oldest = 0, 0  # after the sinks: the compressed tokens, and the first one that can be exact
 
     @property
     def length(self) -> int:
@@ -151,38 +151,66 @@ class Reference:
     def append(self, key, value):
         old, new = self.length, [key.double(), value.double()]
         self.states = new if self.states is None else [torch.cat(p, 2) for p in zip(self.states, new, strict=True)]
-        beyond = max(self.length - self.sinks, 0) - max(old - self.sinks, 0)
-        self.recent = recent_after(self.recent + beyond, self.window, self.block)
+        lengths = range(old + 1, self.length + 1)
+        self.borders = [self.border(length) for length in lengths]  # of each query
+        self.left = self.borders[-1]
+        draft = old if 1 < len(lengths) <= DRAFT and self.window else self.length
+        room = max(self.room, self.beyond(self.length) - self.rule(draft))
+        self.oldest = max(self.oldest, self.beyond(self.length) - room)
+
+    @property
+    def room(self) -> int:
+        return self.window + self.block - 1 if self.window else 0
+
+    @property
+    def recent(self) -> int:
+        return self.beyond(self.length) - self.left
+
+    def beyond(self, length: int) -> int:
+        return max(length - self.sinks, 0)
+
+    def rule(self, length: int) -> int:
+        return self.beyond(length) - recent_after(self.beyond(length), self.window, self.block)
+
+    def border(self, length: int) -> int:
+        return max(self.rule(length), self.left)
 
     def crop(self, count: int):
         self.states = [s[:, :, : self.length - count] for s in self.states]
-        self.recent -= min(count, self.recent)
+        beyond = self.beyond(self.length)
+        self.left = min(beyond, max(self.rule(self.length), min(self.left, self.oldest)))
+        self.oldest = min(max(self.oldest, beyond - self.room), beyond)
 
     def select(self, index):
         self.states = [s[index] for s in self.states]
 
-    def read(self) -> list[torch.Tensor]:
-        """Keys and values as they can be read back, ``[B, Hkv, T, D]``."""
+    def read(self, left: int) -> list[torch.Tensor]:
+        """Keys and values as they can be read back with so many compressed, ``[B, Hkv, T, D]``."""
         sides = zip(("key", "value"), self.states, (self.ranks.keys[0], self.ranks.values[0]), strict=True)
         return [
-            torch.stack([self._head(s[:, h], side, h, int(r)) for h, r in enumerate(ranks)], 1)
+            torch.stack([self._head(s[:, h], side, h, int(r), left) for h, r in enumerate(ranks)], 1)
             for side, s, ranks in sides
         ]
 
-    def _head(self, state, side: str, head: int, rank: int):
+    def _head(self, state, side: str, head: int, rank: int, left: int):
         encode, decode = self.bases[f"{side}_encode"][head, :, :rank], self.bases[f"{side}_decode"][head, :rank]
         mean = self.bases[f"{side}_mean"][head] if f"{side}_mean" in self.bases else torch.zeros_like(state[0, 0])
         read = mean + (state - mean) @ encode @ decode
         exact = torch.arange(state.shape[1])
-        exact = (exact < self.sinks) | (exact >= state.shape[1] - self.recent)
+        exact = (exact < self.sinks) | (exact >= self.sinks + left)
         full = rank == state.shape[-1]
         return torch.where((exact | full)[:, None] if not full else torch.ones_like(exact)[:, None], state, read)
 
     def attend(self, query, visible, scaling: float, exact: bool = False):
         """``[B, t, Hq, D]``; ``visible`` ``[B, 1, t, T]``. KV heads are expanded to the query heads."""
-        key, value = (s.repeat_interleave(self.groups, 1) for s in (self.states if exact else self.read()))
-        logits = (query.double() @ key.mT * scaling).masked_fill(~visible, -torch.inf)
-        return (logits.softmax(-1) @ value).transpose(1, 2)
+        borders, outs = self.borders[len(self.borders) - query.shape[2] :], []
+        for border in sorted(set(borders)):  # which rise
+            rows = [i for i, other in enumerate(borders) if other == border]
+            states = self.states if exact else self.read(border)
+            key, value = (s.repeat_interleave(self.groups, 1) for s in states)
+            logits = (query[:, :, rows].double() @ key.mT * scaling).masked_fill(~visible[:, :, rows], -torch.inf)
+            outs.append(logits.softmax(-1) @ value)
+        return torch.cat(outs, 2).transpose(1, 2)
 
 
 OPERATIONS = st.lists(
@@ -307,7 +335,7 @@ def test_attending_in_coordinates_is_attending_to_decoded_states(seed, count, me
     outs = []
     for limit in (0, 99):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layer_module, "SHORT_QUERY", limit)
+            patch.setattr(handle_module, "SHORT_QUERY", limit)
             outs.append(handle.attend(module, query, mask, scaling=0.25))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=3e-5)
     for out in outs:  # exact tokens beside compressed ones, in coordinates and expanded
@@ -328,7 +356,7 @@ def read_with(bases, states, query, sinks: int, window: int, rank: int) -> dict[
     mask = (position <= position[-query.shape[2] :, None])[None, None]
     for path, limit in (("in coordinates", 99), ("expanded", 0)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(layer_module, "SHORT_QUERY", limit)
+            patch.setattr(handle_module, "SHORT_QUERY", limit)
             outs[path] = handle.attend(module, query, mask, scaling=0.25)
     return outs
 
@@ -443,7 +471,7 @@ BUDGETS = (0.55, 0.75, 0.9)
 def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, family, budget, sinks, window):
     """The whole path against stock eager attention whose keys and values are ``mean + (k - mean) E_r D_r``.
 
-    All but the sinks, and the recent tokens that were exact at the end of the piece that a query came with.
+    All but the sinks, and the recent tokens that were exact when a query was the last token.
     """
     made = fitted(family)
     options = dict(sinks=sinks, window=window, exact_prompt=False, context=4096)
@@ -471,8 +499,7 @@ def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, f
     stock = tiny_model(family)
     stock.set_attn_implementation("truncated")
     for lengths in ([40], [10, 30], [24, 5, *[1] * 11], [1] * 40):  # every path of attend
-        ends = torch.tensor(lengths).cumsum(0).repeat_interleave(torch.tensor(lengths))
-        block = BLOCK if window else 1
+        block, ends = BLOCK if window else 1, torch.arange(1, 41)
         recent = torch.tensor([recent_after(max(n - sinks, 0), window, block) for n in ends.tolist()])
         exact[:] = (torch.arange(40) < sinks) | (torch.arange(40) >= (ends - recent)[:, None])
         with torch.no_grad():

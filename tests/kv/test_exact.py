@@ -32,36 +32,75 @@ def numbers(states) -> list[int]:
     st.integers(0, 5),
     st.integers(0, 9),
     st.integers(1, 6),
-    st.lists(st.tuples(st.booleans(), st.integers(0, 25)), min_size=1, max_size=12),
+    st.lists(st.tuples(st.sampled_from(["crop", "append", "draft"]), st.integers(0, 25)), min_size=1, max_size=12),
 )
 @settings(deadline=None)
 def test_no_token_is_lost_or_moved(sinks, window, block, operations):
     """Sinks, then what has left, then what is held, are the text, after any appends and crops."""
     store, text, left = ExactStore(sinks, window, block), [], []
-    since = 0  # tokens since the last time that a crop left none, for how many are exact
-    for crops, count in operations:
-        if crops:
+    oldest = 0  # of the tokens after the sinks, the first that may still be exact
+    for number, (verb, count) in enumerate(operations):
+        room = window + block - 1 if window else 0
+        if verb == "crop":
             count = min(count, len(text))
-            coded = store.crop(count, len(left))
+            coded = store.crop(count)
             text, left = text[: len(text) - count], left[: len(left) - coded]
-            since = len(text) - len(left) - min(sinks, len(text))
-        elif count:
-            start = 1000 * len(operations) + len(text)
-            for gone in store.append(numbered(start, count), torch.float32):
+        else:
+            count += 1
+            if verb == "draft" and window:  # what was exact before it stays here
+                room = max(room, len(text) + count - sinks - by_rule(len(text), sinks, window, block))
+            start = 1000 * number + len(text)
+            for gone in store.append(numbered(start, count), torch.float32, count if verb == "draft" else 0):
                 left += numbers(gone)
-            beyond = max(len(text) + count - sinks, 0) - max(len(text) - sinks, 0)
             text += range(start, start + count)
-            since += beyond
         if not store.data:
             continue
+        beyond = max(len(text) - sinks, 0)
+        expected = min(max(by_rule(len(text), sinks, window, block), oldest), beyond)
+        oldest = min(max(oldest, beyond - room), beyond)
         held = numbers(store.view())
         assert all(torch.equal(a.flatten(0, 1), b) for a, b in zip(store.view(), store.flat(), strict=True))
         assert held[: store.first] + left + held[store.first :] == text
-        assert store.first == min(sinks, len(text))
-        recent = len(held) - store.first
-        assert recent <= (window + block - 1 if window else 0)
-        assert recent >= min(window, since), "the window is always exact, but for what a crop took of it"
-        assert store.data[0].shape == (2, 1, capacity(sinks, window, block), 3)
+        assert (store.first, store.left) == (min(sinks, len(text)), len(left)) and len(left) == expected
+        assert store.data[0].shape == (2, 1, sinks + max(room, capacity(0, window, block)), 3)
+
+
+def by_rule(length: int, sinks: int, window: int, block: int) -> int:
+    """How many of so many tokens are compressed."""
+    beyond, block = max(length - sinks, 0), block if window else 1
+    return next(left for left in range(0, beyond + 1, block) if beyond - left < window + block)
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 40)), min_size=1, max_size=20))
+@settings(deadline=None)
+def test_a_draft_that_is_taken_back_leaves_no_trace(steps):
+    """Whatever was rejected, the store holds what it would have held without drafts."""
+    store, plain, text = ExactStore(4, 8), ExactStore(4, 8), 0
+    for accepted, rejected in steps:
+        if accepted + rejected == 0:
+            continue
+        store.append(numbered(text, accepted + rejected), torch.float32, accepted + rejected)
+        store.crop(rejected)
+        if accepted:
+            plain.append(numbered(text, accepted), torch.float32)
+        text += accepted
+        if text:
+            assert (store.length, store.left) == (plain.length, plain.left)
+            assert numbers(store.view()) == numbers(plain.view())
+            assert store.nbytes == plain.nbytes
+
+
+@pytest.mark.parametrize("back", range(1, BLOCK))
+def test_without_drafts_the_window_survives_a_few_steps_back(back):
+    """Token by token nothing more is held, and up to 15 tokens can be taken back from any place."""
+    for length in range(60, 60 + BLOCK):
+        store = ExactStore(4, 8)
+        for n in range(length):
+            store.append(numbered(n, 1), torch.float32)
+        store.crop(back)
+        assert store.length - store.first >= 8
+        assert numbers(store.view())[4:] == list(range(length - back - (store.length - 4), length - back))
+        assert store.nbytes == 2 * 2 * capacity(4, 8) * 3 * 4
 
 
 @pytest.mark.parametrize("sinks, window", [(0, 8), (4, 8)])

@@ -18,6 +18,7 @@ from nestling.kv.cache import CHUNK, NestedCache, make_cache
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, path_names, read, write
 from nestling.kv.maker import Maker
+from nestling.kv.modes import in_default_mode
 from nestling.kv.steps import Steps
 from nestling.options import choice, flag, number, share, shown, whole
 from nestling.temporary import private_temporary_folder
@@ -178,6 +179,7 @@ class KVAdapter:
         bits = number("bits", bits, above=0)
         return bit_table_of(self.steps(allocation, bits=True), bits)
 
+    @in_default_mode
     def cache(
         self,
         model,
@@ -333,6 +335,7 @@ class KVAdapter:
         write(folder, {"model": self.fingerprint, **self.info}, tensors, self.card)
 
     @classmethod
+    @in_default_mode
     def from_pretrained(cls, folder: str | Path) -> "KVAdapter":
         """Read an adapter from a folder, from a hub id, or the trained one that comes with nestling: ``"smollm2"``.
 

@@ -5,13 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nestling.kv.modes import ordinary, traced
 from nestling.kv.products import cast, product, product_into
 
 
 class Buffer:
     """Coordinates of tokens that grow in place: ``[h, B, w, capacity]``, of which the first ``length`` are in use.
 
-    Growing copies once per chunk; appending writes in place. A coordinate of all tokens is a row: for the few queries
+    Growing copies once per chunk; appending writes in place, but not where a graph is built: there, storage is made
+    anew for every call, as transformers' own caches do. A coordinate of all tokens is a row: for the few queries
     of a decode step, products with such storage read up to twice as many bytes per second. The tensor is compact in w:
     no slice of a wider tensor, which would keep the full width alive.
 
@@ -28,6 +30,10 @@ class Buffer:
         """Add t tokens, ``[h, B, w, t]`` or, by token, ``[h, B, t, w]``."""
         count = new.shape[self.dim]
         end = self.length + count
+        if traced(new, self.data) or (self.data is not None and self.data.requires_grad):
+            self._store(torch.cat([*([self.view()] if self.length else []), new.to(dtype)], self.dim))
+            self.length = end
+            return
         if self.data is None or end > self.data.shape[self.dim]:
             shape = list(new.shape)
             shape[self.dim] = -(-end // self.chunk) * self.chunk
@@ -67,7 +73,8 @@ class Buffer:
         return (self.view() if self.dim == 2 else self.view().mT).to(dtype)
 
     def _store(self, data: Tensor) -> None:
-        self.data, self._flat = data, data.flatten(0, 1)
+        self.data = ordinary(data)
+        self._flat = self.data.flatten(0, 1)
 
     def select(self, places: Tensor) -> None:
         """Keep the tokens at ``places`` ``[h, B, k]`` alone, in storage that fits them."""

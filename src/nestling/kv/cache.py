@@ -83,24 +83,29 @@ class NestedCache(Cache):
         assert self.limit is not None and self.remake is not None
         first = self._nested()[0][1]
         dtype = first.storage_dtype or dtype or first.dtype
-        tokens = first.length + new
-        if self._expected(batch, tokens, dtype.itemsize) <= self.limit:
+        if first.length:
+            dtype = torch.promote_types(dtype, first.dtype)
+        tokens, draft = first.length + new, first.may_go(new)
+        if self._expected(batch, tokens, dtype.itemsize, draft=draft) <= self.limit:
             return
         budget, smallest = self.budget, self.remake.smallest
         while budget > smallest:
             budget = max(STEP_DOWN * budget, smallest)
             table = self.remake.table(budget)
             ahead = tokens // 8 if budget > smallest else 0
-            if table is not None and self._expected(batch, tokens + ahead, dtype.itemsize, table) <= self.limit:
+            if table is not None and self._expected(batch, tokens + ahead, dtype.itemsize, table, draft) <= self.limit:
                 return self._store_by(table, budget)
         table = self.remake.table(smallest)
-        needed = _mib(self._expected(batch, tokens, dtype.itemsize, table))
+        needed = _mib(self._expected(batch, tokens, dtype.itemsize, table, draft))
         what = f"{tokens} tokens of {batch} texts" if batch > 1 else f"{tokens} tokens"
         limit = self.remake.limit.given if self.remake.limit else f"limit={self.limit}"
         raise BudgetError(f"{limit}: {what} take {needed} at the smallest budget, {smallest:.4g}, and do not fit")
 
-    def _expected(self, batch: int, tokens: int, itemsize: int, table: Table | None = None) -> int:
-        """Bytes that the nested layers take when the text has that many tokens, by the table in use or another one."""
+    def _expected(self, batch: int, tokens: int, itemsize: int, table: Table | None = None, draft: int = 0) -> int:
+        """Bytes that the nested layers take when the text has that many tokens, by the table in use or another one.
+
+        ``draft``: how many of them may be taken back, which costs room.
+        """
         nested, table = self._nested(), self.ranks if table is None else table
         width, total = nested[0][1].groups[0].width, 0
         for (_, layer), size, full in zip(nested, table.token_bytes(width, itemsize), table.full(width), strict=True):
@@ -108,7 +113,7 @@ class NestedCache(Cache):
             stored, held = layer.stored_after(tokens - layer.length, exact)
             total += size * -(-stored // self.storage.chunk) * self.storage.chunk
             if exact is not None:
-                total += 2 * layer.heads * width * exact.capacity * itemsize
+                total += 2 * layer.heads * width * (exact.capacity + draft) * itemsize
             if layer.hitters is not None:
                 total += 4 * layer.heads * held
         return batch * total

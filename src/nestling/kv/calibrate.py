@@ -8,12 +8,14 @@ from torch import Tensor
 
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.modes import check_weights, in_default_mode
 from nestling.kv.moments import SKIP, collect_moments, make_bases
 from nestling.kv.sensitivity import LENGTH, PIECES, measure
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
 
+@in_default_mode
 def fit(
     model,
     tokenizer,
@@ -60,6 +62,7 @@ def fit(
     """
     config = attention.text_config(model)
     attention.compressible_layers(config)
+    check_weights(model)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length))))
     batches = windows.split(max(1, batch_tokens // length))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nestling.kv.evict import HeavyHitters
 from nestling.kv.exact import ExactStore
 from nestling.kv.groups import RankGroup
 from nestling.kv.products import cast, product, product_onto, softmax, work_dtype
@@ -21,28 +20,30 @@ Biases = Sequence[Tensor | None]
 def attend(
     query: Tensor,
     groups: Sequence[RankGroup],
-    exact: ExactStore | None,
+    exact: Sequence[Tensor] | None,
     biases: Biases,
     mask: Tensor | None,
     scaling: float,
-    hitters: HeavyHitters | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention in coordinates: ``[Hkv, B, G, Tq, D]`` from queries of that shape, G heads to a KV head.
 
     Args:
-        groups, exact: what the layer holds: coordinates of all tokens but the exact ones.
+        groups: coordinates of compressed tokens, T_c of them.
+        exact: keys and values of exact tokens, ``[Hkv * B, T_e, D]``, if there are any.
         biases: of keys and of values, ``[Hkv, 1, D]``: the part of the mean in coordinates that are not stored.
-        mask: ``[B, 1, 1 or Tq, T]``, as SDPA takes it.
-        hitters: is told how much each token was read, if there is one.
+        mask: ``[B, 1, 1 or Tq, T_c + T_e]``, as SDPA takes it: compressed tokens first.
+
+    Returns:
+        The output, and the attention weights ``[Hkv, B, G * Tq, T_c + T_e]``.
     """
     shape, batch = query.shape, query.shape[1]
     dtype = work_dtype(query.device, query.dtype)
     query = cast(query, dtype).reshape(shape[0] * batch, -1, shape[-1])
-    coded, held = groups[0].length, 0 if exact is None else exact.length
+    coded = groups[0].length
     key_bias, value_bias = (_for_batch(bias, batch, dtype) if coded else None for bias in biases)
     if not coded:
         groups = ()
-    keys, values = (cast(side, dtype) for side in exact.flat()) if exact is not None and held else (None, None)
+    keys, values = (cast(side, dtype) for side in exact) if exact is not None and exact[0].shape[1] else (None, None)
 
     scores = [query.new_empty(*query.shape[:2], coded)] if coded else []
     for group in groups:
@@ -51,18 +52,13 @@ def attend(
         scores.append(_exact_scores(query, keys, key_bias, scaling))
     score = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
     if mask is not None:
-        _hide(score.view(*shape[:4], -1), mask if exact is None else _in_order_of_scores(mask, exact.first, coded))
+        _hide(score.view(*shape[:4], -1), mask)
 
     weight = softmax(score)
-    if hitters is not None:
-        mass = weight.float().sum(1).view(shape[0], batch, -1)
-        first = 0 if exact is None else exact.first
-        coded_mass, sinks, recent = mass.split((coded, first, mass.shape[-1] - coded - first), -1)
-        hitters.add(torch.cat((sinks, coded_mass, recent), -1))
-    out = _exact_output(query, weight.narrow(2, coded, held), values, value_bias)
+    out = _exact_output(query, weight.narrow(2, coded, weight.shape[2] - coded), values, value_bias)
     for group in groups:
         group.add_output(weight.narrow(2, 0, coded), batch, out)
-    return out.view(shape)
+    return out.view(shape), weight.view(shape[0], batch, -1, weight.shape[2])
 
 
 def _exact_scores(query: Tensor, keys: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
@@ -94,11 +90,11 @@ def _for_batch(bias: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | 
     return cast(bias, dtype).repeat_interleave(batch, 0)
 
 
-def _in_order_of_scores(mask: Tensor, sinks: int, coded: int) -> Tensor:
-    """The columns of a mask, from the order of the text to that of the logits: compressed tokens before sinks."""
+def compressed_first(columns: Tensor, sinks: int, coded: int) -> Tensor:
+    """The last axis, from the order of the text to that of `attend`: compressed tokens before sinks."""
     if not sinks or not coded:
-        return mask
-    return torch.cat((mask[..., sinks : sinks + coded], mask[..., :sinks], mask[..., sinks + coded :]), -1)
+        return columns
+    return torch.cat((columns[..., sinks : sinks + coded], columns[..., :sinks], columns[..., sinks + coded :]), -1)
 
 
 def _hide(score: Tensor, mask: Tensor) -> None:
@@ -111,13 +107,17 @@ def _hide(score: Tensor, mask: Tensor) -> None:
 
 def expand(groups: Sequence[RankGroup], exact: ExactStore | None, biases: Biases, dtype: torch.dtype) -> list[Tensor]:
     """Full-width keys and values ``[Hkv, B, T, D]`` in the order of the text, decoded: one layer at a time."""
-    found = []
-    for side in (0, 1):
-        parts = []
-        if groups[0].length:
-            parts = [torch.cat([group.expand(side, biases[side], dtype) for group in groups])]
-        if exact is not None:
-            states, sinks = exact.view()[side].to(dtype), exact.first
-            parts = [states[:, :, :sinks], *parts, states[:, :, sinks:]]
-        found.append(torch.cat(parts, 2))
-    return found
+    decoded = decode(groups, biases, dtype)
+    if exact is None or not exact.length:
+        return decoded
+    states, sinks = [side.to(dtype) for side in exact.view()], exact.first
+    if not exact.left:
+        return states
+    return [torch.cat((e[:, :, :sinks], c, e[:, :, sinks:]), 2) for e, c in zip(states, decoded, strict=True)]
+
+
+def decode(groups: Sequence[RankGroup], biases: Biases, dtype: torch.dtype) -> list[Tensor]:
+    """Full-width keys and values ``[Hkv, B, T, D]`` of the compressed tokens; of none, no tensors."""
+    if not groups[0].length:
+        return []
+    return [torch.cat([group.expand(side, biases[side], dtype) for group in groups]) for side in (0, 1)]

@@ -23,6 +23,7 @@ from nestling.distill import kl_divergence
 from nestling.errors import EvaluationError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
+from nestling.kv.modes import in_default_mode
 from nestling.kv.probes import (
     choice_scores,
     encode_question,
@@ -58,6 +59,7 @@ class Contender:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
 
 
+@in_default_mode
 def evaluate(
     model,
     tokenizer,
@@ -115,6 +117,7 @@ def _method(adapter: KVAdapter, allocation: str) -> str:
     return f"{adapter.info.get('basis', 'nested')}-{allocation}"
 
 
+@in_default_mode
 @torch.no_grad()
 def compare(
     model,

@@ -7,7 +7,6 @@ both. The layer carries the bases, so caches of several budgets can serve one mo
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,48 +14,17 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from nestling.errors import CacheMismatchError, OptionError
-from nestling.kv import attention, coordinates
-from nestling.kv.evict import HeavyHitters, attention_mass
+from nestling.kv import coordinates
+from nestling.kv.evict import HeavyHitters
 from nestling.kv.exact import ExactStore
 from nestling.kv.groups import RankGroup
-from nestling.kv.products import cast
+from nestling.kv.handle import NestedHandle
+from nestling.kv.modes import full_precision, traced
 from nestling.kv.shrink import take
+from nestling.kv.split import Split
 
-SHORT_QUERY = 16  # up to this many query tokens, attend in coordinates; above, decode one layer's history once
-
-
-@dataclass(slots=True)
-class NestedHandle:
-    """Stands for keys and values between `NestedLayer.update` and the attention function; good for that one call."""
-
-    layer: "NestedLayer"
-    exact: tuple[Tensor, Tensor] | None
-
-    def attend(self, module, query: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
-        """Attention output ``[B, Tq, Hq, D]``; ``exact`` keys and values, if given, replace the stored ones."""
-        self.layer.check_module(module)
-        if self.exact is not None:
-            return self._at_full_width(module, query, *self.exact, mask, **kwargs)
-        causal = mask is None and query.shape[2] > 1  # no mask for several tokens: SDPA is told to be causal
-        if self.layer.uncompressed or causal or query.shape[2] > SHORT_QUERY:
-            keys, values = self.layer.expand(query.dtype)
-            return self._at_full_width(module, query, keys, values, mask, **kwargs)
-        out = self.layer.attend(query, mask, kwargs["scaling"])
-        self.layer.evict()
-        return out
-
-    def _at_full_width(self, module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **kwargs):
-        out = attention.sdpa(module, query, keys, values, mask, **kwargs)
-        if self.layer.hitters is not None:
-            self.layer.read(attention_mass(query, keys, mask, kwargs["scaling"]))
-            self.layer.evict()
-        return out
-
-    def __getattr__(self, name: str):
-        raise AttributeError(
-            f"a nested cache layer was read as a tensor ('{name}'): the model's attention implementation is not "
-            f"'{attention.NAME}'. Call nestling.kv.attach(model), or make the cache with adapter.cache(model, ...)."
-        )
+DRAFT = 32  # a call of up to this many tokens may be a draft, of which some are taken back
+RECORDED = 128  # tokens that can be taken back where a generation has said that it will
 
 
 class NestedLayer(CacheLayerMixin):
@@ -85,6 +53,10 @@ class NestedLayer(CacheLayerMixin):
         self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
         self._store_in(groups, exact, biases)
         self.length = 0
+        self.traced = False  # whether a graph was built from what is stored
+        self.record_past = False  # whether tokens are taken back, of those since the last crop
+        self.pending = 0  # tokens since then
+        self.draft = 0  # of the next call, tokens at its end that are no prompt
         self._shape: tuple[int, int, int] | None = None
         self._module: weakref.ref | None = None
 
@@ -126,14 +98,61 @@ class NestedLayer(CacheLayerMixin):
             self._shape = (batch, heads, width)
         if self.quantised:
             self._check_finite(key_states, value_states)
-        states = self._heads_first(key_states), self._heads_first(value_states)
-        for gone in [states] if self.exact is None else self.exact.append(states, self.dtype):
-            for group in self.groups:
-                group.append(gone, self.dtype)
-        prompt = (key_states, value_states) if self.exact_prompt and self.length == 0 else None
+        self._widen(key_states.dtype)
+        self.traced = traced(key_states, value_states) or (self.traced and torch.is_grad_enabled())
+        first = self.exact_prompt and self.length == 0
+        prompt = max(count - self.draft, 1) if first else 0
+        keep = self.may_go(count)
+        self.pending, self.draft, self.record_past = keep * self.record_past, 0, self.record_past and keep > 0
+        with full_precision(key_states.device):
+            states = self.heads_first(key_states), self.heads_first(value_states)
+            split = self._split(states, prompt)
+            for gone in [states] if self.exact is None else self.exact.append(states, self.dtype, keep):
+                for group in self.groups:
+                    group.append(gone, self.dtype)
         self.length += count
-        handle = NestedHandle(self, prompt)
+        handle = NestedHandle(self, (key_states, value_states) if first else None, prompt, split)
         return handle, handle
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Go on in a dtype that holds both what is stored and what comes, as joining tensors of both would give."""
+        wider = torch.promote_types(self.dtype, dtype)
+        if self.storage_dtype is None and wider != self.dtype:
+            self.dtype = wider
+            self._apply(lambda t: t.to(wider) if t.is_floating_point() else t)
+
+    def may_go(self, count: int) -> int:
+        """How many of the last tokens may be taken back once ``count`` new ones have come."""
+        if not self.record_past:
+            return count if 1 < count <= DRAFT else 0
+        if self.pending and self.pending + count > RECORDED:
+            return 0  # nobody has taken back anything for so long: the drafts are over
+        return self.draft or min(self.pending + count, RECORDED)
+
+    def _split(self, states: Sequence[Tensor], prompt: int) -> Split | None:
+        """What each query of new tokens after the prompt sees, if they do not all see the same."""
+        count, exact = states[0].shape[2], self.exact
+        if exact is None or not exact.window or count == prompt:
+            return None
+        lengths = range(exact.total + prompt + 1, exact.total + count + 1)
+        borders = [exact.coded(length) for length in lengths]
+        if borders[0] == borders[-1]:
+            return None
+        held = exact.view() or [state[:, :, :0].to(self.dtype) for state in states]
+        whole = [torch.cat((h, s.to(self.dtype)), 2) for h, s in zip(held, states, strict=True)]
+        sinks = min(exact.total + count, exact.sinks)
+        evicted = exact.left - self.groups[0].length
+        return Split(
+            [side[:, :, :sinks] for side in whole],
+            [side[:, :, sinks:] for side in whole],
+            exact.left,
+            borders,
+            evicted,
+        )
+
+    def activate_past_recording(self) -> None:
+        """Keep what is needed to take back all tokens since the last `crop` from now on, up to `RECORDED`."""
+        self.record_past, self.pending = True, 0
 
     def _check_finite(self, *states: Tensor) -> None:
         """A code for NaN would be read as a number."""
@@ -141,30 +160,24 @@ class NestedLayer(CacheLayerMixin):
             if not torch.isfinite(state).all():
                 raise CacheMismatchError(f"layer {self.index}: {name} hold NaN or infinity, which cannot be quantised")
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention in coordinates: ``[B, Tq, Hq, D]`` from ``query`` ``[B, Hq, Tq, D]``."""
-        batch, heads, length, width = query.shape
-        packed = self._heads_first(query.reshape(batch, self.heads, -1, length, width))
-        out = coordinates.attend(packed, self.groups, self.exact, self.biases, mask, scaling, self.hitters)
-        out = self._heads_second(out).permute(0, 3, 1, 2, 4)
-        return cast(out, query.dtype).reshape(batch, length, heads, width)
-
-    def read(self, mass: Tensor) -> None:
-        """Tell the heavy hitters what was read: ``[Hkv, B, held]`` in the model's order of heads."""
-        if self.hitters is not None:
-            self.hitters.add(mass if self.order is None else mass.index_select(0, self.order[0]))
+    @property
+    def held(self) -> int:
+        """Tokens held: all but the evicted ones."""
+        return self.length - (0 if self.hitters is None else self.hitters.evicted)
 
     def evict(self) -> None:
         """Forget the tokens that were read least, if more are held than the share allows."""
-        if self.hitters is None:
+        if self.hitters is None or self.pending:  # what may be taken back does not count yet
             return
-        held = self.length - self.hitters.evicted
+        held = self.held
         first = min(self.hitters.sinks, held) if self.exact is None else self.exact.first
         recent = min(self.hitters.window, held - first) if self.exact is None else self.exact.length - first
         places = self.hitters.choose(self.length, first, recent)
         if places is None:
             return
-        if self.exact is None:  # sinks and recent tokens lie with the others
+        if self.exact is not None:
+            self.exact.spare = 0
+        else:  # sinks and recent tokens lie with the others
             ends = torch.arange(held, device=places.device).expand(*places.shape[:2], -1)
             places = torch.cat((ends[..., :first], places + first, ends[..., held - recent :]), -1)
         for group in self.groups:
@@ -175,8 +188,19 @@ class NestedLayer(CacheLayerMixin):
         if self.uncompressed:
             states = [rows.coordinates(dtype) for rows in self.groups[0].rows]
         else:
-            states = coordinates.expand(self.groups, self.exact, self.biases, dtype)
-        return [self._heads_second(side) for side in states]
+            with full_precision(self.device):
+                states = coordinates.expand(self.groups, self.exact, self.biases, dtype)
+        return [self.heads_second(side) for side in states]
+
+    def count_reads(self, mass: Tensor, places: Tensor | None = None) -> None:
+        """Tell the heavy hitters what was read, ``[Hkv, B, columns]`` in the order of the groups.
+
+        ``places``: which of the tokens held each column is; None where they are all of them, or the first.
+        """
+        if places is not None:
+            mass = mass.new_zeros(*mass.shape[:2], self.held).index_add_(2, places, mass)
+        if self.hitters is not None:
+            self.hitters.add(mass)
 
     def _order(self) -> list[int]:
         """Heads of the model in the order in which they are stored."""
@@ -208,13 +232,13 @@ class NestedLayer(CacheLayerMixin):
                 self.hitters.apply(lambda tensor: _reordered(tensor, there))
         self._store_in(groups, exact, biases)
 
-    def _heads_first(self, states: Tensor) -> Tensor:
+    def heads_first(self, states: Tensor) -> Tensor:
         """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
         if self.order is not None:
             states = states.index_select(1, self.order[0])
         return states.transpose(0, 1)
 
-    def _heads_second(self, states: Tensor) -> Tensor:
+    def heads_second(self, states: Tensor) -> Tensor:
         """``[Hkv, B, ...]`` to ``[B, Hkv, ...]``, heads in the order of the model."""
         if self.order is not None:
             states = states.index_select(0, self.order[1])
@@ -236,7 +260,7 @@ class NestedLayer(CacheLayerMixin):
         Args:
             exact: the store that there would be, empty: what it takes if this layer has none of its own.
         """
-        held = self.length - (0 if self.hitters is None else self.hitters.evicted) + count
+        held = self.held + count
         if exact is None:
             return held, held
         if self.exact is None:
@@ -250,20 +274,25 @@ class NestedLayer(CacheLayerMixin):
         remove = min(-tokens_to_remove, self.length)
         if remove:
             if self.hitters is not None and self.hitters.evicted:
-                recent = self.hitters.window if self.exact is None else self.exact.length - self.exact.first
+                exact = self.exact
+                recent = self.hitters.window if exact is None else exact.length - exact.first + exact.spare
                 if remove > recent:
                     raise CacheMismatchError(f"{remove} tokens cannot be taken back: before them some were evicted")
             if self.hitters is not None:
                 self.hitters.crop(remove)
-            gone = remove if self.exact is None else self.exact.crop(remove, self.groups[0].length)
-            for group in self.groups:
-                group.crop(gone)
-            self.length -= remove
+        self.pending = 0
+        gone = remove if self.exact is None else self.exact.crop(remove)
+        for group in self.groups:
+            group.crop(gone)
+        self.length -= remove
+        if self.length:
+            self.evict()
 
     def reset(self) -> None:
         for part in self._parts():
             part.reset()
-        self.length, self._shape, self.is_initialized = 0, None, False
+        self.length, self._shape, self.is_initialized, self.traced = 0, None, False, False
+        self.record_past, self.pending, self.draft = False, 0, 0
 
     @property
     def batch(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nestling.kv import kernels, quantise
 from nestling.kv.buffer import Buffer
+from nestling.kv.modes import traced, without_gradient
 from nestling.kv.pack import BLOCK, pack, unpack
 from nestling.kv.products import cast, product
 
@@ -74,6 +75,7 @@ class PackedRows:
         self.layout, self.rank = layout, len(layout.plain)
         self.plain = Buffer(chunk) if layout.plain else None
         self.codes = Buffer(chunk)
+        self.traced = False  # whether a graph ended in the codes
         self.centre, self.step = centre[:, None, :, None], step[:, None, :, None]
         runs = runs_of(layout.widths)
         self.scale = torch.cat([quantise.scale(step[:, a : a + n], bits) for bits, a, n in runs], -1)[:, None]
@@ -87,6 +89,7 @@ class PackedRows:
         """Add coordinates ``[h, B, w, t]``: the plain ones, then the coded ones. They are rounded to ``dtype`` first,
         so that codes do not depend on how wide a coordinate was before (see `NestedCache.shrink`)."""
         new = new.to(dtype)
+        self.traced = traced(new) or (self.traced and torch.is_grad_enabled())
         self.append_packed(new[:, :, : self.rank], self.quantised(new[:, :, self.rank :]), dtype)
 
     def append_packed(self, plain: Tensor, packed: Tensor, dtype: torch.dtype) -> None:
@@ -106,7 +109,7 @@ class PackedRows:
             widths = tuple(widths[number] for number in numbers)
             rows = [number * BLOCK + i for number in numbers for i in range(BLOCK)]
             centre, step = centre[:, :, rows], step[:, :, rows]
-        z = values.float() - centre
+        z = values.detach().float() - centre
         codes = [quantise.quantise(z[:, :, a : a + n], step[:, :, a : a + n], bits) for bits, a, n in runs_of(widths)]
         return pack(torch.cat(codes, 2), widths)
 
@@ -153,6 +156,8 @@ class PackedRows:
         """What is held, ``[h, B, length, w]``; coded ones about their means."""
         values = unpack(self.codes.view(), self.layout.widths).to(dtype).mT
         values = (values - self.offset.to(dtype)) * self.scale[:, None].to(dtype)
+        if self.traced and torch.is_grad_enabled():
+            values = without_gradient(values)
         return values if self.plain is None else torch.cat((self.plain.coordinates(dtype), values), -1)
 
     def _parts(self) -> list[Buffer]:
@@ -171,6 +176,7 @@ class PackedRows:
             part.apply(change)
 
     def reset(self) -> None:
+        self.traced = False
         for part in self._parts():
             part.reset()
 

@@ -16,6 +16,7 @@ from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.allocate import STEP, blended, by_gains, edges, energy_gains, halvable
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
+from nestling.kv.modes import in_default_mode
 from nestling.kv.student import Student
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
@@ -54,6 +55,7 @@ class KLMeter:
         return total / len(self.windows)
 
 
+@in_default_mode
 def search(
     model,
     tokenizer,

@@ -23,6 +23,7 @@ from nestling.kv.allocate import RankTable
 from nestling.kv.bits import BitTable
 from nestling.kv.calibrate import fit
 from nestling.kv.exact import capacity
+from nestling.kv.modes import check_weights, in_default_mode
 from nestling.kv.sampling import RankedWindows, schedule
 from nestling.kv.sensitivity import measure
 from nestling.kv.student import Student
@@ -70,6 +71,7 @@ RECIPES = {
 }
 
 
+@in_default_mode
 def train(
     model,
     tokenizer,
@@ -132,6 +134,7 @@ def train(
     chosen = replace(RECIPES[preset], **(recipe or {}))
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
+    check_weights(lm)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     if length <= (exact := capacity(chosen.sinks, chosen.window)):
         raise OptionError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
