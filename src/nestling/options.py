@@ -4,7 +4,9 @@ The command line gives its options to the library, which checks them here before
 """
 
 import math
+import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, TypeVar
 
 from nestling.errors import OptionError
@@ -75,6 +77,28 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{name}={shown(value)}: expected True or False")
     return value
+
+
+def text(name: str, value: Any) -> str:
+    """``value`` if it is a string.
+
+    Raises:
+        OptionError: for any other type.
+    """
+    if not isinstance(value, str):
+        raise OptionError(f"{name}={shown(value)}: expected a string")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """``value`` as a path.
+
+    Raises:
+        OptionError: it is none, or empty.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+        raise OptionError(f"{name}={shown(value)}: expected a path")
+    return Path(value)
 
 
 def choice(name: str, value: T, known: Collection[T]) -> T:

@@ -55,4 +55,4 @@ def _threads() -> str:
 def _kernels() -> str:
     from nestling.kv import kernels
 
-    return str(getattr(kernels, "status", lambda: "unknown")())
+    return kernels.status()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from nestling.embed.encode import encode, stored_prompts, widths
+from nestling.embed.encode import check_texts, encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.errors import EvaluationError
 from nestling.ladder import Cup, Ladder
+from nestling.options import whole
 
 NEIGHBOURS = 10
 NOTE = (
@@ -56,14 +57,18 @@ def agreement(
     Raises:
         EvaluationError: there are too few texts to have ten neighbours.
     """
+    whole("batch_size", batch_size)
+    check_texts(texts)
     if len(texts) <= NEIGHBOURS + 1:
         raise EvaluationError(
             f"{len(texts)} texts are too few to compare rankings on: give more than {NEIGHBOURS + 1}"
         )
+    sizes = [Ladder.parse([cup]).full for cup in (Ladder.parse(cups) if isinstance(cups, str) else cups)]
     reference = full_vectors(model, texts, prompt, batch_size) if reference is None else reference
+    if reference.ndim != 2 or len(reference) != len(texts):
+        raise EvaluationError(f"reference {list(reference.shape)}: expected the vectors of {len(texts)} texts")
     wanted = _rows(reference)
     ranks, nearest = _ranks(wanted), wanted.topk(NEIGHBOURS).indices
-    sizes = list(cups)
     used = _prompt(model, prompt)
     found = encode(model, texts, widths(sizes), prompt=used, rotations=rotations, batch_size=batch_size)
     rows = []

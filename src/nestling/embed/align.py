@@ -20,6 +20,7 @@ from nestling.embed.start import SAMPLE, turned_depths
 from nestling.embed.trained import Trained, save
 from nestling.errors import ExampleError, OptionError
 from nestling.ladder import Ladder
+from nestling.options import flag, path, text, whole
 from nestling.progress import progress_bar
 
 
@@ -54,10 +55,13 @@ def align(
     Raises:
         ExampleError: there are no texts, one is blank or no string, or all are the same.
         LadderError, UnsupportedEncoderError: the cups do not fit the model.
-        ValueError: all cups have the model's depth and width, so that there is nothing to align.
+        OptionError: an option cannot be, or all cups have the model's depth and width, so that there is nothing to
+            align.
         TrainingError: the folder exists.
     """
-    out, started = Path(folder), time.monotonic()
+    out, started = path("folder", folder), time.monotonic()
+    batch_size, progress = whole("batch_size", batch_size), flag("progress", progress)
+    prompt = None if prompt is None else text("prompt", prompt)
     check_place(out, "alignment", resume=False)
     examples, parts = Examples.of(texts), Encoder.of(model)
     if examples.kind != "texts":
@@ -72,7 +76,7 @@ def align(
     with progress_bar(progress) as bar:
         task = bar.add_task("reading texts", total=len(few))
         turns = rotations(
-            model, [used + text for text in few], depths, batch_size=batch_size,
+            model, [used + said for said in few], depths, batch_size=batch_size,
             advance=lambda count: bar.advance(task, count),
         )  # fmt: skip
     info = {"texts": len(few), "prompt": used, "seconds": round(time.monotonic() - started), "curve": []}

@@ -100,15 +100,6 @@ def checked(**given: Any) -> list[Any]:
     ]
 
 
-def checked_folder(folder: Any) -> Path:
-    """Raises:
-    OptionError: it is no path.
-    """
-    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise OptionError(f"folder={shown(folder)}: expected the path of a folder")
-    return Path(folder)
-
-
 def check_changes(changes: Mapping[str, Any]) -> None:
     """Raises:
     OptionError: an argument has another name here, or none, or a value of the wrong type; the message says which.

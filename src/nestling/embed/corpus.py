@@ -18,6 +18,7 @@ import numpy as np
 from nestling.data import read_texts
 from nestling.embed.masking import FEWEST, Window
 from nestling.errors import DataError, MaskingError, OptionError
+from nestling.options import flag, shown
 
 POOL = 64  # batches
 READ = 64  # texts that are tokenised at a time
@@ -37,7 +38,9 @@ class Texts:
     """
 
     def __init__(self, sources: Sequence[str | os.PathLike[str] | None], skip_bad: bool = False):
-        self.sources, self.skip_bad, self.bad = list(sources), skip_bad, 0
+        if isinstance(sources, str | os.PathLike):
+            raise OptionError(f"sources={shown(sources)}: expected a list of files, [{shown(os.fspath(sources))}]")
+        self.sources, self.skip_bad, self.bad = list(sources), flag("skip_bad", skip_bad), 0
 
     def __iter__(self) -> Iterator[str]:
         """Raises:

@@ -1,6 +1,7 @@
 """Embeddings of many texts at every depth that is wanted, from one forward a batch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -11,6 +12,7 @@ from nestling.embed.encoder import Encoder
 from nestling.embed.taps import pooled_taps
 from nestling.errors import EvaluationError
 from nestling.ladder import Cup
+from nestling.options import shown, text, whole
 
 
 def widths(cups: Iterable[Cup]) -> dict[int, int]:
@@ -52,6 +54,8 @@ def encode(
         EvaluationError: a vector is not finite (its text and depth are named).
         LadderError, UnsupportedEncoderError: as `taps`.
     """
+    batch_size, prompt = whole("batch_size", batch_size), text("prompt", prompt)
+    check_texts(texts)
     encoder = Encoder.of(model).evaluating()
     found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
@@ -68,6 +72,17 @@ def encode(
             found[layer][places] = cut
         advance(len(places))
     return found
+
+
+def check_texts(texts: Any) -> None:
+    """Raises:
+    EvaluationError: these are no strings, but one, or others are among them.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise EvaluationError(f"texts={shown(texts)}: expected a list of strings")
+    bad = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if bad is not None:
+        raise EvaluationError(f"text {bad + 1}: expected a string, got {shown(texts[bad])}")
 
 
 def stored_prompts(model: SentenceTransformer) -> dict[str, str]:

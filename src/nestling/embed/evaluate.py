@@ -20,8 +20,9 @@ from nestling.embed.checksum import checksum, reading
 from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.embed.metrics import BESIDE, ranking, spearman
-from nestling.errors import DataError, EvaluationError
+from nestling.errors import DataError, EvaluationError, OptionError
 from nestling.ladder import Cup, Ladder
+from nestling.options import flag, shown, text, whole
 from nestling.pairs import read_sts
 from nestling.partial import Partial
 from nestling.progress import progress_bar
@@ -93,9 +94,13 @@ class GridEvaluator(BaseEvaluator):
     ):
         super().__init__()
         self.ladder = None if ladder is None else Ladder.parse(ladder)
-        self.grid, self.rotations, self.batch_size = grid, rotations, batch_size
-        self.name, self.progress = name, progress
-        self.prompts = dict(prompts or {})
+        self.grid, self.rotations, self.batch_size = flag("grid", grid), rotations, whole("batch_size", batch_size)
+        self.name, self.progress = text("name", name), flag("progress", progress)
+        named = {"sts": sts, "retrieval": retrieval, "prompts": prompts, "rotations": rotations}
+        for option, value in named.items():
+            if value is not None and not isinstance(value, Mapping):
+                raise OptionError(f"{option}={shown(value)}: expected a dict, by name")
+        self.prompts = {use: text(f"prompts[{use}]", prompt) for use, prompt in (prompts or {}).items()}
         if unknown := set(self.prompts) - {"sts", "query", "passage"}:
             raise EvaluationError(f"unknown use of a prompt {sorted(unknown)}: expected sts, query or passage")
         if not sts and not retrieval:

@@ -27,10 +27,11 @@ from nestling.embed.lora import has_adapters, merge
 from nestling.embed.probe import probe_texts
 from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite
-from nestling.errors import ExportError, ExportFileError, FileError
+from nestling.errors import ExportError, ExportFileError, FileError, OptionError
 from nestling.folders import write_folder
 from nestling.ladder import Cup, Ladder
 from nestling.models import quiet
+from nestling.options import flag, path, shown
 from nestling.records import reason
 from nestling.writing import check_folder
 
@@ -95,8 +96,11 @@ def export(
         LadderError: the model does not have that cup, or one of the ladder's.
         UnsupportedEncoderError: the model has no layers to cut.
     """
-    encoder, folder = Encoder.of(model), Path(folder)
-    size = Cup.parse(cup) if isinstance(cup, str) else cup if isinstance(cup, Cup) else Cup(*cup)
+    folder, onnx, int8 = path("folder", folder), flag("onnx", onnx), flag("int8", int8)
+    encoder = Encoder.of(model)
+    size = Ladder.parse([cup]).full
+    if rotations is not None and not isinstance(rotations, Mapping):
+        raise OptionError(f"rotations={shown(rotations)}: expected rotations by depth, as load_rotations gives them")
     ladder = Ladder([size]) if ladder is None else Ladder.parse(ladder)
     rotation = _rotation(encoder, size, rotations or {})
     _check(encoder, size, ladder, folder, rotation)

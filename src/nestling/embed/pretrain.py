@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from nestling.callbacks import made, restore, stops_early
 from nestling.checkpoints import attributes, begin, last_whole, run
-from nestling.embed.arguments import check_changes, checked, checked_folder, relevant, training_arguments
+from nestling.embed.arguments import check_changes, checked, relevant, training_arguments
 from nestling.embed.card import pretrained_card
 from nestling.embed.checksum import checksum
 from nestling.embed.collate import Collator, MaskedBatches
@@ -36,7 +36,7 @@ from nestling.embed.trained import Trained, save
 from nestling.embed.trainer import Watch, check_finite, rehearsed, remove_printer, stopped, without_bars
 from nestling.errors import MissingExtraError, OptionError, TrainingError
 from nestling.ladder import Ladder
-from nestling.options import flag
+from nestling.options import flag, path, whole
 from nestling.undo import Undo, withdrawn
 
 LONGEST = 512  # tokens, where nobody says how many
@@ -113,15 +113,14 @@ def pretrain(
     """
     if find_spec("accelerate") is None:
         raise MissingExtraError("training needs accelerate: pip install 'nestling[train,embed]'")
-    steps, batch_size, length, cups_per_step, seed = checked(
-        steps=steps, batch_size=batch_size, length=length, cups_per_step=cups_per_step, seed=seed
-    )
+    steps, batch_size = whole("steps", steps), whole("batch_size", batch_size)
+    length, cups_per_step, seed = checked(length=length, cups_per_step=cups_per_step, seed=seed)
     learning_rate, warmup, encoder_ratio, decoder_ratio = checked(
         learning_rate=learning_rate, warmup=warmup, encoder_ratio=encoder_ratio, decoder_ratio=decoder_ratio
     )
     for name, value in {"dropout": dropout, "skip_bad": skip_bad, "resume": resume, "progress": progress}.items():
         flag(name, value)
-    out, own = checked_folder(folder), made(callbacks)
+    out, own = path("folder", folder), made(callbacks)
     if stops_early(own):
         raise OptionError("EarlyStoppingCallback: a pre-training measures nothing that it could be stopped by")
     check_place(out, "pretraining", resume)

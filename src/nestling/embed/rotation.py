@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nestling.basis import pca
-from nestling.embed.encode import encode
+from nestling.embed.encode import check_texts, encode
 from nestling.embed.encoder import Encoder
 from nestling.errors import ExampleError, OptionError
+from nestling.options import number, whole
 
 Kind = Literal["aligned", "centred", "pca"]
 KINDS = get_args(Kind)
@@ -109,7 +110,11 @@ def rotations(
             finite.
         UnsupportedEncoderError, LadderError: as `taps`.
     """
-    given, parts = list(texts), Encoder.of(model)
+    whole("batch_size", batch_size)
+    flatten = number("flatten", flatten)
+    given = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else texts
+    check_texts(given)
+    parts = Encoder.of(model)
     if not given:
         raise ExampleError("expected texts to take rotations from, got none")
     if kind not in KINDS:

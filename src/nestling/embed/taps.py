@@ -62,9 +62,10 @@ def token_taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[i
 
 
 def _states(encoder: Encoder, features: Mapping[str, Any], layers: Iterable[int]) -> dict[int, Tensor]:
-    wanted = sorted(set(layers))
-    if not wanted or wanted[0] < 1 or wanted[-1] > encoder.depth:
-        raise LadderError(f"cannot tap layers {wanted}: expected some of 1 to {encoder.depth}")
+    asked, known = set(layers), range(1, encoder.depth + 1)
+    if not asked or any(isinstance(layer, bool) or layer not in known for layer in asked):
+        raise LadderError(f"cannot tap layers {sorted(asked, key=str)}: expected some of 1 to {encoder.depth}")
+    wanted = sorted(map(int, asked))
     *between, deepest = wanted
     with encoder.running(deepest, set(between)) as (runs, states):
         output = runs(dict(features))  # modules add keys to what they are given

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from nestling.callbacks import made as made_callbacks
 from nestling.callbacks import stops_early
-from nestling.embed.arguments import checked, checked_folder, training_arguments
+from nestling.embed.arguments import checked, training_arguments
 from nestling.embed.bases import made
 from nestling.embed.encode import stored_prompts
 from nestling.embed.encoder import Encoder
@@ -37,7 +37,7 @@ from nestling.embed.trained import Trained
 from nestling.embed.trainer import rehearse
 from nestling.errors import MissingExtraError, OptionError
 from nestling.ladder import Ladder
-from nestling.options import flag
+from nestling.options import flag, path
 
 BATCH = 64
 Loss = nn.Module | Callable[[SentenceTransformer], nn.Module] | str | Mapping[str, Any]
@@ -148,7 +148,7 @@ def train(
     )
     for name, value in {"resume": resume, "progress": progress, "dropout": dropout or False}.items():
         flag(name, value)
-    encoder, out, own = Encoder.of(model), checked_folder(folder), made_callbacks(callbacks)
+    encoder, out, own = Encoder.of(model), path("folder", folder), made_callbacks(callbacks)
     inner, recipe = made(loss, model), None if recipe is None else checked_recipe(recipe)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
     plan.check(cups, recipe, rotation, mini_batch_size, out, resume, arguments)
