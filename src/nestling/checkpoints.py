@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +118,12 @@ def _is_whole(checkpoint: Path) -> bool:
     return False
 
 
-def check_place(folder: Path, resume: bool, ours: Collection[str] = ()) -> None:
+def check_place(folder: Path, resume: bool) -> None:
     """Whether checkpoints can be written to a folder, before anything is computed.
-
-    Args:
-        ours: names of other files that the training writes there.
 
     Raises:
         TrainingError: there are checkpoints and ``resume`` is not set, or it is and there is nothing to resume, or
-            somebody else's files have names of ours.
+            a file of somebody else's has the name of the training's.
         FileError: the folder cannot be made or written to.
     """
     check_folder(folder)
@@ -138,11 +134,8 @@ def check_place(folder: Path, resume: bool, ours: Collection[str] = ()) -> None:
         return
     if any(folder.glob("checkpoint-*")):
         raise TrainingError(f"{folder} holds checkpoints already: resume that training, or choose another folder")
-    taken = [name for name in ours if (folder / name).exists()] if not path.exists() else []
     if path.exists() and not _is_job(path):
-        taken = [JOB_FILE]
-    if taken:
-        raise TrainingError(f"{folder / taken[0]} is not of a training: choose another folder, or move it away")
+        raise TrainingError(f"{path} is not of a training: choose another folder, or move it away")
 
 
 def _is_job(path: Path) -> bool:

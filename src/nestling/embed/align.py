@@ -17,7 +17,7 @@ from nestling.embed.files import check_place
 from nestling.embed.plan import ladder_of
 from nestling.embed.rotation import rotations
 from nestling.embed.start import SAMPLE, turned_depths
-from nestling.embed.trained import Trained, save
+from nestling.embed.trained import Trained, save, weight_bytes
 from nestling.errors import ExampleError, OptionError
 from nestling.ladder import Ladder
 from nestling.options import flag, path, text, whole
@@ -62,7 +62,7 @@ def align(
     out, started = path("folder", folder), time.monotonic()
     batch_size, progress = whole("batch_size", batch_size), flag("progress", progress)
     prompt = None if prompt is None else text("prompt", prompt)
-    check_place(out, "alignment", resume=False)
+    check_place(out, "alignment", resume=False, nbytes=weight_bytes(model))
     examples, parts = Examples.of(texts), Encoder.of(model)
     if examples.kind != "texts":
         raise ExampleError(f"expected texts without labels, got {examples.kind}: give their texts alone")

@@ -27,8 +27,8 @@ from nestling.report import plain
 from nestling.temporary import temporary_file
 from nestling.writing import check_folder, naming, sync
 
-LADDER_FILE, ROTATIONS_FILE = "nestling.json", "rotations.safetensors"
-PARTS = Parts(LADDER_FILE, (ROTATIONS_FILE,))
+LADDER_FILE, ROTATIONS_FILE, CARD_FILE = "nestling.json", "rotations.safetensors", "README.md"
+PARTS = Parts(LADDER_FILE, (ROTATIONS_FILE, CARD_FILE))
 
 
 def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
@@ -163,8 +163,17 @@ def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:
         new.replace(path)
 
 
+def may_have_card(folder: Path) -> bool:
+    """Whether ``README.md`` may be written: there is none, or it is the one that was saved with ``nestling.json``."""
+    path = folder / CARD_FILE
+    if not path.exists():
+        return True
+    return path.is_file() and (read(folder) or {}).get("card_sha256") == sha256(path)
+
+
 def write_ladder(folder: Path, value: Mapping[str, Any]) -> None:
     """Write ``nestling.json`` into a folder whose other files are complete, with their checksums."""
+    card = {"card_sha256": sha256(folder / CARD_FILE)} if (folder / CARD_FILE).is_file() else {}
     sums = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
-    text = json.dumps(plain({**value, "sha256": sums}), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain({**value, **card, "sha256": sums}), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / LADDER_FILE).write_text(text + "\n", "utf-8")

@@ -27,7 +27,7 @@ from nestling.embed.modes import forward_kept, modes_kept
 from nestling.embed.plan import Plan
 from nestling.embed.rotation import Rotation
 from nestling.embed.start import start_rotations
-from nestling.embed.teacher import numbered, shared_table
+from nestling.embed.teacher import TEACHER_FILE, numbered, shared_table, tables_in
 from nestling.embed.trained import Trained, save
 from nestling.embed.trainer import (
     Averaged,
@@ -41,8 +41,6 @@ from nestling.embed.trainer import (
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 from nestling.undo import Undo, withdrawn
-
-TEACHER_FILE = "teacher.npy"
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Job:
             TrainingError: as `nestling.embed.train.train`.
         """
         watch = Watch(self.ladder, self.options.max_steps, self.progress)
-        with withdrawn(self.work, unless=lambda: watch.started or any(self.work.glob("teacher*.npy"))):
+        with withdrawn(self.work, unless=lambda: watch.started or bool(tables_in(self.work))):
             checkpoint = begin(self.work, self.identity, resume)
             restore(self.callbacks, checkpoint)
             loss, numbers = self._start(resume)
@@ -103,7 +101,7 @@ class Job:
         examples, options = self.plan.examples, self.options
         with options.main_process_first(local=False, desc="clean"):
             if not resume and rank() == 0:
-                for left in self.work.glob("teacher*.npy"):  # by one that was stopped before its first checkpoint
+                for left in tables_in(self.work):  # by one that was stopped before its first checkpoint
                     left.unlink()
         table = taught = numbers = None
         if self.plan.distils:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from nestling.embed.arguments import check_changes, processes, relevant
 from nestling.embed.checksum import checksum, reading
 from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
-from nestling.embed.files import check_place
 from nestling.embed.labels import check_labels
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import in_eval_mode
@@ -45,7 +43,7 @@ class Plan:
             self.teacher is not None or self.examples.kind == "texts"
         )
 
-    def check(self, cups, recipe, rotation, mini_batch_size, out: Path, resume: bool, arguments) -> None:
+    def check(self, cups, recipe, rotation, mini_batch_size, arguments) -> None:
         """Options that do not go together, and labels that the loss cannot use."""
         name, model = type(self.given).__name__, self.encoder.model
         if self.teacher is not None and not isinstance(self.teacher, SentenceTransformer):
@@ -57,7 +55,6 @@ class Plan:
             raise OptionError(f"rotation={shown(rotation)}: expected auto, {', '.join(KINDS)}, or rotations by depth")
         if isinstance(rotation, str) and rotation not in ("auto", *KINDS):
             raise OptionError(f"rotation must be auto, {', '.join(KINDS)}, or rotations by depth, got {rotation!r}")
-        check_place(out, "training", resume)
         if self.given is not None and getattr(self.given, "model", model) is not model:
             raise OptionError(f"the {name} is of another model: make it of the one that is trained")
         if isinstance(self.given, StarbucksLoss):

@@ -25,14 +25,13 @@ from nestling.embed.collate import Collator, MaskedBatches
 from nestling.embed.corpus import Corpus, Position, Texts
 from nestling.embed.dropout import without_dropout
 from nestling.embed.encoder import Encoder
-from nestling.embed.files import check_place
 from nestling.embed.masking import Masking
 from nestling.embed.mlm import check, declare_mask, positions_of, vocabulary_of
 from nestling.embed.modes import in_eval_mode, modes_kept
 from nestling.embed.plan import ladder_of
 from nestling.embed.schedule import scheduled
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
-from nestling.embed.trained import Trained, save
+from nestling.embed.trained import Trained, check_places, save
 from nestling.embed.trainer import Watch, check_finite, rehearsed, remove_printer, stopped, without_bars
 from nestling.errors import MissingExtraError, OptionError, TrainingError
 from nestling.ladder import Ladder
@@ -123,7 +122,7 @@ def pretrain(
     out, own = path("folder", folder), made(callbacks)
     if stops_early(own):
         raise OptionError("EarlyStoppingCallback: a pre-training measures nothing that it could be stopped by")
-    check_place(out, "pretraining", resume)
+    check_places(model, out, "pretraining", resume)
     check(model)
     declare_mask(model.tokenizer)
     parts = Encoder.of(model)

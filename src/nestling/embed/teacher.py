@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from nestling.errors import EvaluationError, ExampleError, OptionError
 from nestling.temporary import temporary_file
 from nestling.writing import naming, sync
 
+TEACHER_FILE = "teacher.npy"
+TABLE = re.compile(r"teacher(-\d+-of-\d+)?\.npy")
 CHUNK = 1024  # texts that are embedded between two looks at the progress
 
 
@@ -63,6 +66,11 @@ def shared_table(
         _wait_for(parts)
         _join(path, list(parts), count)
     _wait_for({path: count})
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """The tables of a training in its folder, and parts of them."""
+    return [path for path in folder.iterdir() if TABLE.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def _is_table(path: Path, rows: int) -> bool:

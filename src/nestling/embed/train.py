@@ -33,7 +33,7 @@ from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
 from nestling.embed.rotation import Rotation
 from nestling.embed.schedule import scheduled
 from nestling.embed.start import blank, turned_depths
-from nestling.embed.trained import Trained
+from nestling.embed.trained import Trained, check_places
 from nestling.embed.trainer import rehearse
 from nestling.errors import MissingExtraError, OptionError
 from nestling.ladder import Ladder
@@ -149,9 +149,10 @@ def train(
     for name, value in {"resume": resume, "progress": progress, "dropout": dropout or False}.items():
         flag(name, value)
     encoder, out, own = Encoder.of(model), path("folder", folder), made_callbacks(callbacks)
+    check_places(model, out, "training", resume)
     inner, recipe = made(loss, model), None if recipe is None else checked_recipe(recipe)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
-    plan.check(cups, recipe, rotation, mini_batch_size, out, resume, arguments)
+    plan.check(cups, recipe, rotation, mini_batch_size, arguments)
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if rotation == "auto":
         rotation = "aligned"

@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from torch import nn
 
+from nestling import checkpoints
 from nestling.embed.encoder import Encoder
-from nestling.embed.files import PARTS, ROTATIONS_FILE, write_ladder, write_rotations
+from nestling.embed.files import (
+    CARD_FILE,
+    PARTS,
+    ROTATIONS_FILE,
+    check_place,
+    may_have_card,
+    write_ladder,
+    write_rotations,
+)
 from nestling.embed.rotation import Rotation
 from nestling.embed.trainer import without_bars
 from nestling.folders import write_folder
@@ -34,13 +44,33 @@ class Trained:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """The bytes of a model's parameters, about those of its folder."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def check_places(model: nn.Module, out: Path, name: str, resume: bool) -> None:
+    """Whether the result of a training and its checkpoints can be written, before anything is computed.
+
+    Args:
+        name: under which ``nestling.json`` speaks of such a training.
+
+    Raises:
+        TrainingError: a folder is there, and is not that of this training, or not to be resumed.
+        FileError: one cannot be made or written to, or there is no room for a checkpoint and the result.
+    """
+    check_place(out, name, resume, 2 * weight_bytes(model))
+    checkpoints.check_place(out.with_name(f"{out.name}-checkpoints"), resume)
+
+
 def save(model: SentenceTransformer, trained: Trained, name: str, card: str, resumed: bool = False) -> None:
     """Write the folder, whole or not at all.
 
     Args:
         name: of ``trained.info`` in ``nestling.json``.
         card: the model card.
-        resumed: the folder may be there, as the training's result, whose files are replaced.
+        resumed: the folder may be there, as the training's result, whose files are replaced; but not its card, if
+            somebody has changed that.
     """
 
     def fill(new: Path) -> None:
@@ -49,7 +79,8 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
         named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
         if trained.rotations:
             write_rotations(new / ROTATIONS_FILE, trained.rotations)
+        if may_have_card(trained.folder):
+            (new / CARD_FILE).write_text(card, "utf-8")
         write_ladder(new, trained.ladder.to_json() | named | {name: trained.info})
-        (new / "README.md").write_text(card, "utf-8")
 
     write_folder(trained.folder, fill, over=PARTS if resumed else None)
