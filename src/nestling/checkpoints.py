@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from nestling.errors import TrainingError
-from nestling.writing import check_folder, write_file
+from nestling.writing import check_folder, is_full, write_file
 
 JOB_FILE = "training.json"
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -93,7 +93,8 @@ def run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> float:
     except (RuntimeError, OSError, SafetensorError) as error:
         whole = last_whole(folder)
         kept = "there is no checkpoint" if whole is None else f"{whole.name} is kept"
-        raise TrainingError(f"step {trainer.state.global_step + 1}: {error}; {kept} in {folder}") from error
+        why = f"the disk is full ({error})" if is_full(folder) else error
+        raise TrainingError(f"step {trainer.state.global_step + 1}: {why}; {kept} in {folder}") from error
     return clock.seconds
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import EvaluationError
-from nestling.writing import write_file
+from nestling.writing import check_file, write_file
 
 
 class Partial:
@@ -18,10 +18,12 @@ class Partial:
         job: what else the numbers depend on (model, calibration, prompts, ...), plain JSON values.
 
     Raises:
+        FileError: if the file cannot be written.
         EvaluationError: if the file is damaged, or was written by a job with another ``job``.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, job: Mapping[str, Any] | None = None):
+        check_file(path)
         self.path, self.job = None if path is None else Path(path), json.loads(json.dumps(job or {}))
         self.done: dict[str, Any] = {}
         if self.path is not None and self.path.exists():

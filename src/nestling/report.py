@@ -334,7 +334,7 @@ def write_html(
 ) -> None:
     """Write one self-contained page, atomically: inline style and SVG, all text escaped, any load forbidden by policy.
 
-    Raises FileNotFoundError for a missing folder.
+    Raises FileError where it cannot be written; an older file stays.
     """
     body = f"<header><h1>{_in_html(title)}</h1>\n{_paragraphs(intro)}</header>\n"
     for i, section in enumerate(sections):

@@ -146,6 +146,7 @@ def check_folder(path: str | os.PathLike[str] | None, nbytes: int = 0) -> None:
     if path is None:
         return
     with naming(path):
+        _check_name(path)
         place = Path(os.path.realpath(path))
         if os.path.lexists(place) and not place.is_dir():
             raise FileError(
@@ -173,6 +174,14 @@ def _probe(path: str | os.PathLike[str], folder: Path, nbytes: int) -> None:
         raise made
 
 
+def is_full(folder: Path) -> bool:
+    """Whether a disk has no room left, as it is when a large file did not fit."""
+    try:
+        return shutil.disk_usage(folder).free < 2**20
+    except OSError:
+        return False
+
+
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
@@ -182,6 +191,7 @@ def _check_target(path: str | os.PathLike[str]) -> None:
     name = os.fspath(path)
     if not name:
         raise FileError("cannot write a file without a name: give one")
+    _check_name(path)
     if os.path.isdir(path):
         raise FileError(f"cannot write {name}: it is a folder: choose another name")
     folder = Path(os.path.realpath(path)).parent
@@ -189,6 +199,12 @@ def _check_target(path: str | os.PathLike[str]) -> None:
         raise MissingFolderError(f"cannot write {Path(path).name}: the folder {folder} does not exist: make it first")
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+
+def _check_name(path: str | os.PathLike[str]) -> None:
+    """Names that are too long, loops of links, and zero bytes are an OSError or a ValueError."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(path)
 
 
 def _is_stream(path: str | os.PathLike[str]) -> bool:

@@ -16,6 +16,7 @@ from nestling.data import read_texts
 from nestling.embed.agreement import COLUMNS, agreement, full_vectors
 from nestling.embed.encoder import Encoder
 from nestling.embed.export import export
+from nestling.embed.files import check_place
 from nestling.embed.load import load_encoder
 from nestling.embed.pages import write_demo
 from nestling.embed.rotation import rotations
@@ -42,6 +43,8 @@ def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, c
         cup: the one that is exported and searched with; the second of the ladder by default.
         keep: a folder for the trained model and the cup, which are thrown away otherwise.
     """
+    if keep is not None:
+        check_place(keep / "elastic", "training", resume=False)
     with console.status(f"loading {model}"):
         encoder = load_encoder(model)
     parts = Encoder.of(encoder)
