@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestling.distill import IGNORED
-from nestling.errors import TextTooShortError
+from nestling.errors import DataError, TextTooShortError
 from nestling.tokens import answer_windows, token_windows
 
 
@@ -81,3 +81,29 @@ def test_answers_are_learned_and_prompts_are_not():
         answer_windows(Letters(), [("ab", "c")], 3)
     with pytest.raises(ValueError, match="no EOS token"):
         answer_windows(Letters(None), [("a", "b")], 5)
+
+
+def test_rows_with_a_column_of_texts_are_its_texts():
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    rows = [{"id": i, "text": text} for i, text in enumerate(["abc", "b", "cabca"])]
+    expected = [w.tolist() for w in token_windows(Letters(), [row["text"] for row in rows], 3)]
+    frame, made = pandas.DataFrame(rows), datasets.Dataset.from_list(rows)
+    for texts in (rows, frame, frame["text"], made, made.to_iterable_dataset(), frame.to_dict("list"), iter(rows)):
+        assert [w.tolist() for w in token_windows(Letters(), texts, 3)] == expected
+    with pytest.raises(DataError, match="row 1: no field 'text'; it has 'id'"):
+        list(token_windows(Letters(), frame[["id"]], 3))
+    for wrong in (["abc", 3], ["abc", None], 3, [[1, 2, 3]], b"abc"):
+        with pytest.raises(DataError):
+            list(token_windows(Letters(), wrong, 3))
+
+
+def test_prompts_with_answers_may_be_rows():
+    pandas = pytest.importorskip("pandas")
+    pairs = [("ab", "c"), ("a", "b")]
+    frame = pandas.DataFrame(pairs, columns=["prompt", "answer"])
+    expected = answer_windows(Letters(), pairs, 5)
+    for data in (frame, frame.assign(id=1), frame.to_dict("records")):
+        assert all(a.equal(b) for a, b in zip(answer_windows(Letters(), data, 5), expected, strict=True))
+    for wrong in (frame.rename(columns={"answer": "an"}), ["ab"], [("a", "b", "c")], [("a", 3)]):
+        with pytest.raises(DataError, match="row 1"):
+            answer_windows(Letters(), wrong, 5)

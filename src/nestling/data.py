@@ -44,6 +44,8 @@ def read_texts(
             UTF-8, or a line is not as described. What came before the bad line has been yielded by then.
     """
     choice("layout", layout, LAYOUTS)
+    if source is None and columns:
+        raise OptionError(f"columns={short(dict(columns))}: the built-in pages have no columns, leave it out")
     if source is None:
         return Reading("the built-in pages", lambda reading: ("documents", _help_pages()))
     if isinstance(source, str | os.PathLike):

@@ -14,10 +14,10 @@ HEAD, HEAD_SIZE = 1000, 1_000_000  # texts, and characters of them, that are loo
 SHORT, MOST = 40, 0.9  # words of a text that stands by itself, and how many of a source's must be such
 BLOCK = 20  # lines: blocks are shorter on average, where blank lines are between documents
 
-# Scripts without spaces between words: of the first a character, of the second some four, stand for a word.
+# Scripts without spaces between words: of the first a character, of the second some three, stand for a word.
 EAST = "\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 SOUTH = "\u0e01-\u0eff\u0f40-\u0fbc\u1000-\u109f\u1780-\u17d3"
-WORD = re.compile(rf"[{EAST}]|[{SOUTH}]{{1,4}}|[^\s{EAST}{SOUTH}]*\w[^\s{EAST}{SOUTH}]*|[^\s\w]+")
+WORD = re.compile(rf"[{EAST}][^\w\s]*|[{SOUTH}]{{1,3}}[^\w\s]*|[^\s{EAST}{SOUTH}]+")
 
 
 class Reading(Iterator[str]):
@@ -77,9 +77,10 @@ def of_lines(reading: Reading, stream: Iterator[tuple[str, str]], layout: Layout
         reading.tell("%s: what stands between blank lines is taken for a document", reading.name)
     elif layout == "auto":
         layout = "lines" if are_short(filled) else "documents"
-        what = "a text of its own" if layout == "lines" else "a document"
-        saying = "%s: there are no blank lines between documents, so each line is taken for %s; if not, say documents"
-        reading.tell(saying, reading.name, what, doubtful=len(filled) > 1)
+        if len(filled) > 1:
+            what = "a text of its own" if layout == "lines" else "a document"
+            saying = "%s: without blank lines between documents each line is taken for %s; if not, say documents"
+            reading.tell(saying, reading.name, what, doubtful=True)
     if blocks:
         return layout, _blocks(everything)
     return layout, (line.strip() for line in everything if line.strip())
@@ -96,8 +97,10 @@ def of_texts(reading: Reading, texts: Iterator[str], layout: Layout) -> tuple[La
 
 
 def are_short(texts: list[str]) -> bool:
-    """Whether nine in ten of the texts that are not blank stand by themselves, as titles and sentences do."""
+    """Whether nine in ten of several texts that are not blank stand by themselves, as titles and sentences do."""
     sizes = [words(text) for text in texts if text.strip()]
+    if len(sizes) < 2:
+        return False  # of one nothing can be told
     return sum(size <= SHORT for size in sizes) >= MOST * len(sizes)
 
 

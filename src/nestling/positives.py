@@ -110,7 +110,7 @@ def positive_pairs(
 
 
 def _ask(label: Any) -> str:
-    return f"say which label means the same, such as positive={label!r} (on the command line --positive {label})"
+    return f"say which label means the same, such as positive={label!r} (on the command line --positive-label {label})"
 
 
 def check_positive(positive: Any, labelled: bool) -> None:

@@ -1,12 +1,16 @@
 """Texts to windows of token ids. Shared by both wings."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestling.distill import IGNORED
 from nestling.errors import DataError, OptionError, TextTooShortError
+from nestling.objects import rows_of
+from nestling.records import check_text, short
+from nestling.rows import texts_of
 
 
 def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: int | None = None) -> Iterator[Tensor]:
@@ -14,7 +18,8 @@ def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: 
 
     Args:
         tokenizer: a transformers tokenizer; may be None when ``texts`` are token ids.
-        texts: strings, or token ids ``[n, T]``; rows of ids are cut into windows and never joined.
+        texts: strings, or rows with a column ``text``, in a list, a data frame, a data set or any iterable; or token
+            ids ``[n, T]``: rows of ids are cut into windows and never joined.
         length: tokens per window.
         limit: stop after this many windows.
 
@@ -36,19 +41,26 @@ def token_windows(tokenizer, texts: Iterable[str] | Tensor, length: int, limit: 
         )
 
 
-def answer_windows(tokenizer, pairs: Iterable[tuple[str, str]], length: int) -> tuple[Tensor, Tensor]:
+def answer_windows(tokenizer, pairs: Iterable[Any], length: int) -> tuple[Tensor, Tensor]:
     """Prompts with answers as ids and labels ``[n, length]`` int64: what is learned is the answer and its end.
 
     Pairs are padded on the right; those that do not fit into ``length`` are left out.
 
+    Args:
+        tokenizer: a transformers tokenizer.
+        pairs: tuples of a prompt and its answer, or rows with the columns ``prompt`` and ``answer``, in a list, a data
+            frame, a data set or any iterable.
+        length: tokens per row.
+
     Raises:
+        DataError: a row is no such pair.
         TextTooShortError: if no pair fits.
         ValueError: if the tokenizer has no EOS token, by which an answer's end is learned.
     """
     if tokenizer.eos_token_id is None:
         raise OptionError("the tokenizer has no EOS token: set tokenizer.eos_token, answers could not end")
     rows = []
-    for prompt, answer in pairs:
+    for prompt, answer in _prompted(pairs):
         start = tokenizer(prompt, verbose=False)["input_ids"]
         end = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
         left = length - len(start) - len(end)
@@ -74,8 +86,18 @@ def _windows(tokenizer, texts: Iterable[str] | Tensor, length: int) -> Iterator[
         raise OptionError("texts are strings, so a tokenizer is needed (it may be None only for token ids)")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pending: list[int] = []
-    for text in texts:
+    for text in texts_of(texts):
         pending += tokenizer(text, verbose=False)["input_ids"] + separator
         while len(pending) >= length:
             yield torch.tensor(pending[:length])
             pending = pending[length:]
+
+
+def _prompted(pairs: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    for number, row in enumerate(rows_of(pairs), 1):
+        found = (row.get("prompt"), row.get("answer")) if isinstance(row, dict) else row
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise DataError(f"row {number}: expected a prompt and its answer, got {short(row)}")
+        for field, text in zip(("prompt", "answer"), found, strict=True):
+            check_text(f"row {number}", field, text)
+        yield found

@@ -49,7 +49,7 @@ def test_queries_and_passages_keep_their_names():
     ("data", "message"),
     [
         ([], "nothing to train on"),
-        ("a text", "expected texts or rows, got one str, 'a text'"),
+        ("a text", "expected a list of texts or of rows, got one str, 'a text'"),
         (["a", 3], "text 2: 'text' must be text, got 3"),
         (["a", " "], "text 2: 'text' is blank: give a text, or leave the row out"),
         (["a", "a", "a"], "all texts are the same, 'a'"),

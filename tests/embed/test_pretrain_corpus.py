@@ -14,7 +14,7 @@ from nestling.embed import Texts
 from nestling.embed.collate import Collator, MaskedBatches
 from nestling.embed.corpus import Corpus, Position
 from nestling.embed.masking import Masking
-from nestling.errors import DataError, MaskingError
+from nestling.errors import DataError, MaskingError, OptionError
 
 from .families import VOCAB, WORDS, some_texts, tokenizer
 
@@ -229,3 +229,51 @@ def test_processes_and_steps_of_accumulation_share_each_batch():
         assert torch.cat([part["input_ids"] for part in parts]).equal(whole["input_ids"])
         assert {str(part["after"]) for part in parts} == {str(whole["after"])}
     assert len(MaskedBatches(source, collator(), 5, Position(), 0, 2, 2)) == 10
+
+
+def test_frames_are_their_texts(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"id": range(3), "text": LONG})
+    for given_rows in (frame, frame["text"], frame.to_dict("list"), Texts([frame]), Texts([frame.to_dict("records")])):
+        assert [ids(b) for b in read(corpus(given_rows), 3)] == [ids(b) for b in read(corpus(LONG), 3)]
+    with pytest.raises(DataError, match="row with a string 'text'"):
+        read(corpus(frame[["id"]]), 1)
+    renamed = Texts(
+        [frame.rename(columns={"text": "body"}), frame["text"].tolist()[:0] or LONG], columns={"text": "body"}
+    )
+    assert list(Texts([frame.rename(columns={"text": "body"})], columns={"text": "body"})) == list(renamed)[:3]
+
+
+def test_lines_or_documents_and_what_was_left_out(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("w5 w6\nw7 w8\n\nw9 w10\n")
+    assert list(Texts([tmp_path / "a.txt"])) == ["w5 w6\nw7 w8", "w9 w10"]
+    texts = Texts([tmp_path / "a.txt", ["w1", " "]], layout="lines")
+    assert list(texts) == list(texts) == ["w5 w6", "w7 w8", "w9 w10", "w1"] and texts.left_out == {"blank texts": 1}
+    with pytest.raises(OptionError, match="a list"):
+        Texts(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("text", ["今天天气很好我们去公园吧", "วันนี้อากาศดีมาก", "今日はいい天気です"])
+def test_scripts_without_spaces_have_words_to_mask(text):
+    """To a tokenizer that cuts at spaces, a sentence is a single word, and nothing of it could be masked."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from tokenizers.pre_tokenizers import Metaspace
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<unk>", "<mask>"]
+    pieces = [(name, 0.0) for name in special] + [(c, -1.0) for c in sorted({*text, "▁", "a", "b"})]
+    raw = Tokenizer(Unigram(pieces, unk_id=1, byte_fallback=False))
+    raw.pre_tokenizer = Metaspace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", cls_token=None
+    )
+    (batch,) = read(Corpus([f"ab ba {text}"], fast, 64, 1), 1)
+    (window,) = batch.windows
+    of_script = [
+        number for number, c in zip(window.words, fast.convert_ids_to_tokens(window.ids), strict=True) if c in text
+    ]
+    assert len(set(of_script)) == len(of_script) >= len(text) - 1
+    assert window.words.max() + 1 == len(set(window.words)) >= len(text) + 1
+    (alone,) = read(Corpus([text], fast, 64, 1), 1)
+    assert alone.windows[0].words.max() + 1 >= len(text)

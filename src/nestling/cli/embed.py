@@ -9,6 +9,25 @@ from typing import Annotated, Any
 
 import typer
 
+from nestling.cli.data import (
+    STS,
+    TEXT,
+    Columns,
+    Language,
+    Lines,
+    Pairs,
+    PositiveLabel,
+    Retrieval,
+    Scored,
+    Sts,
+    Text,
+    columns_of,
+    evaluator_of,
+    layout_of,
+    pairs_from,
+    scored_from,
+)
+from nestling.cli.data import sentences_from as _sentences
 from nestling.cli.pretrain import pretrain
 from nestling.cli.terminal import (
     Cups,
@@ -16,7 +35,6 @@ from nestling.cli.terminal import (
     Html,
     Json,
     Seed,
-    Text,
     above_zero,
     check_outputs,
     console,
@@ -30,15 +48,12 @@ from nestling.cli.terminal import (
     write_results,
 )
 from nestling.errors import DataError, OptionError, TextTooShortError
+from nestling.told import Rows
 
 embed_app = typer.Typer(
     no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export."
 )
 embed_app.command()(pretrain)
-
-Sts = Annotated[list[Path] | None, typer.Option(help="Scored pairs to measure on, .jsonl; may be repeated.")]
-Retrieval = Annotated[list[Path] | None, typer.Option(help="Folder in BEIR's layout to measure on; may be repeated.")]
-
 
 HELD_OUT = 8  # one sentence in so many is kept for a look at what was aligned, 500 at most
 
@@ -49,6 +64,9 @@ def align(
     model: Encoder,
     out: Annotated[Path, typer.Option(help="Folder for the result.")],
     text: Text = None,
+    columns: Columns = None,
+    lines: Lines = None,
+    language: Language = "en",
     cups: Cups = None,
     prompt: Annotated[str | None, typer.Option(help="In front of each sentence; default: the model's own.")] = None,
     json: Json = None,
@@ -57,8 +75,9 @@ def align(
     from nestling import embed
 
     check_outputs(json, folder=out, new=True)
-    texts = _sentences(text)
-    held, read = texts[::HELD_OUT][:500], [text for i, text in enumerate(texts) if i % HELD_OUT]
+    texts = _sentences(text, lines, columns_of(columns, TEXT), language)
+    read = Rows((text for i, text in enumerate(texts) if i % HELD_OUT), texts.left_out)
+    held = texts[::HELD_OUT][:500]
     if len(texts) < 100:
         raise TextTooShortError(f"{text}: {len(texts)} sentences are too few, expected some thousands, 100 at least")
     encoder = loading(embed.load_encoder, model)
@@ -77,14 +96,16 @@ def align(
 def train(
     model: Encoder,
     out: Annotated[Path, typer.Option(help="Folder for the model; checkpoints go beside it.")],
-    pairs: Annotated[
-        list[Path] | None, typer.Option(help="Pairs or triplets to train on, .jsonl; may be repeated.")
-    ] = None,
-    scored: Annotated[Path | None, typer.Option(help="Scored pairs to train on, .jsonl.")] = None,
+    pairs: Pairs = None,
+    positive_label: PositiveLabel = None,
+    scored: Scored = None,
     text: Annotated[
         str | None,
         typer.Option(help="Documents to follow the model itself on, without labels; default: built-in pages."),
     ] = None,
+    columns: Columns = None,
+    lines: Lines = None,
+    language: Language = "en",
     cups: Cups = None,
     teacher: Annotated[str | None, typer.Option(help="Another encoder that all cups follow.")] = None,
     rotation: Annotated[
@@ -121,14 +142,16 @@ def train(
     """Train MODEL so that every cup is good by itself; measured on --sts and --retrieval, the best is kept."""
     from nestling import embed
     from nestling.embed.arguments import rank
+    from nestling.pairs import KNOWN
 
     check_outputs(json, html, folder=out, new=not resume)
-    data = _training_data(pairs, scored, text)
+    named = columns_of(columns, KNOWN if pairs else STS if scored else TEXT, STS if sts else ())
+    data = _training_data(pairs, scored, text, named, positive_label, lines, language)
     if steps is not None and epochs is not None:
         raise OptionError(f"--steps {steps} and --epochs {epochs:g}: both say how long, leave one out")
     weights = dict(_weight(item) for item in weight or ())
     prompts = dict(_prompt(item) for item in prompt or ())
-    evaluator = _evaluator(sts, retrieval, None)
+    evaluator = evaluator_of(sts, retrieval, named)
     encoder = loading(embed.load_encoder, model)
     other = None if teacher is None else loading(embed.load_encoder, teacher)
     ladder, found = _ladder(model, cups, encoder, rotated=rotation is None)
@@ -157,6 +180,9 @@ def evaluate(
     sts: Sts = None,
     retrieval: Retrieval = None,
     text: Text = None,
+    columns: Columns = None,
+    lines: Lines = None,
+    language: Language = "en",
     cups: Cups = None,
     grid: Annotated[bool, typer.Option(help="Every depth of the ladder at every width of it.")] = False,
     prompt: Annotated[
@@ -178,8 +204,10 @@ def evaluate(
     uses = (["query", "passage"] if retrieval else []) + (["sts"] if sts or not retrieval else [])
     if unused := [use for use in prompts if use not in uses]:
         raise OptionError(f"--prompt {unused[0]}: nothing that is measured has that use, expected {', '.join(uses)}")
-    evaluator = _evaluator(sts, retrieval, prompts, batch_size=batch_size, progress=True, grid=grid)
-    texts = [] if evaluator is not None else _sentences(text)[:1000]
+    named = columns_of(columns, STS if sts else (), () if sts or retrieval else TEXT)
+    options = {"prompts": prompts, "batch_size": batch_size, "progress": True, "grid": grid}
+    evaluator = evaluator_of(sts, retrieval, named, **options)
+    texts = [] if evaluator is not None else _sentences(text, lines, named, language)[:1000]
     encoder = loading(embed.load_encoder, model)
     ladder, found = _ladder(model, cups, encoder)
     rotations = found or None
@@ -251,60 +279,31 @@ def export(
     write_results(json, written, time.perf_counter() - start)
 
 
-def _training_data(pairs: list[Path] | None, scored: Path | None, text: str | None) -> list[Any]:
+def _training_data(
+    pairs: list[str] | None,
+    scored: str | None,
+    text: str | None,
+    columns: dict[str, str],
+    positive: str | None,
+    lines: bool | None,
+    language: str,
+) -> Rows:
     """What is trained on; built-in text if nothing is named.
 
     Raises:
-        ValueError: more than one kind is named, or files of pairs have different columns.
+        OptionError: more than one kind is named, or an option of a kind that is not.
+        DataError: the data cannot be read.
     """
-    from nestling.pairs import read_pairs, read_sts
-
     named = [flag for flag, value in (("--pairs", pairs), ("--scored", scored), ("--text", text)) if value]
     if len(named) > 1:
         raise OptionError(f"{' and '.join(named)}: only one kind of data can be trained on at a time, leave one out")
-    if scored:
-        return read_sts(scored)
-    if not pairs:
-        return _sentences(text)
-    rows: list[dict[str, Any]] = []
-    for path in pairs:
-        found = read_pairs(path)
-        if rows and list(found[0]) != list(rows[0]):
-            raise DataError(
-                f"{path}: columns {', '.join(found[0])}, expected {', '.join(rows[0])} as in {pairs[0]}: "
-                "train on one kind at a time"
-            )
-        rows += found
-    return rows
-
-
-def _sentences(text: str | None) -> list[str]:
-    from nestling.data import read_texts
-    from nestling.embed.sentences import sentences
-
-    found = sentences(read_texts(text))
-    if not found:
-        raise DataError(f"{text}: no sentences of four words and more were found, expected prose")
-    return found
-
-
-def _evaluator(sts: list[Path] | None, retrieval: list[Path] | None, prompts: dict[str, str] | None, **options: Any):
-    """An evaluator of the sets that are named, None if there are none."""
-    from nestling.embed import GridEvaluator
-
-    if not sts and not retrieval:
-        return None
-    return GridEvaluator(sts=_named(sts or []), retrieval=_named(retrieval or []), prompts=prompts, **options)
-
-
-def _named(paths: list[Path]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in paths:
-        name = path.resolve().name.removesuffix(".gz").removesuffix(".jsonl")
-        if name in found:
-            raise OptionError(f"{path}: there is another set called {name}, {found[name]}: rename one")
-        found[name] = path
-    return found
+    if positive is not None and not pairs:
+        raise OptionError(f"--positive-label {positive}: that is of --pairs, leave it out")
+    if lines is not None and (pairs or scored):
+        raise OptionError(f"--{layout_of(lines)}: that is of --text, leave it out")
+    if pairs:
+        return pairs_from(pairs, columns, positive)
+    return scored_from(scored, columns) if scored else _sentences(text, lines, columns, language)
 
 
 def _ladder(model: str, cups: str | None, encoder: Any, rotated: bool = True) -> tuple[Any, dict[int, Any]]:

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
+from nestling.cli.data import TEXT, Columns, Lines, Text, TextLines, columns_of, texts_from
 from nestling.cli.terminal import (
     Json,
     Model,
     Sinks,
-    Text,
     Window,
     above_zero,
     check_outputs,
@@ -46,6 +46,8 @@ def fit(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     text: Text = None,
+    columns: Columns = None,
+    lines: Lines = None,
     basis: Annotated[str, typer.Option(help="balanced, or pca (the paper's baseline).")] = "balanced",
     tokens: Annotated[int, typer.Option(help="Tokens to calibrate on."), positive] = 65536,
     length: Annotated[int, typer.Option(help="Tokens per window."), positive] = 1024,
@@ -55,13 +57,12 @@ def fit(
 ) -> None:
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
     from nestling import kv
-    from nestling.data import read_texts
     from nestling.kv.files import check_place
     from nestling.models import load_model
 
     check_outputs(json, folder=out)
     check_place(out)
-    texts = read_texts(text)
+    texts = texts_from(text, lines, columns_of(columns, TEXT))
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
     adapter = kv.fit(language_model, tokenizer, texts, basis, tokens=tokens, length=length, sinks=sinks, window=window)
@@ -83,6 +84,8 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the adapter; checkpoints go beside it.")],
     adapter: Annotated[str | None, typer.Option(help="Adapter to start from; default: calibrate first.")] = None,
     text: Text = None,
+    columns: Columns = None,
+    lines: Lines = None,
     eval_text: Annotated[
         str | None, typer.Option(help="Held-out text; default: one in twenty of the texts that are trained on.")
     ] = None,
@@ -103,15 +106,15 @@ def train(
 ) -> None:
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
-    from nestling.data import read_texts
     from nestling.kv.files import check_place, shares_of
     from nestling.models import load_model
 
     check_outputs(json, html, folder=out)
     check_place(out)
-    texts = list(read_texts(text))
+    named = columns_of(columns, TEXT)
+    texts = list(texts_from(text, lines, named))
     if eval_text is not None:
-        held_out = list(read_texts(eval_text))
+        held_out = list(texts_from(eval_text, lines, named))
     else:
         held_out, texts = texts[::20], [t for i, t in enumerate(texts) if i % 20] or texts
     shares = parse_budgets(budgets)
@@ -144,6 +147,8 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder for the adapter with what was found.")],
     method: Annotated[str, typer.Option(help="blend (quick), or greedy (Algorithm 1 of the paper).")] = "blend",
     text: Text = None,
+    columns: Columns = None,
+    lines: Lines = None,
     windows: Annotated[int, typer.Option(help="Texts to measure on."), positive] = 4,
     length: Annotated[int, typer.Option(help="Tokens per text."), positive] = 512,
     sinks: Sinks = 4,
@@ -156,7 +161,6 @@ def search(
 ) -> None:
     """Search the ranks of layers and heads by measurement, for all budgets at once."""
     from nestling import kv
-    from nestling.data import read_texts
     from nestling.kv.files import check_place
     from nestling.models import load_model
 
@@ -164,7 +168,7 @@ def search(
     check_place(out)
     shares = parse_budgets(budgets)
     nested = kv.KVAdapter.from_pretrained(adapter)
-    texts = read_texts(text)
+    texts = texts_from(text, lines, columns_of(columns, TEXT))
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
     found = kv.search(
@@ -191,6 +195,8 @@ def evaluate(
     budgets: Annotated[str, typer.Option(help="Shares or percents, separated by commas.")] = "100,75,50,40",
     allocation: Allocation = None,
     text: Text = None,
+    columns: Columns = None,
+    text_lines: TextLines = None,
     windows: Annotated[int, typer.Option(help="Windows of text to read."), positive] = 8,
     length: Annotated[int, typer.Option(help="Tokens per window."), positive] = 1024,
     chunk: Annotated[int, typer.Option(help="Tokens that go through the cache at once."), positive] = 64,
@@ -213,14 +219,14 @@ def evaluate(
 ) -> None:
     """Measure what budgets cost: KL to the full model, perplexity, top-1 agreement, tasks, bytes."""
     from nestling import kv
-    from nestling.data import read_multiple_choice, read_texts
+    from nestling.data import read_multiple_choice
     from nestling.models import load_model
 
     shares = parse_budgets(budgets)
     check_outputs(json, html)
     nested = kv.KVAdapter.from_pretrained(adapter)
     tasks = {path.name.split(".")[0]: read_multiple_choice(path)[:rows] for path in task or []}
-    texts = read_texts(text)
+    texts = texts_from(text, text_lines, columns_of(columns, TEXT))
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
     result = kv.evaluate(

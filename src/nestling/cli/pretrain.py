@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nestling.cli.data import KINDS, TEXT, Columns, Lines, columns_of, layout_of, show_what_is_told
 from nestling.cli.terminal import (
     Cups,
     Encoder,
@@ -31,11 +32,10 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder for the model; checkpoints go beside it.")],
     steps: Annotated[int, typer.Option(help="Steps of the optimiser."), positive],
     text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=".txt or .jsonl file (or .gz), or a datasets name; may be repeated; default: built-in pages."
-        ),
+        list[str] | None, typer.Option(help=f".txt (or .gz), {KINDS}; may be repeated; default: built-in pages.")
     ] = None,
+    columns: Columns = None,
+    lines: Lines = None,
     cups: Cups = None,
     pooling: Annotated[
         str | None, typer.Option(help="mean or cls, for a folder of transformers' own, which has no pooling.")
@@ -69,7 +69,9 @@ def pretrain(
     from nestling.embed.arguments import rank
 
     check_outputs(json, html, folder=out, new=not resume)
-    texts = embed.Texts(text or [None], skip_bad)
+    show_what_is_told()
+    named = columns_of(columns, TEXT) or None
+    texts = embed.Texts(text or [None], skip_bad, columns=named, layout=layout_of(lines))
     encoder = loading(partial(embed.load_encoder, pooling=pooling), model)
     if cups is None and Path(model).is_dir():
         cups = str(embed.load_ladder(model) or "") or None

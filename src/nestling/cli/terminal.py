@@ -48,9 +48,6 @@ above_zero, not_negative = partial(number, above=0), partial(number, minimum=0)
 part, less_than_one = partial(number, above=0, maximum=1), partial(number, minimum=0, below=1)
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
-Text = Annotated[
-    str | None, typer.Option(help=".txt or .jsonl file (or .gz), or a datasets name; default: built-in English pages.")
-]
 Encoder = Annotated[str, typer.Argument(help="Hub id, folder, or the alias minilm.", metavar="MODEL")]
 Cups = Annotated[
     str | None,

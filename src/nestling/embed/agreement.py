@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from nestling.embed.encode import check_texts, encode, stored_prompts, widths
+from nestling.embed.encode import encode, stored_prompts, strings_of, widths
 from nestling.embed.encoder import Encoder
 from nestling.errors import EvaluationError
 from nestling.ladder import Cup, Ladder
@@ -33,7 +33,7 @@ def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = No
 
 def agreement(
     model: nn.Module,
-    texts: Sequence[str],
+    texts: Iterable[Any],
     cups: Ladder | Iterable[Cup],
     reference: Tensor | None = None,
     *,
@@ -48,6 +48,7 @@ def agreement(
     reference, the mean over texts. ``overlap`` is the share of its ten nearest neighbours that the two have in common.
 
     Args:
+        texts: strings, or rows with a column ``text``, in a list, a data frame, a data set or any iterable.
         reference: unit vectors ``[n, D]`` of the texts; by default those of this model at full size.
         rotations: by depth, as the cups were trained with.
         prompt: in front of texts; by default the model's own.
@@ -58,7 +59,7 @@ def agreement(
         EvaluationError: there are too few texts to have ten neighbours.
     """
     whole("batch_size", batch_size)
-    check_texts(texts)
+    texts = strings_of(texts)
     if len(texts) <= NEIGHBOURS + 1:
         raise EvaluationError(
             f"{len(texts)} texts are too few to compare rankings on: give more than {NEIGHBOURS + 1}"

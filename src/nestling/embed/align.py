@@ -26,7 +26,7 @@ from nestling.progress import progress_bar
 
 def align(
     model: SentenceTransformer,
-    texts: Iterable[str],
+    texts: Iterable[Any],
     cups: Ladder | str | Iterable[Any] | None = None,
     *,
     folder: str | Path,
@@ -42,7 +42,8 @@ def align(
 
     Args:
         model: a SentenceTransformer.
-        texts: some thousands like those that will be embedded; 10,000 of them, from all over, are read.
+        texts: some thousands like those that will be embedded, as strings or rows with a column ``text``, in a list, a
+            data frame, a data set or any iterable; 10,000 of them, from all over, are read.
         cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
         folder: of the result, must not exist.
         prompt: in front of each text; by default the one that the model's ``encode`` uses by itself.
@@ -50,7 +51,8 @@ def align(
         progress: show a progress bar.
 
     Returns:
-        `Trained`; ``info`` has the number of ``texts``, the ``prompt`` and the ``seconds``, and an empty ``curve``.
+        `Trained`; ``info`` has the number of ``texts``, what was ``left_out``, the ``prompt`` and the ``seconds``, and
+        an empty ``curve``.
 
     Raises:
         ExampleError: there are no texts, one is blank or no string, or all are the same.
@@ -79,7 +81,8 @@ def align(
             model, [used + said for said in few], depths, batch_size=batch_size,
             advance=lambda count: bar.advance(task, count),
         )  # fmt: skip
-    info = {"texts": len(few), "prompt": used, "seconds": round(time.monotonic() - started), "curve": []}
+    info = {"texts": len(few), "left_out": examples.left_out, "prompt": used}
+    info |= {"seconds": round(time.monotonic() - started), "curve": []}
     aligned = Trained(out, ladder, turns, info)
     save(model, aligned, "alignment", aligned_card(model, ladder, info, turns))
     return aligned

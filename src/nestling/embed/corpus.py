@@ -7,6 +7,8 @@ batches, and these are shuffled. Where a pool starts is all that has to be known
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -18,10 +20,13 @@ import numpy as np
 from nestling.data import read_texts
 from nestling.embed.masking import FEWEST, Window
 from nestling.errors import DataError, MaskingError, OptionError
-from nestling.options import flag, shown
+from nestling.layout import EAST, LAYOUTS, SOUTH, Layout, Reading
+from nestling.options import choice, flag, shown
+from nestling.rows import Columns, open_rows
 
 POOL = 64  # batches
 READ = 64  # texts that are tokenised at a time
+UNSPACED = re.compile(f"[{EAST}{SOUTH}]")
 ENOUGH = 10_000  # texts without a word to mask, in a row: the tokenizer does not know the language
 
 
@@ -29,18 +34,30 @@ class Texts:
     """Documents of several sources, one after the other, as often as one likes.
 
     Args:
-        sources: as `nestling.data.read_texts` takes them: ``.txt`` and ``.jsonl`` files, gzipped or not, and names of
-            ``datasets``, which are streamed; None for the built-in pages.
+        sources: as `nestling.data.read_texts` takes them: files, names of ``datasets``, which are streamed, and what
+            holds rows in memory; None for the built-in pages.
         skip_bad: leave lines out that are not as expected, and count them.
+        columns, layout: as of `nestling.data.read_texts`.
 
     Attributes:
         bad: how many lines were left out in a pass over the sources, as far as they have been read.
+        left_out: how many texts were left out in the first pass, by the reason.
     """
 
-    def __init__(self, sources: Sequence[str | os.PathLike[str] | None], skip_bad: bool = False):
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        skip_bad: bool = False,
+        *,
+        columns: Columns | None = None,
+        layout: Layout = "auto",
+    ):
         if isinstance(sources, str | os.PathLike):
             raise OptionError(f"sources={shown(sources)}: expected a list of files, [{shown(os.fspath(sources))}]")
         self.sources, self.skip_bad, self.bad = list(sources), flag("skip_bad", skip_bad), 0
+        choice("layout", layout, LAYOUTS)
+        self.columns, self.layout = columns, layout
+        self.first: list[Reading] | None = None
 
     def __iter__(self) -> Iterator[str]:
         """Raises:
@@ -53,8 +70,18 @@ class Texts:
             found += 1
             self.bad = max(self.bad, found)
 
+        again, first = self.first is not None, self.first or []
+        self.first = first
         for source in self.sources:
-            yield from read_texts(source, skip if self.skip_bad else None)
+            reading = read_texts(source, skip if self.skip_bad else None, columns=self.columns, layout=self.layout)
+            reading.quiet = again  # the first pass has said it
+            if not again:
+                first.append(reading)
+            yield from reading
+
+    @property
+    def left_out(self) -> Counter[str]:
+        return sum((reading.left_out for reading in self.first or ()), Counter())
 
 
 @dataclass(frozen=True)
@@ -94,7 +121,8 @@ class Corpus:
     with fewer than two words that can be masked are left out.
 
     Args:
-        texts: strings, or mappings with a field ``text`` (rows of a data set); to be read more than once.
+        texts: strings, or rows with a column ``text``, in a list, a data frame, a data set or any other iterable that
+            can be read more than once.
         tokenizer: a fast one, whose words are masked whole.
         length: tokens of a window, special ones among them.
         batch_size: windows of a batch.
@@ -162,7 +190,8 @@ class Corpus:
 
     def _windows(self, start: Position) -> Iterator[tuple[Position, Window]]:
         """Windows of the rest of a pass, each with the position behind it."""
-        texts, empty, left_out, in_a_row = iter(self.texts), not (start.text or start.window), 0, 0
+        texts = (row for _, row in open_rows(self.texts).rows)
+        empty, left_out, in_a_row = not (start.text or start.window), 0, 0
         for _ in islice(texts, start.text):
             pass
         number, skipped = start.text, start.window
@@ -195,13 +224,17 @@ class Corpus:
     def _tokenized(self, texts: list[Any], number: int) -> Iterator[list[Window]]:
         """The windows of each text, ``number`` of the first one on."""
         strings = [_text_of(text, place) for place, text in enumerate(texts, number + 1)]
+        unspaced = [bool(UNSPACED.search(text)) for text in strings]
         found = self.tokenizer(
             strings, truncation=True, max_length=self.length, return_overflowing_tokens=True, verbose=False,
-            return_attention_mask=False, return_token_type_ids=False,
+            return_attention_mask=False, return_token_type_ids=False, return_offsets_mapping=any(unspaced),
         )  # fmt: skip
         windows: list[list[Window]] = [[] for _ in strings]
         for place, of in enumerate(found["overflow_to_sample_mapping"]):
-            windows[of].append(self._window(found["input_ids"][place], found.word_ids(place)))
+            words = found.word_ids(place)
+            if unspaced[of]:
+                words = _words(words, found["offset_mapping"][place], strings[of])
+            windows[of].append(self._window(found["input_ids"][place], words))
         yield from windows
 
     def _window(self, ids: list[int], words: list[int | None]) -> Window:
@@ -211,6 +244,17 @@ class Corpus:
         kept = numbers >= 0
         numbers[kept] = np.unique(numbers[kept], return_inverse=True)[1]
         return Window(tokens, numbers)
+
+
+def _words(words: list[int | None], places: list[tuple[int, int]], text: str) -> list[int | None]:
+    """Words where scripts have no spaces between them: to many tokenizers, a whole sentence is one.
+
+    Each token of such a script is taken for a word of its own.
+    """
+    return [
+        None if word is None else word * len(words) + (number if UNSPACED.search(text, *place) else 0)
+        for number, (word, place) in enumerate(zip(words, places, strict=True))
+    ]
 
 
 def _text_of(row: Any, number: int) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from nestling.embed.encoder import Encoder
 from nestling.embed.taps import pooled_taps
-from nestling.errors import EvaluationError
+from nestling.errors import DataError, EvaluationError
 from nestling.ladder import Cup
 from nestling.options import shown, text, whole
+from nestling.rows import texts_of
 
 
 def widths(cups: Iterable[Cup]) -> dict[int, int]:
@@ -83,6 +84,18 @@ def check_texts(texts: Any) -> None:
     bad = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if bad is not None:
         raise EvaluationError(f"text {bad + 1}: expected a string, got {shown(texts[bad])}")
+
+
+def strings_of(texts: Any) -> list[str]:
+    """The strings of a list, or those of the column ``text`` of a data frame or a data set.
+
+    Raises:
+        EvaluationError: it holds no strings.
+    """
+    try:
+        return list(texts_of(texts))
+    except DataError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def stored_prompts(model: SentenceTransformer) -> dict[str, str]:

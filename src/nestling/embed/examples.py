@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestling.errors import DataError, ExampleError
-from nestling.pairs import LABELS, PLAIN, SCORED, named_rows, positives, said, scored
+from nestling.pairs import FORMS, LABELS, PLAIN, SCORED, named_rows, positives, said, scored
 from nestling.records import check_said, short
 from nestling.rows import Source, open_rows
 from nestling.told import BESIDE, tell_left_out
@@ -46,10 +46,10 @@ class Examples:
         """Whatever `nestling.rows.open_rows` takes, but for names of files, and what the readers give.
 
         Args:
-            data: texts (each is taken once), or rows as `read_sts` and `read_pairs` describe them: of a list, a data
-                frame, a data set of `datasets`, ... With a loss of one's own, rows with any columns of texts, all of
-                which it gets, and at most one of `LABELS`. Columns of numbers that are no labels, such as ids, are
-                left out, and so is what says where a row is from.
+            data: texts, also in a column ``text`` (each is taken once), or rows as `read_sts` and `read_pairs` tell:
+                of a list, a data frame, a data set of `datasets`, ... With a loss of one's own, rows with any
+                columns of texts, all of which it gets, and at most one of `LABELS`. Columns of numbers that are no
+                labels, such as ids, are left out, and so is what says where a row is from.
             own_loss: whether there is one.
 
         Raises:
@@ -57,8 +57,10 @@ class Examples:
                 text is blank, all texts are the same, or all scores are.
         """
         if isinstance(data, str | os.PathLike):
-            reading = "read it with read_pairs, read_sts or read_texts"
-            raise ExampleError(f"expected texts or rows, got one {type(data).__name__}, {short(data)}: {reading}")
+            raise ExampleError(
+                f"expected a list of texts or of rows, got one {type(data).__name__}, {short(data)}: if that is a "
+                "file, read it with read_pairs, read_sts or read_texts"
+            )
         try:
             made = cls._read(open_rows(data), own_loss, getattr(data, "left_out", {}))
         except DataError as error:
@@ -81,6 +83,8 @@ class Examples:
             made = cls("texts", {"text": _texts(source)})
         elif own_loss:
             made = _table(source)
+        elif isinstance(row, dict) and "text" in row and not any(set(form) <= set(row) for form in (*FORMS, SCORED)):
+            made = cls("texts", {"text": _texts(source)})
         elif _is_scored(row):
             rows = list(scored(source))
             texts = {column: [pair[column] for pair in rows] for column in SCORED[:2]}
@@ -144,7 +148,11 @@ def _passes(count: int, seed: int) -> Iterator[int]:
 def _texts(source: Source) -> list[str]:
     """Each text once."""
     found: dict[str, None] = {}
-    for number, (_, text) in enumerate(source.rows, 1):
+    for number, (where, row) in enumerate(source.rows, 1):
+        text = row
+        if isinstance(row, dict):
+            text = said(where, row, "text")
+            source.left_out.update(f"column {name}" for name in row if name != "text")
         check_said(f"text {number}", "text", text)
         if text in found:
             source.left_out["texts that are there twice"] += 1

@@ -135,7 +135,7 @@ class Job:
         with modes_kept(model), forward_kept(model), without_bars(), without_dropout(model, off=not self.dropout):
             seconds = run(trainer, self.work, checkpoint)
         loss.rotations.requires_grad_(False)
-        info = _info(self.identity, trainer, watch, seconds)
+        info = _info(self.identity, trainer, watch, seconds) | {"left_out": self.plan.examples.left_out}
         trained = Trained(self.out, self.ladder, turns, info)
         if trainer.is_world_process_zero():
             save(model, trained, "training", trained_card(model, self.ladder, info, turns), resume)

@@ -98,8 +98,8 @@ def pretrain(
 
     Returns:
         `Trained`; ``info`` has the settings, ``tokens`` (of all windows read), ``seconds`` (of all runs), ``head``
-        (``"own"`` or ``"new"``), ``bad_lines``, ``left_out`` (windows with nothing to mask), and ``curve``:
-        ``mlm_6x128`` and ``dec_6x128`` by step, means over masked tokens in nats.
+        (``"own"`` or ``"new"``), ``bad_lines``, ``texts_left_out`` (by the reason), ``left_out`` (windows with nothing
+        to mask), and ``curve``: ``mlm_6x128`` and ``dec_6x128`` by step, means over masked tokens in nats.
 
     Raises:
         DataError: there are no texts, or one is not as expected; file and line are named.
@@ -172,8 +172,13 @@ def pretrain(
             with modes_kept(model), without_bars(), without_dropout(smae, off=not dropout):
                 seconds = run(trainer, work, checkpoint)
             kept = {key: value for key, value in job.items() if key not in ("model", "cups", "data")}
-            counted = {"tokens": place.tokens, "passes": place.after["turn"], "left_out": corpus.left_out}
-            counted["bad_lines"] = getattr(source, "bad", 0)
+            counted: dict[str, Any] = {
+                "tokens": place.tokens,
+                "passes": place.after["turn"],
+                "left_out": corpus.left_out,
+            }
+            counted |= {"bad_lines": getattr(source, "bad", 0)}
+            counted |= {"texts_left_out": dict(getattr(source, "left_out", {}))}
             info = {**kept, **counted, "seconds": round(seconds), "curve": watch.points}
             trained = Trained(out, ladder, {}, info | stopped(trainer, steps))
             if trainer.is_world_process_zero():

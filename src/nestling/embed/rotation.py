@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nestling.basis import pca
-from nestling.embed.encode import check_texts, encode
+from nestling.embed.encode import encode, strings_of
 from nestling.embed.encoder import Encoder
 from nestling.errors import ExampleError, OptionError
 from nestling.options import number, whole
@@ -112,9 +112,7 @@ def rotations(
     """
     whole("batch_size", batch_size)
     flatten = number("flatten", flatten)
-    given = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else texts
-    check_texts(given)
-    parts = Encoder.of(model)
+    given, parts = strings_of(texts), Encoder.of(model)
     if not given:
         raise ExampleError("expected texts to take rotations from, got none")
     if kind not in KINDS:

@@ -85,8 +85,10 @@ def train(
 
     Args:
         model: trained in place, on its own device or the accelerator that there is.
-        data: strings, or rows with the columns ``anchor, positive[, negative...]``, ``query, passage[, negative...]``
-            or ``sentence1, sentence2, score``; with a ``loss`` of your own, any columns of texts and one of labels.
+        data: strings, or rows with the columns ``anchor, positive[, negative...]``, ``query, passage[, negative...]``,
+            ``sentence1, sentence2, score``, ``text``, or another form of `read_pairs`; with a ``loss`` of your own,
+            any columns of texts and one of labels. In a list, a data frame, a data set or any other iterable. What is
+            left out of them is counted in the result's ``info["left_out"]``.
         cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
         folder: of the trained model, must not exist; checkpoints go beside it, into ``<folder>-checkpoints``.
         loss: a base loss of the model for `StarbucksLoss`, its class or the name of that, a function that makes one,

@@ -1,0 +1,157 @@
+"""Options that name data, and reading what they name: texts, pairs, and sets to measure on."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nestling.cli.terminal import messages
+from nestling.errors import DataError, OptionError
+from nestling.told import Rows, logger, tell_left_out
+
+KINDS = ".jsonl, .csv, .tsv (or .gz), .parquet, or a datasets name"
+Text = Annotated[str | None, typer.Option(help=f".txt (or .gz), {KINDS}; default: built-in English pages.")]
+Columns = Annotated[
+    str | None, typer.Option(help="What columns are called there, such as anchor=question,positive=answer.")
+]
+AS = "Texts are one a line, or stand between blank lines; default: as they look."
+Lines = Annotated[bool | None, typer.Option("--lines/--documents", help=AS)]
+TextLines = Annotated[bool | None, typer.Option("--text-lines/--documents", help=AS)]  # --lines is a test of `kv eval`
+Language = Annotated[str, typer.Option(help="Of documents, whose abbreviations end no sentence, such as de.")]
+Pairs = Annotated[list[str] | None, typer.Option(help=f"Pairs or triplets to train on: {KINDS}; may be repeated.")]
+PositiveLabel = Annotated[
+    str | None, typer.Option(help="Label of pairs that mean the same, where that cannot be known, such as 0.")
+]
+Scored = Annotated[str | None, typer.Option(help=f"Scored pairs to train on: {KINDS}.")]
+Sts = Annotated[list[str] | None, typer.Option(help=f"Scored pairs to measure on: {KINDS}; may be repeated.")]
+Retrieval = Annotated[
+    list[str] | None,
+    typer.Option(help="Folder in BEIR's layout to measure on, FOLDER:dev for another split; may be repeated."),
+]
+
+TEXT, STS = ("text",), ("sentence1", "sentence2", "score", "subset")
+
+
+def columns_of(given: str | None, *known: Iterable[str]) -> dict[str, str]:
+    """``"anchor=question,positive=answer"`` as a dictionary.
+
+    Args:
+        known: the columns of each reader at work; one of them must know each name.
+
+    Raises:
+        OptionError: it is not written so, or no reader knows a name.
+    """
+    found: dict[str, str] = {}
+    for item in given.split(",") if given is not None else ():
+        new, equals, old = (part.strip() for part in item.partition("="))
+        if not (new and equals and old) or new in found:
+            raise OptionError(f"--columns {given!r}: expected names by names, such as anchor=question,positive=answer")
+        found[new] = old
+        if not any(_those(found, names).get(new) for names in known):
+            expected = ", ".join(dict.fromkeys(name for names in known for name in names)) or "none"
+            raise OptionError(f"--columns {given!r}: {new} is not read here; expected some of {expected}")
+    return found
+
+
+def _those(columns: dict[str, str], known: Iterable[str]) -> dict[str, str]:
+    """Those of the columns that a reader knows."""
+    names = tuple(known)
+    fits = {new: new in names or ("negative" in names and new.startswith("negative")) for new in columns}
+    return {new: old for new, old in columns.items() if fits[new]}
+
+
+def layout_of(lines: bool | None) -> Any:
+    return "auto" if lines is None else "lines" if lines else "documents"
+
+
+def texts_from(text: str | None, lines: bool | None = None, columns: dict[str, str] | None = None) -> Any:
+    """The texts that ``--text`` names, as `read_texts` reads them."""
+    from nestling.data import read_texts
+
+    show_what_is_told()
+    return read_texts(text, columns=_those(columns or {}, TEXT) or None, layout=layout_of(lines))
+
+
+def sentences_from(
+    text: str | None, lines: bool | None = None, columns: dict[str, str] | None = None, language: str = "en"
+) -> Rows:
+    """Sentences of what ``--text`` names; texts that stand by themselves are taken as they are."""
+    from nestling.embed.sentences import sentences
+
+    found = sentences(texts_from(text, lines, columns), language=language)
+    tell_left_out(text or "the built-in pages", found.left_out)
+    if not found:
+        raise DataError(
+            f"{text}: no sentences of four words and more were found, expected prose; if each text stands by itself, "
+            "say --lines"
+        )
+    return found
+
+
+def pairs_from(pairs: list[str], columns: dict[str, str], positive: str | None) -> Rows:
+    """Rows of all files and data sets that ``--pairs`` names.
+
+    Raises:
+        DataError: they have different columns.
+    """
+    from nestling.pairs import KNOWN, read_pairs
+
+    show_what_is_told()
+    rows = Rows([])
+    for name in pairs:
+        found = read_pairs(name, columns=_those(columns, KNOWN) or None, positive=positive)
+        if rows and list(found[0]) != list(rows[0]):
+            raise DataError(
+                f"{name}: columns {', '.join(found[0])}, expected {', '.join(rows[0])} as in {pairs[0]}: train on one "
+                "kind at a time"
+            )
+        rows += found
+        rows.left_out += found.left_out
+    return rows
+
+
+def scored_from(scored: str, columns: dict[str, str]) -> Rows:
+    """Rows of what ``--scored`` or ``--sts`` names."""
+    from nestling.pairs import read_sts
+
+    show_what_is_told()
+    return read_sts(scored, columns=_those(columns, STS) or None)
+
+
+def evaluator_of(sts: list[str] | None, retrieval: list[str] | None, columns: dict[str, str], **options: Any) -> Any:
+    """An evaluator of the sets that are named, None if there are none."""
+    from nestling.embed import GridEvaluator
+
+    if not sts and not retrieval:
+        return None
+    scored = {name: scored_from(source, columns) for name, source in _named(sts or []).items()}
+    return GridEvaluator(sts=scored, retrieval=_named(retrieval or []), **options)
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    """Sets by the name of their file, folder or data set, with its split if one is named."""
+    found: dict[str, str] = {}
+    for source in sources:
+        path = Path(source)
+        name = path.resolve().name if path.exists() else source.rstrip("/").rsplit("/", 1)[-1].replace(":", "_")
+        for ending in (".gz", ".jsonl", ".csv", ".tsv", ".parquet"):
+            name = name.removesuffix(ending)
+        if name in found:
+            raise OptionError(f"{source}: there is another set called {name}, {found[name]}: rename one")
+        found[name] = source
+    return found
+
+
+class _OnConsole(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        messages.print(record.getMessage(), style="dim", highlight=False)
+
+
+def show_what_is_told() -> None:
+    """Show what readers take for granted and leave out; under ``torchrun`` the first process speaks for all."""
+    if not any(isinstance(handler, _OnConsole) for handler in logger.handlers):
+        logger.addHandler(_OnConsole(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL))
+        logger.setLevel(logging.INFO)
