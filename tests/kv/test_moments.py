@@ -442,7 +442,7 @@ def test_every_family_fits(ids, family, basis):
     assert (adapter.info["basis"], adapter.info["tokens"], adapter.info["length"]) == (basis, 256, 32)
     assert adapter.info["condition"] == 1 if basis == "pca" else adapter.info["condition"] > 1
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert model.config._attn_implementation == "nestling"
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("basis", ["balanced", "pca"])

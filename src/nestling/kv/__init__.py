@@ -10,7 +10,7 @@ from nestling.errors import (
 )
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import RankTable
-from nestling.kv.attention import attach
+from nestling.kv.attention import attach, detach, supports
 from nestling.kv.cache import NestedCache
 from nestling.kv.calibrate import fit
 from nestling.kv.evaluate import Contender, compare, evaluate
@@ -30,8 +30,10 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "compare",
+    "detach",
     "evaluate",
     "fit",
     "search",
+    "supports",
     "train",
 ]

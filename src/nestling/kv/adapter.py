@@ -266,7 +266,7 @@ class KVAdapter:
             {layer: self._layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
             ranks,
             attention.text_config(model),
-            device=model.device,
+            device=attention.layer_devices(model),
             dtype=dtype,
             sinks=sinks,
             window=window,

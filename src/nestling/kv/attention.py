@@ -1,187 +1,138 @@
-"""The seam to transformers: which models can be served, and the attention function they are switched to.
+"""The seam to transformers: which models can be served, and how they are switched to our attention and back.
 
-Everything that depends on how transformers calls an attention function or describes a model lives in this file.
-No modelling code is patched: `attach` registers one attention and one mask function under the name ``nestling`` and
-switches the model to it. The function hands over to whatever object the cache returned in place of keys and values,
-and to stock SDPA for plain tensors (training, ``use_cache=False``, sliding-window layers, other caches).
+Everything that depends on how transformers calls an attention function, describes a model or names an argument is
+reached through this file; its parts are in `structure` (configs), `interface` (what transformers calls), `state` (what
+is put back), `support` (which models) and `output_maps`.
 """
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from nestling.errors import UnsupportedModelError
+from nestling.kv.interface import (
+    EXTRAS,
+    NAME,
+    Handle,
+    PassThroughLayer,
+    attention_forward,
+    base_model,
+    cached,
+    sdpa,
+)
+from nestling.kv.output_maps import each_output_projection, output_projections
+from nestling.kv.state import (
+    as_found,
+    differentiable,
+    implementation,
+    input_device,
+    layer_devices,
+    leaves_as_found,
+    plain_numbers,
+    switch,
+)
+from nestling.kv.structure import (
+    compressible_layers,
+    fingerprint,
+    head_shape,
+    rotary_limit,
+    stock_layers,
+    text_config,
+)
+from nestling.kv.support import supports
 
-NAME = "nestling"
-EXTRAS = ("s_aux", "sinks", "softcap", "position_bias", "indices")  # what SDPA or a handle would leave out in silence
+__all__ = [
+    "EXTRAS",
+    "NAME",
+    "Handle",
+    "PassThroughLayer",
+    "UnsupportedModelError",
+    "as_found",
+    "attach",
+    "attention_forward",
+    "base_model",
+    "cached",
+    "check_head",
+    "check_support",
+    "compressible_layers",
+    "decoder_and_head",
+    "detach",
+    "differentiable",
+    "each_output_projection",
+    "fingerprint",
+    "head_shape",
+    "input_device",
+    "layer_devices",
+    "leaves_as_found",
+    "logits_of_last",
+    "output_projections",
+    "plain_numbers",
+    "rotary_limit",
+    "sdpa",
+    "served",
+    "stock_layers",
+    "supports",
+    "text_config",
+]
+
+BEFORE = "_attention_before_nestling"  # what an attached model remembers
 
 
-class Handle(Protocol):
-    """What a cache layer returns in place of keys and values: it knows how to attend to its own history."""
-
-    def attend(self, module, query: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
-        """Attention output ``[B, Tq, Hq, D]`` of ``query`` ``[B, Hq, Tq, D]`` under an SDPA mask."""
-        ...
-
-
-def sdpa(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
-    """transformers' own SDPA attention: ``[B, Tq, Hq, D]`` from unrepeated keys and values ``[B, Hkv, T, D]``."""
-    return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)[0]
-
-
-def attention_forward(module, query, key, value, attention_mask, nested=None, **kwargs):
-    """The registered attention function: a handle attends by itself, plain tensors go to SDPA.
-
-    ``nested`` is what `nestling.kv.student` gives to the model's forward: it attends to plain keys and values, cut.
-
-    Raises:
-        UnsupportedModelError: if the model's attention is more than a softmax of scaled products.
-    """
-    if extra := [name for name in EXTRAS if kwargs.get(name) is not None]:
-        raise UnsupportedModelError(f"{type(module).__name__} passes {', '.join(extra)} to its attention: not tested")
-    if nested is not None:
-        return nested.attend(module, query, key, value, attention_mask, **kwargs), None
-    if isinstance(key, Tensor):
-        return sdpa(module, query, key, value, attention_mask, **kwargs), None
-    return key.attend(module, query, attention_mask, **kwargs), None
+def check_support(model) -> None:
+    """Raise `UnsupportedModelError` with the reason, if there is one; see `supports`."""
+    if reason := supports(model):
+        raise UnsupportedModelError(reason)
 
 
 def attach(model: PreTrainedModel) -> None:
     """Switch ``model`` to the ``nestling`` attention function. Idempotent; plain caches keep working.
 
-    The mask function must be registered under the same name: transformers passes no mask at all to an attention
-    function without one, and padded batches go wrong with no error.
+    `detach` puts back what was. Attention weights (``output_attentions=True``) are still there with plain caches.
 
     Raises:
-        UnsupportedModelError: if the model does not route its attention through transformers' interface.
+        UnsupportedModelError: if the model is not served, with the reason; it is left as it was.
     """
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
-    if text_config(model)._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
-    if text_config(model)._attn_implementation != NAME:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not use transformers' attention interface: its attention cannot be switched"
-        )
+    check_support(model)
+    lm = base_model(model)
+    before = implementation(lm)
+    if before == NAME:
+        return
+    config = text_config(lm)
+    next(m for m in lm.modules() if getattr(m, "config", None) is config).set_attn_implementation(NAME)
+    if implementation(lm) != NAME:
+        raise UnsupportedModelError(f"{type(lm).__name__}: its attention cannot be switched")
+    setattr(lm, BEFORE, before)
 
 
-class served:
-    """Within it the model is in eval mode and attends through the seam; its mode is restored afterwards."""
+def detach(model: PreTrainedModel) -> None:
+    """Switch ``model`` back to the attention implementation that it had before `attach`. Idempotent.
 
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        attach(self.model)
-        self.training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *exc):
-        self.model.train(self.training)
+    Nested caches cannot be read by it from then on, until it is attached again.
+    """
+    lm = base_model(model)
+    if isinstance(lm, PreTrainedModel) and implementation(lm) == NAME:
+        switch(lm, lm.__dict__.pop(BEFORE, "sdpa"))
 
 
-def text_config(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
-    """The decoder's config of a model (the text part of a multimodal one)."""
-    config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
-    return config.get_text_config(decoder=True)
+@contextmanager
+def served(model) -> Iterator[None]:
+    """Within it the model is in eval mode and attends through the seam, without gradients, autocast or inference mode.
 
-
-def stock_layers(config: PreTrainedConfig) -> list:
-    """One stock, empty cache layer per model layer, of the kind that transformers picks for it."""
-    return DynamicCache(config=config).layers
-
-
-def compressible_layers(config: PreTrainedConfig) -> list[int]:
-    """Indices of the layers with full attention, the ones whose cache grows with the text.
-
-    Sliding-window, chunked and linear layers have bounded caches and keep their stock layer.
+    Its modes and its implementation are restored afterwards.
 
     Raises:
-        UnsupportedModelError: for models that are not (yet) served, with the reason.
+        UnsupportedModelError: if it is not served, with the reason.
     """
-    name = f"model type '{config.model_type}'"
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: cross-attention caches are not compressed")
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError(f"{name} has latent attention (MLA): its cache is low-rank already")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UnsupportedModelError(f"{name} soft-caps its attention logits: not tested with SDPA")
-    if config.model_type in ("gpt_oss",) or getattr(config, "attention_sinks", None):
-        raise UnsupportedModelError(f"{name} adds sink logits to its softmax: not tested")
-    if getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None):
-        raise UnsupportedModelError(f"{name} shares keys and values between layers: not tested")
-    layers = [i for i, layer in enumerate(stock_layers(config)) if type(layer) is DynamicLayer]
-    if not layers:
-        raise UnsupportedModelError(
-            f"{name} has no full-attention layer: its cache does not grow, nothing to compress"
-        )
-    return layers
-
-
-def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Query heads, KV heads and head dimension."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
-def fingerprint(config: PreTrainedConfig) -> dict:
-    """What an adapter has to agree on with a model: plain JSON values."""
-    heads, kv_heads, head_dim = head_shape(config)
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {
-        "model_type": config.model_type,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "hidden_size": config.hidden_size,
-        "rope": {str(k): v for k, v in rope.items()},
-        "layers": compressible_layers(config),
-    }
-
-
-def output_projections(model: PreTrainedModel) -> dict[int, Tensor]:
-    """The weight ``[hidden, Hq * D]`` of each attention module's output projection, by layer index.
-
-    Attention modules are those with a ``layer_idx`` and a ``scaling``; their output map goes by one of a few names in
-    transformers. Layers where none is found are absent.
-    """
-    config = text_config(model)
-    heads, _, head_dim = head_shape(config)
-    found: dict[int, Tensor] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if index is None or not hasattr(module, "scaling"):
-            continue
-        for name in ("o_proj", "dense", "out_proj", "wo", "c_proj"):
-            projection = getattr(module, name, None)
-            weight = getattr(projection, "weight", None)
-            if isinstance(projection, Conv1D) and weight is not None:
-                weight = weight.mT  # GPT-2 keeps [in, out]
-            if isinstance(weight, Tensor) and weight.shape[-1] == heads * head_dim:
-                found[index] = weight.detach()
-    return found
-
-
-class PassThroughLayer(CacheLayerMixin):
-    """A cache layer without history, for passes that read each window once: subclasses say what `update` returns."""
-
-    def lazy_initialization(self, key_states, value_states):
-        self.is_initialized = True
-
-    def get_mask_sizes(self, query_length):
-        return query_length, 0
-
-    def get_seq_length(self):
-        return 0
-
-    def get_max_length(self):
-        return -1
+    check_support(model)
+    with as_found(model), plain_numbers():
+        model.eval()
+        switch(model, NAME)
+        yield
 
 
 def decoder_and_head(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -204,6 +155,8 @@ def check_head(model: PreTrainedModel, input_ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def logits_of_last(model: PreTrainedModel, input_ids: Tensor, **kwargs):
+def logits_of_last(model: PreTrainedModel, input_ids: Tensor, cache: Cache, **kwargs):
     """A forward that computes one position's logits only: for passes that need the cache, not the logits."""
-    return model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **kwargs)
+    if "logits_to_keep" in signature(base_model(model).forward).parameters:
+        kwargs["logits_to_keep"] = 1
+    return model(input_ids=input_ids, use_cache=True, **cached(model, cache), **kwargs)

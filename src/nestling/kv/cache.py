@@ -4,7 +4,7 @@ Its layers are in `nestling.kv.layer`; here they are put together from bases and
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,7 +239,7 @@ def make_cache(
     ranks: Table,
     config: PreTrainedConfig,
     *,
-    device: torch.device,
+    device: torch.device | Mapping[int, torch.device],
     dtype: torch.dtype | None = None,
     sinks: int = 0,
     window: int = 0,
@@ -249,10 +249,15 @@ def make_cache(
     offloading: bool = False,
     tokens: float = 1.0,
 ) -> NestedCache:
-    """Assemble a cache from bases by layer index and a rank table whose rows follow the same layers."""
+    """Assemble a cache from bases by layer index and a rank table whose rows follow the same layers.
+
+    Args:
+        device: of all bases, or of each layer's.
+    """
     layers, storage = attention.stock_layers(config), Storage(sinks, window, block, chunk)
     for row, (index, layer_bases) in enumerate(bases.items()):
-        on_device = {name: tensor.to(device) for name, tensor in layer_bases.items()}
+        own = device[index] if isinstance(device, Mapping) else device
+        on_device = {name: tensor.to(own) for name, tensor in layer_bases.items()}
         groups, exact, biases = storage.parts(on_device, _members(ranks, row, on_device["key_encode"].shape[-1]))
         hitters = HeavyHitters(tokens, sinks, window) if tokens < 1 else None
         layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters, index)

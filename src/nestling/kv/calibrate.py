@@ -15,6 +15,7 @@ from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
 
+@attention.leaves_as_found
 @in_default_mode
 def fit(
     model,
@@ -36,7 +37,7 @@ def fit(
     """Calibrate nested bases for a model's KV cache. No training: a pass over text, and two over a part of it.
 
     Args:
-        model: a causal LM of transformers; switched to nestling's attention, weights untouched.
+        model: a causal LM of transformers; left as it is.
         tokenizer: its tokenizer; None when ``texts`` are ids.
         texts: strings, or token ids ``[n, T]``. Text like that of the later use, as long as can be had.
         basis: ``"balanced"`` (query-aware keys, values weighed by the output projection) or ``"pca"`` (the paper's).
@@ -59,9 +60,12 @@ def fit(
         ValueError: if windows are no longer than the exact tokens.
         CalibrationError: if a statistic is not finite (the layer is named).
         UnsupportedModelError: if the model's cache cannot be compressed; the message says why.
+
+    Warns:
+        UserWarning: if the output projection of a layer is not found, by which errors of values are weighed.
     """
+    attention.check_support(model)
     config = attention.text_config(model)
-    attention.compressible_layers(config)
     check_weights(model)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length))))

@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from nestling import report
 from nestling.data import read_texts
 from nestling.errors import OptionError
+from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import RankTable
 from nestling.kv.cache import NestedCache
@@ -70,11 +71,12 @@ def stream(
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[-1]:
         raise OptionError("the prompt is empty")
-    inputs = inputs.to(model.device)
+    inputs = inputs.to(attention.input_device(model))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = streamer or _Plain(tokenizer)
     start = time.perf_counter()
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    arguments = {**inputs, **attention.cached(model, cache), **sampling}
+    out = model.generate(**arguments, max_new_tokens=max_new_tokens, streamer=streamer)
     seconds = time.perf_counter() - start
     new = out.shape[-1] - inputs["input_ids"].shape[-1]
     return (

@@ -59,6 +59,7 @@ class Contender:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
 
 
+@attention.leaves_as_found
 @in_default_mode
 def evaluate(
     model,
@@ -117,6 +118,7 @@ def _method(adapter: KVAdapter, allocation: str) -> str:
     return f"{adapter.info.get('basis', 'nested')}-{allocation}"
 
 
+@attention.leaves_as_found
 @in_default_mode
 @torch.no_grad()
 def compare(
@@ -205,7 +207,7 @@ class _Run:
 
     def __init__(self, model, tokenizer, contenders: list[Contender], chunk: int, partial: Partial):
         self.model, self.tokenizer, self.contenders = model, tokenizer, contenders
-        self.chunk, self.partial = chunk, partial
+        self.chunk, self.partial, self.device = chunk, partial, attention.input_device(model)
         self.results: dict[str, dict[str, Any]] = {
             c.name: {"bytes_share": None, "bytes_per_token": None} for c in contenders
         }
@@ -224,7 +226,7 @@ class _Run:
         key = f"stock cache of {len(ids)} tokens"
         if key not in self.partial.done:
             cache = self.contenders[0].make()
-            read(self.model, ids[None].to(self.model.device), cache, self.chunk)
+            read(self.model, ids[None].to(self.device), cache, self.chunk)
             states = [getattr(layer, side, None) for layer in growing(cache) for side in ("keys", "values")]
             elements = sum(state.numel() for state in states if isinstance(state, Tensor))
             self.partial.done[key] = [held_bytes(cache, bounded=False), 2 * elements]
@@ -240,7 +242,7 @@ class _Run:
         sums, totals = self.partial.done, {c.name: torch.zeros(5, dtype=torch.float64) for c in self.contenders}
         for number, window in enumerate(windows):
             keys = {c.name: self.key(c, "text", window.tolist()) for c in self.contenders}
-            ids, todo = window.to(self.model.device), [c for c in self.contenders if keys[c.name] not in sums]
+            ids, todo = window.to(self.device), [c for c in self.contenders if keys[c.name] not in sums]
             advance(len(self.contenders) - len(todo))
             teacher = self.model(input_ids=ids[None], use_cache=False).logits[0] if todo else ids
             for c in todo:
@@ -266,7 +268,7 @@ class _Run:
         chunks = [teacher] if full else (forward(self.model, part, cache)[0] for part in parts)
         for logits in chunks:
             end = start + len(logits)
-            expected, labels = teacher[start:end], ids[start + 1 : end + 1]
+            expected, labels = teacher[start:end], ids[start + 1 : end + 1].to(logits.device)
             kl = float(kl_divergence(expected, logits).double().sum())
             nll = float(cross_entropy(logits[: len(labels)].float(), labels, reduction="none").double().sum())
             hits = int((logits.argmax(-1) == expected.argmax(-1)).sum())

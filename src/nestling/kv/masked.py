@@ -109,7 +109,7 @@ class Projected:
     def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
         """Keys (side 0) or values (side 1) of a layer, ``[B, Hkv, T, D]``."""
         projector, offset = self.projectors[:, side, row], self.offsets[:, side, row, :, None]
-        return states @ projector.to(states.dtype) + offset.to(states.dtype)
+        return states @ projector.to(states) + offset.to(states)
 
 
 @dataclass
@@ -129,12 +129,13 @@ class Coded:
 
     def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
         """Keys or values of a layer, as above; heads that lose nothing are left alone."""
-        bits, mean = self.bits[:, side, row, :, None], self.mean[side, row, :, None]
+        bits, mean = self.bits[:, side, row, :, None].to(states.device), self.mean[side, row, :, None].to(states.device)
+        encode, decode = (basis[side, row].to(states.device) for basis in (self.encode, self.decode))
         with torch.autocast(states.device.type, enabled=False):
-            z = (states.float() - mean) @ self.encode[side, row]
+            z = (states.float() - mean) @ encode
             most = z[:, :, SKIP:] if z.shape[2] > SKIP else z
             rms = most.square().mean(2, keepdim=True).clamp_min(1e-20).sqrt()
-            cut = mean + quantise.read_back(z, bits, rms) @ self.decode[side, row]
+            cut = mean + quantise.read_back(z, bits, rms) @ decode
         return torch.where((bits == 16).all(-1, keepdim=True), states, cut.to(states.dtype))
 
 

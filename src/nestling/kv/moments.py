@@ -6,6 +6,7 @@ which dropped coordinates are fixed. Constant memory, through a cache that trans
 served model calibrates.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -136,15 +137,16 @@ def collect_moments(
     moments = {i: Moments.zeros(kv_heads, width) for i in attention.compressible_layers(config)}
     masks = iter(padding) if padding is not None else None
     with attention.served(model):
+        device = attention.input_device(model)
         for ids in windows:
-            ids = ids.to(model.device)
+            ids = ids.to(device)
             mask = torch.ones_like(ids) if masks is None else next(masks).to(ids.device)
             keep = (mask.cumsum(-1) > skip) & mask.bool()
             layers = attention.stock_layers(config)
             for index, moment in moments.items():
                 layers[index] = _MomentsLayer(moment, keep)
             extra = {} if masks is None else {"attention_mask": mask}
-            attention.logits_of_last(model, ids, past_key_values=Cache(layers=layers), **extra)
+            attention.logits_of_last(model, ids, Cache(layers=layers), **extra)
     for index, moment in moments.items():
         if not moment.tokens:
             raise CalibrationError(f"no token is left after the first {skip} positions and padding: use longer text")
@@ -168,11 +170,17 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
         raise OptionError(f"basis must be 'pca' or 'balanced', got {basis!r}")
     if basis == "pca":
         return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
-    projections = attention.output_projections(model)
+    metrics = {i: _metric(weight, moments[i]) for i, weight in attention.each_output_projection(model) if i in moments}
+    if missing := sorted(set(moments) - set(metrics)):
+        warnings.warn(
+            f"the output projection of layers {', '.join(map(str, missing))} was not found: errors of all coordinates of "
+            "a value count alike there, so that fewer of them may be saved at the same quality",
+            stacklevel=2,
+        )
     return {
         i: (
             balanced(m.attended / m.mass.clamp_min(1e-12)[:, None, None], m.queries / m.tokens),
-            balanced(_covariance(m.outputs, m.output_sum, m.tokens * m.group), _metric(projections.get(i), m)),
+            balanced(_covariance(m.outputs, m.output_sum, m.tokens * m.group), metrics.get(i, _unweighted(m))),
         )
         for i, m in moments.items()
     }
@@ -197,8 +205,9 @@ class _MomentsHandle:
 
     def attend(self, module, query, mask, **kwargs):
         output = attention.sdpa(module, query, self.key, self.value, mask, **kwargs)
-        self.moments.add(query, self.key, self.value, output, self.keep)
-        self.moments.add_attended(query, self.key, mask, self.keep, kwargs["scaling"])
+        keep = self.keep.to(query.device)
+        self.moments.add(query, self.key, self.value, output, keep)
+        self.moments.add_attended(query, self.key, mask, keep, kwargs["scaling"])
         return output
 
 
@@ -214,10 +223,13 @@ def _rows(states: Tensor, keep: Tensor, kv_heads: int) -> Tensor:
     return rows.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _metric(weight: Tensor | None, moments: Moments) -> Tensor:
-    """Sum over the group of W_O,h W_O,h^T ``[Hkv, D, D]``; the identity where the projection was not found."""
+def _metric(weight: Tensor, moments: Moments) -> Tensor:
+    """Sum over the group of W_O,h W_O,h^T ``[Hkv, D, D]``."""
     kv_heads, width, _ = moments.outputs.shape
-    if weight is None:
-        return torch.eye(width, dtype=torch.float64).expand(kv_heads, width, width)
-    blocks = weight.double().cpu().unflatten(1, (kv_heads, -1, width))
+    blocks = weight.double().unflatten(1, (kv_heads, -1, width))
     return torch.einsum("ohgd,ohge->hde", blocks, blocks)
+
+
+def _unweighted(moments: Moments) -> Tensor:
+    kv_heads, width, _ = moments.outputs.shape
+    return torch.eye(width, dtype=torch.float64).expand(kv_heads, width, width)

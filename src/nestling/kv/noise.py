@@ -32,12 +32,13 @@ class Noise:
 
     def __call__(self, side: int, row: int, states: Tensor, cut: Tensor) -> None:
         """Keys (side 0) or values (side 1) of a layer, ``[B, Hkv, T, D]``, and what the attention reads of them."""
-        z = (states[:, :, SKIP::EVERY].detach().float() - self.mean[side, row, :, None]) @ self.encode[side, row]
+        mean, encode, decode = (part[side, row].to(states.device) for part in (self.mean, self.encode, self.decode))
+        z = (states[:, :, SKIP::EVERY].detach().float() - mean[:, None]) @ encode
         self.samples[side][row].append(z.transpose(0, 1).flatten(1, 2).cpu())
-        decode = self.decode[side, row].mT
 
         def add(gradient: Tensor) -> None:
-            self.squares[side, row] += (gradient.float() @ decode).square().sum((0, 2)).double()
+            squares = (gradient.float() @ decode.mT).square().sum((0, 2)).double()
+            self.squares[side, row] += squares.to(self.squares.device)
 
         cut.register_hook(add)
 

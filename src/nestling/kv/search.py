@@ -37,7 +37,7 @@ class KLMeter:
     def __init__(self, model, adapter: KVAdapter, windows: Tensor, sinks: int, window: int):
         """``windows``: token ids ``[n, T]``."""
         self.student = Student(model, adapter, sinks=sinks, window=window).eval()
-        self.windows = windows.to(model.device)
+        self.windows = windows.to(attention.input_device(model))
         self.forwards = 0
         with torch.no_grad():
             self.teacher = [self.student.teacher(w[None]) for w in self.windows]
@@ -55,6 +55,7 @@ class KLMeter:
         return total / len(self.windows)
 
 
+@attention.leaves_as_found
 @in_default_mode
 def search(
     model,

@@ -51,19 +51,20 @@ def sensitivity(
         seed: of the labels.
         noise: is shown the same passes.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
     total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
     start = torch.ones_like(total, dtype=torch.float32)
     if ranks is not None:
         start = (torch.arange(start.shape[-1]) < ranks[..., None]).float()
-    with attention.served(model), torch.enable_grad():
+    with attention.served(model), attention.differentiable(model):
+        device, generator = attention.input_device(model), None
         student = Student(model, adapter, sinks=sinks, window=window).eval()
         for ids in batches:
-            ids = ids.to(model.device)
-            mask = start.to(model.device).repeat(len(ids), 1, 1, 1, 1).requires_grad_()
+            ids = ids.to(device)
+            mask = start.to(device).repeat(len(ids), 1, 1, 1, 1).requires_grad_()
             masked = student.weighted(mask)
             masked.watch = noise
             log_p = student.logits(ids, masked).float().log_softmax(-1)
+            generator = generator or torch.Generator(log_p.device).manual_seed(seed)
             with torch.no_grad():
                 labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
             (gradient,) = torch.autograd.grad(log_p.gather(-1, labels).sum(), mask)
@@ -109,7 +110,7 @@ def measure(
                 f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {held} exact ones: energies need "
                 "longer windows, or fewer sinks and a smaller window"
             )
-        noise = Noise(adapter, model.device) if share == 1 else None
+        noise = Noise(adapter, attention.input_device(model)) if share == 1 else None
         ranks = None if share == 1 else adapter.ranks(halvable(share, adapter.shape[2]) * adapter.full_elements)
         with progress_bar(progress) as bar:
             track = bar.track(batches, description="energies")

@@ -27,7 +27,8 @@ class Student(nn.Module):
 
     def __init__(self, model, adapter: KVAdapter, *, kl_weight=1.0, ce_weight=0.0, sinks: int = 0, window: int = 0):
         super().__init__()
-        self.lm, self.bases = model, MaskedBases(adapter).to(model.device)
+        attention.attach(model)
+        self.lm, self.bases = model, MaskedBases(adapter).to(attention.input_device(model))
         self.kl_weight, self.ce_weight, self.sinks, self.window = kl_weight, ce_weight, sinks, window
         self.rows = {layer: row for row, layer in enumerate(adapter.fingerprint["layers"])}
 
@@ -72,7 +73,7 @@ class Student(nn.Module):
         layers = attention.stock_layers(attention.text_config(self.lm))
         for index in self.rows:
             layers[index] = MaskedLayer(masked)
-        return {"use_cache": True, "past_key_values": Cache(layers=layers)}
+        return {"use_cache": True, **attention.cached(self.lm, Cache(layers=layers))}
 
     @torch.no_grad()
     def teacher(self, input_ids: Tensor) -> Tensor:
@@ -123,8 +124,9 @@ class Student(nn.Module):
         targets = torch.full_like(input_ids, IGNORED)
         targets[:, :-1] = (input_ids if labels is None else labels)[:, 1:]
         counted = torch.ones_like(input_ids, dtype=torch.bool) if labels is None else targets != IGNORED
+        counted = counted.to(student.device)
         loss, kl, ce = head_loss(
-            student[counted], teacher[counted], head, targets[counted],
+            student[counted], teacher[counted], head, targets.to(student.device)[counted],
             kl_weight=self.kl_weight, ce_weight=self.ce_weight,
         )  # fmt: skip
         if not torch.isfinite(loss):

@@ -71,6 +71,7 @@ RECIPES = {
 }
 
 
+@attention.leaves_as_found
 @in_default_mode
 def train(
     model,
@@ -151,7 +152,7 @@ def train(
         )  # fmt: skip
     adapter.check(lm)
     attention.attach(lm)
-    attention.check_head(lm, windows[:1, :16].to(lm.device))
+    attention.check_head(lm, windows[:1, :16].to(attention.input_device(lm)))
     steps = max(1, tokens // (length * batch_size))
     ranks = schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed)
     data = RankedWindows(windows, ranks, seed, steps * batch_size, labels)

@@ -1,0 +1,147 @@
+"""What surrounds a pass of ours over a model: its mode, its implementation, its devices, and the modes of torch.
+
+All of it is put back afterwards, so that a model is left as it was found.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nestling.errors import UnsupportedModelError
+from nestling.kv.interface import base_model
+from nestling.kv.structure import text_config
+
+P, R = ParamSpec("P"), TypeVar("R")
+REMEMBERED = int | float | str | None | Tensor  # what modules keep from one forward for the next
+
+
+def implementation(model) -> str | None:
+    """The name of the decoder's attention implementation."""
+    return text_config(base_model(model))._attn_implementation
+
+
+def switch(model, name: str | None) -> None:
+    """Have the decoder attend by another implementation, for a while; vision and other parts stay as they are."""
+    text_config(base_model(model))._attn_implementation = name
+
+
+@contextmanager
+def as_found(model) -> Iterator[None]:
+    """Afterwards the attention implementation and every module's mode are what they were before."""
+    lm = base_model(model)
+    if not isinstance(lm, PreTrainedModel):
+        yield
+        return
+    modes, was = [(module, module.training) for module in model.modules()], implementation(lm)
+    try:
+        yield
+    finally:
+        if implementation(lm) != was:
+            switch(lm, was)
+        for module, training in modes:
+            module.training = training
+
+
+def leaves_as_found(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator for functions of a model, their first argument: see `as_found`."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with as_found(args[0] if args else kwargs["model"]):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def forgotten(model: nn.Module) -> Iterator[None]:
+    """Afterwards modules remember what they did before (rotary tables, position offsets), and so do random generators."""
+    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+        try:
+            yield
+        finally:
+            for module, memory, buffers in kept:
+                module.__dict__.update(memory)
+                module._buffers.update(buffers)
+
+
+def _memory(module: nn.Module) -> dict:
+    return {name: value for name, value in vars(module).items() if isinstance(value, REMEMBERED)}
+
+
+@contextmanager
+def plain_numbers(gradients: bool = False) -> Iterator[None]:
+    """Out of inference mode and autocast, with or without gradients: results do not depend on where they are asked for."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.set_grad_enabled(gradients))
+        for kind in kinds:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """With gradients, which pass through weights that were made in inference mode too: those are copied for a while."""
+    copies: dict[int, Tensor] = {}
+    replaced = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    if id(tensor) not in copies:
+                        copy = tensor.detach().clone()
+                        copies[id(tensor)] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
+                    replaced.append((tensors, name, tensor))
+    try:
+        for tensors, name, tensor in replaced:
+            tensors[name] = copies[id(tensor)]  # type: ignore[assignment]
+        with torch.enable_grad():
+            yield
+    finally:
+        for tensors, name, tensor in replaced:
+            tensors[name] = tensor  # type: ignore[assignment]
+
+
+def input_device(model) -> torch.device:
+    """Where token ids belong: the device on which the model's embeddings are looked up, wherever they are kept.
+
+    Raises:
+        UnsupportedModelError: if the model has no weights to run with.
+    """
+    lm = base_model(model)
+    embeddings = lm.get_input_embeddings() if hasattr(lm, "get_input_embeddings") else None
+    device = _device(embeddings) if isinstance(embeddings, nn.Module) else lm.device
+    if device is None or device.type == "meta":
+        raise UnsupportedModelError(f"{type(lm).__name__} is on the meta device: its weights are not loaded")
+    return device
+
+
+def layer_devices(model) -> dict[int, torch.device]:
+    """The device on which each decoder layer computes, by layer index, also where its weights are offloaded."""
+    found: dict[int, torch.device] = {}
+    for module in base_model(model).get_decoder().modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index not in found and (device := _device(module)) is not None:
+            found[index] = device
+    return found
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a module computes: its weights' device, or that to which accelerate's hooks bring them."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else None
