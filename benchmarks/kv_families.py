@@ -1,4 +1,4 @@
-"""Every causal-LM family of the installed transformers, tiny and random: is it served rightly, or refused with a reason?
+"""Every causal-LM family of the installed transformers, tiny and random: served rightly, or refused with a reason?
 
 `python benchmarks/kv_families.py` tries each family in a process of its own and writes docs/families.md. Served means:
 at full budget the cache generates the stock model's tokens, padded, in one prompt or in pieces; below it, it runs.
@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 # One number for each name that configs give a size by. Those that a config does not know are left out.
 SIZES: dict[str, Any] = dict(
-    vocab_size=97, hidden_size=64, d_model=64, n_embd=64, dim=64, embed_dim=64, word_embed_proj_dim=64, embedding_size=64,
+    vocab_size=97, hidden_size=64, d_model=64, n_embd=64, dim=64, embed_dim=64, word_embed_proj_dim=64,
+    embedding_size=64,
     intermediate_size=96, ffn_dim=96, n_inner=96, d_ff=96, ffn_hidden_size=96, decoder_ffn_dim=96, encoder_ffn_dim=96,
     dff=96, dim_ff=96, shared_intermediate_size=32, moe_intermediate_size=32, shared_expert_intermediate_size=32,
     num_hidden_layers=3, n_layer=3, n_layers=3, decoder_layers=3, encoder_layers=3, num_layers=3,
@@ -43,7 +44,9 @@ def sized(config_class: type[PreTrainedConfig], **overrides: Any) -> PreTrainedC
 
 
 if __name__ == "__main__":
-    import sys, traceback, time, warnings
+    import sys
+    import time
+
     torch.set_num_threads(1)
     for kind in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         start = time.time()
@@ -51,6 +54,6 @@ if __name__ == "__main__":
             config = sized(CONFIG_MAPPING[kind])
             model = AutoModelForCausalLM.from_config(config)
             n = sum(p.numel() for p in model.parameters())
-            print(f"{kind:28} ok {n/1e6:.1f}M {time.time()-start:.1f}s", flush=True)
+            print(f"{kind:28} ok {n / 1e6:.1f}M {time.time() - start:.1f}s", flush=True)
         except BaseException as e:
             print(f"{kind:28} {type(e).__name__} {str(e)[:150]!r}", flush=True)

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainingArguments
 from nestling import kv
 from nestling.distill import IGNORED
 from nestling.kv import attention
+from nestling.kv.attention import cached
 from nestling.models import load_model
 from nestling.progress import progress_bar
 from nestling.report import run_meta, table, write_json
@@ -71,7 +72,7 @@ def measure(lm, tokenizer, adapter: kv.KVAdapter, budgets: list[float], tests: l
             for row, target in zip(ids, labels, strict=True):
                 start, end = (target != IGNORED).nonzero()[[0, -1], 0].tolist()
                 held, row, target = cache(), row.to(lm.device), target.to(lm.device)
-                logits = lm(input_ids=row[None, :end], past_key_values=held).logits[0, start - 1 :]
+                logits = lm(input_ids=row[None, :end], **cached(lm, held)).logits[0, start - 1 :]
                 answer = target[start : end + 1]
                 nll += float(cross_entropy(logits.float(), answer, reduction="sum"))
                 counted += len(answer)
@@ -79,7 +80,7 @@ def measure(lm, tokenizer, adapter: kv.KVAdapter, budgets: list[float], tests: l
             for some in batched(tests, ASKED):
                 inputs = tokenizer([q for q, _ in some], return_tensors="pt", padding=True, padding_side="left")
                 inputs = inputs.to(lm.device)
-                out = lm.generate(**inputs, past_key_values=cache(), max_new_tokens=200, do_sample=False)
+                out = lm.generate(**inputs, **cached(lm, cache()), max_new_tokens=200, do_sample=False)
                 given = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                 found = [(number(text), number(answer)) for text, (_, answer) in zip(given, some, strict=True)]
                 right += sum(ours is not None and ours == theirs for ours, theirs in found)

@@ -27,6 +27,7 @@ from transformers.cache_utils import QuantizedCache
 
 from nestling import kv
 from nestling.kv import attention
+from nestling.kv.attention import cached
 from nestling.kv.bits import BitTable
 from nestling.kv.evaluate import held_bytes
 from nestling.models import load_model
@@ -118,7 +119,7 @@ def measure(lm, adapter, context: int, steps: int, advance) -> list[dict]:
     times: dict[str, dict[str, list[float]]] = {name: {"attention": [], "decode": []} for name in caches}
     for step in range(steps + 2):  # two to warm up
         for name, cache in caches.items():
-            seconds = timed(attention_step, lm, cache, modules), timed(lambda c: lm(token, past_key_values=c), cache)
+            seconds = timed(attention_step, lm, cache, modules), timed(lambda c: lm(token, **cached(lm, c)), cache)
             if step >= 2:
                 times[name]["attention"].append(seconds[0])
                 times[name]["decode"].append(seconds[1])

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from nestling.kv.attention import cached
 from nestling.kv.evaluate import Contender, Partial, compare, held_bytes
 
 from .kv.families import tiny_model
@@ -157,7 +158,7 @@ def test_bytes_and_shapes(family, bits, per_head, ids):
     cache = rivals.int_cache(model.config, bits)
     with torch.no_grad():
         for part in ids.split(10, 1):
-            model(input_ids=part, past_key_values=cache)
+            model(input_ids=part, **cached(model, cache))
     ours = [layer for layer in cache.layers if isinstance(layer, rivals.IntLayer)]
     assert len(ours) == (3 if family == "llama-gqa" else 1)
     assert cache.get_seq_length() == 40
@@ -202,7 +203,7 @@ def test_more_bits_are_closer(ids):
     assert 0 < rows[1]["kl"] < 0.01 < rows[2]["kl"]
     assert [row["bytes_share"] for row in rows[1:]] == [18 / 32, 12 / 32]
     generated = [
-        model.generate(ids[:1], past_key_values=cache, max_new_tokens=8, do_sample=False)
+        model.generate(ids[:1], **cached(model, cache), max_new_tokens=8, do_sample=False)
         for cache in (None, rivals.int_cache(model.config, 8))
     ]
     assert torch.equal(*generated)
@@ -216,7 +217,7 @@ def test_transformers_caches_hold_bf16(make, ids):
         for dtype in (torch.float32, torch.bfloat16):
             cache = getattr(rivals, make)(model.config, residual_length=16)
             for part in ids[:1, :36].split(12, 1):  # 12 quantised, 12 exact, then all quantised
-                out = model.to(dtype)(input_ids=part, past_key_values=cache)
+                out = model.to(dtype)(input_ids=part, **cached(model, cache))
             assert out.logits.dtype == dtype
             held.append(held_bytes(cache))
     elements = 36 * 3 * 2 * 2 * 64

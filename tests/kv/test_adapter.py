@@ -17,6 +17,7 @@ from nestling.errors import AdapterError, FileError
 from nestling.folders import sha256
 from nestling.kv import files
 from nestling.kv.adapter import KVAdapter
+from nestling.kv.attention import cached
 from nestling.kv.files import CONFIG_FILE, OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
 
 from .families import tiny_model
@@ -65,7 +66,7 @@ def test_what_is_saved_is_what_is_loaded(fitted, ids, tmp_path, family):
             out = []
             for adapter in (made.adapter, again):
                 cache = adapter.cache(made.model, budget, **options)
-                out.append(made.model(input_ids=ids[:1, :24], past_key_values=cache).logits)
+                out.append(made.model(input_ids=ids[:1, :24], **cached(made.model, cache)).logits)
             assert torch.equal(*out)
 
 
@@ -467,7 +468,7 @@ def test_bytes_per_token_count_the_stored_precision(made, ids, dtype, itemsize):
         assert share * full - 8 < cache.ranks.elements <= share * full
         assert cache.ranks.to_dict() == made.adapter.cache(made.model, share, **options).ranks.to_dict()
         with torch.no_grad():
-            made.model(input_ids=ids[:1, :40], past_key_values=cache)
+            made.model(input_ids=ids[:1, :40], **cached(made.model, cache))
         assert cache.nbytes == cache.ranks.elements * itemsize * 40 <= share * full * itemsize * 40
     with pytest.raises(kv.BudgetError, match=f"the full cache takes {full * itemsize}"):
         made.adapter.cache(made.model, bytes_per_token=full * itemsize + 1, dtype=dtype)
@@ -523,7 +524,7 @@ def test_a_rank_table_is_used_as_it_is(made, ids):
     table = {"keys": [[1, 16], [3, 3], [16, 16]], "values": [[5, 5], [16, 2], [16, 16]]}
     cache = made.adapter.cache(made.model, allocation=table, sinks=0, window=0)
     with torch.no_grad():
-        made.model(input_ids=ids[:1, :24], past_key_values=cache)
+        made.model(input_ids=ids[:1, :24], **cached(made.model, cache))
     assert cache.ranks.to_dict() == table
     stored = [
         sorted(tuple(r.data.shape[0:4:3] if r.dim == 2 else r.data.shape[::2]) for g in layer.groups for r in g.rows)

@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalL
 
 from nestling import kv
 from nestling.kv import attention
+from nestling.kv.attention import cached
 
 from .families import BASE, FAMILIES, tiny_model
 
@@ -112,9 +113,9 @@ def test_other_families_generate_the_stock_tokens_at_full_budget(kind, ids):
     mask = (torch.arange(20) >= torch.tensor([0, 7])[:, None]).long()
     options = dict(attention_mask=mask, min_new_tokens=10, max_new_tokens=10, do_sample=False)
     expected = stock.generate(ids[:2, :20] * mask, **options)
-    got = model.generate(ids[:2, :20] * mask, past_key_values=adapter.cache(model, 1.0), **options)
+    got = model.generate(ids[:2, :20] * mask, **cached(model, adapter.cache(model, 1.0)), **options)
     assert torch.equal(got, expected)
-    low = model.generate(ids[:2, :20] * mask, past_key_values=adapter.cache(model, 0.6, paper=True), **options)
+    low = model.generate(ids[:2, :20] * mask, **cached(model, adapter.cache(model, 0.6, paper=True)), **options)
     assert low.shape == expected.shape and not torch.equal(low, expected)
 
 

@@ -20,6 +20,7 @@ from nestling.basis import balanced
 from nestling.kv import attention
 from nestling.kv import handle as handle_module
 from nestling.kv.allocate import RankTable
+from nestling.kv.attention import cached
 from nestling.kv.buffer import Buffer
 from nestling.kv.cache import CHUNK, Maker, NestedCache, make_cache
 from nestling.kv.exact import BLOCK, ExactStore, capacity
@@ -73,7 +74,7 @@ def expected(fitted, ids):
 def test_full_budget_generates_the_stock_tokens(fitted, expected, ids, family, mode, exact_prompt):
     made = fitted(family)
     cache = made.adapter.cache(made.model, 1.0, exact_prompt=exact_prompt)
-    assert generate(made.model, ids, mode, past_key_values=cache) == expected(family, mode)
+    assert generate(made.model, ids, mode, **cached(made.model, cache)) == expected(family, mode)
     assert cache.get_seq_length() > 20
 
 
@@ -83,14 +84,14 @@ def test_full_budget_generates_the_stock_tokens_in_bf16(fitted, ids, family, exa
     model, stock = (tiny_model(family, dtype=torch.bfloat16) for _ in range(2))
     cache = fitted(family).adapter.cache(model, 1.0, exact_prompt=exact_prompt)
     expected = generate(stock, ids, "padded")
-    assert generate(model, ids, "padded", past_key_values=cache) == expected
+    assert generate(model, ids, "padded", **cached(model, cache)) == expected
 
 
 def test_a_small_budget_does_change_the_tokens(fitted, expected, ids):
     """The identity above is not that of a cache that is ignored."""
     made = fitted("llama-gqa")
     cache = made.adapter.cache(made.model, 0.5, paper=True)
-    assert generate(made.model, ids, "greedy", past_key_values=cache) != expected("llama-gqa", "greedy")
+    assert generate(made.model, ids, "greedy", **cached(made.model, cache)) != expected("llama-gqa", "greedy")
 
 
 # One layer against full-width attention in fp64
@@ -457,7 +458,7 @@ def run(model, ids, cache, lengths: list[int], **kwargs) -> torch.Tensor:
     pieces, start = [], 0
     for n in lengths:
         extra = {"attention_mask": kwargs["attention_mask"][:, : start + n]} if kwargs else {}
-        pieces.append(model(input_ids=ids[:, start : start + n], past_key_values=cache, **extra).logits)
+        pieces.append(model(input_ids=ids[:, start : start + n], **cached(model, cache), **extra).logits)
         start += n
     return torch.cat(pieces, 1)
 
@@ -558,16 +559,16 @@ def test_padding_does_not_change_a_row(fitted, ids, budget):
             input_ids=padded[:, :20],
             attention_mask=mask[:, :20],
             position_ids=positions[:, :20],
-            past_key_values=cache,
+            **cached(made.model, cache),
         )
         second = made.model(
             input_ids=padded[:, 20:21],
             attention_mask=mask[:, :21],
             position_ids=positions[:, 20:21],
-            past_key_values=cache,
+            **cached(made.model, cache),
         )
         third = made.model(
-            input_ids=padded[:, 21:], attention_mask=mask, position_ids=positions[:, 21:], past_key_values=cache
+            input_ids=padded[:, 21:], attention_mask=mask, position_ids=positions[:, 21:], **cached(made.model, cache)
         )
     got = torch.cat([o.logits for o in (first, second, third)], 1)
     alone = run(made.model, ids[:1, :24], made.adapter.cache(made.model, budget, paper=True), [20, 1, 3])

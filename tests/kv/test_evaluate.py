@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, QuantizedCache
 
 from nestling import kv
 from nestling.errors import BudgetError, EvaluationError, TextTooShortError
+from nestling.kv.attention import cached
 from nestling.kv.cache import make_cache
 from nestling.kv.evaluate import Contender, Partial, compare, evaluate
 from nestling.kv.probes import (
@@ -103,7 +104,7 @@ def test_numbers_equal_an_independent_computation(model, adapter, stock, ids):
     with torch.no_grad():
         for window in ids[:2]:
             cache = adapter.cache(model, 0.6, paper=True)
-            student = model(input_ids=window[None], past_key_values=cache).logits[0].double()
+            student = model(input_ids=window[None], **cached(model, cache)).logits[0].double()
             teacher = stock(input_ids=window[None]).logits[0].double()
             p = teacher.softmax(-1)
             kl += (p * (p.log() - student.softmax(-1).log())).sum(-1).tolist()
@@ -148,7 +149,7 @@ def test_bytes_are_those_of_storage(model, adapter, ids):
     quantised = QuantizedCache("quanto", model.config, nbits=4, q_group_size=16, residual_length=64)
     with torch.no_grad():
         for c in (cache, stock_cache, quantised):
-            model(input_ids=ids[:2, :80], past_key_values=c)
+            model(input_ids=ids[:2, :80], **cached(model, c))
     elements = 2 * 80 * 3 * 2 * 2 * 16  # batch, tokens, layers, keys and values, heads, width
     assert held_bytes(cache) == cache.nbytes > 0
     assert any(b is not None for layer in cache.layers for b in layer.biases), "means are not counted"
@@ -157,7 +158,7 @@ def test_bytes_are_those_of_storage(model, adapter, ids):
     assert held_bytes(DynamicCache(config=model.config)) == 0
     view = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids[:2, :80], past_key_values=view)
+        model(input_ids=ids[:2, :80], **cached(model, view))
     view.crop(-40)
     assert held_bytes(view) == elements * 4, "a view keeps all of its storage"
 
@@ -169,7 +170,7 @@ def test_bytes_agree_on_sliding_layers(ids):
     )
     cache = adapter.cache(model, 0.6)
     with torch.no_grad():
-        model(input_ids=ids[:2, :80], past_key_values=cache)
+        model(input_ids=ids[:2, :80], **cached(model, cache))
     assert held_bytes(cache) == cache.nbytes
 
 
@@ -179,7 +180,7 @@ def test_byte_columns(model, adapter, ids):
     assert full["bytes_per_token"] == 2 * per_token and full["bytes_share"] == 2  # the model is fp32
     cache = adapter.cache(model, 0.6, paper=True, dtype=torch.bfloat16)
     with torch.no_grad():
-        model(input_ids=ids[:1, :48], past_key_values=cache)
+        model(input_ids=ids[:1, :48], **cached(model, cache))
     assert ours["bytes_per_token"] == cache.nbytes / 48
     assert ours["bytes_share"] == pytest.approx(cache.nbytes / 48 / per_token)
 
@@ -193,7 +194,7 @@ def test_byte_columns_leave_layers_out_that_do_not_grow(ids):
     assert full["bytes_per_token"] == 2 * 2 * 2 * 24 * 2 and full["bytes_share"] == 2
     cache = adapter.cache(model, 0.6, paper=True, dtype=torch.bfloat16)
     with torch.no_grad():
-        model(input_ids=ids[:1, :48], past_key_values=cache)
+        model(input_ids=ids[:1, :48], **cached(model, cache))
     assert ours["bytes_per_token"] == cache.layers[1].nbytes / 48 < cache.nbytes / 48
 
 

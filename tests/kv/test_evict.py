@@ -6,6 +6,7 @@ import torch
 from nestling import kv
 from nestling.errors import OptionError
 from nestling.kv import evict
+from nestling.kv.attention import cached
 from nestling.kv.evict import HeavyHitters, attention_mass
 
 from .families import tiny_model
@@ -43,7 +44,7 @@ def test_mass_is_the_sum_of_the_weights(single, ids, monkeypatch, block):
     cache = adapter.cache(model, 1.0, tokens=0.99, sinks=0, window=0)
     text, mask = ids[:3, :30], torch.ones(3, 30, dtype=torch.long)
     mask[1, :7] = 0
-    model(input_ids=text, attention_mask=mask, past_key_values=cache)
+    model(input_ids=text, attention_mask=mask, **cached(model, cache))
     expected = weights(stock, text, mask)
     expected[1, :, :, :7] = 0  # padding's own queries read something or other
     mass = cache.layers[0].hitters.mass.transpose(0, 1)
@@ -57,7 +58,7 @@ def test_both_ways_of_reading_count_alike(fitted, ids):
     for chunk in (1, 20):
         cache = case.adapter.cache(case.model, 0.7, tokens=0.999, sinks=2, window=8, exact_prompt=False)
         for part in ids[:2, :60].split(chunk, 1):
-            case.model(input_ids=part, past_key_values=cache)
+            case.model(input_ids=part, **cached(case.model, cache))
         found.append([layer.hitters.mass for layer in cache.layers])
     assert found[0][0].shape == (2, 2, 60)
     # Within a chunk of 20 more tokens are compressed than in a decode, so only the first tokens are read alike
@@ -76,7 +77,7 @@ def test_later_tokens_see_the_most_read_ones(single, ids, budget, window):
     if budget < 1:  # one head's values are compressed, so that there is an exact store
         options = {"allocation": {"keys": [[16, 16]], "values": [[16, 8]]}}
     cache = adapter.cache(model, tokens=0.5, sinks=sinks, window=window, **options)
-    model(input_ids=text, past_key_values=cache)
+    model(input_ids=text, **cached(model, cache))
     layer = cache.layers[0]
     recent = layer.exact.length - sinks if layer.exact is not None else window
     allowed = 20 - sinks - recent
@@ -98,7 +99,7 @@ def test_later_tokens_see_the_most_read_ones(single, ids, budget, window):
             mask[:, :, 40 + early, :40] = alive.repeat_interleave(2, 1)
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         expected = stock(input_ids=torch.cat((text, after[:, : step + 1]), 1), attention_mask=bias).logits[:, -1]
-        got = model(input_ids=after[:, step : step + 1], past_key_values=cache).logits[:, -1]
+        got = model(input_ids=after[:, step : step + 1], **cached(model, cache)).logits[:, -1]
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -108,7 +109,7 @@ def test_shares_of_tokens_and_coordinates_multiply_in_bytes(fitted, ids):
     text, sizes = ids.reshape(1, -1)[:, :500], {}
     for share in (1.0, 0.5):
         cache = case.adapter.cache(case.model, 0.75, tokens=share, sinks=2, window=8, chunk=16)
-        case.model(input_ids=text, past_key_values=cache)
+        case.model(input_ids=text, **cached(case.model, cache))
         mass = sum(0 if layer.hitters is None else layer.hitters.nbytes for layer in cache.layers)
         sizes[share] = cache.nbytes - mass
         assert cache.get_seq_length() == 500 and cache.full_nbytes == 500 * 3 * 2 * 2 * 16 * 2
@@ -122,7 +123,7 @@ def test_generation_goes_on_and_evicts(fitted, ids):
         cache = case.adapter.cache(case.model, 0.75, tokens=0.4, sinks=2, window=4)
         inputs = {"input_ids": ids[:2, :50], "attention_mask": torch.ones(2, 50, dtype=torch.long)}
         inputs["attention_mask"][0, :9] = 0
-        out = case.model.generate(**inputs, past_key_values=cache, max_new_tokens=30, pad_token_id=0, **extra)
+        out = case.model.generate(**inputs, **cached(case.model, cache), max_new_tokens=30, pad_token_id=0, **extra)
         assert out.shape[1] > 50
         layer = cache.layers[0]
         held = layer.length - layer.hitters.evicted
@@ -140,13 +141,13 @@ def test_padding_is_evicted_first(single, ids):
     model(
         input_ids=padded,
         attention_mask=mask,
-        past_key_values=cache,
+        **cached(model, cache),
         position_ids=(torch.arange(40) - 10).clamp_min(0)[None],
     )
     assert cache.layers[0].hitters.evicted == 10
     new = ids[:1, 30:31]
     got = model(input_ids=new, attention_mask=torch.ones(1, 41).index_fill(1, torch.arange(10), 0).long(),
-                past_key_values=cache, position_ids=torch.tensor([[30]])).logits[:, -1]  # fmt: skip
+                **cached(model, cache), position_ids=torch.tensor([[30]])).logits[:, -1]  # fmt: skip
     expected = model(input_ids=ids[:1, :31], use_cache=False).logits[:, -1]
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
@@ -155,14 +156,14 @@ def test_padding_is_evicted_first(single, ids):
 def test_what_was_evicted_cannot_be_taken_back(fitted, ids):
     case = fitted("llama-gqa")
     cache = case.adapter.cache(case.model, 0.75, tokens=0.5, sinks=2, window=8)
-    case.model(input_ids=ids[:1, :60], past_key_values=cache)
+    case.model(input_ids=ids[:1, :60], **cached(case.model, cache))
     cache.crop(-5)
     assert cache.get_seq_length() == 55 and cache.layers[0].hitters.mass.shape[-1] == 25
     with pytest.raises(kv.CacheMismatchError, match="before them some were evicted"):
         cache.crop(-30)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.layers[0].hitters.evicted == 0
-    case.model(input_ids=ids[:2, :10], past_key_values=cache)
+    case.model(input_ids=ids[:2, :10], **cached(case.model, cache))
     assert cache.get_seq_length() == 10
 
 

@@ -7,6 +7,7 @@ import torch
 
 from nestling import kv
 from nestling.kv import kernels
+from nestling.kv.attention import cached
 from nestling.kv.evaluate import evaluate, held_bytes
 from nestling.kv.files import SIDES
 from nestling.kv.pack import pack
@@ -68,7 +69,7 @@ def test_a_full_cache_generates_what_the_stock_model_does(fitted, ids, family):
     made = fitted(family)
     model, stock = copy.deepcopy(made.model).cuda(), copy.deepcopy(made.stock).cuda()
     arguments = {"input_ids": ids[:2, :20].cuda(), "max_new_tokens": 12, "do_sample": False}
-    found = model.generate(**arguments, past_key_values=made.adapter.cache(model, 1.0))
+    found = model.generate(**arguments, **cached(model, made.adapter.cache(model, 1.0)))
     assert torch.equal(found, stock.generate(**arguments))
 
 

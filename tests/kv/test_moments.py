@@ -12,6 +12,7 @@ from nestling.basis import pca
 from nestling.errors import TextTooShortError
 from nestling.kv import attention
 from nestling.kv import moments as module
+from nestling.kv.attention import cached
 from nestling.kv.files import SIDES
 from nestling.kv.moments import SKIP, collect_moments, make_bases
 from nestling.kv.sensitivity import measure, sensitivity, spread
@@ -315,7 +316,7 @@ def masked_log_p(model, adapter, masks, ids, sinks: int, window: int) -> torch.T
     for row, index in enumerate(adapter.fingerprint["layers"]):
         layers[index] = Masked(row)
     cache = Cache(layers=layers)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits.log_softmax(-1)
+    return model(input_ids=ids, **cached(model, cache), use_cache=True).logits.log_softmax(-1)
 
 
 @pytest.fixture(scope="module")

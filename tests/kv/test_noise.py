@@ -5,6 +5,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nestling.distill import kl_divergence
+from nestling.kv.attention import cached
 from nestling.kv.files import SIDES
 from nestling.kv.moments import SKIP
 from nestling.kv.noise import EVERY, Noise
@@ -26,7 +27,7 @@ class Shifted(DynamicLayer):
 
 def stock_logits(model, ids, shifts):
     layers = [Shifted(shift) for shift in shifts]
-    return model(input_ids=ids, past_key_values=Cache(layers=layers)).logits, layers
+    return model(input_ids=ids, **cached(model, Cache(layers=layers))).logits, layers
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])

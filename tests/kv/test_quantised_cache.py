@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from nestling import kv
 from nestling.errors import AdapterError, BudgetError, CacheMismatchError
 from nestling.kv import kernels
+from nestling.kv.attention import cached
 from nestling.kv.bits import CHOICES, BitTable
 from nestling.kv.evaluate import held_bytes
 from nestling.kv.exact import BLOCK
@@ -123,7 +124,7 @@ def test_heads_may_keep_nothing_at_all(fitted, ids):
     options = dict(allocation=table, sinks=0, window=0, exact_prompt=False)
     cache = made.adapter.cache(made.model, **options)
     with torch.no_grad():
-        whole = made.model(input_ids=ids[:2, :30], past_key_values=cache).logits
+        whole = made.model(input_ids=ids[:2, :30], **cached(made.model, cache)).logits
         parts = run(made.model, ids[:2, :30], made.adapter.cache(made.model, **options), [20, *[1] * 10])
     assert torch.isfinite(whole).all()
     far = ~torch.isclose(whole, parts, rtol=1e-3, atol=1e-3)
@@ -204,7 +205,7 @@ def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids, family, b
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         assert (one.exact is None) == (other.exact is None)
         assert one.exact is None or one.exact.length == other.exact.length
-    out = made.model.generate(input_ids=ids[:2, :44], past_key_values=cache, max_new_tokens=4, do_sample=False)
+    out = made.model.generate(input_ids=ids[:2, :44], **cached(made.model, cache), max_new_tokens=4, do_sample=False)
     assert out.shape == (2, 48) and cache.get_seq_length() == 47
 
 
@@ -238,7 +239,7 @@ def test_bytes_meet_the_budget(fitted, ids, budget):
     cache = made.adapter.cache(made.model, budget, bits=True, sinks=1, window=1, context=1024, chunk=1)
     with torch.no_grad():
         for part in ids.repeat(1, 16)[:1, :1024].split(128, 1):
-            made.model(input_ids=part, past_key_values=cache)
+            made.model(input_ids=part, **cached(made.model, cache))
     assert held_bytes(cache) == cache.nbytes
     assert budget - 0.02 < cache.nbytes / cache.full_nbytes <= budget
 
@@ -264,7 +265,7 @@ def test_adapters_without_noise_say_so_and_fall_back_to_ranks(fitted, ids, tmp_p
     same = old.cache(made.model, 0.8, window=0, context=1000, dtype=torch.bfloat16)
     with torch.no_grad():
         for held in (cache, same):
-            made.model(input_ids=ids, past_key_values=held)
+            made.model(input_ids=ids, **cached(made.model, held))
     assert cache.nbytes == same.nbytes
     options = dict(texts=ids, windows=1, length=40, sinks=0, window=0, bits=True, progress=False)
     with pytest.warns(UserWarning, match="ranks alone"):
@@ -294,7 +295,7 @@ def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
     text, budgets = ids.repeat(1, 8)[:1, :400], []
     with torch.no_grad():
         for part in text.split(10, 1):
-            made.model(input_ids=part, past_key_values=cache)
+            made.model(input_ids=part, **cached(made.model, cache))
             assert held_bytes(cache) <= 0.05 * 2**20
             budgets.append(cache.budget)
     assert budgets[0] == 1 and budgets == sorted(budgets, reverse=True) and 2 < len(set(budgets)) < 20
@@ -302,4 +303,4 @@ def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
     with pytest.raises(BudgetError, match="limit_mib=0.001 is out of reach"):
         made.adapter.cache(made.model, limit_mib=0.001, **options)
     with pytest.raises(BudgetError, match="limit_mib=0.0075: 400 tokens take .* do not fit"):
-        made.model(input_ids=text, past_key_values=made.adapter.cache(made.model, limit_mib=0.0075, **options))
+        made.model(input_ids=text, **cached(made.model, made.adapter.cache(made.model, limit_mib=0.0075, **options)))

@@ -10,6 +10,7 @@ from nestling import kv
 from nestling.distill import kl_divergence
 from nestling.errors import TextTooShortError
 from nestling.kv.allocate import blended, by_gains, energy_gains
+from nestling.kv.attention import cached
 from nestling.kv.search import SHARES, KLMeter, search
 
 OPTIONS = dict(windows=2, length=24, window=0, progress=False)
@@ -22,7 +23,7 @@ def measured(case, ranks, texts) -> float:
     total = 0.0
     for text in texts:
         cache = case.adapter.cache(case.model, allocation=kv.RankTable(*ranks), paper=True)
-        read = case.model(input_ids=text[None], past_key_values=cache).logits[0]
+        read = case.model(input_ids=text[None], **cached(case.model, cache)).logits[0]
         total += float(kl_divergence(case.stock(input_ids=text[None]).logits[0], read).mean())
     return total / len(texts)
 

@@ -7,6 +7,7 @@ from nestling import kv
 from nestling.distill import IGNORED, kl_divergence
 from nestling.errors import TrainingError
 from nestling.kv import attention
+from nestling.kv.attention import cached
 from nestling.kv.sampling import bits_of_ranks
 from nestling.kv.student import Student
 
@@ -37,7 +38,7 @@ def test_masks_do_what_the_cache_does(fitted, ids, family, sinks, window):
     for row in range(2):
         options = {"allocation": table_of(ranks[row]), "sinks": sinks, "window": window, "exact_prompt": False}
         cache = case.adapter.cache(case.model, **options)
-        read = [case.model(input_ids=t, past_key_values=cache).logits for t in text[row : row + 1].split(1, 1)]
+        read = [case.model(input_ids=t, **cached(case.model, cache)).logits for t in text[row : row + 1].split(1, 1)]
         theirs = torch.cat(read, 1)[0]
         torch.testing.assert_close(ours[row], theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 

@@ -15,6 +15,7 @@ from nestling import kv
 from nestling.checkpoints import last_whole
 from nestling.distill import IGNORED
 from nestling.errors import TextTooShortError, TrainingError
+from nestling.kv.attention import cached
 from nestling.kv.files import SIDES
 from nestling.kv.sampling import RankedWindows
 from nestling.kv.student import Student
@@ -64,7 +65,7 @@ def test_full_budget_is_the_stock_model_after_training(tmp_path, ids, fitted, fa
     torch.testing.assert_close(back @ back.mT, eye, rtol=0, atol=1e-5)
     arguments = dict(input_ids=ids[:2, :20], max_new_tokens=12, do_sample=False)
     expected = stock.generate(**arguments)
-    assert torch.equal(model.generate(**arguments, past_key_values=trained.cache(model, 1.0)), expected)
+    assert torch.equal(model.generate(**arguments, **cached(model, trained.cache(model, 1.0))), expected)
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
@@ -282,7 +283,7 @@ def test_lora_trains_along_on_the_answers_alone(tmp_path, ids, start):
     @torch.no_grad()
     def answer_loss(adapter):
         cache = adapter.cache(lm, 0.75, sinks=2, window=0, exact_prompt=False)
-        logits = lm(input_ids=texts, past_key_values=cache).logits
+        logits = lm(input_ids=texts, **cached(lm, cache)).logits
         return float(torch.nn.functional.cross_entropy(logits[:, 15:-1].flatten(0, 1), texts[:, 16:].flatten()))
 
     untrained = answer_loss(start)
@@ -297,7 +298,7 @@ def test_lora_trains_along_on_the_answers_alone(tmp_path, ids, start):
     saved = load_file(tmp_path / "checkpoint-60" / "model.safetensors")
     assert len(saved) == 1 + len(lora)
     arguments = dict(input_ids=ids[:1, :20], max_new_tokens=8, do_sample=False)  # full rank is the tuned model
-    assert torch.equal(model.generate(**arguments), lm.generate(**arguments, past_key_values=trained.cache(lm, 1.0)))
+    assert torch.equal(model.generate(**arguments), lm.generate(**arguments, **cached(lm, trained.cache(lm, 1.0))))
 
 
 def test_labels_are_checked(tmp_path, ids, start):

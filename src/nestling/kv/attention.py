@@ -28,6 +28,7 @@ from nestling.kv.interface import (
 from nestling.kv.output_maps import each_output_projection, output_projections
 from nestling.kv.state import (
     as_found,
+    decoder_part,
     differentiable,
     implementation,
     input_device,
@@ -102,8 +103,7 @@ def attach(model: PreTrainedModel) -> None:
     before = implementation(lm)
     if before == NAME:
         return
-    config = text_config(lm)
-    next(m for m in lm.modules() if getattr(m, "config", None) is config).set_attn_implementation(NAME)
+    decoder_part(lm).set_attn_implementation(NAME)
     if implementation(lm) != NAME:
         raise UnsupportedModelError(f"{type(lm).__name__}: its attention cannot be switched")
     setattr(lm, BEFORE, before)

@@ -2,7 +2,7 @@
 
 No modelling code is patched. The function hands over to whatever object the cache returned in place of keys and
 values, and to stock SDPA for plain tensors (training, ``use_cache=False``, sliding-window layers, other caches). It is
-registered when this file is imported, so that a model that was attached and pickled runs wherever nestling.kv is there.
+registered when this file is imported, so that a model that was attached and pickled runs after ``import nestling.kv``.
 """
 
 import warnings
@@ -61,7 +61,7 @@ def attention_forward(module, query, key, value, attention_mask, nested=None, ou
 def attention_weights(
     module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None = None, is_causal=None, **kwargs
 ) -> Tensor:
-    """The weights ``[B, Hq, Tq, T]`` by which `sdpa` reads, for queries ``[B, Hq, Tq, D]`` and keys ``[B, Hkv, T, D]``."""
+    """The weights ``[B, Hq, Tq, T]`` by which `sdpa` reads, of queries ``[B, Hq, Tq, D]``, keys ``[B, Hkv, T, D]``."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -79,9 +79,9 @@ AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
 def cached(model, cache: Cache) -> dict[str, Cache]:
-    """The cache as ``forward`` and ``generate`` take it: ``cache`` from transformers 5.24 on, before ``past_key_values``.
+    """The cache as the argument of ``forward`` and ``generate``: ``cache`` from transformers 5.24 on.
 
-    Use as ``model(input_ids=ids, **cached(model, cache))``.
+    Before, it is ``past_key_values``. Use as ``model(input_ids=ids, **cached(model, cache))``.
     """
     names = signature(base_model(model).forward).parameters
     return {"cache" if "cache" in names else "past_key_values": cache}

@@ -129,8 +129,9 @@ class Coded:
 
     def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
         """Keys or values of a layer, as above; heads that lose nothing are left alone."""
-        bits, mean = self.bits[:, side, row, :, None].to(states.device), self.mean[side, row, :, None].to(states.device)
-        encode, decode = (basis[side, row].to(states.device) for basis in (self.encode, self.decode))
+        bits = self.bits[:, side, row, :, None].to(states.device)
+        mean, encode, decode = (part[side, row].to(states.device) for part in (self.mean, self.encode, self.decode))
+        mean = mean[:, None]
         with torch.autocast(states.device.type, enabled=False):
             z = (states.float() - mean) @ encode
             most = z[:, :, SKIP:] if z.shape[2] > SKIP else z

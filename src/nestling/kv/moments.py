@@ -173,8 +173,8 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
     metrics = {i: _metric(weight, moments[i]) for i, weight in attention.each_output_projection(model) if i in moments}
     if missing := sorted(set(moments) - set(metrics)):
         warnings.warn(
-            f"the output projection of layers {', '.join(map(str, missing))} was not found: errors of all coordinates of "
-            "a value count alike there, so that fewer of them may be saved at the same quality",
+            f"the output projection of layers {', '.join(map(str, missing))} was not found: errors of all coordinates "
+            "of a value count alike there, so that less can be saved at the same quality",
             stacklevel=2,
         )
     return {

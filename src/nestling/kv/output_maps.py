@@ -27,8 +27,8 @@ def each_output_projection(model: PreTrainedModel) -> Iterator[tuple[int, Tensor
     """The matrix ``[hidden, Hq * D]`` fp32 of each layer's output projection, on the CPU, with its layer's index.
 
     It is a linear map that an attention module applies after reading its cache: the one that is given the heads'
-    outputs, ``Hq * D`` wide, or, where those are gated or normed first, the last one of such a width. Layers where none
-    is found are absent.
+    outputs, ``Hq * D`` wide, or, where those are gated or normed first, the last one of such a width. Layers where
+    none is found are absent.
     """
     lm = base_model(model)
     config = text_config(lm)

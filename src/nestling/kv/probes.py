@@ -89,14 +89,14 @@ def _repeatable(cache: Cache) -> bool:
 
 
 def _scores(model, cache: Cache, context: list[int], rests: list[list[int]], chunk: int) -> list[float]:
-    first = read(model, torch.tensor([context], device=attention.input_device(model)), cache, chunk)[0].float().log_softmax(-1)
+    first = read(model, torch.tensor([context]), cache, chunk)[0].float().log_softmax(-1)
     totals = [float(first[rest[0]]) for rest in rests]
     longest = max(map(len, rests)) - 1
     if longest:
         if len(rests) > 1:
             cache.batch_repeat_interleave(len(rests))
         ids = torch.tensor([rest[:-1] + [0] * (longest + 1 - len(rest)) for rest in rests])
-        for i, (rest, logits) in enumerate(zip(rests, forward(model, ids.to(attention.input_device(model)), cache), strict=True)):
+        for i, (rest, logits) in enumerate(zip(rests, forward(model, ids, cache), strict=True)):
             labels = torch.tensor(rest[1:], dtype=torch.long, device=logits.device)
             totals[i] -= float(cross_entropy(logits[: len(labels)].float(), labels, reduction="sum"))
     return [total / len(rest) for total, rest in zip(totals, rests, strict=True)]
@@ -104,12 +104,13 @@ def _scores(model, cache: Cache, context: list[int], rests: list[list[int]], chu
 
 def forward(model, ids: Tensor, cache: Cache) -> Tensor:
     """Logits ``[B, t, V]`` of tokens ``[B, t]`` that follow those in the cache."""
+    ids = ids.to(attention.input_device(model))
     return model(input_ids=ids, use_cache=True, **attention.cached(model, cache)).logits
 
 
 def read(model, ids: Tensor, cache: Cache, chunk: int) -> Tensor:
     """Pass ids ``[B, n]`` through the cache in chunks; the last token's logits ``[B, V]``."""
-    for part in ids.split(chunk, 1):
+    for part in ids.to(attention.input_device(model)).split(chunk, 1):
         output = attention.logits_of_last(model, part, cache)
     return output.logits[:, -1]
 
@@ -176,8 +177,7 @@ def number_answer(
 
     ``check`` is given the largest logit of each of at most ``limit`` tokens.
     """
-    device = attention.input_device(model)
-    logits, answer = read(model, ids[None].to(device), cache, chunk)[0], []
+    logits, answer = read(model, ids[None], cache, chunk)[0], []
     held = held_bytes(cache, bounded=False)
     while True:
         check([float(logits.max())])
@@ -185,7 +185,7 @@ def number_answer(
         if len(answer) == limit or answer[-1] == tokenizer.eos_token_id:
             found = re.search(r"\d+", tokenizer.decode(answer))
             return found and found[0], held
-        logits = forward(model, torch.tensor([answer[-1:]], device=device), cache)[0, -1]
+        logits = forward(model, torch.tensor([answer[-1:]]), cache)[0, -1]
 
 
 def growing(cache: Cache) -> list:

@@ -16,8 +16,15 @@ from nestling.errors import UnsupportedModelError
 from nestling.kv.interface import base_model
 from nestling.kv.structure import text_config
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 REMEMBERED = int | float | str | None | Tensor  # what modules keep from one forward for the next
+
+
+def decoder_part(lm: PreTrainedModel) -> PreTrainedModel:
+    """The outermost model with the decoder's config: of a multimodal one the text part, or else the model itself."""
+    config = text_config(lm)
+    return next((m for m in lm.modules() if isinstance(m, PreTrainedModel) and m.config is config), lm)
 
 
 def implementation(model) -> str | None:
@@ -60,7 +67,7 @@ def leaves_as_found(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
-    """Afterwards modules remember what they did before (rotary tables, position offsets), and so do random generators."""
+    """Afterwards modules keep what they kept before (rotary tables, position offsets), and random generators too."""
     kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
@@ -78,7 +85,7 @@ def _memory(module: nn.Module) -> dict:
 
 @contextmanager
 def plain_numbers(gradients: bool = False) -> Iterator[None]:
-    """Out of inference mode and autocast, with or without gradients: results do not depend on where they are asked for."""
+    """Out of inference mode and autocast, so that a result does not depend on the modes of whoever asks for it."""
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
     with ExitStack() as modes:
@@ -91,7 +98,7 @@ def plain_numbers(gradients: bool = False) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """With gradients, which pass through weights that were made in inference mode too: those are copied for a while."""
+    """With gradients. Weights that were made in inference mode do not pass them on: they are copied for a while."""
     copies: dict[int, Tensor] = {}
     replaced = []
     for module in model.modules():

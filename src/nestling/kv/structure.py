@@ -33,33 +33,45 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
         raise UnsupportedModelError(f"{name} is an encoder-decoder: cross-attention caches are not compressed")
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name} has latent attention (MLA): its keys and values are made from a smaller latent vector, and differ "
-            "in width"
+            f"{name} has latent attention (MLA): keys and values come from one smaller vector, and differ in width"
         )
     if getattr(config, "attn_logit_softcapping", None):
-        raise UnsupportedModelError(f"{name} soft-caps its attention logits: SDPA, which reads the cache, does not")
+        raise UnsupportedModelError(f"{name} soft-caps its attention logits: SDPA, by which caches are read, does not")
     if config.model_type in ("gpt_oss",) or getattr(config, "attention_sinks", None):
-        raise UnsupportedModelError(f"{name} adds sink logits to its softmax: SDPA, which reads the cache, does not")
+        raise UnsupportedModelError(
+            f"{name} adds sink logits to its softmax: SDPA, by which caches are read, does not"
+        )
     if getattr(config, "num_kv_shared_layers", None) or any(getattr(config, "kv_sharing_modes", None) or ()):
-        raise UnsupportedModelError(f"{name} shares keys and values between layers: which one a layer reads is not known")
+        raise UnsupportedModelError(f"{name} shares keys and values between layers: some read what is not their own")
     layers = stock_layers(config)
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if full:
         return full
-    if mixed := sorted({type(layer).__name__ for layer in layers if isinstance(layer, DynamicLayer) and _grows(layer)}):
+    growing = {type(layer).__name__ for layer in layers if isinstance(layer, DynamicLayer) and not layer.is_sliding}
+    if growing:
         raise UnsupportedModelError(
-            f"{name} has no layer whose cache holds keys and values alone: its layers are {', '.join(mixed)}, which keep "
-            "a state or an index beside them"
+            f"{name} keeps more than keys and values in its cache ({', '.join(sorted(growing))}): a recurrent state, "
+            "or an index of the tokens to read"
         )
     raise UnsupportedModelError(f"{name} has no full-attention layer: its cache does not grow, nothing to compress")
 
 
-def _grows(layer) -> bool:
-    return not getattr(layer, "is_sliding", False)
-
-
 def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Query heads, KV heads and head dimension of the layers that are compressed."""
+    """Query heads, KV heads and head dimension of the layers that are compressed.
+
+    Raises:
+        UnsupportedModelError: if they differ between those.
+    """
+    configs = [config]
+    if getattr(config, "is_heterogeneous", False):
+        configs = [config.per_layer_config[i] for i in compressible_layers(config)]
+    shapes = {_head_shape(one) for one in configs}
+    if len(shapes) > 1:
+        raise UnsupportedModelError(f"model type '{config.model_type}' has layers with heads of different shapes")
+    return shapes.pop()
+
+
+def _head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads

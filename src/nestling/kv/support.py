@@ -1,9 +1,9 @@
 """Which models are served: what their configs say, and what they do with a few tokens.
 
-They are read twice, the second time as with a nested cache: a text of `PROMPT` tokens, then one token more. Every layer
-that would be compressed has to ask for its cache once, and to hand what it gets to the attention function: from a
-module that knows the layer's number, with heads of the shape that the config tells, under a mask that hides what lies
-ahead and nothing else. And both readings have to give the same logits.
+They are read twice, the second time as with a nested cache: a text of `PROMPT` tokens, then one token more. Every
+layer that would be compressed has to ask for its cache once, and to hand what it gets to the attention function: from
+a module that knows the layer's number, with heads of the shape that the config tells, and under a mask that hides what
+lies ahead and nothing else. And both readings have to give the same logits.
 """
 
 import threading
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from nestling.errors import UnsupportedModelError
 from nestling.kv.interface import NAME, PassThroughLayer, base_model, cached, sdpa
-from nestling.kv.state import as_found, forgotten, implementation, input_device, plain_numbers, switch
+from nestling.kv.state import as_found, decoder_part, forgotten, input_device, plain_numbers, switch
 from nestling.kv.structure import fingerprint, head_shape, stock_layers, text_config
 
 PROMPT = 4  # tokens
@@ -54,7 +54,9 @@ def _prompt_learning(model) -> str | None:
     for config in getattr(model, "peft_config", {}).values():
         if getattr(config, "is_prompt_learning", False):
             kind = getattr(config.peft_type, "value", config.peft_type)
-            return f"the model has {kind} (PEFT): it puts a prefix of its own before the text, past the cache it is given"
+            return (
+                f"the model has {kind} (PEFT): it puts a prefix of its own before the text, past the cache it is given"
+            )
     return None
 
 
@@ -63,8 +65,7 @@ def _check_implementation(lm: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(lm).__name__} does not use transformers' attention interface: its attention cannot be switched"
         )
-    owner = next(m for m in lm.modules() if isinstance(m, PreTrainedModel) and m.config is text_config(lm))
-    for model in (lm, owner):
+    for model in (lm, decoder_part(lm)):
         if not model._supports_sdpa:
             raise UnsupportedModelError(f"{type(model).__name__} does not support SDPA, by which the cache is read")
 
@@ -138,18 +139,16 @@ class _Layer(PassThroughLayer):
     def __init__(self, index: int, shape: tuple[int, int, int]):
         super().__init__()
         self.index, self.shape, self.reads = index, shape, 0
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.held: tuple[Tensor, ...] = ()
 
     def update(self, key_states, value_states, *args, **kwargs):
-        states = key_states, value_states
-        if self.held is not None:
-            states = tuple(torch.cat(pair, -2) for pair in zip(self.held, states, strict=True))
-        self.held = states
+        new = key_states, value_states
+        self.held = tuple(torch.cat(pair, -2) for pair in zip(self.held, new, strict=True)) if self.held else new
         reader = _Reader(self)
         return reader, reader
 
     def get_seq_length(self):
-        return 0 if self.held is None else self.held[0].shape[-2]
+        return self.held[0].shape[-2] if self.held else 0
 
     def get_mask_sizes(self, query_length):
         return self.get_seq_length() + query_length, 0
@@ -171,20 +170,20 @@ class _Reader:
             raise UnsupportedModelError(f"{who} passes {', '.join(extra)} to its attention: not tested")
         if not isinstance(scaling, float | int):
             raise UnsupportedModelError(f"{who} does not say by which number it scales its logits")
-        shapes = (query.shape[1], key.shape[1], query.shape[-1]), (query.shape[1], value.shape[1], value.shape[-1])
-        if any(shape != layer.shape for shape in (*shapes, (query.shape[1], key.shape[1], key.shape[-1]))):
+        heads, kv_heads, width = layer.shape
+        given, wanted = [_heads(x) for x in (query, key, value)], [(heads, width), *[(kv_heads, width)] * 2]
+        if given != wanted:
             raise UnsupportedModelError(
-                f"{who} has queries, keys and values {_heads(query)}, {_heads(key)} and {_heads(value)}, not all as its "
-                "config says, {} and {} heads, {} wide".format(*layer.shape)
+                f"{who} has queries, keys and values of [heads, width] = {given}, where its config says {wanted}"
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not _is_causal(mask, query.shape[2], key.shape[2], causal):
-            raise UnsupportedModelError(f"{who} reads tokens that are still to come, or not all before, or with a bias")
+            raise UnsupportedModelError(f"{who} does not read all tokens so far and no others, or not all alike")
         return sdpa(module, query, key, value, mask, scaling=scaling, is_causal=is_causal)
 
 
-def _heads(states: Tensor) -> str:
-    return f"{states.shape[1]} x {states.shape[-1]}"
+def _heads(states: Tensor) -> tuple[int, int]:
+    return states.shape[1], states.shape[-1]
 
 
 def _is_causal(mask: Tensor | None, queries: int, tokens: int, causal: bool) -> bool:
