@@ -4,6 +4,7 @@ Its layers are in `nestling.kv.layer`; here they are put together from bases and
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ class NestedCache(Cache):
         self.remake: Maker | None = None
         self.budget = 1.0
         self.limit: int | None = None
+        self.rotary_limit = attention.rotary_limit(config)
 
     def start(self, remake: Maker, itemsize: int) -> None:
         """Give an empty cache what it can be shrunk by, and its budget and limit.
@@ -69,7 +71,20 @@ class NestedCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if self.limit is not None and layer_idx <= self._nested()[0][0]:  # before any layer has taken in new tokens
             self._make_room(key_states.shape[0], key_states.shape[2], key_states.dtype)
+        if self.rotary_limit is not None and layer_idx == self._nested()[0][0]:
+            self._warn_of_rotation(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _warn_of_rotation(self, new: int) -> None:
+        """Say when the text reaches the length at which the model rotates all keys anew, see `structure`."""
+        limit, held = self.rotary_limit or 0, self._nested()[0][1].length
+        if held <= limit <= held + new and (held or new == limit):
+            warnings.warn(
+                f"the text has reached {limit} tokens, where {self.config.model_type} rotates all keys anew: those in "
+                "this cache do not fit what follows. generate() goes on without it, with a stock cache at full size; "
+                f"to go on in a small one, read the whole text, of more than {limit} tokens, with a new one",
+                stacklevel=3,
+            )
 
     def _nested(self) -> list[tuple[int, NestedLayer]]:
         return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, NestedLayer)]
