@@ -25,16 +25,15 @@ from nestling.kv.interface import (
     cached,
     sdpa,
 )
+from nestling.kv.modes import default_mode
 from nestling.kv.output_maps import each_output_projection, output_projections
 from nestling.kv.state import (
     as_found,
     decoder_part,
-    differentiable,
     implementation,
     input_device,
     layer_devices,
     leaves_as_found,
-    plain_numbers,
     switch,
 )
 from nestling.kv.structure import (
@@ -63,7 +62,6 @@ __all__ = [
     "compressible_layers",
     "decoder_and_head",
     "detach",
-    "differentiable",
     "each_output_projection",
     "fingerprint",
     "head_shape",
@@ -72,7 +70,6 @@ __all__ = [
     "leaves_as_found",
     "logits_of_last",
     "output_projections",
-    "plain_numbers",
     "rotary_limit",
     "sdpa",
     "served",
@@ -129,7 +126,7 @@ def served(model) -> Iterator[None]:
         UnsupportedModelError: if it is not served, with the reason.
     """
     check_support(model)
-    with as_found(model), plain_numbers():
+    with as_found(model), default_mode(gradients=False):
         model.eval()
         switch(model, NAME)
         yield

@@ -7,8 +7,8 @@ precision that they choose themselves.
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -46,15 +46,22 @@ def in_default_mode(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            for device in DEVICES:
-                stack.enter_context(full_precision(torch.device(device)))
+        with default_mode():
             return function(*map(_ordinary, args), **{name: _ordinary(value) for name, value in kwargs.items()})
 
     return run
+
+
+@contextmanager
+def default_mode(gradients: bool = True) -> Iterator[None]:
+    """A context outside of the caller's inference mode and autocast, with or without gradients."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for device in DEVICES:
+            stack.enter_context(full_precision(torch.device(device)))
+        yield
 
 
 def _ordinary(value):

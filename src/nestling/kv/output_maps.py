@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from nestling.kv.interface import NAME, PassThroughLayer, base_model, cached, sdpa
-from nestling.kv.state import as_found, forgotten, input_device, plain_numbers, switch
+from nestling.kv.modes import default_mode
+from nestling.kv.state import as_found, forgotten, input_device, switch
 from nestling.kv.structure import compressible_layers, head_shape, stock_layers, text_config
 
 ROWS = 512  # of the identity that go through a map at once
@@ -36,7 +37,7 @@ def each_output_projection(model: PreTrainedModel) -> Iterator[tuple[int, Tensor
     layers, searches = stock_layers(config), {}
     for index in compressible_layers(config):
         layers[index] = searches[index] = _Search(heads * width, config.hidden_size)
-    with as_found(lm), forgotten(lm), plain_numbers():
+    with as_found(lm), forgotten(lm), default_mode(gradients=False):
         lm.eval()
         switch(lm, NAME)
         try:

@@ -55,7 +55,7 @@ def sensitivity(
     start = torch.ones_like(total, dtype=torch.float32)
     if ranks is not None:
         start = (torch.arange(start.shape[-1]) < ranks[..., None]).float()
-    with attention.served(model), attention.differentiable(model):
+    with attention.served(model), torch.enable_grad():
         device, generator = attention.input_device(model), None
         student = Student(model, adapter, sinks=sinks, window=window).eval()
         for ids in batches:

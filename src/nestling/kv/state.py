@@ -4,7 +4,7 @@ All of it is put back afterwards, so that a model is left as it was found.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -81,42 +81,6 @@ def forgotten(model: nn.Module) -> Iterator[None]:
 
 def _memory(module: nn.Module) -> dict:
     return {name: value for name, value in vars(module).items() if isinstance(value, REMEMBERED)}
-
-
-@contextmanager
-def plain_numbers(gradients: bool = False) -> Iterator[None]:
-    """Out of inference mode and autocast, so that a result does not depend on the modes of whoever asks for it."""
-    accelerator = torch.accelerator.current_accelerator()
-    kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
-    with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.set_grad_enabled(gradients))
-        for kind in kinds:
-            modes.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """With gradients. Weights that were made in inference mode do not pass them on: they are copied for a while."""
-    copies: dict[int, Tensor] = {}
-    replaced = []
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_inference():
-                    if id(tensor) not in copies:
-                        copy = tensor.detach().clone()
-                        copies[id(tensor)] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
-                    replaced.append((tensors, name, tensor))
-    try:
-        for tensors, name, tensor in replaced:
-            tensors[name] = copies[id(tensor)]  # type: ignore[assignment]
-        with torch.enable_grad():
-            yield
-    finally:
-        for tensors, name, tensor in replaced:
-            tensors[name] = tensor  # type: ignore[assignment]
 
 
 def input_device(model) -> torch.device:

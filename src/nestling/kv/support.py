@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 
 from nestling.errors import UnsupportedModelError
 from nestling.kv.interface import NAME, PassThroughLayer, base_model, cached, sdpa
-from nestling.kv.state import as_found, decoder_part, forgotten, input_device, plain_numbers, switch
+from nestling.kv.modes import default_mode
+from nestling.kv.state import as_found, decoder_part, forgotten, input_device, switch
 from nestling.kv.structure import fingerprint, head_shape, stock_layers, text_config
 
 PROMPT = 4  # tokens
@@ -75,7 +76,7 @@ def _check_reading(lm: PreTrainedModel) -> None:
     config, name = text_config(lm), type(lm).__name__
     ids = torch.tensor([_plain_ids(config)], device=input_device(lm))
     traced = {i: _Layer(i, head_shape(config)) for i in fingerprint(config)["layers"]}
-    with as_found(lm), forgotten(lm), plain_numbers():
+    with as_found(lm), forgotten(lm), default_mode(gradients=False):
         lm.eval()
         switch(lm, "sdpa")
         try:
