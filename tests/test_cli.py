@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from nestling import kv
 from nestling.cli import app
-from nestling.cli.kv import parse_budgets
 
 from .kv.families import tiny_model
 
@@ -179,12 +178,12 @@ def test_inspect_shows_the_ranks(place):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("kv", "inspect", "adapter", "--budget", 0), "budget=0 is out of range"),
+        (("kv", "inspect", "adapter", "--budget", 0), "--budget='0' is out of range"),
         (("kv", "inspect", "adapter", "--budget", 0.01), "below the smallest possible"),
         (("kv", "inspect", "adapter", "--budget", 0.5, "--allocation", "magic"), "magic"),
         (("kv", "inspect", "nowhere"), "nowhere"),
         (("kv", "inspect", "lm"), "nestling_adapter.json is missing"),
-        (("kv", "eval", "lm", "adapter", "--budgets", "half"), "'half' is not a number"),
+        (("kv", "eval", "lm", "adapter", "--budgets", "half"), "--budgets='half'"),
         (("kv", "eval", "lm", "adapter", "--json", "no/where.json"), "does not exist"),
         (("kv", "eval", "lm", "adapter", "--cache-dtype", "int3"), "int3"),
         (("kv", "generate", "lm", "adapter", "--prompt", "", "--budget", 0.8), "the prompt is empty"),
@@ -192,7 +191,7 @@ def test_inspect_shows_the_ranks(place):
         (("kv", "fit", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
         (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--preset", "best"), "preset must be one of"),
         (("kv", "train", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
-        (("kv", "search", "lm", "adapter", "--out", "new", "--method", "luck"), "method must be one of"),
+        (("kv", "search", "lm", "adapter", "--out", "new", "--budgets", 75, "--method", "luck"), "method must be one of"),
         (("kv", "fit", "nowhere/model", "--out", "new"), "nowhere/model"),
     ],
 )
@@ -207,5 +206,51 @@ def test_errors_are_one_clear_line(place, monkeypatch, arguments, words):
     assert not Path("new").exists()
 
 
-def test_parse_budgets():
-    assert parse_budgets("100, 75%,0.5,1") == [1.0, 0.75, 0.5, 1.0]
+WRITTEN = ("0.75", "75%", "75", " .75 ", "75.0 %")
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_budgets_are_read_alike_in_every_command(place, written):
+    adapter, rows = place / "adapter", []
+    for words in (
+        ("inspect", adapter, "--budget", written),
+        ("generate", place / "lm", adapter, "--prompt", "The fox", "--max-new-tokens", 1, "--budget", written),
+        ("eval", place / "lm", adapter, "--text", place / "text.txt", "--windows", 1, "--length", 128, "--sinks",
+         0, "--window", 0, "--budgets", written, "--json", place / "budget.json"),
+    ):  # fmt: skip
+        result = run("kv", *words)
+        assert result.exit_code == 0, result.output
+        rows.append(result.output)
+    assert "at 0.75 of the full cache" in rows[0]
+    assert json.loads((place / "budget.json").read_text())["rows"][-1]["budget"] == 0.75
+
+
+@pytest.mark.parametrize(
+    "written", ["0", "-1", "101", "1.5%x", "nan", "inf", "half", "", "0%", "200%", "64MB/s", "[/x]"]
+)
+def test_budgets_that_cannot_be_are_named_as_they_were_given(place, monkeypatch, written):
+    monkeypatch.setattr("nestling.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    adapter, model, out = place / "adapter", place / "lm", place / "new"
+    for option, words in (
+        ("--budget", ("inspect", adapter)),
+        ("--budget", ("generate", model, adapter, "--prompt", "x")),
+        ("--budgets", ("eval", model, adapter)),
+        ("--budgets", ("search", model, adapter, "--out", out)),
+        ("--budgets", ("train", model, "--out", out)),
+    ):
+        result = run("kv", *words, f"{option}={written}")
+        assert result.exit_code == 1, result.output
+        assert f"{option}={written!r}" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_budget_in_bytes_is_a_limit_where_there_is_a_cache(place):
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--prompt", TEXT[:400], "--bits", "--max-new-tokens", 8,
+        "--window", 0, "--sinks", 0, "--budget", "50KiB",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert 0 < float(re.search(r"cache ([\d.]+) MiB held", result.output)[1]) <= 50 / 1024 + 0.005
+    for other in (("inspect", place / "adapter", "--budget"), ("eval", place / "lm", place / "adapter", "--budgets")):
+        refused = run("kv", *other, "50KiB")
+        assert refused.exit_code == 1 and "50KiB" in refused.stderr

@@ -27,7 +27,7 @@ from nestling.cli.terminal import (
     show,
     write_results,
 )
-from nestling.errors import OptionError
+from nestling.options import choice
 
 kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, inspect.")
 
@@ -35,7 +35,9 @@ Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", 
 Allocation = Annotated[
     str | None, typer.Option(help="energy, uniform or a searched one, such as greedy; by default the last searched.")
 ]
-Budget = Annotated[float, typer.Option(help="Share of the full cache's bytes, in (0, 1].")]
+Budget = Annotated[str, typer.Option(help="Share of the full cache's bytes, such as 0.25, 25 or 25%.")]
+Limit = Annotated[str, typer.Option(help="The same, or bytes that are never exceeded, such as 64MiB.")]
+Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
 Bits = Annotated[bool, typer.Option("--bits", help="Quantise coordinates too, each at the width that pays.")]
 CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bfloat16, float16, float32 or model.")]
 
@@ -99,7 +101,7 @@ def train(
     ] = None,
     bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,
-    budgets: Annotated[str, typer.Option(help="Shares of the ranks to evaluate while training.")] = "75,50,37.5,25",
+    budgets: Budgets = "75,50,37.5,25",
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     json: Json = None,
     html: Annotated[Path | None, typer.Option(help="Write the training curve to this page.")] = None,
@@ -117,7 +119,7 @@ def train(
         held_out = list(texts_from(eval_text, lines, named))
     else:
         held_out, texts = texts[::20], [t for i, t in enumerate(texts) if i % 20] or texts
-    shares = parse_budgets(budgets)
+    shares = _shares(budgets)
     start = None if adapter is None else kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
     changes = {"learning_rate": learning_rate, "sampling": sampling}
@@ -156,7 +158,7 @@ def search(
     per_sweep: Annotated[
         int, typer.Option(help="Ranks that greedy lowers at a time; 1 is the paper's."), positive
     ] = 16,
-    budgets: Annotated[str, typer.Option(help="Shares of the ranks to show afterwards.")] = "75,50,37.5,25",
+    budgets: Budgets = "75,50,37.5,25",
     json: Json = None,
 ) -> None:
     """Search the ranks of layers and heads by measurement, for all budgets at once."""
@@ -166,8 +168,10 @@ def search(
 
     check_outputs(json, folder=out)
     check_place(out)
-    shares = parse_budgets(budgets)
+    shares = _shares(budgets)
     nested = kv.KVAdapter.from_pretrained(adapter)
+    for share in shares:
+        nested.ranks(share * nested.full_elements)  # a budget out of reach is said before the search
     texts = texts_from(text, lines, columns_of(columns, TEXT))
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
@@ -192,7 +196,7 @@ def search(
 def evaluate(
     model: Model,
     adapter: Adapter,
-    budgets: Annotated[str, typer.Option(help="Shares or percents, separated by commas.")] = "100,75,50,40",
+    budgets: Budgets = "100,75,50,40",
     allocation: Allocation = None,
     text: Text = None,
     columns: Columns = None,
@@ -222,7 +226,7 @@ def evaluate(
     from nestling.data import read_multiple_choice
     from nestling.models import load_model
 
-    shares = parse_budgets(budgets)
+    shares, dtype = _shares(budgets), _dtype(cache_dtype)
     check_outputs(json, html)
     nested = kv.KVAdapter.from_pretrained(adapter)
     tasks = {path.name.split(".")[0]: read_multiple_choice(path)[:rows] for path in task or []}
@@ -232,7 +236,7 @@ def evaluate(
     result = kv.evaluate(
         language_model, tokenizer, nested, shares, allocation=allocation, texts=texts, windows=windows, length=length,
         chunk=chunk, tasks=tasks, passkey=passkey or (), lines=lines or (), sinks=sinks, window=window,
-        dtype=_dtype(cache_dtype), bits=bits,
+        dtype=dtype, bits=bits,
     )  # fmt: skip
     show(result, f"{model}, {windows} windows of {length} tokens")
     write_results(json, result, time.perf_counter() - start)
@@ -249,7 +253,7 @@ def generate(
     model: Model,
     adapter: Adapter,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
-    budget: Budget = 0.5,
+    budget: Limit = "0.5",
     allocation: Allocation = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most."), positive] = 128,
     sinks: Sinks = 4,
@@ -265,14 +269,16 @@ def generate(
 ) -> None:
     """Generate from a compressed cache, as a stream, and say what the cache took."""
     from nestling import kv
+    from nestling.kv.budget import read_budget
     from nestling.kv.demo import stream
     from nestling.models import load_model
 
+    asked, dtype = read_budget(budget, "--budget"), _dtype(cache_dtype)
     nested = kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
     cache = nested.cache(
-        language_model, budget, allocation=allocation, sinks=sinks, window=window, dtype=_dtype(cache_dtype),
-        bits=bits, limit_mib=limit_mib,
+        language_model, asked, allocation=allocation, sinks=sinks, window=window, dtype=dtype, bits=bits,
+        limit_mib=limit_mib,
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     console.print(stream(language_model, tokenizer, text, cache, max_new_tokens, temperature), style="dim")
@@ -282,7 +288,7 @@ def generate(
 @errors_as_messages
 def inspect(
     adapter: Adapter,
-    budget: Budget = 0.5,
+    budget: Budget = "0.5",
     allocation: Allocation = None,
     json: Json = None,
     png: Annotated[Path | None, typer.Option(help="Write the heat map of ranks to this file.")] = None,
@@ -292,17 +298,18 @@ def inspect(
     from rich.text import Text as Styled
 
     from nestling import kv
+    from nestling.kv.budget import read_share
     from nestling.kv.demo import rank_maps, rank_rows, shade
     from nestling.report import write_png
 
     check_outputs(json, png)
+    asked = read_share(budget, "--budget").share
+    assert asked is not None, "read_share takes no bytes"
     nested = kv.KVAdapter.from_pretrained(adapter)
-    if not 0 < budget <= 1:
-        raise kv.BudgetError(f"budget={budget:g} is out of range: a share of the full cache, above 0 and at most 1")
-    ranks = nested.ranks(budget * nested.full_elements, allocation)
+    ranks = nested.ranks(asked * nested.full_elements, allocation)
     rows = rank_rows(nested, ranks)
     width = nested.shape[2]
-    table = Table("layer", "keys", "values", "groups", title=f"ranks of {width} at {budget:.4g} of the full cache")
+    table = Table("layer", "keys", "values", "groups", title=f"ranks of {width} at {asked:.4g} of the full cache")
     for row in rows:
         cells = [
             Styled.assemble(*((f" {r:3d} ", f"on {shade(r / width)}") for r in row[side]))
@@ -318,28 +325,18 @@ def inspect(
     )
     write_results(json, rows)
     if png is not None:
-        write_png(png, rank_maps(nested, ranks, f"Ranks at {budget:.0%}"))
+        write_png(png, rank_maps(nested, ranks, f"Ranks at {asked:.0%}"))
         console.print(f"Heat map: {png}")
 
 
-def parse_budgets(text: str) -> list[float]:
-    """``"100,50%,0.4"`` to shares: numbers above 1 are percents."""
-    shares = []
-    for item in text.split(","):
-        try:
-            value = float(item.strip().removesuffix("%"))
-        except ValueError:
-            raise OptionError(
-                f"budgets: {item.strip()!r} is not a number; expected something like 100,50,25"
-            ) from None
-        shares.append(value / 100 if value > 1 or item.strip().endswith("%") else value)
-    return shares
+def _shares(budgets: str) -> list[float]:
+    from nestling.kv.budget import read_shares
+
+    return [budget.share for budget in read_shares(budgets, "--budgets") if budget.share is not None]
 
 
 def _dtype(name: str):
     import torch
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "model": None}
-    if name not in dtypes:
-        raise OptionError(f"--cache-dtype must be one of {', '.join(dtypes)}, got {name!r}")
-    return dtypes[name]
+    return dtypes[choice("--cache-dtype", name, tuple(dtypes))]
