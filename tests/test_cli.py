@@ -191,7 +191,10 @@ def test_inspect_shows_the_ranks(place):
         (("kv", "fit", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
         (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--preset", "best"), "preset must be one of"),
         (("kv", "train", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
-        (("kv", "search", "lm", "adapter", "--out", "new", "--budgets", 75, "--method", "luck"), "method must be one of"),
+        (
+            ("kv", "search", "lm", "adapter", "--out", "new", "--budgets", 75, "--method", "luck"),
+            "method must be one of",
+        ),
         (("kv", "fit", "nowhere/model", "--out", "new"), "nowhere/model"),
     ],
 )

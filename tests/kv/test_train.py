@@ -255,7 +255,7 @@ def test_folders_are_checked(tmp_path, ids, start):
     [
         ({"preset": "best"}, ValueError, "preset must be one of default, paper, got 'best'"),
         ({"batch_size": 3, "gradient_accumulation_steps": 2}, ValueError, "batch_size=3 must be a multiple of .* 2"),
-        ({"recipe": {"sampling": "random"}}, ValueError, "sampling must be one of"),
+        ({"recipe": {"sampling": "random"}}, ValueError, "sampling='random'"),
         ({"recipe": {"window": 4}}, ValueError, "length=16 must be longer than the 21 exact tokens"),
         ({"length": 65}, TextTooShortError, "shorter than one window of 65 tokens"),
         ({"eval_texts": torch.zeros(0, 16, dtype=torch.long)}, TextTooShortError, "shorter than one window"),

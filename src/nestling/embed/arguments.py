@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,61 +12,27 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from nestling.embed.schedule import INTERVALS
-from nestling.errors import NestlingError, OptionError
-from nestling.options import flag, number, share, shown, whole
+from nestling import arguments
+from nestling.arguments import check_arguments, refused_options
+from nestling.errors import OptionError
+from nestling.options import number, share, whole
 
-ARGUMENTS = SentenceTransformerTrainingArguments.__name__
-OURS = {  # under other names, or not at all
-    "output_dir": "use folder",
+OURS = arguments.OURS | {  # under other names, or not at all
     "max_steps": "use steps",
     "num_train_epochs": "use epochs",
-    "per_device_train_batch_size": "use batch_size",
     "per_device_eval_batch_size": "give the evaluator its batch_size",
     "warmup_steps": "use warmup, a share of the steps",
     "warmup_ratio": "use warmup, a share of the steps",
-    "data_seed": "use seed",
     "auto_find_batch_size": "use batch_size, and mini_batch_size to take less memory",
     "train_sampling_strategy": "batches are put together beforehand, of texts of like length",
     "label_names": "labels are the column called label or score",
-    "label_smoothing_factor": "it is for losses of classes",
     "neftune_noise_alpha": "the stock trainer has it for language models alone",
-    "ignore_data_skip": "a training that is resumed goes on with the next batch",
-    "restore_callback_states_from_checkpoint": "they always are",
-    "resume_from_checkpoint": "use resume=True",
-    "disable_tqdm": "use progress",
+    "eval_dataset": "give an evaluator, which measures every size",
     "batch_sampler": "batches are put together beforehand, without a text that comes twice",
     "multi_dataset_batch_sampler": "give all rows as one list",
     "torch_compile": "layers are read with hooks, which compiled code does not run: the model stays uncompiled",
 }
 OURS |= {name: OURS["torch_compile"] for name in ("torch_compile_backend", "torch_compile_mode")}
-# What the stock Trainer takes beside its arguments.
-OURS |= {
-    "args": "give its options by name",
-    "train_dataset": "give the rows as data",
-    "eval_dataset": "give an evaluator, which measures every size",
-    "data_collator": "texts are collated as the model does it",
-    "processing_class": "the model has its own",
-    "tokenizer": "the model has its own",
-    "model_init": "give the model",
-    "compute_metrics": "give an evaluator",
-    "preprocess_logits_for_metrics": "give an evaluator",
-    "optimizers": "use optim, learning_rate and lr_scheduler_type",
-    "optimizer_cls_and_kwargs": "use optim and optim_args",
-}
-# Of options whose default does not tell what they may be; None is taken too.
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "gradient_accumulation_steps": whole,
-    "save_total_limit": whole,
-    "torch_empty_cache_steps": whole,
-    "eval_accumulation_steps": whole,
-    "dataloader_prefetch_factor": whole,
-    "eval_delay": partial(number, minimum=0),
-    "gradient_checkpointing": flag,
-    "activation_checkpointing": flag,
-    "tf32": flag,
-    "greater_is_better": flag,
-}
 NUMBERS: dict[str, Callable[[str, Any], Any]] = {
     "steps": whole,
     "epochs": partial(number, above=0),
@@ -102,27 +66,9 @@ def checked(**given: Any) -> list[Any]:
 
 def check_changes(changes: Mapping[str, Any]) -> None:
     """Raises:
-    OptionError: an argument has another name here, or none, or a value of the wrong type; the message says which.
+    OptionError: see `check_arguments`.
     """
-    if wrong := [name for name in changes if name in OURS]:
-        raise OptionError(f"{wrong[0]}={shown(changes[wrong[0]])} is no option of this training: {OURS[wrong[0]]}")
-    given, known = _checkpointing(changes), {f.name: f for f in fields(SentenceTransformerTrainingArguments)}
-    if unknown := sorted(set(given) - set(known)):
-        near = get_close_matches(unknown[0], known, 3)
-        such = ", such as " * bool(near) + ", ".join(near)
-        raise OptionError(f"no option {', '.join(unknown)}: expected those of {ARGUMENTS}{such}")
-    for name, value in given.items():
-        default = known[name].default
-        if name in CHECKS and value is not None:
-            CHECKS[name](name, value)
-        elif name in INTERVALS or name in CHECKS:
-            continue  # `scheduled` looks at intervals
-        elif isinstance(default, bool):
-            flag(name, value)
-        elif isinstance(default, float):
-            number(name, value, minimum=0)
-        elif isinstance(default, int):
-            whole(name, value, minimum=min(0, default))
+    check_arguments(_checkpointing(changes), SentenceTransformerTrainingArguments, OURS)
 
 
 def relevant(changes: Mapping[str, Any]) -> dict[str, str]:
@@ -168,18 +114,6 @@ def training_arguments(
     }
     with refused_options():
         return SentenceTransformerTrainingArguments(**(defaults | _checkpointing(changes)))
-
-
-@contextmanager
-def refused_options() -> Iterator[None]:
-    """What the stock trainer does not take is the user's option: it says so with errors of any class."""
-    try:
-        yield
-    except (NestlingError, MemoryError):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise OptionError(f"the stock trainer cannot be made with these options ({text})") from error
 
 
 def _checkpointing(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraini
 from torch import Tensor
 from transformers import TrainerCallback
 
+from nestling.arguments import remove_printer, stopped
 from nestling.callbacks import have_stopped, restore
 from nestling.checkpoints import begin, last_whole, run
 from nestling.embed.arguments import processes, rank
@@ -29,15 +30,7 @@ from nestling.embed.rotation import Rotation
 from nestling.embed.start import start_rotations
 from nestling.embed.teacher import TEACHER_FILE, numbered, shared_table, tables_in
 from nestling.embed.trained import Trained, save
-from nestling.embed.trainer import (
-    Averaged,
-    CupTrainer,
-    Watch,
-    remove_printer,
-    stopped,
-    trained_rotations,
-    without_bars,
-)
+from nestling.embed.trainer import Averaged, CupTrainer, Watch, trained_rotations, without_bars
 from nestling.ladder import Ladder
 from nestling.progress import progress_bar
 from nestling.undo import Undo, withdrawn

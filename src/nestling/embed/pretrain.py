@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from nestling.arguments import rehearsed, remove_printer, stopped
 from nestling.callbacks import made, restore, stops_early
 from nestling.checkpoints import attributes, begin, last_whole, run
 from nestling.embed.arguments import check_changes, checked, relevant, training_arguments
@@ -29,13 +30,13 @@ from nestling.embed.masking import Masking
 from nestling.embed.mlm import check, declare_mask, positions_of, vocabulary_of
 from nestling.embed.modes import in_eval_mode, modes_kept
 from nestling.embed.plan import ladder_of
-from nestling.embed.schedule import scheduled
 from nestling.embed.smae import DecoderKind, MaskedAutoencoder
 from nestling.embed.trained import Trained, check_places, save
-from nestling.embed.trainer import Watch, check_finite, rehearsed, remove_printer, stopped, without_bars
+from nestling.embed.trainer import Watch, check_finite, without_bars
 from nestling.errors import MissingExtraError, OptionError, TrainingError
 from nestling.ladder import Ladder
 from nestling.options import flag, path, whole
+from nestling.schedule import scheduled
 from nestling.undo import Undo, withdrawn
 
 LONGEST = 512  # tokens, where nobody says how many

@@ -31,13 +31,13 @@ from nestling.embed.losses import StarbucksLoss, checked_recipe
 from nestling.embed.measures import Measures
 from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
 from nestling.embed.rotation import Rotation
-from nestling.embed.schedule import scheduled
 from nestling.embed.start import blank, turned_depths
 from nestling.embed.trained import Trained, check_places
 from nestling.embed.trainer import rehearse
 from nestling.errors import MissingExtraError, OptionError
 from nestling.ladder import Ladder
 from nestling.options import flag, path
+from nestling.schedule import scheduled
 
 BATCH = 64
 Loss = nn.Module | Callable[[SentenceTransformer], nn.Module] | str | Mapping[str, Any]

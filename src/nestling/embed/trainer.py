@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +16,10 @@ from sentence_transformers import (
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor, distributed, nn
 from torch.utils.data import SequentialSampler
-from transformers import IntervalStrategy, PrinterCallback, Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
-from nestling.embed.arguments import refused_options
+from nestling.arguments import rehearsed
 from nestling.embed.encoder import unwrapped
 from nestling.embed.files import ROTATIONS_FILE, read_rotations, write_rotations
 from nestling.embed.modes import forward_kept
@@ -65,22 +63,6 @@ class CupTrainer(SentenceTransformerTrainer):
         super().track_loss_components(loss)
 
 
-@contextmanager
-def rehearsed(options: SentenceTransformerTrainingArguments) -> Iterator[SentenceTransformerTrainingArguments]:
-    """The options for a trainer that is made, with its optimiser, only to see whether it can be.
-
-    Its folder is thrown away behind the block.
-
-    Raises:
-        OptionError: the block raises something, as stock trainers do with options that they do not take.
-    """
-    with refused_options(), tempfile.TemporaryDirectory() as thrown_away:
-        tried = copy(options)
-        tried.hub_model_id = options.hub_model_id or Path(str(options.output_dir)).name
-        tried.output_dir, tried.eval_strategy = thrown_away, IntervalStrategy.NO
-        yield tried
-
-
 def rehearse(
     model: SentenceTransformer, options: SentenceTransformerTrainingArguments, rows: Any, loss: nn.Module
 ) -> None:
@@ -91,18 +73,6 @@ def rehearse(
     """
     with rehearsed(options) as tried, forward_kept(model):
         CupTrainer(model, tried, train_dataset=rows, loss=loss).create_optimizer_and_scheduler(options.max_steps)
-
-
-def remove_printer(trainer: Trainer) -> None:
-    """The stock callback that prints what is logged; one that the user gave stays."""
-    printers = [found for found in trainer.callback_handler.callbacks if type(found) is PrinterCallback]
-    trainer.remove_callback(printers[-1])
-
-
-def stopped(trainer: Trainer, steps: int) -> dict[str, int]:
-    """What is said of a training that a callback has stopped."""
-    last = trainer.state.global_step
-    return {"stopped_at": last} if last < steps else {}
 
 
 def trained_rotations(loss: Any) -> dict[int, Rotation]:

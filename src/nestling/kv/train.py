@@ -5,285 +5,37 @@ that resuming, shuffling and several processes need no state of their own. The t
 projections; only the rotations train, and LoRA weights where the model has them.
 """
 
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
+from nestling.arguments import remove_printer, stopped
+from nestling.callbacks import made, restore, stops_early
 from nestling.checkpoints import begin, check_place, run
-from nestling.errors import BudgetError, MissingExtraError, OptionError, TrainingError
+from nestling.errors import MissingExtraError, OptionError, TrainingError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocate import RankTable
+from nestling.kv.arguments import Recipe, recipe_of, training_arguments
 from nestling.kv.bits import BitTable
+from nestling.kv.budget import read_shares
 from nestling.kv.calibrate import fit
 from nestling.kv.exact import capacity
 from nestling.kv.modes import check_weights, in_default_mode
 from nestling.kv.sampling import RankedWindows, schedule
 from nestling.kv.sensitivity import measure
 from nestling.kv.student import Student
+from nestling.options import flag, path, whole
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
+from nestling.undo import Undo, withdrawn
 
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        basis: of the calibration to start from, if no adapter is given.
-        sampling: see `nestling.kv.sampling.schedule`.
-        allocation: of the ranks that are sampled and evaluated, ``"energy"`` or ``"uniform"``.
-        kl_weight, ce_weight: of the distance to the full model and of the text's next tokens.
-        learning_rate: of AdamW, cosine to zero after a short warm-up.
-        sinks, window: exact tokens, as the cache will keep them.
-    """
-
-    basis: str = "balanced"
-    sampling: str = "path"
-    allocation: str = "energy"
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
-    learning_rate: float = 2e-3
-    sinks: int = 4
-    window: int = 64
-
-
-RECIPES = {
-    "default": Recipe(),
-    "paper": Recipe(
-        basis="pca",
-        sampling="independent",
-        allocation="uniform",
-        kl_weight=0.25,
-        ce_weight=0.75,
-        learning_rate=1e-3,
-        sinks=0,
-        window=0,
-    ),
-}
-
-
 @attention.leaves_as_found
-@in_default_mode
-def train(
-    model,
-    tokenizer,
-    texts: Iterable[str] | Tensor,
-    adapter: KVAdapter | None = None,
-    preset: str = "default",
-    *,
-    folder: str | Path,
-    labels: Tensor | None = None,
-    tokens: int = 2**19,
-    length: int = 512,
-    batch_size: int = 8,
-    eval_texts: Iterable[str] | Tensor | None = None,
-    eval_windows: int = 4,
-    eval_budgets: Sequence[float] = BUDGETS,
-    seed: int = 0,
-    resume: bool = False,
-    progress: bool = True,
-    recipe: dict | None = None,
-    **arguments,
-) -> KVAdapter:
-    """Train an adapter's bases by distillation under sampled ranks.
-
-    Under ``torchrun`` every process calls this; all get the same adapter.
-
-    Args:
-        model: the causal LM. Frozen; of a peft model the parameters that require gradients train along.
-        tokenizer: its tokenizer; None when ``texts`` are ids.
-        texts: strings, or token ids ``[n, T]``; read again from the start where they are fewer than ``tokens``.
-        adapter: the bases to start from; None calibrates on the same texts.
-        preset: ``"default"``, or ``"paper"`` (PCA start, independent ranks, KL : CE = 1 : 3, everything compressed).
-        folder: of checkpoints.
-        labels: for fine-tuning, next tokens ``[n, T]`` in step with ``texts`` of ids, `nestling.distill.IGNORED` where
-            nothing is learned (prompts, padding on the right); see `nestling.tokens.answer_windows`.
-        tokens: tokens to train on in all.
-        length: tokens per text.
-        batch_size: texts per step, over all processes.
-        eval_texts, eval_windows, eval_budgets: held-out text, how many windows of it are read while training, and the
-            shares of the ranks at which (exact tokens not counted); their KL is the training curve. With sampled bits
-            they are shares of 16 bits.
-        seed: of the order of texts, of the ranks and of the labels that the energies are measured with.
-        resume: go on from the last whole checkpoint in ``folder``.
-        recipe: changes to the preset, fields of `Recipe`.
-        arguments: for transformers' `TrainingArguments`: ``bf16, gradient_checkpointing, save_steps, eval_steps,
-            gradient_accumulation_steps, fsdp, ...``.
-
-    Returns:
-        The trained `KVAdapter`, energies measured again; ``info["training"]`` has the recipe and the curve.
-
-    Raises:
-        TrainingError: if the loss or a gradient is not finite (step and layer are named), if a checkpoint cannot be
-            written, or if ``folder`` holds another job's; the last whole checkpoint is kept.
-        TextTooShortError, AdapterError, UnsupportedModelError.
-    """
-    if find_spec("accelerate") is None:
-        raise MissingExtraError("training needs accelerate: pip install 'nestling[train]'")
-    if preset not in RECIPES:
-        raise OptionError(f"preset must be one of {', '.join(RECIPES)}, got {preset!r}")
-    check_place(Path(folder), resume)
-    chosen = replace(RECIPES[preset], **(recipe or {}))
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = attention.text_config(lm)
-    check_weights(lm)
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    if length <= (exact := capacity(chosen.sinks, chosen.window)):
-        raise OptionError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
-    windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
-    if labels is not None and (labels.shape[1:] != windows.shape[1:] or len(labels) < len(windows)):
-        raise OptionError(f"labels are {list(labels.shape)}, expected {list(windows.shape)}, in step with the texts")
-    held_out = windows[:0]
-    if eval_texts is not None:
-        held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=eval_windows)))
-    if adapter is None:
-        adapter = fit(
-            lm, None, windows, chosen.basis, length=length, sinks=chosen.sinks, window=chosen.window, seed=seed,
-            progress=progress,
-        )  # fmt: skip
-    adapter.check(lm)
-    attention.attach(lm)
-    attention.check_head(lm, windows[:1, :16].to(attention.input_device(lm)))
-    steps = max(1, tokens // (length * batch_size))
-    ranks = schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed)
-    data = RankedWindows(windows, ranks, seed, steps * batch_size, labels)
-    tables = {f"{share:g}": _table(adapter, share, chosen) for share in eval_budgets}
-    if wrong := [share for share in eval_budgets if not 0 < share <= 1]:
-        raise BudgetError(f"eval_budgets are shares of the ranks, above 0 and at most 1, got {wrong[0]:g}")
-    budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
-    options = _arguments(Path(folder), steps, batch_size, chosen, seed, bool(len(held_out)), arguments)
-    checkpoint = begin(Path(folder), _job(adapter, preset, chosen, windows, steps, batch_size, seed), resume)
-    flags = {p: p.requires_grad for p in lm.parameters()}
-    if lm is model:
-        lm.requires_grad_(False)
-    mode = lm.training
-    student = Student(
-        lm, adapter, kl_weight=chosen.kl_weight, ce_weight=chosen.ce_weight, sinks=chosen.sinks, window=chosen.window
-    )
-    curve = _Curve(steps, length * batch_size, progress)
-    student.bases.rotation.x.register_hook(lambda gradient: _check_gradient(gradient, adapter.fingerprint["layers"]))
-    try:
-        trainer = Trainer(
-            student, options, train_dataset=data, eval_dataset=budgets if len(held_out) else None, callbacks=[curve]
-        )
-        trainer.remove_callback(PrinterCallback)
-        seconds = run(trainer, Path(folder), checkpoint)
-        encodes = student.bases.encodes()
-    finally:
-        curve.bar.stop()
-        lm.train(mode)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-    measured = {"tokens": steps * batch_size * length, "seconds": round(seconds)}
-    sizes = {"length": length, "steps": steps, "batch_size": batch_size}
-    training = {"preset": preset, **asdict(chosen), **measured, **sizes, "curve": curve.points}
-    info = {**adapter.info, "training": training}
-    trained = KVAdapter(adapter.fingerprint, encodes, adapter.mean, adapter.energy, info)
-    return measure(lm, trained, windows, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress)
-
-
-def _table(adapter: KVAdapter, share: float, recipe: Recipe) -> RankTable | BitTable:
-    """What a held-out text is read at."""
-    elements = share * adapter.full_elements
-    return adapter.bits(16 * elements) if recipe.sampling == "bits" else adapter.ranks(elements, recipe.allocation)
-
-
-class _Curve(TrainerCallback):
-    """The progress bar, and the KL at fixed budgets as it falls: ``{"step", "tokens", "kl_0.5", ...}``."""
-
-    def __init__(self, steps: int, tokens_per_step: int, progress: bool):
-        self.points: list[dict] = []
-        self.tokens_per_step = tokens_per_step
-        self.bar = progress_bar(progress)
-        self.task = self.bar.add_task("training", total=steps)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar.start()
-        self.points = _curve(state.log_history, self.tokens_per_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.points = _curve(state.log_history, self.tokens_per_step)
-        shown = {k.removeprefix("kl_"): f"{v:.3f}" for k, v in (self.points or [{}])[-1].items() if k.startswith("kl")}
-        kl = ", ".join(f"{budget}: {value}" for budget, value in shown.items())
-        self.bar.update(self.task, description=f"training, KL {kl}" if kl else "training")
-
-
-def _curve(history: list[dict], tokens_per_step: int) -> list[dict]:
-    points: dict[int, dict] = {}
-    for entry in history:
-        point = points.setdefault(entry["step"], {"step": entry["step"], "tokens": entry["step"] * tokens_per_step})
-        for name, value in entry.items():
-            if name == "loss":
-                point["loss"] = value
-            elif name.startswith("eval_") and name.endswith("_loss"):
-                point[f"kl_{name[5:-5]}"] = value
-    return [points[step] for step in sorted(points)]
-
-
-def _arguments(
-    folder: Path, steps: int, batch_size: int, recipe: Recipe, seed: int, evaluates: bool, changes: dict
-) -> TrainingArguments:
-    """`TrainingArguments`: our defaults under the user's ``changes``."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    parts = processes * changes.get("gradient_accumulation_steps", 1)
-    if batch_size % parts:
-        raise OptionError(f"batch_size={batch_size} must be a multiple of processes times accumulation steps, {parts}")
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": batch_size // parts,
-        "per_device_eval_batch_size": batch_size // parts,
-        "max_steps": steps,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": min(100, steps // 20),
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "logging_steps": max(1, steps // 100),
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": max(1, steps // 10),
-        "eval_on_start": evaluates,
-        "prediction_loss_only": True,
-        "label_names": ["input_ids"],  # there is a loss without labels
-        "save_steps": max(1, min(50, steps // 10)),
-        "save_total_limit": 2,
-        "logging_nan_inf_filter": False,
-        "train_sampling_strategy": "sequential",  # the order is the data's own
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "log_level": "error",
-        "report_to": "none",
-        "seed": seed,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused where there is no accelerator
-    }
-    return TrainingArguments(**(defaults | changes))
-
-
-def _job(adapter: KVAdapter, preset: str, recipe: Recipe, windows: Tensor, steps: int, batch_size: int, seed: int):
-    """What a resumed training must agree on: plain JSON values."""
-    checksum = sum(float(e.double().abs().sum()) for e in adapter.encode.values())
-    return {
-        "model": adapter.fingerprint, "preset": preset, **asdict(recipe), "start": f"{checksum:.6g}",
-        "windows": list(windows.shape), "first": windows[0, :8].tolist(), "steps": steps, "batch_size": batch_size,
-        "seed": seed,
-    }  # fmt: skip
-
-
-def _check_gradient(gradient: Tensor, layers: list[int]) -> None:
-    finite = torch.isfinite(gradient).flatten(3).all(-1).all(-1)  # [2, L]
-    if not finite.all():
-        side, row = (~finite).nonzero()[0].tolist()
-        raise TrainingError(f"the gradient by the {('keys', 'values')[side]} of layer {layers[row]} is not finite")

@@ -15,7 +15,9 @@ INTERVALS = [f"{kind}_{what}" for kind in STRATEGIES for what in ("strategy", "s
 MEASURED = ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end", "metric_for_best_model")
 
 
-def scheduled(changes: Mapping[str, Any], steps: int, epoch: int | None, measured: bool) -> dict[str, Any]:
+def scheduled(
+    changes: Mapping[str, Any], steps: int, epoch: int | None, measured: bool, by: str = "an evaluator"
+) -> dict[str, Any]:
     """The user's changes with what follows from them, every interval in steps.
 
     What is measured is measured where checkpoints are written, ten times unless something else is asked for, and the
@@ -24,7 +26,8 @@ def scheduled(changes: Mapping[str, Any], steps: int, epoch: int | None, measure
     Args:
         steps: of the training.
         epoch: steps of one pass over the data; None where there are no passes.
-        measured: whether there is an evaluator.
+        measured: whether there is something to measure with.
+        by: what it is called, for messages.
 
     Raises:
         OptionError: an option is out of range, or two do not go together.
@@ -34,7 +37,7 @@ def scheduled(changes: Mapping[str, Any], steps: int, epoch: int | None, measure
     for kind in STRATEGIES:
         found |= _in_steps(kind, found, steps, epoch)
     if not measured and (lost := [name for name in MEASURED if found.get(name) not in (None, False, "no")]):
-        raise OptionError(f"{lost[0]}={shown(changes[lost[0]])}: there is nothing to measure with, give an evaluator")
+        raise OptionError(f"{lost[0]}={shown(changes[lost[0]])}: there is nothing to measure with, give {by}")
     measures = measured and found.get("eval_strategy") != "no"
     saves = found.setdefault("save_strategy", "steps")
     if measures:
@@ -46,7 +49,7 @@ def scheduled(changes: Mapping[str, Any], steps: int, epoch: int | None, measure
         found["eval_strategy"] = "no"
     if saves == "steps":
         found.setdefault("save_steps", found["eval_steps"] if measures else often)
-    _check_best(found, measures)
+    _check_best(found, measures, by)
     return found
 
 
@@ -73,11 +76,11 @@ def _interval(name: str, value: Any, steps: int) -> int:
     return whole(name, value)
 
 
-def _check_best(found: Mapping[str, Any], measures: bool) -> None:
+def _check_best(found: Mapping[str, Any], measures: bool, by: str) -> None:
     saves, best = found["save_strategy"], found.get("load_best_model_at_end")
     if (best or saves == "best") and not measures:
         what = "save_strategy='best'" if saves == "best" else f"load_best_model_at_end={best}"
-        raise OptionError(f"{what}: nothing is measured, give an evaluator, and leave out eval_strategy='no'")
+        raise OptionError(f"{what}: nothing is measured, give {by}, and leave out eval_strategy='no'")
     if best and saves == "no":
         raise OptionError(
             f"load_best_model_at_end={best} and save_strategy='no': the best can only be kept where something is saved"
