@@ -82,7 +82,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", REFUSED, ids=lambda options: str(options)[:70])
+@pytest.mark.parametrize("options", REFUSED, ids=[f"{i}-{'-'.join(o)}" for i, o in enumerate(REFUSED)])
 def test_what_cannot_be_is_refused_before_anything_is_computed(encoder, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     model, untouched = encoder(), encoder()

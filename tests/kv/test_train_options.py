@@ -84,7 +84,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", REFUSED, ids=lambda options: str(options)[:60])
+@pytest.mark.parametrize("options", REFUSED, ids=[f"{i}-{'-'.join(o)}" for i, o in enumerate(REFUSED)])
 def test_what_cannot_be_is_refused_before_anything_is_computed(tmp_path, ids, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["nestling.kv.train"], "fit", lambda *_, **__: pytest.fail("it was calibrated"))
