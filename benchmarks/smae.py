@@ -66,7 +66,7 @@ class Study:
 def _pretrain(study: Study, kind: str, folder: Path) -> None:
     plain, job = kind == "mlm", study.job
     embed.pretrain(
-        embed.load_encoder(job.model), embed.Texts(study.texts),
+        embed.load_encoder(job.model), embed.Texts(study.texts, layout="documents"),
         Ladder([job.ladder.full]) if plain else job.ladder, folder=folder, steps=study.steps,
         batch_size=study.batch, length=study.length, learning_rate=study.learning_rate, seed=job.seed,
         resume=Path(f"{folder}-checkpoints").is_dir(), bf16=job.bf16,
@@ -111,7 +111,7 @@ def random_start(
         return folder
     words = embed.load_encoder(tokenizer).tokenizer
     if texts:
-        words = words.train_new_from_iterator(iter(embed.Texts(texts)), vocabulary)
+        words = words.train_new_from_iterator(iter(embed.Texts(texts, layout="documents")), vocabulary)
     torch.manual_seed(seed)
     special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "cls", "sep")}
     config = AutoConfig.for_model(

@@ -106,7 +106,7 @@ def _text(where: str, row: Any) -> str:
                 f"{where}: no field 'text'; it has {shown}: say which one it is with columns={{'text': ...}} "
                 "(on the command line --columns text=...)"
             )
-        return text_of(where, row, "text")
+        return str(text_of(where, row, "text"))  # cells, and NumPy's texts, are of classes of their own
     check_text(where, "text", row)
     return row
 

@@ -66,7 +66,10 @@ def id_of(where: str, field: str, value: Any) -> str:
 
 
 def _cells(line: str) -> list[str]:
-    cells = next(csv.reader([line], delimiter="\t"))
+    try:
+        cells = next(csv.reader([line], delimiter="\t"))
+    except csv.Error:
+        cells = []
     if len(cells) not in (3, 4):  # a quotation mark may belong to an id
         cells = line.split("\t") if "\t" in line else line.split()
     return [cell.strip() for cell in cells]

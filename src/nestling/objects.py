@@ -114,8 +114,7 @@ def _hub(rows: Any) -> Iterator[Any]:
 def _columns(columns: Any) -> Iterator[dict[str, Any]]:
     """Columns by name, all of one length."""
     found = {name: columns[name] for name in columns.keys()}
-    plain = {name: values for name, values in found.items() if not isinstance(values, str | bytes | Mapping)}
-    sizes = {name: len(values) for name, values in plain.items() if hasattr(values, "__len__")}
+    sizes = {name: len(values) for name, values in found.items() if _is_column(values)}
     if not found or len(sizes) < len(found) or len(set(sizes.values())) > 1:
         shown = ", ".join(f"{name} ({sizes.get(name, short(found[name]))})" for name in found) or "nothing"
         raise DataError(
@@ -123,6 +122,12 @@ def _columns(columns: Any) -> Iterator[dict[str, Any]]:
             "that all have as many entries"
         )
     return (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
+
+
+def _is_column(values: Any) -> bool:
+    return (
+        hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0 and not isinstance(values, str | bytes | Mapping)
+    )
 
 
 def _row(row: Any) -> Any:

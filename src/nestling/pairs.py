@@ -174,10 +174,11 @@ def _checked(
     used = {*form, *negatives, *(("label_text",) if "label" in form else ())}
     for where, row in rows:
         others = [column for column in row if column not in used]
-        if more := [c for c in others if (CONTENT.fullmatch(c) and not source.given) or is_negative(c)]:
+        if more := [str(c) for c in others if (CONTENT.fullmatch(str(c)) and not source.given) or is_negative(c)]:
+            read = ", ".join([*form, *negatives])
             raise DataError(
-                f"{where}: {', '.join(more)} beside {', '.join([*form, *negatives])} would be lost: have it in every "
-                "row, leave it out, or say which columns are read with columns={...} (--columns)"
+                f"{where}: {', '.join(more)} beside {read} would be lost: have it in every row, leave it out, or say "
+                "which columns are read with columns={...} (--columns)"
             )
         if negatives and form not in PLAIN:
             raise DataError(f"{where}: {', '.join(negatives)} beside {', '.join(form)} would be lost: leave it out")

@@ -86,6 +86,9 @@ def positive_pairs(
             raise DataError(f"{where}: it is not known what the label {label} means: {_ask(label)}")
         elif held is None:
             good = label == (0 if entailment else 1)
+            if not entailment and not unknown:
+                unknown = where
+                logger.warning("%s: the label 1 is taken for the same meaning; if it is not, say positive=...", where)
         else:
             unknown = unknown or where
             if label == 2:
@@ -104,6 +107,8 @@ def positive_pairs(
     left_out.update({f"pairs labelled {label}": count for label, count in others.items()})
     if held is not None and unknown:
         raise DataError(f"{unknown}: it is not known whether 0 or 1 means entailment: {_ask(0)}")
+    if not found and where and not others:
+        raise DataError(f"{where}: no pair up to here has a label")
     if not found and others:
         some = ", ".join(map(repr, list(others)[:10]))
         raise DataError(f"{where}: no pair up to here is positive, labels are {some}: {_ask(next(iter(others)))}")

@@ -133,8 +133,8 @@ def _check_columns(columns: Columns | None, known: tuple[str, ...]) -> None:
         raise OptionError(f"columns: {short(unknown[0])} is not read here; expected some of {expected}")
 
 
-def is_negative(column: str) -> bool:
-    return column.startswith("negative")
+def is_negative(column: Any) -> bool:
+    return isinstance(column, str) and column.startswith("negative")
 
 
 def _renamed(where: str, row: Any, columns: Columns) -> Any:
@@ -156,7 +156,7 @@ def texts_of(data: Iterable[Any]) -> Iterator[str]:
     """
     for where, row in _object(data).rows:
         if isinstance(row, dict):
-            yield text_of(where, row, "text")
+            yield str(text_of(where, row, "text"))
         else:
             check_text(where, "text", row)
             yield row

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nestling.errors import DataError, ExampleError
 from nestling.pairs import FORMS, LABELS, PLAIN, SCORED, named_rows, positives, said, scored
+from nestling.positives import plain_label
 from nestling.records import check_said, short
-from nestling.rows import Source, open_rows
+from nestling.rows import Source, is_negative, open_rows
 from nestling.told import BESIDE, tell_left_out
 
 KNOWN = ("sentence1", "sentence2", *chain.from_iterable(PLAIN))
@@ -161,8 +162,13 @@ def _texts(source: Source) -> list[str]:
 
 
 def _is_scored(row: Any) -> bool:
-    if isinstance(row, tuple):
-        return len(row) == 3 and not isinstance(row[2], str)
+    if isinstance(row, tuple) and len(row) == 3 and not isinstance(row[2], str):
+        if plain_label(row[2]) is not None:  # 0 may mean entailment, and then be the best of all
+            raise ExampleError(
+                f"row 1 is {short(row)}: it is not known what the number is; if a score, give read_sts(rows), if a "
+                "label, rows with the columns premise, hypothesis, label"
+            )
+        return True
     return isinstance(row, dict) and all(column in row for column in SCORED)
 
 
@@ -176,7 +182,9 @@ def _table(source: Source) -> Examples:
     labels = []
     for where, row in chain([first], rows):
         if missing := [name for name in (*names, *labelled) if name not in row]:
-            raise ExampleError(f"{where} has no {missing[0]!r}, as row 1 has: it has {', '.join(row) or 'no columns'}")
+            raise ExampleError(
+                f"{where} has no {missing[0]!r}, as row 1 has: it has {', '.join(map(str, row)) or 'no columns'}"
+            )
         for name in row:
             if name in names or name in labelled:
                 continue
@@ -195,7 +203,9 @@ def _columns(where: str, row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     found = [name for name in row if name not in LABELS and _is_content(name, row[name])]
     labelled = [name for name in LABELS if name in row]
     if len(labelled) > 1 or not found:
-        raise ExampleError(f"{where} has {', '.join(row) or 'no columns'}: expected texts and at most one of {LABELS}")
+        raise ExampleError(
+            f"{where} has {', '.join(map(str, row)) or 'no columns'}: expected texts and at most one of {LABELS}"
+        )
     return [*(name for name in KNOWN if name in found), *(name for name in found if name not in KNOWN)], labelled
 
 
@@ -203,7 +213,7 @@ def _kind(names: list[str], labelled: list[str]) -> Literal["pairs", "scored", "
     """What the columns are; anything but pairs and scored pairs is a matter between the user and the loss."""
     if labelled:
         return "scored" if labelled == ["score"] and tuple(names) == SCORED[:2] else "rows"
-    negatives = all(name.startswith("negative") for name in names[2:])
+    negatives = all(map(is_negative, names[2:]))
     return "pairs" if tuple(names[:2]) in PLAIN and negatives else "rows"
 
 
