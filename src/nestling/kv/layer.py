@@ -219,10 +219,13 @@ class NestedLayer(CacheLayerMixin):
             order = [held.index(head) for group in groups for head in group.heads]
             there = None if order == sorted(order) else torch.tensor(order, device=self.device)
             if self.uncompressed and exact is not None:
+                exact.left = self.length - self.held  # evicted tokens are between sinks and recent ones
                 keys, values = (_reordered(rows.coordinates(self.dtype), there) for rows in self.groups[0].rows)
                 for gone in exact.append((keys, values), self.dtype):
                     for group in groups:
                         group.append(gone, self.dtype)
+                if self.held < self.length:
+                    exact.drop_spare()
             else:
                 take(groups, self.groups, self.dtype)
                 exact = self.exact
