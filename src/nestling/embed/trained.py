@@ -22,7 +22,8 @@ from nestling.embed.files import (
 )
 from nestling.embed.rotation import Rotation
 from nestling.embed.trainer import without_bars
-from nestling.folders import write_folder
+from nestling.errors import TrainingError
+from nestling.folders import sha256, write_folder
 from nestling.ladder import Ladder
 
 
@@ -71,6 +72,10 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
         card: the model card.
         resumed: the folder may be there, as the training's result, whose files are replaced; but not its card, if
             somebody has changed that.
+
+    Raises:
+        TrainingError: the weights in the folder are other ones.
+        FileError: it cannot be written.
     """
 
     def fill(new: Path) -> None:
@@ -82,5 +87,14 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
         if may_have_card(trained.folder):
             (new / CARD_FILE).write_text(card, "utf-8")
         write_ladder(new, trained.ladder.to_json() | named | {name: trained.info})
+        _check_same(new, trained.folder)
 
     write_folder(trained.folder, fill, over=PARTS if resumed else None)
+
+
+def _check_same(new: Path, folder: Path) -> None:
+    """A training that has ended is resumed to the same weights. Others are somebody's, who goes on from there."""
+    for path in new.rglob("*.safetensors"):
+        old = folder / path.relative_to(new)
+        if old.is_file() and sha256(old) != sha256(path):
+            raise TrainingError(f"{old} is not what this training gives: move {folder} away, and resume again")

@@ -26,7 +26,7 @@ from torch import Tensor
 from nestling.errors import FileError
 from nestling.kv.quantise import WIDTHS
 from nestling.private import private_folder
-from nestling.temporary import temporary_folder
+from nestling.temporary import sweep, temporary_folder
 from nestling.writing import naming, sync, write_file
 
 SOURCE = Path(__file__).with_name("packed.c")
@@ -77,7 +77,9 @@ def _loaded() -> ctypes.CDLL:
     if (found := compiler()) is None:
         raise _Missing(f"there is no C compiler {os.environ.get('CC') or 'cc'!r}; CC names another")
     try:
-        path = private_folder(_folder()) / file_name(found)
+        folder = private_folder(_folder())
+        sweep(folder)
+        path = folder / file_name(found)
         if not _is_whole(path):
             _compile(found, path)
         library = ctypes.CDLL(str(path))
