@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from nestling.errors import OptionError
+from nestling.errors import OptionError, TrainingError
+from nestling.files import read_object
 from nestling.options import shown
 
 
@@ -48,7 +48,8 @@ def restore(callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> No
     """
     states: dict[str, Any] = {}
     if checkpoint is not None:
-        states = json.loads((checkpoint / "trainer_state.json").read_text("utf-8")).get("stateful_callbacks", {})
+        found = read_object(checkpoint / "trainer_state.json", TrainingError, finite=False)
+        states = found.get("stateful_callbacks") or {}
     left = {name: list(found) if isinstance(found, list) else [found] for name, found in states.items()}
     for callback in callbacks:
         if isinstance(callback, ExportableState):

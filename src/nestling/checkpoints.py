@@ -1,29 +1,41 @@
 """Checkpoints of a training: whose they are, which of them are whole, where to go on, and what stopped it."""
 
-import contextlib
 import json
+import os
+import re
+import shutil
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import distributed
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from nestling.errors import TrainingError
+from nestling.errors import FileError, NestlingError, TrainingError
+from nestling.files import read_object, reason, short
+from nestling.manifest import check_manifest, write_manifest
+from nestling.whole import STATE_FILE, best_of, check_checkpoint, seconds_of, stateful, that_is_read
 from nestling.writing import check_folder, is_full, write_file
 
 JOB_FILE = "training.json"
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+NUMBERED = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
+SET_ASIDE = "damaged-"  # in front of the name of a checkpoint that cannot be gone on from
+Check = Callable[[Path], object]
 
 
-def begin(folder: Path, job: dict, resume: bool) -> Path | None:
+def begin(folder: Path, job: dict, resume: bool, check: Check = lambda checkpoint: None) -> Path | None:
     """Make the folder, or check that it is this job's; the checkpoint to go on from, None for the start.
+
+    Checkpoints behind the one that is gone on from are damaged, or were being written when the training was stopped:
+    the former are set aside, with a warning, the latter are removed.
 
     Args:
         job: what a resumed training must agree on, plain JSON values.
+        check: raises for a checkpoint that lacks what this kind of training reads beside what all read.
 
     Raises:
         TrainingError: if there are checkpoints and ``resume`` is not set, or if they are of another job, or none of
@@ -32,42 +44,59 @@ def begin(folder: Path, job: dict, resume: bool) -> Path | None:
     job = json.loads(json.dumps(job))
     path = folder / JOB_FILE
     if not resume:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise TrainingError(f"{folder} is not a folder: choose another place for the checkpoints")
         if list(folder.glob("checkpoint-*")):
             raise TrainingError(f"{folder} holds checkpoints already: resume that training, or choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(job, indent=2))
         return None
-    try:
-        theirs = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise TrainingError(f"{folder} is no training to resume: {JOB_FILE} is missing") from None
-    except ValueError as error:
-        raise TrainingError(f"{path} is damaged ({error}): start again in another folder") from error
-    if wrong := [f"{k}: {theirs.get(k)}, now {job[k]}" for k in job if theirs.get(k) != job[k]]:
+    if not os.path.lexists(path):
+        raise TrainingError(f"{folder} is no training to resume: {JOB_FILE} is missing")
+    theirs = read_object(path, TrainingError)
+    if wrong := [f"{k}: {_shown(theirs.get(k))}, now {_shown(job[k])}" for k in job if theirs.get(k) != job[k]]:
         raise TrainingError(f"{folder} holds another training ({'; '.join(wrong)})")
-    checkpoint, found = last_whole(folder), sorted(folder.glob("checkpoint-*"))
-    if checkpoint is None and (len(found) > 1 or any(map(_is_complete, found))):
-        names = ", ".join(path.name for path in found)
-        raise TrainingError(f"{folder}: no checkpoint is whole, of {names}: remove them to start again")
-    return checkpoint
+    found = _numbered(folder)
+    problems = {checkpoint: _problem(checkpoint, check) for checkpoint in found}
+    whole = next((checkpoint for checkpoint, problem in problems.items() if problem is None), None)
+    if whole is None and (len(found) > 1 or any((checkpoint / STATE_FILE).is_file() for checkpoint in found)):
+        listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
+        names = ", ".join(sorted(checkpoint.name for checkpoint in found))
+        raise TrainingError(f"{folder}: no checkpoint is whole, of {names}: remove them to start again ({listed})")
+    if os.environ.get("RANK", "0") == "0":
+        for checkpoint, problem in problems.items():
+            if checkpoint == whole:
+                break
+            _set_aside(checkpoint, problem)
+    return whole
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) <= 300 else short(value, 300)
 
 
 def attributes(checkpoint: Path, callback: type) -> dict[str, Any] | None:
-    """What a callback of that class said of itself in a checkpoint's trainer_state.json; None if nothing."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    return state.get("stateful_callbacks", {}).get(callback.__name__, {}).get("attributes")
+    """What a callback of that class said of itself in a checkpoint's trainer_state.json; None if nothing.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    return stateful(read_object(checkpoint / STATE_FILE, TrainingError, finite=False), callback.__name__)
 
 
 class Clock(TrainerCallback, ExportableState):
     """How long a training takes; each checkpoint's trainer_state.json says how long it took up to there."""
 
     def __init__(self, seconds: float = 0.0):
-        self.before, self.start = seconds, time.monotonic()
+        self.before, self.start, self.stepped = seconds, time.monotonic(), False
 
     @classmethod
     def of(cls, checkpoint: Path | None) -> "Clock":
         """It goes on where a checkpoint was written; at 0 if there is none, or it does not say."""
-        return cls(**(attributes(checkpoint, cls) or {})) if checkpoint else cls()
+        return cls() if checkpoint is None else cls(seconds_of(attributes(checkpoint, cls), checkpoint))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.stepped = True
 
     @property
     def seconds(self) -> float:
@@ -77,6 +106,17 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
 
+class Sealed(TrainerCallback):
+    """Each checkpoint gets the checksums of its files, when all processes have written theirs."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            write_manifest(folder, that_is_read(folder))
+
+
 def run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> float:
     """Train; whatever stops it says at which step, and what there is to go on from.
 
@@ -84,10 +124,11 @@ def run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> float:
         The seconds that it took; those of a training that was stopped and resumed are added up.
 
     Raises:
-        TrainingError: the training cannot go on, or a checkpoint cannot be written.
+        TrainingError: the training cannot go on, or a checkpoint cannot be read or written.
     """
     clock = Clock.of(checkpoint)
     trainer.add_callback(clock)
+    trainer.add_callback(Sealed())
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (RuntimeError, OSError, SafetensorError) as error:
@@ -95,28 +136,59 @@ def run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> float:
         kept = "there is no checkpoint" if whole is None else f"{whole.name} is kept"
         why = f"the disk is full ({error})" if is_full(folder) else error
         raise TrainingError(f"step {trainer.state.global_step + 1}: {why}; {kept} in {folder}") from error
+    except Exception as error:
+        if checkpoint is None or clock.stepped or isinstance(error, NestlingError):
+            raise
+        raise TrainingError(f"{checkpoint} cannot be gone on from ({reason(error)}): move it away") from error
     return clock.seconds
 
 
 def last_whole(folder: Path) -> Path | None:
     """The last checkpoint that can be gone on from. One that was being written when its process was killed cannot."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    return next((path for path in found if _is_whole(path)), None)
+    return next((path for path in _numbered(folder) if _problem(path) is None), None)
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    return all((checkpoint / name).is_file() for name in FILES)
+def _numbered(folder: Path) -> list[Path]:
+    """The folders of checkpoints, the last one first.
+
+    Raises:
+        TrainingError: something else has such a name. Folders of that kind would be removed with old checkpoints.
+    """
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        number = NUMBERED.fullmatch(path.name)
+        if number and path.is_dir():
+            found[path] = int(number[1])
+        elif number or path.is_dir():
+            kind = "the number of a step is expected" if path.is_dir() else "it is not a folder"
+            raise TrainingError(f"{path} is no checkpoint, {kind} behind its name: move it away")
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    if not _is_complete(checkpoint):
-        return False
-    with contextlib.suppress(Exception):  # damaged files fail in any way
-        load_file(checkpoint / FILES[0])
-        torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        return True
-    return False
+def _problem(checkpoint: Path, check: Check = lambda checkpoint: None) -> str | None:
+    """Why a checkpoint cannot be gone on from; None if it can."""
+    try:
+        check_checkpoint(checkpoint)
+        check(checkpoint)
+        for folder in {checkpoint, best_of(checkpoint) or checkpoint}:
+            check_manifest(folder, TrainingError)  # last: the others say what is wrong
+    except Exception as error:  # damaged files fail in any way
+        return str(error) if isinstance(error, TrainingError) else reason(error)
+    return None
+
+
+def _set_aside(checkpoint: Path, problem: str | None) -> None:
+    """Out of the way of the training, which will write a checkpoint of that name again."""
+    try:
+        if not (checkpoint / STATE_FILE).is_file():  # which is written last
+            shutil.rmtree(checkpoint)
+            return
+        place = checkpoint.with_name(SET_ASIDE + checkpoint.name)
+        shutil.rmtree(place, ignore_errors=True)
+        checkpoint.rename(place)
+    except OSError as error:
+        raise TrainingError(f"{checkpoint} is damaged ({problem}) and cannot be moved away ({error})") from error
+    warnings.warn(f"{checkpoint} cannot be gone on from ({problem}): it is {place.name} now", stacklevel=3)
 
 
 def check_place(folder: Path, resume: bool) -> None:
@@ -142,7 +214,6 @@ def check_place(folder: Path, resume: bool) -> None:
 def _is_job(path: Path) -> bool:
     """Whether a file is one that an earlier training wrote."""
     try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        return {"steps", "seed"} <= set(read_object(path))
+    except FileError:
         return False
-    return isinstance(found, dict) and {"steps", "seed"} <= set(found)

@@ -14,7 +14,9 @@ from operator import index
 from typing import Any
 
 from nestling.errors import LadderError
+from nestling.files import short
 
+LARGEST = 999_999_999  # layers or dims; what can be written as a cup's name
 SMALLEST = 32  # dims of the smallest cup of a default ladder, as in the paper
 FORMAT = 1
 LABELS = {
@@ -55,14 +57,14 @@ class Cup:
             LadderError: for anything else.
         """
         if not isinstance(text, str):
-            raise LadderError(f"{text!r:.60} is no cup: write layers x dims, as in 6x128")
-        word = text.strip().lower()
+            raise LadderError(f"{short(text)} is no cup: write layers x dims, as in 6x128")
+        word = text.strip().lower() if len(text) <= 100 else ""
         for label, size in LABELS.items():
             if word == label.lower():
                 return cls(*size)
         if not (found := re.fullmatch(r"(\d{1,9})\s*[x×]\s*(\d{1,9})", word, re.ASCII)):
             names = ", ".join(LABELS)
-            raise LadderError(f"{text!r} is no cup: write layers x dims, as in 6x128, or one of {names}")
+            raise LadderError(f"{short(text)} is no cup: write layers x dims, as in 6x128, or one of {names}")
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -104,7 +106,7 @@ class Ladder:
             words = [word for word in text.split(",") if word.strip()]
             return cls([Cup.parse(word) for word in words])
         if not isinstance(text, Iterable):
-            raise LadderError(f"{text!r} is no ladder: write it as 2x32,4x64,6x128, or give a list of cups")
+            raise LadderError(f"{short(text)} is no ladder: write it as 2x32,4x64,6x128, or give a list of cups")
         return cls([Cup.parse(item) if isinstance(item, str) else item for item in text])
 
     @classmethod
@@ -179,9 +181,9 @@ class Ladder:
         cups = value.get("cups") if isinstance(value, dict) else None
         if not isinstance(cups, list) or not all(isinstance(cup, dict) for cup in cups):
             raise LadderError('the ladder is damaged: expected {"cups": [{"layers": 2, "dims": 32}, ...]}')
-        if value.get("format", FORMAT) != FORMAT:
-            found = value["format"]
-            raise LadderError(f"the ladder has format {found!r}, this version reads {FORMAT}: update nestling")
+        found = value.get("format", FORMAT)
+        if isinstance(found, bool) or found != FORMAT:
+            raise LadderError(f"the ladder has format {short(found)}, this version reads {FORMAT}: update nestling")
         return cls(Cup(cup.get("layers"), cup.get("dims")) for cup in cups)
 
     def __iter__(self) -> Iterator[Cup]:
@@ -204,11 +206,13 @@ def _count(value: Any, name: str) -> int:
     except TypeError:
         count = 0
     if count < 1 or isinstance(value, bool):
-        raise LadderError(f"a cup's {name} must be an integer from 1 on, got {value!r}")
+        raise LadderError(f"a cup's {name} must be an integer from 1 on, got {short(value)}")
+    if count > LARGEST:
+        raise LadderError(f"a cup's {name} must be at most {LARGEST:,}, got {short(value)}")
     return count
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise LadderError(f"{value!r} is no cup: expected (layers, dims), as in (6, 128)")
+        raise LadderError(f"{short(value)} is no cup: expected (layers, dims), as in (6, 128)")
     return value[0], value[1]

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Literal
 
+from nestling.errors import DataError
+from nestling.files import LARGEST
 from nestling.told import logger, tell_left_out
 
 Layout = Literal["auto", "lines", "documents"]
 LAYOUTS = ("auto", "lines", "documents")
 HEAD, HEAD_SIZE = 1000, 1_000_000  # texts, and characters of them, that are looked at
 SHORT, MOST = 40, 0.9  # words of a text that stands by itself, and how many of a source's must be such
+MOST_LINES = 2_000_000  # of a document
 BLOCK = 20  # lines: blocks are shorter on average, where blank lines are between documents
 
 # Scripts without spaces between words: of the first a character, of the second some three, stand for a word.
@@ -82,7 +85,7 @@ def of_lines(reading: Reading, stream: Iterator[tuple[str, str]], layout: Layout
             saying = "%s: without blank lines between documents each line is taken for %s; if not, say documents"
             reading.tell(saying, reading.name, what, doubtful=True)
     if blocks:
-        return layout, _blocks(everything)
+        return layout, _blocks(reading.name, everything)
     return layout, (line.strip() for line in everything if line.strip())
 
 
@@ -126,11 +129,18 @@ def _filled(texts: Iterator[str], left_out: Counter[str]) -> Iterator[str]:
             left_out["blank texts"] += 1
 
 
-def _blocks(lines: Iterator[str]) -> Iterator[str]:
+def _blocks(name: str, lines: Iterator[str]) -> Iterator[str]:
     block: list[str] = []
+    size = 0
     for line in lines:
         if line.strip():
             block.append(line)
+            size = size + len(line) if len(block) > 1 else len(line)
+            if size > LARGEST or len(block) > MOST_LINES:
+                raise DataError(
+                    f"{name}: a document of more than {LARGEST:,} characters or {MOST_LINES:,} lines: put blank lines "
+                    "between documents, or read lines"
+                )
         elif block:
             yield "\n".join(block).strip()
             block = []

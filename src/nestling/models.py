@@ -30,6 +30,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from nestling.errors import LoadError
+from nestling.gguf_header import check_gguf
+from nestling.model_files import MOST_NAMED, check_model_folder, check_sizes
 from nestling.temporary import temporary_folder
 from nestling.writing import check_folder, sync_tree
 
@@ -155,15 +157,21 @@ def _read(name: str, source: Path | str, dtype: torch.dtype) -> tuple[PreTrained
     if isinstance(source, Path) and source.is_file():
         _require_gguf(name)
         options["gguf_file"], source, weights = source.name, source.parent, {}
+    layers = MOST_NAMED
     try:
+        if isinstance(source, Path) and "gguf_file" in options:
+            layers = check_gguf(source / options["gguf_file"])
+        elif isinstance(source, Path):
+            check_model_folder(source)
         config = AutoConfig.from_pretrained(str(source), **options)
         _check_causal(name, config)
+        check_sizes(name, config.to_dict(), layers)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source), config=config, dtype=dtype, output_loading_info=True, **weights, **options
         )
         model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-    except (LoadError, MemoryError):
+    except LoadError:
         raise
     except Exception as error:  # damaged files fail in any way: OSError, KeyError, struct.error, SafetensorError ...
         raise LoadError(

@@ -4,20 +4,22 @@ Files are read line by line as bytes, so that an error can name the line whateve
 """
 
 import gzip
-import json
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nestling.errors import DataError
+from nestling.files import LARGEST, check_regular, parse
+from nestling.files import reason as reason
+from nestling.files import short as short
 
 JSONL = (".jsonl", ".jsonl.gz")
+PLAUSIBLE = 150  # times its size that a gzip of real text takes at most; one that is made to fill memories takes 1,000
+EARLY = 4 * 2**20  # bytes up to which that is not looked at
 
 
 def check_file(name: str) -> None:
-    if not os.path.isfile(name):
-        raise DataError(f"{name}: {'not a file' if os.path.exists(name) else 'no such file'}")
+    check_regular(name, DataError)
 
 
 def not_empty(name: str, items: Iterator[Any], what: str = "entry") -> Iterator[Any]:
@@ -37,10 +39,16 @@ def lines(name: str, skip: Skip | None = None) -> Iterator[tuple[str, str]]:
 
     A line that is not UTF-8 ends the reading, or is left out if there is a ``skip`` to tell; so in `objects`.
     """
-    number = 0
+    check_regular(name, DataError)
+    number, done, packed = 0, 0, name.lower().endswith(".gz")
     try:
-        with gzip.open(name, "rb") if name.lower().endswith(".gz") else open(name, "rb") as file:
-            for number, raw in enumerate(file, 1):
+        with open(name, "rb") as stored, gzip.open(stored) if packed else stored as file:
+            for number, raw in enumerate(iter(lambda: file.readline(LARGEST + 1), b""), 1):
+                done += len(raw)
+                if len(raw) > LARGEST:
+                    raise DataError(f"{name}, line {number}: longer than {LARGEST:,} bytes: break it into lines")
+                if done > EARLY and done > PLAUSIBLE * stored.tell():
+                    raise DataError(f"{name}: takes {PLAUSIBLE} times its size: damaged, or made to fill the memory")
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
                 try:
@@ -62,8 +70,8 @@ def objects(name: str, skip: Skip | None = None) -> Iterator[tuple[str, dict[str
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse(line)
+        except ValueError as error:
             refuse(DataError(f"{where}: not valid JSON ({error})"), error, skip)
             continue
         if not isinstance(row, dict):
@@ -105,12 +113,3 @@ def check_said(where: str, field: str, value: Any) -> None:
     check_text(where, field, value)
     if not value.strip():
         raise DataError(f"{where}: '{field}' is blank: give a text, or leave the row out")
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

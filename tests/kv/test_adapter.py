@@ -317,7 +317,7 @@ def test_what_is_no_config_is_refused(folder, content):
     [
         ({"format": 2}, "has format 2, this version reads up to 1: upgrade"),
         ({"format": None}, "has format None"),
-        ({"format": "1"}, "has format 1"),
+        ({"format": "1"}, "has format '1'"),
         ({"kind": "lora"}, "kind is not 'nestling-kv'"),
         ({"model": None}, "must hold layers"),
         ({"model": []}, "must hold layers"),

@@ -337,14 +337,14 @@ def _prompt(item: str) -> tuple[str, str]:
 
 def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:
     """The rows of a results file that are of this model and some of these cups."""
-    import json
+    from nestling.results import read_rows
 
     try:
-        rows = json.loads(path.read_text("utf-8"))["rows"]
-        if not all("cup" in row for row in rows):
-            raise KeyError("cup")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} holds no results of `embed eval --json` ({error!r})") from error
+        rows = read_rows(path, DataError)
+        if not all(isinstance(row.get("cup"), str) for row in rows):
+            raise DataError("a row has no cup")
+    except DataError as error:
+        raise DataError(f"{path} holds no results of `embed eval --json` ({error})") from error
     models = sorted({str(row.get("model")) for row in rows})
     own = [row for row in rows if Path(str(row.get("model"))) == Path(model) and row["cup"] in cups]
     if not own:

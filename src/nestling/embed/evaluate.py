@@ -4,7 +4,6 @@ One forward of the whole encoder gives the vectors of all cups, so that measurin
 measuring the full model alone. What is measured is what an exported cup would give (`taps`).
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from nestling.pairs import read_sts
 from nestling.partial import Partial
 from nestling.progress import progress_bar
 from nestling.report import run_meta, write_json
+from nestling.results import read_rows
 from nestling.retrieval import Retrieval, read_retrieval
 from nestling.writing import naming
 
@@ -198,9 +198,10 @@ class GridEvaluator(BaseEvaluator):
                 else:
                     kept.done[part] = {cup.name: metrics for cup, metrics in measure(vectors).items()}
                     kept.save()
-        rows = []
+        rows, names = [], [cup.name for cup in cups]
+        measured = [kept.columns(part, names) for part in parts]
         for cup in cups:
-            metrics = {key: value for part in parts for key, value in kept.done[part][cup.name].items()}
+            metrics = {key: value for columns in measured for key, value in columns[cup.name].items()}
             rows.append({"model": model_name, "method": method, "cup": cup.name, **metrics, **_means(metrics)})
         return rows
 
@@ -278,10 +279,7 @@ class GridEvaluator(BaseEvaluator):
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"grid{'_' * bool(self.name)}{self.name}.json"
-        try:
-            earlier = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path.name} is damaged ({error}): move it away") from error
+        earlier = read_rows(path, EvaluationError) if os.path.lexists(path) else []
         write_json(path, [*earlier, *rows], run_meta())
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from nestling.embed.hub import find_file
 from nestling.embed.rotation import Rotation
 from nestling.errors import LadderError, LoadError, TrainingError, UnreachableError
+from nestling.fields import Fields
+from nestling.files import read_object, read_tensors, short, tensor_shapes
 from nestling.folders import Parts, read_sealed, sha256, waiting
 from nestling.ladder import Cup, Ladder
 from nestling.report import plain
@@ -77,7 +81,10 @@ def check_weights(folder: Path) -> None:
     found = read(folder)
     for name, checksum in checksums(found or {}).items():
         path = folder / name
-        if name != ROTATIONS_FILE and path.is_file() and sha256(path) != checksum:
+        if name == ROTATIONS_FILE or not path.is_file():
+            continue
+        tensor_shapes(path, LoadError)  # before all of a file is read that has no end
+        if sha256(path) != checksum:
             raise LoadError(
                 f"{path} is not what was saved with {LADDER_FILE} (sha256 differs): it is damaged, copy it again; if "
                 f"another program was meant to change it, remove 'sha256' from {LADDER_FILE}"
@@ -86,10 +93,7 @@ def check_weights(folder: Path) -> None:
 
 def checksums(found: Mapping[str, Any]) -> dict[str, str]:
     """Checksums of files by name, of what ``nestling.json`` has; folders of older releases have none."""
-    sums = found.get("sha256")
-    if not isinstance(sums, dict):
-        return {}
-    return {name: value for name, value in sums.items() if isinstance(value, str) and ".." not in Path(name).parts}
+    return dict(found.get("sha256") or {})
 
 
 def check_place(folder: Path, name: str, resume: bool, nbytes: int = 0) -> None:
@@ -120,12 +124,28 @@ def read(name: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     if path is None:
         return None
+    found = read_object(path, LadderError)
     try:
-        found = json.loads(path.read_text("utf-8"))
+        _check(Fields(path, found, LadderError))
         Ladder.from_json(found)
-    except ValueError as error:
+    except LadderError as error:
         raise LadderError(f"{path} is damaged ({error}): copy it again from where the model came from") from error
     return found
+
+
+def _check(found: Fields) -> None:
+    """Whether the values of ``nestling.json`` beside the cups are of their types."""
+    if (cup := found.text("cup", default=None)) is not None:
+        Cup.parse(cup)
+    found.text("rotations", (ROTATIONS_FILE,), default=None)
+    found.flag("rotated", default=None)
+    for name in ("training", "pretraining", "alignment"):
+        found.object(name, default=None)
+    if (sums := found.object("sha256", default=None)) is not None:
+        for name in sums.values:
+            outside = Path(name).is_absolute() or ".." in Path(name).parts
+            if outside or not re.fullmatch("[0-9a-f]{64}", sums.text(name)):
+                raise LadderError(f"{sums.where} must be checksums of files in the folder, got {short(name)}")
 
 
 def read_rotations(path: Path, checksum: str | None = None) -> dict[int, Rotation]:
@@ -133,17 +153,35 @@ def read_rotations(path: Path, checksum: str | None = None) -> dict[int, Rotatio
 
     Args:
         checksum: the file's, where it is known.
+
+    Raises:
+        LadderError: it cannot be read, is damaged, or is not the one with that checksum.
     """
     try:
+        shapes = tensor_shapes(path, LadderError)
         content = None if checksum is None else read_sealed(path, checksum)
-        tensors = load_file(path) if content is None else load(content)
-        depths = sorted({int(name.split(".")[0]) for name in tensors})
-        turns = {depth: Rotation(tensors[f"{depth}.encode"], tensors.get(f"{depth}.mean")) for depth in depths}
-    except (SafetensorError, ValueError, KeyError) as error:
+        tensors = read_tensors(path, LadderError) if content is None else load(content)
+        turns = _turns(tensors, shapes)
+    except (SafetensorError, ValueError, OSError) as error:
         raise LadderError(f"{path} is damaged ({error}): copy it again from where the model came from") from error
     if checksum is not None and content is None:
         raise LadderError(f"{path} is not what was saved with {LADDER_FILE} (sha256 differs): copy it again")
     return turns
+
+
+def _turns(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[int, Rotation]:
+    """Raises ValueError for tensors that are no rotations."""
+    for name, tensor in tensors.items():
+        if not re.fullmatch(r"[1-9]\d{0,8}\.(encode|mean)", name, re.ASCII):
+            raise ValueError(f"unknown tensor {short(name)}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name} must be finite numbers in floating point, {tensor.dtype}")
+    depths = sorted({int(name.split(".")[0]) for name in tensors})
+    if missing := [depth for depth in depths if f"{depth}.encode" not in tensors]:
+        raise ValueError(f"{missing[0]}.encode is missing")
+    if len({shapes[f"{depth}.encode"][0] for depth in depths if shapes[f"{depth}.encode"]}) > 1:
+        raise ValueError("rotations of several widths")
+    return {depth: Rotation(tensors[f"{depth}.encode"], tensors.get(f"{depth}.mean")) for depth in depths}
 
 
 def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from nestling.errors import LoadError, UnreachableError
+from nestling.files import check_regular
 from nestling.models import ALIASES
 from nestling.records import reason
 
@@ -26,7 +27,8 @@ def find_file(source: str | os.PathLike[str], name: str) -> Path | None:
         name: of the file within it, such as ``"2_Dense/model.safetensors"``.
 
     Raises:
-        UnreachableError, LoadError: whether there is such a file cannot be known; there is no such source.
+        UnreachableError, LoadError: whether there is such a file cannot be known; there is no such source; something
+            that is no file has its name.
     """
     source = os.fspath(source)
     if source in ALIASES:
@@ -34,7 +36,10 @@ def find_file(source: str | os.PathLike[str], name: str) -> Path | None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         path = folder / name
-        return path if path.is_file() else None
+        if not os.path.lexists(path):
+            return None
+        check_regular(path, LoadError)
+        return path
     try:
         return Path(hf_hub_download(source, name))
     except LocalEntryNotFoundError as error:  # the hub was not asked: it may have the file

@@ -21,17 +21,19 @@ from nestling.embed.card import trained_card
 from nestling.embed.dropout import without_dropout
 from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
-from nestling.embed.files import ROTATIONS_FILE
+from nestling.embed.files import ROTATIONS_FILE, read_rotations
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.measures import Measures
 from nestling.embed.modes import forward_kept, modes_kept
 from nestling.embed.plan import Plan
 from nestling.embed.rotation import Rotation
-from nestling.embed.start import start_rotations
-from nestling.embed.teacher import TEACHER_FILE, numbered, shared_table, tables_in
+from nestling.embed.start import start_rotations, turned_depths
+from nestling.embed.teacher import TEACHER_FILE, numbered, remove_stale, shared_table, tables_in
 from nestling.embed.trained import Trained, save
 from nestling.embed.trainer import Averaged, CupTrainer, Watch, trained_rotations, without_bars
+from nestling.errors import TrainingError
 from nestling.ladder import Ladder
+from nestling.manifest import damaged, write_manifest
 from nestling.progress import progress_bar
 from nestling.undo import Undo, withdrawn
 
@@ -74,7 +76,7 @@ class Job:
         """
         watch = Watch(self.ladder, self.options.max_steps, self.progress)
         with withdrawn(self.work, unless=lambda: watch.started or bool(tables_in(self.work))):
-            checkpoint = begin(self.work, self.identity, resume)
+            checkpoint = begin(self.work, self.identity, resume, self._check_rotations)
             restore(self.callbacks, checkpoint)
             loss, numbers = self._start(resume)
             undo = Undo(loss)
@@ -93,9 +95,10 @@ class Job:
         """The loss with its start rotations and the teacher's table, and which of its rows each example has."""
         examples, options = self.plan.examples, self.options
         with options.main_process_first(local=False, desc="clean"):
-            if not resume and rank() == 0:
-                for left in tables_in(self.work):  # by one that was stopped before its first checkpoint
-                    left.unlink()
+            if rank() == 0:
+                remove_stale(self.work, resume)
+                if resume and ROTATIONS_FILE in damaged(self.work, TrainingError):
+                    raise TrainingError(f"{self.work / ROTATIONS_FILE} is damaged: start again in another folder")
         table = taught = numbers = None
         if self.plan.distils:
             entries, numbers = numbered(examples.columns, self.teacher_prompts)
@@ -106,9 +109,21 @@ class Job:
             start = start_rotations(
                 self.model, self.rotation, self.ladder, examples, self.prompts, kept, written, taught, numbers
             )
+        if rank() == 0:
+            write_manifest(
+                self.work, [name for name in (TEACHER_FILE, ROTATIONS_FILE) if (self.work / name).is_file()]
+            )
         for module in start.values():  # copies: those of a user's own loss are as the user left them
             module.requires_grad_(self.rotation_rate is not None)
         return self.plan.loss(self.ladder, self.recipe, self.mini_batch_size, start, table), numbers
+
+    def _check_rotations(self, checkpoint: Path) -> None:
+        """Whether a checkpoint has the rotations that are trained, if there are any."""
+        if self.rotation and self.rotation_rate is not None:
+            path, kind = checkpoint / ROTATIONS_FILE, self.rotation
+            needed = turned_depths(self.ladder) if isinstance(kind, str) else kind
+            if missing := set(needed) - set(read_rotations(path)):
+                raise TrainingError(f"{path} lacks the rotations of depths {sorted(missing)}")
 
     def _train(
         self, loss: StarbucksLoss, numbers: Tensor | None, watch: Watch, checkpoint: Path | None, resume: bool

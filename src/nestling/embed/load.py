@@ -19,6 +19,7 @@ from nestling.embed.lora import merge
 from nestling.embed.own import remember
 from nestling.embed.rotation import Rotation
 from nestling.errors import LoadError, UnreachableError
+from nestling.model_files import check_model_folder
 from nestling.models import ALIASES, locate, quiet
 from nestling.records import reason
 
@@ -92,16 +93,19 @@ def _check_folder(name: str, folder: Path, pooling: str | None) -> None:
 def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransformer:
     local, layout = isinstance(source, Path), None
     try:
+        if isinstance(source, Path):
+            check_model_folder(source)
         layout = layout_of(name, source)
         with adapter_folder(source, layout, _located) as folder:
             model = _loaded(folder, local and layout.base is None, pooling if layout.plain else None)
         _check_kinds(name, model)
+        model.encode("a", show_progress_bar=False)  # what a wrong setting breaks is found now, not in a long job
         if layout.base is None:
             missing = _missing(model, source, layout.transformer)
         else:
             merge(model[0])  # type: ignore[arg-type]
             missing = _missing(model, _located(layout.base), "")
-    except (LoadError, MemoryError):
+    except LoadError:
         raise
     except Exception as error:  # damaged files fail in any way: OSError, KeyError, SafetensorError ...
         base = None if layout is None else layout.base

@@ -34,6 +34,7 @@ from nestling.embed.smae import DecoderKind, MaskedAutoencoder
 from nestling.embed.trained import Trained, check_places, save
 from nestling.embed.trainer import Watch, check_finite, without_bars
 from nestling.errors import MissingExtraError, OptionError, TrainingError
+from nestling.fields import Fields
 from nestling.ladder import Ladder
 from nestling.options import flag, path, whole
 from nestling.schedule import scheduled
@@ -164,7 +165,7 @@ def pretrain(
             steps
         )
     with withdrawn(work, unless=lambda: watch.started):
-        checkpoint = begin(work, job, resume)
+        checkpoint = begin(work, job, resume, Place.of)
         restore(own, checkpoint)
         place, undo = Place.of(checkpoint), Undo(smae)
         try:
@@ -209,11 +210,12 @@ class Place(TrainerCallback, ExportableState):
         """
         if checkpoint is None:
             return cls()
-        found = attributes(checkpoint, cls)
+        state, found = checkpoint / "trainer_state.json", attributes(checkpoint, cls)
         if not found:
-            path = checkpoint / "trainer_state.json"
-            raise TrainingError(f"{path} does not say how far the corpus was read: start again")
-        return cls(**found)
+            raise TrainingError(f"{state} does not say how far the corpus was read: start again")
+        place = Fields(state, found, TrainingError)
+        after = place.object("after")
+        return cls({name: after.whole(name) for name in Position().to_json()}, place.whole("tokens"))
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"after": self.after, "tokens": self.tokens}}

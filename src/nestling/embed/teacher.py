@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nestling.embed.copies import copied_tree
-from nestling.errors import EvaluationError, ExampleError, OptionError
+from nestling.errors import EvaluationError, ExampleError, OptionError, TrainingError
+from nestling.files import check_regular
+from nestling.manifest import damaged
 from nestling.temporary import temporary_file
 from nestling.writing import naming, sync
 
@@ -71,6 +73,23 @@ def shared_table(
 def tables_in(folder: Path) -> list[Path]:
     """The tables of a training in its folder, and parts of them."""
     return [path for path in folder.iterdir() if TABLE.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def remove_stale(folder: Path, resume: bool) -> None:
+    """Remove the tables of a training that a new one must not follow, or one that is not what was written.
+
+    A training that goes on makes it again; one that is truncated is found without this.
+
+    Raises:
+        TrainingError: something that is no file has the table's name.
+    """
+    if not resume:
+        for left in tables_in(folder):  # by one that was stopped before its first checkpoint
+            left.unlink()
+    elif os.path.lexists(path := folder / TEACHER_FILE):
+        check_regular(path, TrainingError)
+        if path.name in damaged(folder, TrainingError):
+            path.unlink()
 
 
 def _is_table(path: Path, rows: int) -> bool:

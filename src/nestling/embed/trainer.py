@@ -54,9 +54,9 @@ class CupTrainer(SentenceTransformerTrainer):
                 rotation.load_state_dict(found[depth].state_dict())
 
     def _load_best_model(self) -> None:
-        """The stock one logs it if that fails, and goes on with the last weights."""
+        """The stock one logs it if that fails, and goes on with the last weights. The folder may have been moved."""
         if best := self.state.best_model_checkpoint:
-            self._load_from_checkpoint(best)
+            self._load_from_checkpoint(str(Path(cast(str, self.args.output_dir)) / Path(best).name))
 
     def track_loss_components(self, loss: dict[str, Tensor]) -> None:
         check_finite(loss)

@@ -351,7 +351,10 @@ class KVAdapter:
 
         paths = {name: torch.stack([*stack(f"path.{name}").values()]) for name in path_names(tensors)}
         noise, step = ({} if f"layers.{layers[0]}.key.{n}" not in tensors else stack(n) for n in ("noise", "step"))
-        return cls(fingerprint, stack("encode"), stack("mean"), stack("energy"), config, card, paths, noise, step)
+        try:
+            return cls(fingerprint, stack("encode"), stack("mean"), stack("energy"), config, card, paths, noise, step)
+        except AdapterError as error:  # of values that are not finite, or have no inverse
+            raise AdapterError(f"{folder}: the adapter is damaged ({error}): copy it again") from error
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the adapter to the hub and return its address."""

@@ -230,7 +230,7 @@ class _Run:
             states = [getattr(layer, side, None) for layer in growing(cache) for side in ("keys", "values")]
             elements = sum(state.numel() for state in states if isinstance(state, Tensor))
             self.partial.done[key] = [held_bytes(cache, bounded=False), 2 * elements]
-        return self.partial.done[key]
+        return self.partial.numbers(key, 2)
 
     def set_bytes(self, contender: Contender, ids: Tensor, held: float) -> None:
         """Bytes of a cache that has read ``ids`` ``[n]``, unless those of a longer text are known."""
@@ -251,7 +251,7 @@ class _Run:
             if todo:
                 self.partial.save()
             for c in self.contenders:
-                totals[c.name] += torch.tensor(sums[keys[c.name]], dtype=torch.float64)
+                totals[c.name] += torch.tensor(self.partial.numbers(keys[c.name], 5), dtype=torch.float64)
         positions = sum(map(len, windows))
         for c in self.contenders:
             kl, nll, hits, labels, held = totals[c.name].tolist()
@@ -293,7 +293,7 @@ class _Run:
                     advance(1)
                 self.partial.done[key] = [right]
                 self.partial.save()
-            self.results[c.name][f"acc_{task}"] = self.partial.done[key][0] / len(rows)
+            self.results[c.name][f"acc_{task}"] = self.partial.numbers(key, 1)[0] / len(rows)
 
     def recall(self, name: str, prompts: list[tuple[Tensor, str]], advance: Callable[[int], None]) -> None:
         """Prompts whose answer is a number; their share of right ones is in the column ``name``."""
@@ -309,8 +309,9 @@ class _Run:
                     advance(1)
                 self.partial.done[key] = [right, held]
                 self.partial.save()
-            self.results[c.name][name] = self.partial.done[key][0] / len(prompts)
-            self.set_bytes(c, prompts[-1][0], self.partial.done[key][1])
+            hits, nbytes = self.partial.numbers(key, 2)
+            self.results[c.name][name] = hits / len(prompts)
+            self.set_bytes(c, prompts[-1][0], nbytes)
         self.longest = max(self.longest, len(prompts[-1][0]))
 
     def row(self, contender: Contender) -> dict[str, Any]:

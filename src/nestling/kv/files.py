@@ -13,18 +13,22 @@ else's file has that name, ``nestling_adapter.md``.
 import contextlib
 import hashlib
 import json
+import math
+import os
 import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from nestling.errors import AdapterError
-from nestling.folders import Parts, read_sealed, sha256, write_folder
+from nestling.errors import AdapterError, FileError
+from nestling.files import LARGEST, read_object, read_tensors, read_text, tensor_shapes
+from nestling.folders import Parts, read_sealed, sha256, waiting, write_folder
 from nestling.kv.allocate import edges
+from nestling.kv.config import FORMAT, KIND, SIDES, read_config
 from nestling.writing import check_folder
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "nestling_adapter.json", "nestling_adapter.safetensors", "README.md"
@@ -33,9 +37,7 @@ OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, OTHER_CARD_FILE = (
     "adapter_model.safetensors",
     "nestling_adapter.md",
 )
-FORMAT, KIND = 1, "nestling-kv"
 HEAD = ("format", "kind", "nestling", "sha256", "card", "card_sha256")  # keys that say nothing of the bases
-SIDES = ("key", "value")
 BUILT_IN = Path(__file__).parent / "adapters"
 
 
@@ -81,10 +83,9 @@ def check_place(folder: str | Path, nbytes: int = 0) -> None:
 def _stored(path: Path) -> dict | None:
     """What a JSON file has, if it can be read and has an object."""
     try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        return read_object(path)
+    except FileError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _may_have_card(folder: Path, text: str) -> bool:
@@ -93,6 +94,8 @@ def _may_have_card(folder: Path, text: str) -> bool:
     if not path.exists():
         return True
     if not path.is_file():
+        return False
+    if path.stat().st_size > LARGEST:
         return False
     content = path.read_bytes()
     if content == text.encode():
@@ -135,7 +138,7 @@ def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
     name = config.get("card")
     card = path / (name if name in (CARD_FILE, OTHER_CARD_FILE) else CARD_FILE)
     info = {k: v for k, v in config.items() if k not in HEAD}
-    return info, tensors, card.read_text("utf-8") if card.is_file() else ""
+    return info, tensors, read_text(card, AdapterError) if card.is_file() else ""
 
 
 def _read_pair(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -144,8 +147,10 @@ def _read_pair(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     path, weights = (
         folder / name for name in ((OLD_CONFIG_FILE, OLD_WEIGHTS_FILE) if old else (CONFIG_FILE, WEIGHTS_FILE))
     )
+    if not os.path.lexists(path):
+        raise AdapterError(f"{path} is missing: not an adapter folder")
     for _ in range(3):
-        config = _read_config(path)
+        config = read_config(path)
         tensors, whole = _read_tensors(weights, config)
         if whole:
             return config, tensors
@@ -155,14 +160,18 @@ def _read_pair(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 def _read_tensors(weights: Path, config: dict) -> tuple[dict[str, Tensor], bool]:
     """Tensors by name, and whether they are those that the config was written with."""
     checksum = config.get("sha256")
+    for path in (weights, *(() if checksum is None else (waiting(weights, checksum),))):
+        if os.path.lexists(path):
+            _check_tensors(path, config["model"], tensor_shapes(path, AdapterError))
     try:
         content = None if checksum is None else read_sealed(weights, checksum)
-        tensors = load_file(weights) if content is None else load(content)
+        tensors = read_tensors(weights, AdapterError) if content is None else load(content)
     except FileNotFoundError:
         raise AdapterError(f"{weights} is missing") from None
-    except SafetensorError as error:
-        raise AdapterError(f"{weights} is truncated or not a safetensors file ({error})") from error
-    _check_tensors(weights, config["model"], tensors)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{weights} cannot be read ({error})") from error
+    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise AdapterError(f"{weights}: {wrong[0]} is of {tensors[wrong[0]].dtype}, expected floating point")
     return tensors, checksum is None or content is not None
 
 
@@ -177,20 +186,21 @@ def path_names(tensors: Iterable[str]) -> list[str]:
     return sorted({p[4] for p in parts if len(p) == 5 and p[3] == "path"})
 
 
-def _check_tensors(weights: Path, model: dict, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(weights: Path, model: dict, found: dict[str, list[int]]) -> None:
+    """Whether tensors of these names and shapes are an adapter of a model with that fingerprint."""
     heads, width = model["num_key_value_heads"], model["head_dim"]
     shapes = {"encode": [heads, width, width], "mean": [heads, width], "energy": [heads, width]}
-    if f"layers.{model['layers'][0]}.key.noise" in tensors:
+    if f"layers.{model['layers'][0]}.key.noise" in found:
         shapes |= {"noise": [heads, width], "step": [heads, width]}
-    shapes |= {f"path.{name}": [heads, len(edges(width)) - 1] for name in path_names(tensors)}
+    shapes |= {f"path.{name}": [heads, len(edges(width)) - 1] for name in path_names(found)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
-    if missing := sorted(set(expected) - set(tensors)):
+    if missing := sorted(set(expected) - set(found)):
         raise AdapterError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}: not an adapter of this model")
-    if foreign := sorted(set(tensors) - set(expected)):
+    if foreign := sorted(set(found) - set(expected)):
         raise AdapterError(f"{weights} holds {len(foreign)} unknown tensors, first {foreign[0]}: not an adapter")
     for name, shape in expected.items():
-        if list(tensors[name].shape) != shape:
-            raise AdapterError(f"{weights}: {name} has shape {list(tensors[name].shape)}, expected {shape}")
+        if found[name] != shape:
+            raise AdapterError(f"{weights}: {name} has shape {found[name]}, expected {shape}")
 
 
 def _library_version() -> str | None:
@@ -200,38 +210,8 @@ def _library_version() -> str | None:
         return None
 
 
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing: not an adapter folder") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("kind") != KIND:
-        raise AdapterError(f"{path} is not a nestling KV adapter's (kind is not 'nestling-kv')")
-    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
-        raise AdapterError(
-            f"{path} has format {config.get('format')}, this version reads up to {FORMAT}: upgrade nestling"
-        )
-    checksum = config.get("sha256")
-    if checksum is not None and not (isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum)):
-        raise AdapterError(f"{path}: 'sha256' must be 64 hexadecimal digits")
-    model = config.get("model")
-    sizes = ("num_key_value_heads", "head_dim")
-    if (
-        not isinstance(model, dict)
-        or not all(isinstance(model.get(k), int) and 0 < model[k] <= 65536 for k in sizes)
-        or not isinstance(model.get("layers"), list)
-        or not model["layers"]
-        or not all(isinstance(i, int) and i >= 0 for i in model["layers"])
-    ):
-        raise AdapterError(f"{path}: 'model' must hold layers, num_key_value_heads and head_dim")
-    return config
-
-
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         names = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, OTHER_CARD_FILE]
@@ -239,7 +219,7 @@ def _download(repo_id: str) -> Path:
         if not (folder / CONFIG_FILE).is_file():
             folder = Path(snapshot_download(repo_id, allow_patterns=[OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, CARD_FILE]))
         return folder
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # no such id, no access, no network, in the classes of several libraries
         raise AdapterError(
             f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
         ) from error
@@ -275,7 +255,7 @@ def _measured(training: dict | None) -> str:
     names = [name for name in points[0] if name.startswith("kl_")]
     shares = " | ".join(f"{float(name[3:]):.4g}" for name in names)
     rows = "".join(
-        f"| {point['tokens']:,} | " + " | ".join(f"{point[name]:.4f}" for name in names) + " |\n"
+        f"| {point['tokens']:,} | " + " | ".join(f"{point.get(name, math.nan):.4f}" for name in names) + " |\n"
         for point in (points[0], points[-1])
     )
     exact = f"{training['sinks']} first and {training['window']} recent tokens exact"

@@ -1,0 +1,182 @@
+"""Whether a checkpoint is whole: every file that resuming reads is there, and is of the form that it must have.
+
+Each kind of file is judged by what it tells of itself: archives by their own checksums, weights by their headers, JSON
+by its types. The checksums of all files (`nestling.manifest`) tell the rest; a checkpoint that was written just before
+a kill, or by an older version, has none.
+"""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerState
+
+from nestling.errors import TrainingError
+from nestling.fields import Fields, is_number
+from nestling.files import check_regular, read_json, read_object, short, tensor_shapes
+from nestling.manifest import MANIFEST
+
+STATE_FILE = "trainer_state.json"
+ARCHIVES = {
+    "optimizer.pt": ("state", "param_groups"),
+    "scheduler.pt": ("last_epoch",),
+    "scaler.pt": (),
+    "rng_state": ("python", "numpy", "cpu"),
+}
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+INDEX = "model.safetensors.index.json"
+UNREAD = ("README.md", "training_args.bin", MANIFEST)
+NUMBERS = (
+    "epoch", "max_steps", "logging_steps", "eval_steps", "save_steps", "train_batch_size", "num_train_epochs",
+    "num_input_tokens_seen", "total_flos", "best_global_step",
+)  # fmt: skip
+
+
+def that_is_read(folder: Path) -> list[str]:
+    """The names of a checkpoint's files that resuming reads, relative to it."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return [name for name in files if name not in UNREAD and not name.startswith(".")]
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises:
+    TrainingError: a file that resuming reads is missing or damaged; it is named.
+    Exception: one is damaged in a way that its library did not expect.
+    """
+    names = that_is_read(folder)
+    for name in (STATE_FILE, "optimizer.pt", "scheduler.pt"):
+        if name not in names:
+            raise TrainingError(f"{folder / name}: no such file")
+    if not any(name.startswith("rng_state") for name in names):
+        raise TrainingError(f"{folder / 'rng_state.pth'}: no such file")
+    check_weights(folder)
+    for name in names:
+        check_regular(folder / name, TrainingError)
+    for name in names:
+        _check_file(folder / name)
+    check_state(folder)
+
+
+def check_state(folder: Path) -> None:
+    """Whether trainer_state.json has the values that the trainer, and we, read from it.
+
+    Raises:
+        TrainingError: it does not; file and value are named.
+    """
+    path = folder / STATE_FILE
+    state = read_object(path, TrainingError, finite=False)  # a loss that was logged may be NaN
+    typed = Fields(path, state, TrainingError)
+    if unknown := sorted(set(state) - {field.name for field in fields(TrainerState)}):
+        raise TrainingError(f"{path}: unknown key {short(unknown[0])}")
+    if folder.name != f"checkpoint-{typed.whole('global_step')}":
+        raise TrainingError(f"{path}: 'global_step' is {short(state['global_step'])} in {folder.name}")
+    for name in NUMBERS:
+        typed.number(name, 0, default=None)
+    for entry in typed.objects("log_history", default=()):
+        entry.whole("step")
+        if wrong := [name for name, value in entry.values.items() if not _is_logged(value)]:
+            raise TrainingError(f"{entry.where}: {short(wrong[0])} must be a number")
+    callbacks = typed.object("stateful_callbacks", default=None)
+    for name, said in () if callbacks is None else callbacks.values.items():
+        for callback in said if isinstance(said, list) else [said]:
+            found = Fields(f"{path}: {short(name)}", callback, TrainingError)
+            found.object("args", default=None)
+            found.object("attributes", default=None)
+    seconds_of(stateful(state, "Clock"), folder)
+    if (best := best_of(folder)) is not None:
+        check_weights(best)
+
+
+def best_of(folder: Path) -> Path | None:
+    """The checkpoint beside this one that had the best measurement up to it, and that a training ends with.
+
+    Raises:
+        TrainingError: trainer_state.json is damaged.
+    """
+    path = folder / STATE_FILE
+    state = Fields(path, read_object(path, TrainingError, finite=False), TrainingError)
+    best = state.text("best_model_checkpoint", default=None)
+    return None if best is None else folder.with_name(Path(best).name or folder.name)
+
+
+def stateful(state: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What a callback of that class name said of itself in the trainer's state; None if nothing.
+
+    Raises:
+        TrainingError: the state is not of that form.
+    """
+    found = Fields(STATE_FILE, state, TrainingError).object("stateful_callbacks", default=None)
+    callback = None if found is None else found.object(name, default=None)
+    said = None if callback is None else callback.object("attributes", default=None)
+    return None if said is None else dict(said.values)
+
+
+def seconds_of(clock: dict[str, Any] | None, folder: Path) -> float:
+    """The time that a training took up to a checkpoint; 0 if it does not say.
+
+    Raises:
+        TrainingError: what it says is no time.
+    """
+    return 0.0 if clock is None else Fields(folder / STATE_FILE, clock, TrainingError).number("seconds", 0)
+
+
+def _is_logged(value: Any) -> bool:
+    return isinstance(value, float | str) or is_number(value)
+
+
+def check_weights(folder: Path) -> None:
+    """Raises TrainingError unless the folder has weights: whole, in shards, or of PEFT, perhaps by adapter."""
+    if (folder / INDEX).is_file():
+        index = Fields(folder / INDEX, read_object(folder / INDEX, TrainingError), TrainingError)
+        shards = index.object("weight_map").values
+        for tensor, shard in shards.items():
+            if not isinstance(shard, str) or os.path.basename(shard) != shard:
+                raise TrainingError(f"{index.where}: {short(tensor)} must be in a file, got {short(shard)}")
+        there = {shard: tensor_shapes(folder / shard, TrainingError) for shard in sorted(set(shards.values()))}
+        if missing := [tensor for tensor, shard in shards.items() if tensor not in there[shard]]:
+            raise TrainingError(f"{folder / shards[missing[0]]} lacks {short(missing[0])}, which {INDEX} names")
+        return
+    found = [path for name in WEIGHTS for path in (folder / name, *folder.glob(f"*/{name}")) if path.is_file()]
+    if not any(path.parent == folder or path.name == WEIGHTS[1] for path in found) and not _is_sharded(folder):
+        raise TrainingError(f"{folder / WEIGHTS[0]}: no such file")
+    for path in found:
+        tensor_shapes(path, TrainingError)
+
+
+def _is_sharded(folder: Path) -> bool:
+    """Whether fully sharded data parallelism wrote the weights, into a folder of its own form."""
+    return any(path.is_dir() for path in folder.glob("pytorch_model_fsdp*"))
+
+
+def _check_file(path: Path) -> None:
+    keys = next((keys for name, keys in ARCHIVES.items() if path.name.startswith(name)), None)
+    if keys is not None and path.suffix in (".pt", ".pth"):
+        _check_archive(path, keys)
+    elif path.suffix == ".safetensors":
+        tensor_shapes(path, TrainingError)
+    elif path.suffix == ".json":
+        read_json(path, TrainingError, finite=False)
+
+
+def _check_archive(path: Path, keys: tuple[str, ...]) -> None:
+    """A file of torch.save: a zip whose parts have checksums, with a dictionary that has the keys."""
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise TrainingError(f"{path} is damaged: torch compresses nothing")
+        if bad := archive.testzip():
+            raise TrainingError(f"{path} is damaged: {short(bad)} is not what was written")
+    with torch.serialization.safe_globals(_numpy_types()):
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(found, dict) or not all(key in found for key in keys):
+        raise TrainingError(f"{path} is damaged: expected a dictionary with {', '.join(keys)}")
+
+
+def _numpy_types() -> list[Any]:
+    """What the states of random generators are made of."""
+    rebuild: Any = np.empty(0).__reduce__()[0]  # of a module that numpy moves now and then
+    return [rebuild, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
