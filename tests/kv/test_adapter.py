@@ -122,6 +122,7 @@ def test_others_can_read_it(made, tmp_path):
 
 
 ADAPTER = sorted(["README.md", CONFIG_FILE, WEIGHTS_FILE])
+CARDLESS = sorted(["nestling_adapter.md", CONFIG_FILE, WEIGHTS_FILE])
 
 
 def other(made) -> KVAdapter:
@@ -286,6 +287,32 @@ def test_pushing_uploads_the_saved_files(made, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert made.adapter.push_to_hub("me/mine", token="secret") == "https://hub/me/mine"
     assert same(uploaded["me/mine"], made.adapter)
+
+
+@pytest.mark.parametrize(
+    "there, names", [((), ADAPTER), (("README.md",), CARDLESS), (("README.md", CONFIG_FILE), ADAPTER)]
+)
+def test_pushing_leaves_the_card_of_another_model(made, monkeypatch, there, names):
+    uploaded = []
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return ""
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            uploaded.extend(sorted(os.listdir(folder_path)))
+            if repo_id == "me/closed":
+                raise ConnectionError("403 Forbidden")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda repo_id, name, token: name in there)
+    made.adapter.push_to_hub("me/mine")
+    assert uploaded == names
+    with pytest.raises(AdapterError, match="me/closed cannot be written to .*403"):
+        made.adapter.push_to_hub("me/closed")
 
 
 # Reading

@@ -19,9 +19,9 @@ from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, path_names, read, write
 from nestling.kv.maker import Maker
 from nestling.kv.modes import in_default_mode
+from nestling.kv.push import push
 from nestling.kv.steps import Steps
 from nestling.options import choice, flag, number, share, shown, whole
-from nestling.temporary import private_temporary_folder
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
 WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"
@@ -357,13 +357,10 @@ class KVAdapter:
             raise AdapterError(f"{folder}: the adapter is damaged ({error}): copy it again") from error
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the adapter to the hub and return its address."""
-        private = flag("private", private)
-        from huggingface_hub import HfApi
+        """Upload the adapter to the hub and return its address. Other files of the repository stay as they are.
 
-        api = HfApi(token=token)
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        with private_temporary_folder() as work:
-            self.save_pretrained(work / "adapter")
-            api.upload_folder(repo_id=repo_id, folder_path=work / "adapter", commit_message="nestling KV adapter")
-        return str(address)
+        Raises:
+            AdapterError: the repository cannot be made or written to.
+        """
+        private = flag("private", private)
+        return push(self.save_pretrained, repo_id, private, token)
