@@ -1,6 +1,7 @@
 """KVAdapter: the nested bases of one model, small enough to share, from which caches of every budget are made."""
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,7 +247,7 @@ class KVAdapter:
             if dtype.itemsize != 2:
                 raise BudgetError(f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits")
         if bits and not self.quantises:
-            warnings.warn(f"bits=True: {WITHOUT_BITS}; until then its caches have ranks alone", stacklevel=2)
+            warnings.warn(f"bits=True: {WITHOUT_BITS}; until then its caches have ranks alone", stacklevel=3)
             bits = False
         itemsize, remake = (dtype or model.dtype).itemsize, None
         asked, limit = read_request(budget, bytes_per_token, limit_mib, self.full_elements * itemsize)
@@ -277,6 +278,7 @@ class KVAdapter:
         )
         if remake is not None:
             made.start(remake, itemsize)
+        made.model = weakref.ref(model)
         attention.attach(model)
         return made
 

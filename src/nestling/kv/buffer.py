@@ -45,6 +45,27 @@ class Buffer:
         self.data.narrow(self.dim, self.length, count).copy_(new)
         self.length = end
 
+    def __getstate__(self) -> dict:
+        held = None if self.data is None else self.view().detach().clone()  # and not what lies behind it in memory
+        return {**self.__dict__, "data": held, "_flat": None, "capacity": self._capacity}
+
+    def __setstate__(self, state: dict) -> None:
+        held, capacity = state["data"], state.pop("capacity")
+        self.__dict__.update(state)
+        if held is not None:
+            shape = list(held.shape)
+            shape[self.dim] = capacity - self.length
+            self._store(torch.cat((held, held.new_zeros(shape)), self.dim))
+
+    def __deepcopy__(self, memo) -> "Buffer":
+        held, twin = None if self.data is None else self.view(), Buffer.__new__(Buffer)
+        twin.__setstate__({**self.__dict__, "data": held, "capacity": self._capacity})
+        return twin
+
+    @property
+    def _capacity(self) -> int:
+        return 0 if self.data is None else self.data.shape[self.dim]
+
     def view(self) -> Tensor:
         """The tokens in use, ``[h, B, w, length]`` or, by token, ``[h, B, length, w]``."""
         assert self.data is not None, "nothing was appended"
@@ -95,7 +116,7 @@ class Buffer:
         Chunks that are not needed any more, after a crop, are left behind.
         """
         if self.data is not None:
-            needed = -(-self.length // self.chunk) * self.chunk
+            needed = min(-(-self.length // self.chunk) * self.chunk, self._capacity)
             self._store(change(self.data.narrow(self.dim, 0, needed)).contiguous())
 
     def reset(self) -> None:

@@ -5,6 +5,7 @@ Its layers are in `nestling.kv.layer`; here they are put together from bases and
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
 
 from nestling.errors import BudgetError, CacheMismatchError
 from nestling.kv import attention
 from nestling.kv.allocate import RankTable
 from nestling.kv.bits import BitTable
 from nestling.kv.budget import read_share
+from nestling.kv.draft import DraftWatch
 from nestling.kv.evict import HeavyHitters
 from nestling.kv.exact import BLOCK, ExactStore
 from nestling.kv.groups import RankGroup, shared_biases
@@ -26,6 +27,7 @@ from nestling.kv.layer import NestedLayer
 from nestling.kv.maker import Maker
 from nestling.kv.packed import Layout
 from nestling.kv.shrink import as_stored
+from nestling.kv.stored import StoredCache
 
 CHUNK = 256  # tokens by which storage grows
 STEP_DOWN = 0.9  # from one budget that is tried for a limit to the next
@@ -34,7 +36,7 @@ Table = RankTable | BitTable
 Members = list[tuple[list[int], tuple[Layout, Layout]]]  # heads that are stored alike, and how keys and values are
 
 
-class NestedCache(Cache):
+class NestedCache(StoredCache):
     """A cache for ``model.generate(past_key_values=...)`` that holds a share of the stock cache's bytes.
 
     Made by `KVAdapter.cache`. Layers with full attention are `NestedLayer`; the others are transformers' own.
@@ -42,6 +44,7 @@ class NestedCache(Cache):
     Attributes:
         ranks: the `RankTable` or `BitTable` in use.
         config: the model's (text) config.
+        model: a weak reference to the model it was made for, unless it comes from a file.
         budget: the share of the full cache that is in use; `shrink` and ``limit`` lower it.
         limit: bytes that the compressed layers never exceed, or None: the budget falls as the text grows.
     """
@@ -54,6 +57,7 @@ class NestedCache(Cache):
         self.budget = 1.0
         self.limit: int | None = None
         self.rotary_limit = attention.rotary_limit(config)
+        self.model: weakref.ref | None = None
 
     def start(self, remake: Maker, itemsize: int) -> None:
         """Give an empty cache what it can be shrunk by, and its budget and limit.
@@ -85,6 +89,17 @@ class NestedCache(Cache):
                 f"to go on in a small one, read the whole text, of more than {limit} tokens, with a new one",
                 stacklevel=3,
             )
+
+    def activate_past_recording(self) -> None:
+        """Keep what it takes to have tokens taken back, from now on: drafts will come."""
+        super().activate_past_recording()
+        if self.model is not None and (model := self.model()) is not None and not self.get_seq_length():
+            DraftWatch(model, self)
+
+    def expect_draft(self, tokens: int) -> None:
+        """Of the next call, so many tokens at the end are a draft and belong to no prompt."""
+        for _, layer in self._nested():
+            layer.draft = tokens
 
     def _nested(self) -> list[tuple[int, NestedLayer]]:
         return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, NestedLayer)]

@@ -164,6 +164,22 @@ class ExactStore:
         """Forget the tokens that have left for good."""
         self.spare = 0
 
+    def __getstate__(self) -> dict:
+        parts = [[part.detach().clone() for part in side] for side in (self._parts(()) if self.data else ())]
+        return {**self.__dict__, "data": parts, "_flat": [], "size": self.size}  # without what lies in free places
+
+    def __setstate__(self, state: dict) -> None:
+        parts, size = state["data"], state.pop("size")
+        self.__dict__.update(state)
+        free = size - self.length - self.spare
+        sides = [(s, r, r.new_zeros(*r.shape[:2], free, r.shape[3]), spare) for s, r, spare in parts]
+        self._store([torch.cat(side, 2) for side in sides])
+
+    def __deepcopy__(self, memo) -> "ExactStore":
+        twin = ExactStore.__new__(ExactStore)
+        twin.__setstate__({**self.__dict__, "data": self._parts(()), "size": self.size})
+        return twin
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the storage by ``change(storage)``; the batch is dimension 1."""
         self._store([change(side).contiguous() for side in self.data])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.kv.buffer import Buffer
+from nestling.kv.modes import restore
 from nestling.kv.pack import BLOCK
 from nestling.kv.packed import ALL, Layout, PackedRows
 from nestling.kv.products import cast, product, product_into, work_dtype
@@ -73,6 +74,9 @@ class RankGroup:
         centre = (encode[:, len(layout.plain) :] @ bases[f"{name}_mean"][self.heads, :, None])[..., 0]
         step = _padded(bases[f"{name}_step"][self.heads, :, None], 1.0)[:, layout.coded, 0]
         return encode, decode, PackedRows(layout, centre, step, self.chunk)
+
+    def __setstate__(self, state: dict) -> None:
+        restore(self, state)
 
     @property
     def length(self) -> int:

@@ -67,7 +67,10 @@ class NestedHandle:
             return self._at_borders(module, query, mask, self.split, at_full_width, **kwargs)
         causal = mask is None and count > 1  # no mask for several tokens: SDPA is told to be causal
         if causal or at_full_width:
-            return self._at_full_width(module, query, layer.expand(query.dtype), mask, **kwargs)
+            states = layer.expand(query.dtype)
+            if graph:  # which must not hold on to storage that is written to later
+                states = [side if side.requires_grad else side.clone() for side in states]
+            return self._at_full_width(module, query, states, mask, **kwargs)
         coded, exact = layer.groups[0].length, layer.exact
         sinks = 0 if exact is None else exact.first
         if mask is not None:
@@ -83,20 +86,21 @@ class NestedHandle:
     ) -> Tensor:
         """Attention of queries that do not all see the same tokens compressed."""
         layer, count = self.layer, query.shape[2]
-        if not at_full_width:
-            segment = split.segment(-count, 0, mask)
-            states = [side.flatten(0, 1) for side in segment.exact]
-            return self._in_coordinates(query, states, segment.mask, segment.places, kwargs["scaling"])
         with full_precision(query.device):
+            if not at_full_width:
+                segment = split.segment(-count, 0, mask)
+                states = [side.flatten(0, 1) for side in segment.exact]
+                return self._in_coordinates(query, states, segment.mask, segment.places, kwargs["scaling"])
             decoded = coordinates.decode(layer.groups, layer.biases, query.dtype)
         outs = []
         for start in range(0, count, QUERIES):
             rows = query[:, :, start : start + QUERIES]
             part = None if mask is None else mask[:, :, start : start + QUERIES]
-            segment = split.segment(start - count, start - count + rows.shape[2], part)
-            states = self._widened(decoded, segment, query.dtype)
+            with full_precision(query.device):
+                segment = split.segment(start - count, start - count + rows.shape[2], part)
+                states = self._widened(decoded, segment, query.dtype)
             outs.append(self._at_full_width(module, rows, states, segment.mask, places=segment.places, **kwargs))
-        return torch.cat(outs, 1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def _widened(self, decoded: Sequence[Tensor], segment: Segment, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values of a segment, ``[B, Hkv, T, D]``."""

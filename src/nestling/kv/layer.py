@@ -5,13 +5,11 @@ exact store. `NestedLayer.update` returns a handle instead of tensors, which `ne
 both. The layer carries the bases, so caches of several budgets can serve one model at the same time.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from nestling.errors import CacheMismatchError, OptionError
 from nestling.kv import coordinates
@@ -20,14 +18,16 @@ from nestling.kv.exact import ExactStore
 from nestling.kv.groups import RankGroup
 from nestling.kv.handle import NestedHandle
 from nestling.kv.modes import full_precision, traced
+from nestling.kv.owner import Owner
 from nestling.kv.shrink import take
 from nestling.kv.split import Split
+from nestling.kv.stored import StoredLayer
 
 DRAFT = 32  # a call of up to this many tokens may be a draft, of which some are taken back
 RECORDED = 128  # tokens that can be taken back where a generation has said that it will
 
 
-class NestedLayer(CacheLayerMixin):
+class NestedLayer(StoredLayer):
     """The compressed cache of one attention layer; see `NestedCache` for the options.
 
     Everything stored has the layer's heads first, in the order of its groups.
@@ -58,7 +58,7 @@ class NestedLayer(CacheLayerMixin):
         self.pending = 0  # tokens since then
         self.draft = 0  # of the next call, tokens at its end that are no prompt
         self._shape: tuple[int, int, int] | None = None
-        self._module: weakref.ref | None = None
+        self.owner = Owner(config)
 
     def _store_in(self, groups: list[RankGroup], exact: ExactStore | None, biases: Sequence[Tensor | None]) -> None:
         self.groups, self.exact, self.biases = groups, exact, biases
@@ -73,10 +73,7 @@ class NestedLayer(CacheLayerMixin):
 
     def check_module(self, module) -> None:
         """Raise `CacheMismatchError` unless ``module`` is the attention module that this layer was made for."""
-        if self._module is None and getattr(module, "config", self.config) == self.config:
-            self._module = weakref.ref(module)
-        if self._module is None or self._module() is not module:
-            raise CacheMismatchError("this cache was made for another model: make one with adapter.cache(model, ...)")
+        self.owner.check(module)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = self.storage_dtype or key_states.dtype, key_states.device
@@ -99,7 +96,10 @@ class NestedLayer(CacheLayerMixin):
         if self.quantised:
             self._check_finite(key_states, value_states)
         self._widen(key_states.dtype)
-        self.traced = traced(key_states, value_states) or (self.traced and torch.is_grad_enabled())
+        if self.traced and not torch.is_grad_enabled():
+            self._apply(lambda t: t.detach().clone())  # the graph may still be needed, but not by what comes
+            self.traced = False
+        self.traced = self.traced or traced(key_states, value_states)
         first = self.exact_prompt and self.length == 0
         prompt = max(count - self.draft, 1) if first else 0
         keep = self.may_go(count)
@@ -297,11 +297,6 @@ class NestedLayer(CacheLayerMixin):
         self.length, self._shape, self.is_initialized, self.traced = 0, None, False, False
         self.record_past, self.pending, self.draft = False, 0, 0
 
-    @property
-    def batch(self) -> int:
-        """Texts held."""
-        return self._shape[0] if self._shape else 0
-
     def basis_tensors(self) -> list[Tensor]:
         """All that coordinates are made and read by, and that does not depend on the text."""
         found = [*self.biases, *(tensor for group in self.groups for tensor in group.basis_tensors())]
@@ -310,41 +305,6 @@ class NestedLayer(CacheLayerMixin):
     def _parts(self) -> list:
         """All that stores something."""
         return [*self.groups, *(part for part in (self.exact, self.hitters) if part is not None)]
-
-    def _apply(self, change: Callable[[Tensor], Tensor], batch: int | None = None) -> None:
-        """Replace every stored tensor, ``[heads, B, ...]``."""
-        for part in self._parts():
-            part.apply(change)
-        if batch is not None and self._shape is not None:
-            self._shape = (batch, *self._shape[1:])
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._apply(lambda t: t.index_select(1, beam_idx.to(t.device)), len(beam_idx))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._shape is not None:
-            self._apply(lambda t: t.repeat_interleave(repeats, 1), self._shape[0] * repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self._shape is not None:
-            self._apply(lambda t: t[:, indices], len(torch.arange(self._shape[0])[indices.cpu()]))
-
-    def offload(self) -> None:
-        self._apply(lambda t: t.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self._apply(lambda t: t.to(self.device, non_blocking=True))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self._parts())
-
-    @property
-    def full_elements(self) -> int:
-        """Elements of full keys and values for the tokens and batch held."""
-        batch, heads, width = self._shape or (0, 0, 0)
-        return 2 * batch * heads * self.length * width
 
 
 def _reordered(tensor: Tensor, there: Tensor | None) -> Tensor:

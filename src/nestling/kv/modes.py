@@ -29,6 +29,18 @@ def ordinary(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+def _ordinary(value):
+    return ordinary(value) if isinstance(value, Tensor) else value
+
+
+def restore(target: object, state: dict) -> None:
+    """Set the attributes of a copy, or of what was read from a file, with tensors for every mode."""
+    for name, value in state.items():
+        if isinstance(value, list | tuple):
+            value = type(value)(_ordinary(item) for item in value)
+        setattr(target, name, _ordinary(value))
+
+
 def traced(*tensors: Tensor | None) -> bool:
     """Whether a graph is being built that one of the tensors is a part of."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -62,10 +74,6 @@ def default_mode(gradients: bool = True) -> Iterator[None]:
         for device in DEVICES:
             stack.enter_context(full_precision(torch.device(device)))
         yield
-
-
-def _ordinary(value):
-    return ordinary(value) if isinstance(value, Tensor) else value
 
 
 def check_weights(model) -> None:

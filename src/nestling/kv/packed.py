@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestling.kv import kernels, quantise
 from nestling.kv.buffer import Buffer
-from nestling.kv.modes import traced, without_gradient
+from nestling.kv.modes import restore, traced, without_gradient
 from nestling.kv.pack import BLOCK, pack, unpack
 from nestling.kv.products import cast, product
 
@@ -80,6 +80,9 @@ class PackedRows:
         runs = runs_of(layout.widths)
         self.scale = torch.cat([quantise.scale(step[:, a : a + n], bits) for bits, a, n in runs], -1)[:, None]
         self.offset = torch.cat([step.new_full((n,), quantise.offset(bits)) for bits, _, n in runs])
+
+    def __setstate__(self, state: dict) -> None:
+        restore(self, state)
 
     @property
     def length(self) -> int:
