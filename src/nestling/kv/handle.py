@@ -78,8 +78,8 @@ class NestedHandle:
         places = None
         if layer.hitters is not None:
             places = coordinates.compressed_first(torch.arange(layer.held, device=query.device), sinks, coded)
-        states = None if exact is None else exact.flat()
-        return self._in_coordinates(query, states, mask, places, kwargs["scaling"])
+        flat = None if exact is None else exact.flat()
+        return self._in_coordinates(query, flat, mask, places, kwargs["scaling"])
 
     def _at_borders(
         self, module, query: Tensor, mask: Tensor | None, split: Split, at_full_width: bool, **kwargs

@@ -19,6 +19,8 @@ class Owner:
     and so do some weights: the same model loaded again, in this process or in another one.
     """
 
+    __slots__ = ("config", "_module", "_weights")
+
     def __init__(self, config: PreTrainedConfig):
         self.config = config
         self._module: weakref.ref | None = None
@@ -33,8 +35,12 @@ class Owner:
             raise CacheMismatchError("this cache was made for another model: make one with adapter.cache(model, ...)")
         self._module, self._weights = weakref.ref(module), weights
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_module": None}
+    def __getstate__(self) -> tuple:
+        return self.config, self._weights
+
+    def __setstate__(self, state: tuple) -> None:
+        self.config, self._weights = state
+        self._module = None
 
     def __deepcopy__(self, memo) -> "Owner":
         twin = Owner(self.config)
