@@ -5,7 +5,6 @@ Its layers are in `nestling.kv.layer`; here they are put together from bases and
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,8 @@ from nestling.kv.exact import BLOCK, ExactStore
 from nestling.kv.groups import RankGroup, shared_biases
 from nestling.kv.layer import NestedLayer
 from nestling.kv.maker import Maker
+from nestling.kv.modes import default_mode
 from nestling.kv.packed import Layout
-from nestling.kv.shrink import as_stored
 from nestling.kv.stored import StoredCache
 
 CHUNK = 256  # tokens by which storage grows
@@ -44,7 +43,6 @@ class NestedCache(StoredCache):
     Attributes:
         ranks: the `RankTable` or `BitTable` in use.
         config: the model's (text) config.
-        model: a weak reference to the model it was made for, unless it comes from a file.
         budget: the share of the full cache that is in use; `shrink` and ``limit`` lower it.
         limit: bytes that the compressed layers never exceed, or None: the budget falls as the text grows.
     """
@@ -57,7 +55,6 @@ class NestedCache(StoredCache):
         self.budget = 1.0
         self.limit: int | None = None
         self.rotary_limit = attention.rotary_limit(config)
-        self.model: weakref.ref | None = None
 
     def start(self, remake: Maker, itemsize: int) -> None:
         """Give an empty cache what it can be shrunk by, and its budget and limit.
@@ -174,7 +171,7 @@ class NestedCache(StoredCache):
         assert self.remake is not None
         if self.offloading and torch.accelerator.is_available():
             torch.accelerator.synchronize()  # copies may be under way
-        with as_stored(self._nested()[0][1].groups[0].device):
+        with default_mode(gradients=False):
             for row, (_, layer) in enumerate(self._nested()):
                 members = _members(table, row, layer.groups[0].width)
                 if members != [(group.heads, group.layouts) for group in layer.groups]:

@@ -3,8 +3,7 @@
 Codes are nested, so what is left is what a cache of the smaller budget would have stored of the same tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -17,13 +16,6 @@ from nestling.kv.packed import PackedRows
 from nestling.kv.quantise import narrowed
 
 NOTHING = torch.empty(0)
-
-
-@contextmanager
-def as_stored(device: torch.device) -> Iterator[None]:
-    """The same arithmetic, and tensors that can be written to later, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def take(new: Sequence[RankGroup], old: Sequence[RankGroup], dtype: torch.dtype) -> None:
