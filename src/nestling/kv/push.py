@@ -33,8 +33,8 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool, token: str |
         raise
     except Exception as error:  # of the hub, of the network, of the access
         raise AdapterError(
-            f"{repo_id} cannot be written to ({type(error).__name__}: {error}): check the id, the network, and whether "
-            "your token may write there"
+            f"{repo_id} cannot be written to ({type(error).__name__}: {error}): check the id, the network, and "
+            "whether your token may write there"
         ) from error
     return str(address)
 
