@@ -180,7 +180,7 @@ def test_a_lack_of_memory_is_said_without_a_traceback(error, wrapped):
 
     result = CliRunner().invoke(command(fail), [])
     assert result.exit_code == 1 and "Traceback" not in result.stderr
-    assert "memory" in result.stderr.lower()
+    assert "memory" in result.stderr and len(result.stderr.splitlines()) == 1
     assert ("checkpoint-2" in result.stderr) == wrapped
 
 

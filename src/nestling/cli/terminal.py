@@ -117,12 +117,13 @@ def _show_error(error: Exception) -> None:
     expected = short_of_memory or isinstance(error, NestlingError | OSError | ImportError)
     if tracebacks.on or not expected:
         messages.print(Styled(visible_lines("".join(traceback.format_exception(error)))), end="")
-    text = f"error: {error}"
-    if not expected:
-        text = f"error: {type(error).__name__}: {error}"
-    messages.print(text, style="red", highlight=False)
+    text = str(error)
     if short_of_memory:
-        messages.print("The memory does not suffice: smaller batches or shorter texts take less.")
+        said = text if isinstance(error, NestlingError) else f"out of memory: {text.partition(chr(10))[0]}"
+        text = f"{said.rstrip(': .')}; smaller batches or shorter texts take less memory"
+    if not expected:
+        text = f"{type(error).__name__}: {text}"
+    messages.print(f"error: {text}", style="red", highlight=False)
     if not expected:
         messages.print(
             "This is a mistake in nestling, not yours. Please report it, with the lines above and what "
