@@ -55,7 +55,7 @@ REFUSED = [
     {"bf16": True, "fp16": True},
     {"report_to": "nobody"},
     {"lr_scheduler_kwargs": {"nonsense": 1}},
-    {"learning_rate_mapping": {"nonsense": 1e-3}},
+    *({"learning_rate_mapping": value} for value in ({"nonsense": 1e-3}, "1e-3", 5)),
     *({name: 1} for name in ("num_train_epochs", "warmup_steps", "warmup_ratio", "max_steps", "data_seed")),
     *({name: 1} for name in ("args", "train_dataset", "eval_dataset", "optimizers", "compute_metrics", "model_init")),
     *({name: True} for name in ("auto_find_batch_size", "ignore_data_skip", "torch_compile")),

@@ -36,7 +36,7 @@ from nestling.embed.trained import Trained, check_places
 from nestling.embed.trainer import rehearse
 from nestling.errors import MissingExtraError, OptionError
 from nestling.ladder import Ladder
-from nestling.options import flag, path
+from nestling.options import flag, path, shown
 from nestling.schedule import scheduled
 
 BATCH = 64
@@ -180,8 +180,10 @@ def train(
     changes = scheduled(arguments, steps, max(1, round(rows / batch)), evaluator is not None)
     if stops_early(own) and changes["eval_strategy"] == "no":
         raise OptionError("EarlyStoppingCallback: nothing is measured, give an evaluator")
+    rates = arguments.get("learning_rate_mapping") or {}
+    if not isinstance(rates, Mapping):
+        raise OptionError(f"learning_rate_mapping={shown(rates)}: expected rates by pattern of a parameter's name")
     if rotation and rotation_rate is not None:
-        rates = arguments.get("learning_rate_mapping") or {}
         changes["learning_rate_mapping"] = {**rates, r"^rotations\.": rotation_rate}
     options = training_arguments(work, steps, batch, learning_rate, warmup, seed, texts, changes)
     noisy = plan.examples.kind != "texts" if dropout is None else dropout
