@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from nestling.embed.encode import encode, stored_prompts, strings_of, widths
 from nestling.embed.encoder import Encoder
+from nestling.embed.own import chosen
+from nestling.embed.similarity import COSINE, Similarity
 from nestling.errors import EvaluationError
 from nestling.ladder import Cup, Ladder
 from nestling.options import whole
@@ -24,11 +25,14 @@ COLUMNS = {"method": "method", "cup": "cup", "agreement": "agreement", "overlap"
 
 
 def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = None, batch_size: int = 32) -> Tensor:
-    """Unit vectors ``[n, D]`` of the whole model, fp32 on the CPU: the reference of `agreement`."""
+    """Vectors ``[n, D]`` of the whole model, fp32 on the CPU: the reference of `agreement`.
+
+    They are unit vectors, unless the model compares by something in which lengths count.
+    """
     encoder = Encoder.of(model)
     size = {encoder.depth: encoder.dims}
     found = encode(model, texts, size, prompt=_prompt(model, prompt), batch_size=batch_size)
-    return normalize(found[encoder.depth], dim=-1)
+    return Similarity.of(encoder.model).finished(found[encoder.depth])
 
 
 def agreement(
@@ -49,8 +53,9 @@ def agreement(
 
     Args:
         texts: strings, or rows with a column ``text``, in a list, a data frame, a data set or any iterable.
-        reference: unit vectors ``[n, D]`` of the texts; by default those of this model at full size.
-        rotations: by depth, as the cups were trained with.
+        reference: unit vectors ``[n, D]`` of the texts, compared by cosine; by default the vectors of this model at
+            full size, which like its cups are compared by its own similarity.
+        rotations: by depth, as the cups were trained with; by default the model's own, if it was trained with any.
         prompt: in front of texts; by default the model's own.
         method: what the rows say in that column.
         batch_size: texts in a forward.
@@ -65,27 +70,31 @@ def agreement(
             f"{len(texts)} texts are too few to compare rankings on: give more than {NEIGHBOURS + 1}"
         )
     sizes = [Ladder.parse([cup]).full for cup in (Ladder.parse(cups) if isinstance(cups, str) else cups)]
-    reference = full_vectors(model, texts, prompt, batch_size) if reference is None else reference
-    if reference.ndim != 2 or len(reference) != len(texts):
+    similarity = Similarity.of(Encoder.of(model).model)
+    if reference is None:
+        wanted = _rows(full_vectors(model, texts, prompt, batch_size), similarity)
+    elif reference.ndim != 2 or len(reference) != len(texts):
         raise EvaluationError(f"reference {list(reference.shape)}: expected the vectors of {len(texts)} texts")
-    wanted = _rows(reference)
+    else:
+        wanted = _rows(reference, COSINE)
     ranks, nearest = _ranks(wanted), wanted.topk(NEIGHBOURS).indices
     used = _prompt(model, prompt)
-    found = encode(model, texts, widths(sizes), prompt=used, rotations=rotations, batch_size=batch_size)
+    turned = chosen(rotations, model)
+    found = encode(model, texts, widths(sizes), prompt=used, rotations=turned, batch_size=batch_size)
     rows = []
     for cup in sizes:
-        similar = _rows(normalize(found[cup.layers][:, : cup.dims], dim=-1))
+        similar = _rows(similarity.finished(found[cup.layers][:, : cup.dims]), similarity)
         shared = (similar.topk(NEIGHBOURS).indices[:, :, None] == nearest[:, None, :]).any(-1)
         spearman = torch.nn.functional.cosine_similarity(_ranks(similar), ranks, dim=-1).mean()
         rows.append({"method": method, "cup": cup.name, "agreement": float(spearman), "overlap": _mean(shared)})
     return rows
 
 
-def _rows(vectors: Tensor) -> Tensor:
+def _rows(vectors: Tensor, similarity: Similarity) -> Tensor:
     """Each text's similarities to the others, ``[n, n - 1]``."""
     count = len(vectors)
     others = ~torch.eye(count, dtype=torch.bool)
-    return (vectors @ vectors.mT)[others].view(count, count - 1)
+    return similarity.scores(vectors, vectors)[others].view(count, count - 1)
 
 
 def _ranks(rows: Tensor) -> Tensor:

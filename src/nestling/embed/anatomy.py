@@ -24,10 +24,17 @@ PROBE = 4  # tokens
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names within the backbone: of the list of layers, and of the norm behind the last one (pre-norm models)."""
+    """What is where in a backbone.
+
+    Attributes:
+        layers: name of the list of layers.
+        norm: name of the norm behind the last one (pre-norm models), or None.
+        positions: as `positions_of`.
+    """
 
     layers: str
     norm: str | None
+    positions: int | None
 
 
 _FOUND: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
@@ -87,11 +94,11 @@ def _dissected(transformer: Transformer) -> Anatomy:
         if not _same(after, before):
             raise UnsupportedEncoderError(f"{kind}: something happens between layers {number} and {number + 1}")
     if _same(outputs[-1], last):
-        return Anatomy(names[0], None)
+        return Anatomy(names[0], None, positions_of(backbone))
     with torch.no_grad():
         for name, module in _norms(backbone, names[0]):
             if _same(module(outputs[-1]), last):
-                return Anatomy(names[0], name)
+                return Anatomy(names[0], name, positions_of(backbone))
     raise UnsupportedEncoderError(f"{kind}: what follows the last layer is not a norm")
 
 

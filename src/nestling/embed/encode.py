@@ -1,6 +1,7 @@
 """Embeddings of many texts at every depth that is wanted, from one forward a batch."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,15 +106,50 @@ def stored_prompts(model: SentenceTransformer) -> dict[str, str]:
     first of its prompts document, passage and corpus that is not empty. The stock method stops at an empty one, which
     every model has, so that it never uses the prompt "passage" of the E5 family.
     """
+    usual = model.prompts.get(model.default_prompt_name or "") or ""
 
-    def first(*names: str | None) -> str:
-        return next((prompt for name in names if name and (prompt := model.prompts.get(name))), "")
+    def first(*names: str) -> str:
+        named = [model.prompts[name] for name in names if name in model.prompts]
+        return next(filter(None, named), "") if named else usual  # as stock methods do where no such prompt is named
 
-    return {
-        "sts": first(model.default_prompt_name),
-        "query": first("query"),
-        "passage": first("document", "passage", "corpus"),
-    }
+    return {"sts": usual, "query": first("query"), "passage": first("document", "passage", "corpus")}
+
+
+def served_prompts(model: SentenceTransformer) -> dict[str, str]:
+    """A model's prompts under the names by which stock methods use them as `stored_prompts` says."""
+    stored = stored_prompts(model)
+    own = {name: prompt or "" for name, prompt in model.prompts.items()}
+    return own | {"query": stored["query"], "document": stored["passage"]}
+
+
+@contextmanager
+def prompts_adopted(model: SentenceTransformer, columns: Mapping[str, str]) -> Iterator[None]:
+    """Let a model's own prompts be those of its training, by which it is then measured and served.
+
+    They stay, unless the block fails.
+
+    Args:
+        columns: of the training data, with their prompts or "". Columns ``query, passage``, or a first one with
+            another prompt than the second, are queries and passages; a prompt of all columns is the one of ``encode``.
+    """
+    before = model.prompts, model.default_prompt_name
+    first, second = [*columns.values(), *columns.values()][:2]
+    prompts = served_prompts(model)
+    if {"query", "passage"} <= set(columns):
+        prompts |= {"query": columns["query"], "document": columns["passage"]}
+    elif first != second:
+        prompts |= {"query": first, "document": second}
+    elif not first:
+        model.default_prompt_name = None
+    elif first != stored_prompts(model)["sts"]:
+        model.default_prompt_name = next((name for name, text in prompts.items() if text == first), "trained")
+        prompts[model.default_prompt_name] = first
+    model.prompts = dict(prompts)
+    try:
+        yield
+    except BaseException:
+        model.prompts, model.default_prompt_name = before
+        raise
 
 
 def _check_finite(vectors: Tensor, texts: Sequence[str], layer: int) -> None:

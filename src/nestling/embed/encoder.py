@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from nestling.embed.anatomy import Anatomy, anatomy_of, depth_of, state_of
 from nestling.embed.copies import copied, copied_path, copied_tree, descend, plain
-from nestling.errors import LadderError, UnsupportedEncoderError
+from nestling.errors import LadderError, OptionError, UnsupportedEncoderError
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,45 @@ class Encoder:
         return len(self.layers)
 
     @property
-    def dims(self) -> int:
-        """Width of the embeddings: of the pooled vector, or of what a Dense makes of it."""
+    def width(self) -> int:
+        """Width of the pooled vector, or of what a Dense makes of it."""
         sized: list[Any] = [module for module in self.head if hasattr(module, "get_embedding_dimension")]
         return (sized or [self.transformer])[-1].get_embedding_dimension()
+
+    @property
+    def dims(self) -> int:
+        """Width of the model's embeddings: the first of those coordinates, if it has a ``truncate_dim``.
+
+        Raises:
+            UnsupportedEncoderError: it keeps none.
+        """
+        kept = self.model.truncate_dim
+        if kept is not None and kept < 1:
+            raise UnsupportedEncoderError(f"the model has truncate_dim={kept}: expected 1 to {self.width}, or None")
+        return self.width if kept is None else min(self.width, kept)
 
     def pool(self, features: Mapping[str, Any], tokens: Tensor) -> Tensor:
         """The embedding ``[B, dims]``, not normalised, of token vectors ``[B, T, H]`` of the texts of ``features``."""
         made = {**features, "token_embeddings": tokens}
         for module in self.head:
             made = module(made)
-        return made["sentence_embedding"]
+        return made["sentence_embedding"][:, : self.dims]
+
+    def check_length(self, features: Mapping[str, Any]) -> None:
+        """Whether the model has positions for the longest of some texts.
+
+        Raises:
+            OptionError: its ``max_seq_length`` lets texts through that are longer.
+        """
+        limit, mask = self.anatomy.positions, features.get("attention_mask")
+        if limit is None or mask is None or mask.shape[-1] <= limit:
+            return
+        count = int(mask.sum(-1).max())
+        if count > limit:
+            raise OptionError(
+                f"max_seq_length={self.model.max_seq_length} lets through a text of {count} tokens, and the model has "
+                f"{limit} positions: set model.max_seq_length = {limit}, as load_encoder does"
+            )
 
     def ended(self, number: int, state: Tensor, last: Tensor) -> Tensor:
         """A layer's output as the model that ends with that layer would return it, ``[B, T, H]``.
@@ -244,4 +272,6 @@ def _parts(model: SentenceTransformer) -> tuple[Transformer, tuple[nn.Module, ..
         raise UnsupportedEncoderError("the model's transformer does not end in token vectors that can be pooled")
     if not head or any(isinstance(module, WeightedLayerPooling) for module in head):
         raise UnsupportedEncoderError("the model needs a pooling of its last layer behind its transformer")
+    if any(getattr(module, "module_output_name", None) == "token_embeddings" for module in head):
+        raise UnsupportedEncoderError("the model changes token vectors between its transformer and its pooling")
     return transformer, tuple(head)

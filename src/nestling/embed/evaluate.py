@@ -19,6 +19,8 @@ from nestling.embed.checksum import checksum, reading
 from nestling.embed.encode import encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.embed.metrics import BESIDE, ranking, spearman
+from nestling.embed.own import Rotations, chosen
+from nestling.embed.similarity import COSINE, Similarity
 from nestling.errors import DataError, EvaluationError, OptionError
 from nestling.ladder import Cup, Ladder
 from nestling.options import flag, shown, text, whole
@@ -51,8 +53,9 @@ class GridEvaluator(BaseEvaluator):
     over the cups, and ``mean``, the mean of those, its ``primary_metric``. With an ``output_path`` it keeps the rows
     of every call there, in ``grid[_NAME].json``. By itself, `rows` gives a row a cup.
 
-    Retrieval is exact search by cosine; gains are graded (see `nestling.embed.metrics.ranking`). Sentences that occur
-    several times, also in several sets, are encoded once.
+    Pairs and documents are compared by the model's own similarity, which is the cosine unless it says otherwise
+    (``similarity_fn_name``). Retrieval is exact search; gains are graded (see `nestling.embed.metrics.ranking`).
+    Sentences that occur several times, also in several sets, are encoded once.
 
     Args:
         ladder: the cups that are measured, in any form that `Ladder.parse` takes; by default `Ladder.default` of the
@@ -64,7 +67,7 @@ class GridEvaluator(BaseEvaluator):
         prompts: what is put in front of texts by their use, ``sts``, ``query`` or ``passage``. For those left out, the
             prompts that the model was saved with, see `stored_prompts`; ``""`` turns one off. `prompts_for` tells.
         rotations: by depth, what is applied before vectors are cut, as a training has it; depths without one are
-            measured as they are.
+            measured as they are. By default those that the model was trained with, if there are any; ``{}`` for none.
         batch_size: texts in a forward.
         name: of the evaluator, in front of its metrics and in its file's name.
         progress: show a progress bar.
@@ -177,19 +180,20 @@ class GridEvaluator(BaseEvaluator):
             EvaluationError: an embedding is not finite, or ``partial`` is damaged or of another measurement.
             LadderError, UnsupportedEncoderError: the model does not have those cups.
         """
-        cups, prompts = self.cups(model), self.prompts_for(model)
-        kept = Partial(partial, {} if partial is None else self._job(model, cups, prompts))
+        cups, prompts, rotations = self.cups(model), self.prompts_for(model), chosen(self.rotations, model)
+        similarity = Similarity.of(Encoder.of(model).model)
+        kept = Partial(partial, {} if partial is None else self._job(model, cups, prompts, rotations))
         parts: dict[str, Callable[[_Encode], dict[Cup, Row]]] = {}
         if self.sts:
-            parts["sts"] = bind(self._measure_sts, cups)
-        parts |= {f"retrieval {name}": bind(self._measure_retrieval, cups, name) for name in self.retrieval}
+            parts["sts"] = bind(self._measure_sts, cups, similarity)
+        parts |= {f"retrieval {key}": bind(self._measure_retrieval, cups, similarity, key) for key in self.retrieval}
         with progress_bar(self.progress) as bar:
             task = bar.add_task("encoding", total=sum(map(self._texts, parts)))
 
             def vectors(texts: Sequence[str], use: str) -> dict[int, Tensor]:
                 return encode(
                     model, texts, widths(cups), prompt=prompts[use], batch_size=self.batch_size,
-                    rotations=self.rotations, advance=lambda count: bar.advance(task, count),
+                    rotations=rotations, advance=lambda count: bar.advance(task, count),
                 )  # fmt: skip
 
             for part, measure in parts.items():
@@ -212,10 +216,11 @@ class GridEvaluator(BaseEvaluator):
         data = self.retrieval[part.removeprefix("retrieval ")]
         return len(data.corpus) + len(data.queries)
 
-    def _job(self, model: nn.Module, cups: list[Cup], prompts: dict[str, str]) -> dict[str, Any]:
+    def _job(self, model: nn.Module, cups: list[Cup], prompts: dict[str, str], rotations: Rotations) -> dict[str, Any]:
         """What the numbers depend on."""
-        modules = {depth: module for depth, module in (self.rotations or {}).items() if isinstance(module, nn.Module)}
+        modules = {depth: module for depth, module in rotations.items() if isinstance(module, nn.Module)}
         inner = Encoder.of(model).model
+        similarity = Similarity.of(inner)
         sts = [[data.first.tolist(), data.second.tolist(), data.scores] for data in self.sts.values()]
         return {
             "weights": checksum(inner),
@@ -223,6 +228,7 @@ class GridEvaluator(BaseEvaluator):
             "rotations": {str(depth): checksum(module) for depth, module in modules.items()},
             "cups": [cup.name for cup in cups],
             "prompts": prompts,
+            **({} if similarity == COSINE else {"similarity": [similarity.name, similarity.unit]}),
             "sts": [list(self.sts), checksum([list(self.sentences), sts])],
             "retrieval": {
                 name: checksum([data.corpus, data.queries, data.relevant] + [True] * bool(data.ignore_identical_ids))
@@ -230,16 +236,19 @@ class GridEvaluator(BaseEvaluator):
             },
         }
 
-    def _measure_sts(self, cups: list[Cup], vectors: _Encode) -> dict[Cup, Row]:
+    def _measure_sts(self, cups: list[Cup], similarity: Similarity, vectors: _Encode) -> dict[Cup, Row]:
         found, encoded = {}, vectors(list(self.sentences), "sts")
         for cup in cups:
             cut = encoded[cup.layers][:, : cup.dims]
             found[cup] = {
-                name: spearman(cut[data.first], cut[data.second], data.scores) for name, data in self.sts.items()
+                name: spearman(cut[data.first], cut[data.second], data.scores, similarity)
+                for name, data in self.sts.items()
             }
         return found
 
-    def _measure_retrieval(self, cups: list[Cup], name: str, vectors: _Encode) -> dict[Cup, Row]:
+    def _measure_retrieval(
+        self, cups: list[Cup], similarity: Similarity, name: str, vectors: _Encode
+    ) -> dict[Cup, Row]:
         data = self.retrieval[name]
         documents = sorted(data.corpus)  # equal scores are then ranked as sentence-transformers ranks them, by id
         place = {key: number for number, key in enumerate(documents)}
@@ -252,7 +261,7 @@ class GridEvaluator(BaseEvaluator):
         queries, found = vectors(list(data.queries.values()), "query"), {}
         for cup in cups:
             asked, there = queries[cup.layers][:, : cup.dims], corpus[cup.layers][:, : cup.dims]
-            ndcg, recall = ranking(asked, there, relevant, itself)
+            ndcg, recall = ranking(asked, there, relevant, itself, similarity)
             found[cup] = {f"ndcg_{name}": ndcg, f"recall_{name}": recall}
         return found
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from nestling.embed.similarity import COSINE, Similarity
 
 # Columns of results that are no metrics; all others are, sets of scored pairs under names of their own.
 BESIDE = ("model", "method", "cup", "seed", "epoch", "steps", "minutes", "seconds", "peak_mib")
@@ -14,20 +15,21 @@ CUTOFF, DEPTH = 10, 100  # of nDCG and of recall
 CHUNK = 1 << 24  # scores held at once
 
 
-def spearman(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
-    """Spearman's rank correlation of the cosine of pairs with their scores, ties given their mean rank.
+def spearman(first: Tensor, second: Tensor, scores: Sequence[float], similarity: Similarity = COSINE) -> float:
+    """Spearman's rank correlation of the similarity of pairs with their scores, ties given their mean rank.
 
     Args:
         first, second: embeddings ``[n, d]``, of any length.
         scores: n of them.
+        similarity: of the model that they are of.
 
     Returns:
-        From -1 to 1; NaN if all cosines, or all scores, are equal.
+        From -1 to 1; NaN if all similarities, or all scores, are equal.
     """
-    cosines = (normalize(first, dim=-1) * normalize(second, dim=-1)).sum(-1).numpy()
-    if cosines.max() == cosines.min() or max(scores) == min(scores):
+    found = similarity.pairs(similarity.finished(first), similarity.finished(second)).numpy()
+    if found.max() == found.min() or max(scores) == min(scores):
         return math.nan
-    return float(spearmanr(cosines, scores).statistic)
+    return float(spearmanr(found, scores).statistic)
 
 
 def ranking(
@@ -35,8 +37,9 @@ def ranking(
     corpus: Tensor,
     relevant: Sequence[Mapping[int, float]],
     itself: Sequence[int | None] | None = None,
+    similarity: Similarity = COSINE,
 ) -> tuple[float, float]:
-    """Mean nDCG@10 and recall@100 of exact search by cosine.
+    """Mean nDCG@10 and recall@100 of exact search.
 
     Gains are those of the judgements, not only 0 and 1, and enter linearly, as in trec_eval and so in BEIR. Documents
     with equal scores are ranked in the order of the corpus. Scores are held for a few queries at a time.
@@ -47,15 +50,16 @@ def ranking(
         relevant: for each query, the gain (above zero) of its relevant documents by their place in the corpus; places
             below 0 are of documents that are not there. A query without any counts, and finds nothing.
         itself: for each query, the place of the document that it is, which is not searched for it, or None.
+        similarity: of the model that they are of.
 
     Returns:
         nDCG@10, recall@100.
     """
-    queries, lengths = normalize(queries, dim=-1), corpus.norm(dim=-1).clamp(min=1e-12)
+    queries, corpus = similarity.finished(queries), similarity.finished(corpus)
     rows = max(1, CHUNK // len(corpus))
     totals = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(queries), rows):
-        scores = queries[start : start + rows] @ corpus.T / lengths
+        scores = similarity.scores(queries[start : start + rows], corpus)
         for number, row in enumerate(scores, start):
             gains, own = relevant[number], None if itself is None else itself[number]
             best = [place for place in _best(row, DEPTH + 1) if place != own][:DEPTH]

@@ -117,6 +117,10 @@ def check(model: nn.Module) -> None:
         raise UnsupportedEncoderError(
             f"the model ends in {kinds}: pre-training shapes token vectors and their pooling, expected a Pooling alone"
         )
+    if encoder.dims != encoder.width:
+        raise UnsupportedEncoderError(
+            f"the model has truncate_dim={encoder.model.truncate_dim}: pre-training shapes whole vectors, leave it out"
+        )
     if encoder.dims != config.hidden_size:
         raise UnsupportedEncoderError(
             f"the pooling makes vectors of {encoder.dims} of token vectors of {config.hidden_size}: expected one mode"

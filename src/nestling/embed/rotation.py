@@ -19,7 +19,8 @@ from torch.nn.functional import normalize
 from nestling.basis import pca
 from nestling.embed.encode import encode, strings_of
 from nestling.embed.encoder import Encoder
-from nestling.errors import ExampleError, OptionError
+from nestling.embed.similarity import Similarity
+from nestling.errors import ExampleError, OptionError, UnsupportedEncoderError
 from nestling.options import number, whole
 
 Kind = Literal["aligned", "centred", "pca"]
@@ -87,8 +88,11 @@ def rotations(
 ) -> dict[int, Rotation]:
     """Start rotations of the pooled vectors at each depth, from one pass over texts.
 
+    Where the model compares by something in which lengths count, they keep them: vectors of the full model are
+    predicted as they are, not as unit vectors, nothing is flattened, and for dot products nothing is centred.
+
     Args:
-        model: a SentenceTransformer; it is put in eval mode for the pass.
+        model: a SentenceTransformer.
         texts: some thousands, as they will be embedded (with their prompts, if there are any). Their vectors of all
             these depths are in memory at once.
         layers: depths from 1 on.
@@ -108,11 +112,14 @@ def rotations(
     Raises:
         ValueError: there are no texts, the kind is none of these, the target is of other texts, or an embedding is not
             finite.
-        UnsupportedEncoderError, LadderError: as `taps`.
+        UnsupportedEncoderError: the model compares by the Manhattan distance, which no rotation keeps; or as `taps`.
+        LadderError: as `taps`.
     """
     whole("batch_size", batch_size)
     flatten = number("flatten", flatten)
     given, parts = strings_of(texts), Encoder.of(model)
+    similarity = Similarity.of(parts.model)
+    check_turns(similarity, kind)
     if not given:
         raise ExampleError("expected texts to take rotations from, got none")
     if kind not in KINDS:
@@ -122,15 +129,38 @@ def rotations(
     depths = sorted(set(layers))
     needed = {*depths, parts.depth} if kind == "aligned" and target is None else depths
     found = encode(model, given, dict.fromkeys(sorted(needed), parts.dims), batch_size=batch_size, advance=advance)
-    if kind == "aligned":
-        wanted = normalize((found[parts.depth] if target is None else target.cpu()).double(), dim=-1)
-        return {
-            depth: _components(found[depth].double(), True)
-            if depth == parts.depth
-            else _aligned(found[depth].double(), wanted, flatten)
-            for depth in depths
-        }
-    return {depth: _components(found[depth].double(), kind == "centred") for depth in depths}
+    if kind != "aligned":
+        return {depth: _components(found[depth].double(), kind == "centred") for depth in depths}
+    wanted = (found[parts.depth] if target is None else target.cpu()).double()
+    centred = similarity.unit or similarity.name != "dot"
+    if similarity.unit:
+        wanted = normalize(wanted, dim=-1)
+    turned = {}
+    for depth in depths:
+        vectors = found[depth].double()
+        if depth == parts.depth:
+            turned[depth] = _components(vectors, centred)
+        elif similarity.unit:
+            turned[depth] = _scaled(*_aligned(vectors, wanted, flatten, centred))
+        else:
+            turned[depth] = Rotation(*_aligned(vectors, wanted, 0.0, centred))
+    return turned
+
+
+def check_turns(similarity: Similarity, kind: str = "aligned") -> None:
+    """Whether a model of that similarity can have rotations of that kind.
+
+    Raises:
+        UnsupportedEncoderError: none.
+        OptionError: not those.
+    """
+    if not similarity.unit and similarity.name == "manhattan":
+        raise UnsupportedEncoderError(
+            "the model compares by the Manhattan distance of its coordinates, which no rotation of them keeps: cut "
+            'its cups out as they are, or set model.similarity_fn_name = "cosine" if that is how it was trained'
+        )
+    if not similarity.unit and similarity.name == "dot" and kind == "centred":
+        raise OptionError('kind="centred" changes dot products, by which the model compares: take aligned or pca')
 
 
 def _components(vectors: Tensor, centred: bool) -> Rotation:
@@ -139,13 +169,13 @@ def _components(vectors: Tensor, centred: bool) -> Rotation:
     return Rotation(pca(covariance).encode, mean if centred else None)
 
 
-def _aligned(vectors: Tensor, wanted: Tensor, flatten: float) -> Rotation:
-    """The principal components of the best linear prediction of ``wanted`` ``[n, D]``.
+def _aligned(vectors: Tensor, wanted: Tensor, flatten: float, centred: bool) -> tuple[Tensor, Tensor | None]:
+    """The principal components of the best linear prediction of ``wanted`` ``[n, D]``, ``[H, H]``, and the mean, ``[H]``.
 
     A little of the vectors themselves is wanted too, so that coordinates beyond what the target has are not empty.
     """
-    mean, width = vectors.mean(0), vectors.shape[1]
-    inputs, wanted = vectors - mean, wanted - wanted.mean(0)
+    mean, width = vectors.mean(0) * centred, vectors.shape[1]
+    inputs, wanted = vectors - mean, wanted - wanted.mean(0) * centred
     spread = [part.square().sum(-1).mean().sqrt() for part in (inputs, wanted)]
     wanted = torch.cat((wanted, inputs * (OWN * spread[1] / spread[0].clamp_min(1e-12))), 1)
     covariance = inputs.mT @ inputs / len(inputs)
@@ -155,9 +185,12 @@ def _aligned(vectors: Tensor, wanted: Tensor, flatten: float) -> Rotation:
     power, components = torch.linalg.eigh(predicts.mT @ covariance @ predicts)
     power, components = power.flip(0)[:width], components.flip(1)[:, :width]
     least = power[0].clamp_min(1e-12) * 1e-12
-    encode = predicts @ components * power.clamp_min(least) ** (-flatten / 2)
-    # As large as an orthogonal matrix, since learning rates are for entries of that size.
-    return Rotation(encode * (width**0.5 / encode.norm().clamp_min(1e-12)), mean)
+    return predicts @ components * power.clamp_min(least) ** (-flatten / 2), mean if centred else None
+
+
+def _scaled(encode: Tensor, mean: Tensor | None) -> Rotation:
+    """As large as an orthogonal matrix, since learning rates are for entries of that size."""
+    return Rotation(encode * (len(encode) ** 0.5 / encode.norm().clamp_min(1e-12)), mean)
 
 
 def _shape(tensor: Tensor | None) -> list[int] | None:

@@ -40,6 +40,7 @@ def taps(
     Raises:
         UnsupportedEncoderError: the model has no layers to cut.
         LadderError: no depths, or one that the model does not have.
+        OptionError: the model's ``max_seq_length`` lets texts through that it has no positions for.
     """
     return pooled_taps(Encoder.of(model), features, layers, rotations or {})
 
@@ -66,6 +67,7 @@ def _states(encoder: Encoder, features: Mapping[str, Any], layers: Iterable[int]
     if not asked or any(isinstance(layer, bool) or layer not in known for layer in asked):
         raise LadderError(f"cannot tap layers {sorted(asked, key=str)}: expected some of 1 to {encoder.depth}")
     wanted = sorted(map(int, asked))
+    encoder.check_length(features)
     *between, deepest = wanted
     with encoder.running(deepest, set(between)) as (runs, states):
         output = runs(dict(features))  # modules add keys to what they are given
