@@ -84,7 +84,7 @@ def align(
     ladder, _ = _ladder(model, cups, encoder, rotated=False)
     aligned = embed.align(encoder, read, ladder, folder=out, prompt=prompt)
     with console.status(f"comparing {len(held)} sentences"):
-        rows = embed.agreement(encoder, held, ladder, prompt=prompt, method="cut")
+        rows = embed.agreement(encoder, held, ladder, rotations={}, prompt=prompt, method="cut")
         rows += embed.agreement(encoder, held, ladder, rotations=aligned.rotations, prompt=prompt, method="aligned")
     show(rows, f"{model}: agreement of cups with the full model on {len(held)} held-out sentences")
     console.print(f"{aligned.info['texts']:,} sentences in {aligned.info['seconds']} s. Saved to {out}")

@@ -15,7 +15,8 @@ from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
 from nestling.embed.files import check_place
 from nestling.embed.plan import ladder_of
-from nestling.embed.rotation import rotations
+from nestling.embed.rotation import check_turns, rotations
+from nestling.embed.similarity import Similarity
 from nestling.embed.start import SAMPLE, turned_depths
 from nestling.embed.trained import Trained, save, weight_bytes
 from nestling.errors import ExampleError, OptionError
@@ -66,6 +67,7 @@ def align(
     prompt = None if prompt is None else text("prompt", prompt)
     check_place(out, "alignment", resume=False, nbytes=weight_bytes(model))
     examples, parts = Examples.of(texts), Encoder.of(model)
+    check_turns(Similarity.of(parts.model))
     if examples.kind != "texts":
         raise ExampleError(f"expected texts without labels, got {examples.kind}: give their texts alone")
     ladder = ladder_of(parts, cups)

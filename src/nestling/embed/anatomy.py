@@ -65,18 +65,25 @@ def depth_of(config: PreTrainedConfig) -> int:
     return depth
 
 
-def positions_of(backbone: nn.Module) -> int | None:
+def positions_of(model: nn.Module) -> int | None:
     """The most tokens of a text that a model has learned positions for; None if it learns none.
 
     RoBERTa's and its relatives' start behind the padding token's number, OPT's at an offset of the table's own.
     """
-    for module in backbone.modules():
+    for module in model.modules():
         for name in ("position_embeddings", "embed_positions", "wpe"):
             if isinstance(table := getattr(module, name, None), nn.Embedding):
                 padding = getattr(module, "padding_idx", None)
                 behind = padding + 1 if isinstance(padding, int) else 0
                 return table.num_embeddings - getattr(table, "offset", behind)
     return None
+
+
+def fit_length(transformer: Transformer) -> None:
+    """Let a transformer cut texts to the positions that it has, if it would let longer ones through."""
+    limit, reads = positions_of(transformer), transformer.max_seq_length
+    if limit is not None and (reads is None or reads > limit):
+        transformer.max_seq_length = limit
 
 
 def _dissected(transformer: Transformer) -> Anatomy:

@@ -81,7 +81,7 @@ def _learn(
     with console.status("measuring"):
         reference = full_vectors(encoder, held_out)
         start = rotations(encoder, texts[::3], ladder.layers[:-1], flatten=0.0)  # a thousand are enough for a start
-        rows = agreement(encoder, held_out, ladder, reference, method="cut")
+        rows = agreement(encoder, held_out, ladder, reference, rotations={}, method="cut")
         rows += agreement(encoder, held_out, ladder, reference, rotations=start, method="aligned")
     began = time.perf_counter()
     trained = train(

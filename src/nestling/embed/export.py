@@ -16,26 +16,27 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import pad
 
 from nestling.embed import graph
+from nestling.embed.anatomy import fit_length
 from nestling.embed.card import card
-from nestling.embed.encode import encode
+from nestling.embed.encode import served_prompts
 from nestling.embed.encoder import Encoder, truncated_config
 from nestling.embed.files import write_ladder
 from nestling.embed.lora import has_adapters, merge
-from nestling.embed.probe import probe_texts
+from nestling.embed.own import own_rotations
+from nestling.embed.probe import difference
 from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite
-from nestling.errors import ExportError, ExportFileError, FileError, OptionError
+from nestling.embed.similarity import Similarity
+from nestling.errors import ExportError, ExportFileError, FileError, OptionError, UnsupportedEncoderError
 from nestling.folders import write_folder
 from nestling.ladder import Cup, Ladder
 from nestling.models import quiet
 from nestling.options import flag, path, shown
 from nestling.records import reason
 from nestling.writing import check_folder
-
-TOLERANCE = 1e-5  # of coordinates of unit vectors
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Exported:
         folder: where.
         cup: its size.
         nbytes: of all files together.
-        difference: largest difference of a coordinate of a unit vector to the taps', over probe texts.
+        difference: largest difference of a coordinate to the taps', over probe texts, in lengths of the longest vector
+            where lengths count.
         onnx_difference: of the ONNX graph to the exported model, likewise; None without one.
         int8_cosine: mean cosine of the int8 graph's vectors to those in fp32; None without one.
     """
@@ -73,7 +75,12 @@ def export(
     """Write a cup of an encoder as a standalone model.
 
     The folder appears complete or not at all. Before that it is loaded as a stranger would load it, and must give the
-    vectors of the taps within 1e-5; the ONNX graph must give those of the folder within 1e-4.
+    vectors of the taps within 1e-5, with each of the model's prompts by the stock methods that use them, and without
+    one; the ONNX graph must give those of the folder within 1e-4.
+
+    Vectors are compared as the model compares its own: where that is by cosine they are unit vectors, and where
+    lengths count (``similarity_fn_name`` dot, euclidean or manhattan, and no Normalize at the end) they keep them. A
+    ``truncate_dim`` of the model is its width. Adapters (LoRA) are merged into the weights.
 
     Args:
         model: a SentenceTransformer in fp32; it is not changed.
@@ -82,17 +89,19 @@ def export(
         ladder: the cups that the model was trained for, as `Ladder.parse` takes them, kept in ``nestling.json``. Those
             of this depth that are not wider than the cup are declared as widths that a server may cut to. By default
             the cup alone.
-        rotations: by depth, those that the model was trained with (``Trained.rotations``, `load_rotations`). Without
-            them a cup that was trained with one is not what was trained.
+        rotations: by depth, those that the model was trained with (``Trained.rotations``, `load_rotations`). By
+            default those that it remembers, from its training or from its folder; ``{}`` for none.
         rows: measured rows (`GridEvaluator.rows`) for the model card; those of the cup are shown.
-        onnx: also write ``onnx/model.onnx``: ids and mask to unit vectors, any batch and length.
-        int8: also write ``onnx/model_int8.onnx``, with weights quantised; needs ``onnx``.
+        onnx: also write ``onnx/model.onnx``: ids and mask to embeddings, any batch and length.
+        int8: also write ``onnx/model_int8.onnx``, with weights quantised, and under the name
+            ``onnx/model_quantized.onnx``, by which transformers.js asks for it; needs ``onnx``.
 
     Raises:
         ExportFileError: the folder cannot be made or written to, or the disk is full.
-        ExportError: the folder exists, weights are not fp32, ``int8`` without ``onnx``, a package is
-            missing, the rotation is of another width, there are some but none for a depth below the model's, or the
-            result does not give the same vectors: those of int8 weights must have a mean cosine of 0.9.
+        ExportError: the folder exists, weights are not fp32, ``int8`` without ``onnx``, a package is missing, the
+            rotation is of another width, there are some but none for a depth below the model's, an adapter cannot be
+            merged, a graph cannot leave prompts out of the pooling as the model does, or the result does not give the
+            same vectors: those of int8 weights must have a mean cosine of 0.9.
         LadderError: the model does not have that cup, or one of the ladder's.
         UnsupportedEncoderError: the model has no layers to cut.
     """
@@ -102,23 +111,25 @@ def export(
     if rotations is not None and not isinstance(rotations, Mapping):
         raise OptionError(f"rotations={shown(rotations)}: expected rotations by depth, as load_rotations gives them")
     ladder = Ladder([size]) if ladder is None else Ladder.parse(ladder)
-    rotation = _rotation(encoder, size, rotations or {})
+    rotation = _rotation(encoder, size, own_rotations(model) if rotations is None else rotations)
+    Similarity.of(encoder.model)
     _check(encoder, size, ladder, folder, rotation)
     if int8 and not onnx:
         raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
     if onnx:
         graph.check_installed()
+        graph.check_prompts(encoder.model)
 
     def fill(new: Path) -> Exported:
         with quiet():
             _write(encoder, size, new, ladder, rotation)
             served = _loaded(new, str(encoder.model.device))
-            difference = _difference(encoder, size, rotation, served)
+            differs = difference(encoder, size, rotation, served)
             measured = graph.write(served.cpu(), new / "onnx", int8) if onnx else (None, None)
         (new / "README.md").write_text(card(encoder.model, served, size, ladder, rows, onnx), "utf-8")
         nbytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         _check_new(folder)  # made by somebody else meanwhile; it would be replaced without a word
-        return Exported(folder, size, nbytes, difference, *measured)
+        return Exported(folder, size, nbytes, differs, *measured)
 
     try:
         return write_folder(folder, fill)
@@ -158,18 +169,23 @@ def _check_new(folder: Path) -> None:
 def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
     transformer = copy.deepcopy(encoder.shortened(cup.layers)).cpu()
     if has_adapters(transformer):
-        merge(transformer)
+        try:
+            merge(transformer)
+        except UnsupportedEncoderError as error:
+            raise ExportError(str(error)) from error
+    fit_length(transformer)
     backbone: Any = transformer.model
     backbone.config = truncated_config(encoder.transformer.model.config, cup.layers)
     backbone.config.output_hidden_states = False
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # BERT's, which no pooling of sentence-transformers reads
     head = [copy.deepcopy(module).cpu() for module in encoder.head]
+    similarity = Similarity.of(encoder.model)
     small = SentenceTransformer(
-        modules=[transformer, *_narrowed(head, encoder.dims, cup.dims, rotation), Normalize()],
-        prompts={name: prompt or "" for name, prompt in encoder.model.prompts.items()},
+        modules=[transformer, *_narrowed(head, encoder, cup.dims, rotation), *[Normalize()] * similarity.unit],
+        prompts=served_prompts(encoder.model),
         default_prompt_name=encoder.model.default_prompt_name,
-        similarity_fn_name="cosine",
+        similarity_fn_name=similarity.name,  # type: ignore[arg-type]
         device="cpu",
     )
     small.save_pretrained(str(folder), create_model_card=False)
@@ -185,12 +201,14 @@ def _loaded(folder: Path, device: str) -> SentenceTransformer:
         raise ExportError(f"the export cannot be loaded again [{reason(error)}]") from error
 
 
-def _narrowed(head: list[nn.Module], width: int, dims: int, rotation: Rotation | None) -> list[nn.Module]:
+def _narrowed(head: list[nn.Module], encoder: Encoder, dims: int, rotation: Rotation | None) -> list[nn.Module]:
     """The head with a linear map to the first ``dims`` coordinates behind it; linear maps in a row become one."""
-    weight = torch.eye(dims, width) if rotation is None else rotation.weight(dims).cpu()
-    bias = None if rotation is None else rotation.bias(dims)
-    if rotation is None and dims == width:
+    if rotation is None and dims == encoder.width:
         return head
+    weight, bias = torch.eye(dims, encoder.width), None
+    if rotation is not None:  # of the coordinates that the model keeps
+        weight = pad(rotation.weight(dims).cpu(), (0, encoder.width - encoder.dims))
+        bias = rotation.bias(dims)
     while isinstance(head[-1], Dense) and _is_linear(head[-1]):
         inner: Any = head.pop().linear
         if inner.bias is not None:
@@ -212,22 +230,3 @@ def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     linear.weight.copy_(weight)
     if bias is not None:
         linear.bias.copy_(bias)
-
-
-@torch.no_grad()
-def _difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: SentenceTransformer) -> float:
-    """The largest difference between what was written and the taps.
-
-    Raises:
-        ExportError: it is above the tolerance, or the folder gives vectors of another width.
-    """
-    texts = probe_texts(served)
-    rotations = None if rotation is None else {cup.layers: rotation}
-    wanted = normalize(encode(encoder.model, texts, {cup.layers: cup.dims}, rotations=rotations)[cup.layers], dim=-1)
-    found = torch.from_numpy(served.encode(texts, prompt="", show_progress_bar=False))
-    if found.shape != wanted.shape:
-        raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {cup.dims}")
-    difference = float((found - wanted).abs().max())
-    if not difference <= TOLERANCE:
-        raise ExportError(f"the export's vectors differ from the model's by {difference:.1e}, above {TOLERANCE:.0e}")
-    return difference

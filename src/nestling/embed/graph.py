@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -33,6 +34,17 @@ def check_installed() -> None:
     """Raises ExportError unless the packages that it takes are there."""
     if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:
         raise ExportError(f"ONNX needs {' and '.join(missing)}: pip install 'nestling[onnx]'")
+
+
+def check_prompts(model: SentenceTransformer) -> None:
+    """Raises ExportError if a graph of ids and mask cannot do what the model does with its prompts."""
+    masked = any(isinstance(module, Pooling) and not module.include_prompt for module in model)
+    prompts = [prompt for prompt in model.prompts.values() if prompt]
+    if masked and prompts:
+        raise ExportError(
+            f"the model leaves prompts such as {prompts[0]!r} out of its pooling (include_prompt=False), and an ONNX graph "
+            "of token ids cannot know which are a prompt's: export without onnx"
+        )
 
 
 def write(model: SentenceTransformer, folder: Path, int8: bool) -> tuple[float, float | None]:

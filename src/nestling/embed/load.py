@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from nestling.embed.anatomy import positions_of
+from nestling.embed.anatomy import fit_length
 from nestling.embed.files import LADDER_FILE, check_weights, load_rotations
 from nestling.embed.hub import find_file
 from nestling.embed.layout import adapter_folder, layout_of
@@ -59,9 +59,7 @@ def load_encoder(name: str | os.PathLike[str], pooling: str | None = None) -> Se
     backbone: Any = model[0].model
     backbone.name_or_path = backbone.config.name_or_path = name
     model.model_card_data.base_model = name
-    limit, length = positions_of(backbone), model.max_seq_length
-    if limit is not None and (length is None or length > limit):
-        model.max_seq_length = limit
+    fit_length(model[0])  # type: ignore[arg-type]
     remember(model, _rotations(source))
     return model.eval()
 

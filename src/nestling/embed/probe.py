@@ -1,8 +1,21 @@
-"""Texts that two versions of an encoder are compared on."""
+"""Texts that two versions of an encoder are compared on, and how far a cup's folder is from what was trained."""
+
+from __future__ import annotations
 
 import random
+from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from nestling.embed.anatomy import positions_of
+from nestling.embed.encode import encode, stored_prompts
+from nestling.embed.encoder import Encoder
+from nestling.embed.rotation import Rotation
+from nestling.embed.similarity import Similarity
+from nestling.errors import ExportError
+from nestling.ladder import Cup
 
 SENTENCES = (
     "Water.",
@@ -10,16 +23,68 @@ SENTENCES = (
     "How many layers does a small encoder need before its vectors are of any use in a search engine?",
 )
 LENGTHS = (1, 2, 5, 13, 40)  # tokens
+LONG = 512  # tokens: a model that reads no more of a text is given one that it has to cut
 SEED = 0
+TOLERANCE = 1e-5  # of coordinates of unit vectors, or in lengths of the longest vector
 
 
 def probe_texts(model: SentenceTransformer) -> list[str]:
     """Sentences, and random tokens of the model's own vocabulary in several lengths, so that any tokenizer is served.
 
-    The same for the same model. Longer texts than the model reads are among them if it reads fewer than 40 tokens.
+    The same for the same model. One is longer than what the model reads, unless it reads more than 512 tokens, or says
+    that it reads more than it has positions for.
     """
     tokenizer = model.tokenizer
     usual = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     rng = random.Random(SEED)
     made = [tokenizer.decode(rng.sample(usual, min(length, len(usual)))) for length in LENGTHS]
+    limit, reads = positions_of(model[0]), model.max_seq_length
+    if reads is not None and reads <= LONG and (limit is None or reads <= limit):
+        made.insert(0, tokenizer.decode(rng.choices(usual, k=reads + 8)))
     return [*SENTENCES, *(text for text in made if text.strip())]
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference of a coordinate of vectors ``[n, d]``; of long ones, in lengths of the longest."""
+    return float((found - wanted).abs().max() / wanted.norm(dim=-1).max().clamp(min=1.0))
+
+
+@torch.no_grad()
+def difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: SentenceTransformer) -> float:
+    """How far a cup's folder, as stock code loads it, is from the taps.
+
+    Without a prompt, and by each stock method with the prompt that training and measuring use for it.
+
+    Raises:
+        ExportError: more than the tolerance, or the folder gives vectors of another width.
+    """
+    texts, stored = probe_texts(encoder.model), stored_prompts(encoder.model)
+    rotations = None if rotation is None else {cup.layers: rotation}
+    similarity = Similarity.of(encoder.model)
+    wanted = {
+        prompt: similarity.finished(
+            encode(encoder.model, texts, {cup.layers: cup.dims}, prompt=prompt, rotations=rotations)[cup.layers]
+        )
+        for prompt in {"": None, **dict.fromkeys(stored.values())}
+    }
+    served.eval()
+    methods: dict[str, Any] = {"sts": served.encode, "query": served.encode_query, "passage": served.encode_document}
+    calls: list[Any] = [("", lambda: served.encode(texts, prompt="", show_progress_bar=False))]
+    calls += [
+        (stored[use], lambda method=method: method(texts, show_progress_bar=False))
+        for use, method in methods.items()
+        if any(stored.values())
+    ]
+    worst = 0.0
+    for prompt, call in calls:
+        found = torch.as_tensor(call())
+        if found.shape != wanted[prompt].shape:
+            raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {cup.dims}")
+        differs = apart(found, wanted[prompt])
+        if not differs <= TOLERANCE:
+            raise ExportError(
+                f"the export's vectors differ from the model's by {differs:.1e}, above {TOLERANCE:.0e}"
+                f"{f', with the prompt {prompt!r}' if prompt else ''}"
+            )
+        worst = max(worst, differs)
+    return worst

@@ -170,7 +170,7 @@ def _components(vectors: Tensor, centred: bool) -> Rotation:
 
 
 def _aligned(vectors: Tensor, wanted: Tensor, flatten: float, centred: bool) -> tuple[Tensor, Tensor | None]:
-    """The principal components of the best linear prediction of ``wanted`` ``[n, D]``, ``[H, H]``, and the mean, ``[H]``.
+    """The principal components of the best linear prediction of ``wanted`` ``[n, D]``, and a mean: ``[H, H], [H]``.
 
     A little of the vectors themselves is wanted too, so that coordinates beyond what the target has are not empty.
     """

@@ -10,6 +10,8 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from nestling import checkpoints
+from nestling.embed.copies import copied
+from nestling.embed.encode import served_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.files import (
     CARD_FILE,
@@ -20,6 +22,7 @@ from nestling.embed.files import (
     write_ladder,
     write_rotations,
 )
+from nestling.embed.lora import merged
 from nestling.embed.rotation import Rotation
 from nestling.embed.trainer import without_bars
 from nestling.errors import TrainingError
@@ -67,6 +70,8 @@ def check_places(model: nn.Module, out: Path, name: str, resume: bool) -> None:
 def save(model: SentenceTransformer, trained: Trained, name: str, card: str, resumed: bool = False) -> None:
     """Write the folder, whole or not at all.
 
+    Adapters (LoRA) are merged into its weights, and prompts are under the names by which stock code uses them.
+
     Args:
         name: of ``trained.info`` in ``nestling.json``.
         card: the model card.
@@ -79,8 +84,10 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
     """
 
     def fill(new: Path) -> None:
+        served = copied(merged(Encoder.of(model).model))
+        served.prompts = dict(served_prompts(served))
         with without_bars():
-            Encoder.of(model).model.save_pretrained(str(new), create_model_card=False)
+            served.save_pretrained(str(new), create_model_card=False)
         named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
         if trained.rotations:
             write_rotations(new / ROTATIONS_FILE, trained.rotations)
