@@ -144,7 +144,7 @@ def test_prompts_come_along(backbones, tmp_path):
     model.prompts = {"query": "w11 w12 ", "passage": "w13 ", "document": None}
     model.default_prompt_name = "passage"
     loaded = SentenceTransformer(str(export(model, "2x8", tmp_path / "cup").folder), device="cpu")
-    assert loaded.prompts == {"query": "w11 w12 ", "passage": "w13 ", "document": ""}
+    assert loaded.prompts == {"query": "w11 w12 ", "passage": "w13 ", "document": "w13 "}
     assert loaded.default_prompt_name == "passage" and loaded.similarity_fn_name == "cosine"
     for prompt in ("w11 w12 ", "w13 ", ""):
         close(loaded.encode(TEXTS, prompt=prompt), unit(encode(model, TEXTS, {2: 8}, prompt=prompt)[2]))

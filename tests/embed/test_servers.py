@@ -146,9 +146,12 @@ def test_vllm(served):
 def test_fastembed(served):
     folder, _ = served
     tokens, config = read(folder, "special_tokens_map.json"), read(folder, "tokenizer_config.json")
+    positions = (
+        63 if "roberta" in read(folder, "config.json")["model_type"] else 64
+    )  # behind the padding token's number
     assert tokens and all(isinstance(token, str) for token in tokens.values())
     lengths = [config[key] for key in ("max_length", "model_max_length") if key in config]
-    assert min(lengths) == longest(SentenceTransformer(str(folder), device="cpu")) == 64
+    assert min(lengths) == longest(SentenceTransformer(str(folder), device="cpu")) == positions
     assert isinstance(config["pad_token"], str) and is_count(read(folder, "config.json")["pad_token_id"])
     assert (folder / "tokenizer.json").is_file()
 
@@ -173,10 +176,14 @@ def test_older_sentence_transformers(served):
 
 
 def test_tokenizers_without_a_limit_and_stale_ones(backbones, tmp_path):
-    model = sentence_model(backbones("bert"))
+    model = sentence_model(backbones("modernbert"))
     model.tokenizer.model_max_length = 10**30
     folder = export(model, "2x8", tmp_path / "endless").folder
     assert "max_seq_length" not in read(folder, "sentence_bert_config.json")
+    model = sentence_model(backbones("bert"))
+    model.tokenizer.model_max_length = 10**30
+    folder = export(model, "2x8", tmp_path / "positions").folder
+    assert read(folder, "sentence_bert_config.json")["max_seq_length"] == 64
     model.max_seq_length = 16
     model.tokenizer.init_kwargs["max_length"] = 8  # as all-MiniLM-L6-v2 has it: half of what the model reads
     folder = export(model, "2x8", tmp_path / "cup").folder

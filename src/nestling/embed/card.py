@@ -1,16 +1,18 @@
 """The model card of an exported cup."""
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import yaml_dump
 from sentence_transformers import SentenceTransformer
 
 from nestling.embed.agreement import NOTE
+from nestling.embed.encode import stored_prompts
+from nestling.embed.origin import Origin, origin_of
 from nestling.embed.results import markdown
 from nestling.embed.rotation import Rotation
-from nestling.embed.servers import longest
+from nestling.embed.servers import inputs, longest
+from nestling.embed.similarity import Similarity
 from nestling.ladder import Cup, Ladder
 
 
@@ -23,20 +25,21 @@ def card(
     onnx: bool,
 ) -> str:
     """Front matter, what the model is, how it is used, what was measured."""
-    base = base_name(source)
+    origin, similarity = origin_of(source), Similarity.of(served)
     million = sum(p.numel() for p in served.parameters()) / 1e6
     limit = longest(served)
+    vectors = "unit vectors" if similarity.unit else "vectors whose lengths count"
     facts = [
         f"The cup **{cup.label}** ({cup.layers} layers, {cup.dims} dimensions) of "
-        f"{f'`{base}`' if base else 'an encoder'}, cut out by nestling: {million:.1f} M parameters"
-        f"{f', texts of up to {limit} tokens' if limit else ''}, unit vectors, compared by cosine.",
+        f"{origin.noun}, cut out by nestling: {million:.1f} M parameters"
+        f"{f', texts of up to {limit} tokens' if limit else ''}, {vectors}, compared by {similarity.words}.",
         "Layers save encode time, dimensions save index bytes and search time.",
     ]
     if len(ladder) > 1:
         facts.append(f"Its ladder has the cups {', '.join(c.name for c in ladder)}.")
-    parts = [_front(base), f"# {base or 'encoder'}, {cup.name}", " ".join(facts), _usage(served)]
+    parts = [_front(origin, cup.name), f"# {origin.title}, {cup.name}", " ".join(facts), _usage(served)]
     if onnx:
-        parts.append(_fastembed(cup))
+        parts += [_onnx(served, cup, similarity), _javascript(similarity)]
     own = [row for row in rows if row.get("cup") == cup.name]
     if own:
         labelled = "Spearman's correlation, nDCG@10 and recall@100, all x 100."
@@ -49,14 +52,15 @@ def trained_card(
     model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any], rotations: Mapping[int, Rotation]
 ) -> str:
     """The card of a model whose cups were trained: what they are, how they were trained, how one is handed out."""
-    base = base_name(model)
+    origin = origin_of(model)
     kinds = {"texts": "texts without labels", "pairs": "pairs", "scored": "scored pairs", "rows": "rows"}
     facts = (
-        f"{f'`{base}`' if base else 'An encoder'} whose every size is good by itself, trained by nestling on "
+        f"{_capital(origin.noun)} whose every size is good by itself, trained by nestling on "
         f"{training['rows']:,} {kinds[training['kind']]} ({training['steps']:,} steps of {training['batch_size']}): "
-        f"the cups (layers x dims) {', '.join(cup.name for cup in ladder)}. Cosine is the measure at every size."
+        f"the cups (layers x dims) {', '.join(cup.name for cup in ladder)}. Vectors are compared by "
+        f"{Similarity.of(model).words} at every size."
     )
-    parts = [_front(base), f"# {base or 'encoder'}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
+    parts = [_front(origin, "cups"), f"# {origin.title}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
     rows = measured(ladder, training)
     if len(rows[0]) > 1:
         parts.append(f"## Measured\n\nOn held-out data, x 100.\n\n{markdown(rows)}".rstrip())
@@ -67,22 +71,22 @@ def aligned_card(
     model: SentenceTransformer, ladder: Ladder, info: Mapping[str, Any], rotations: Mapping[int, Rotation]
 ) -> str:
     """The card of a model whose small cups were aligned with it and not trained."""
-    base = base_name(model)
+    origin = origin_of(model)
     facts = (
-        f"{f'`{base}`' if base else 'An encoder'} with smaller cups (layers x dims) "
+        f"{_capital(origin.noun)} with smaller cups (layers x dims) "
         f"{', '.join(cup.name for cup in ladder)}, aligned with it by nestling on {info['texts']:,} texts: a linear "
         "map of each depth's vectors, in closed form. No weights were trained."
     )
-    parts = [_front(base), f"# {base or 'encoder'}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
+    parts = [_front(origin, "cups"), f"# {origin.title}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
     return "\n\n".join(parts) + "\n"
 
 
 def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any]) -> str:
     """The card of a model that was only pre-trained: what it is, and that it is no encoder to use yet."""
-    base = base_name(model)
+    origin = origin_of(model)
     kind = "masked-language model" if training["decoder"] is None else "masked autoencoder (SMAE, arXiv 2410.13230)"
     facts = (
-        f"{f'`{base}`' if base else 'An encoder'}, pre-trained by nestling as a {kind} on {training['tokens']:,} "
+        f"{_capital(origin.noun)}, pre-trained by nestling as a {kind} on {training['tokens']:,} "
         f"tokens ({training['steps']:,} steps of {training['batch_size']}) at the cups (layers x dims) "
         f"{', '.join(cup.name for cup in ladder)}."
     )
@@ -90,15 +94,31 @@ def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mappin
         "A start for training on pairs, scored pairs or texts, which gives it vectors that can be compared:\n\n```sh\n"
         'nestling embed train "this folder" --pairs pairs.jsonl --out trained\n```'
     )
-    parts = [_front(base, usable=False), f"# {base or 'encoder'}, pre-trained", facts, f"## Use\n\n{use}"]
+    parts = [
+        _front(origin, "pre-trained", usable=False),
+        f"# {origin.title}, pre-trained",
+        facts,
+        f"## Use\n\n{use}",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front(base: str, usable: bool = True) -> str:
-    """What hubs read of a model."""
-    head = ["---", "library_name: sentence-transformers"] + ["pipeline_tag: sentence-similarity"] * usable
-    head += [f"base_model: {base}"] * ("/" in base) + ["tags:", "- sentence-transformers", "- nestling", "---"]
-    return "\n".join(head)
+def _capital(noun: str) -> str:
+    return noun[0].upper() + noun[1:]
+
+
+def _front(origin: Origin, what: str, usable: bool = True) -> str:
+    """What hubs read of a model. Its licence is its base's, if that has a card that states one."""
+    head: dict[str, Any] = {"library_name": "sentence-transformers"}
+    if usable:
+        head["pipeline_tag"] = "sentence-similarity"
+    if origin.name:
+        head["model_name"] = f"{origin.name.rpartition('/')[2]}-{what}"
+    if origin.base:
+        head["base_model"] = origin.base
+    head |= origin.facts
+    head["tags"] = ["sentence-transformers", *["feature-extraction", "sentence-similarity"] * usable, "nestling"]
+    return f"---\n{yaml_dump(head)}---"
 
 
 def _cut_out(ladder: Ladder, rotations: Mapping[int, Rotation]) -> str:
@@ -137,29 +157,43 @@ def measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]
     return rows
 
 
-def base_name(model: SentenceTransformer) -> str:
-    """The alias or hub id that a model was loaded as; "" for a folder, which means nothing elsewhere."""
-    name = str(getattr(model[0].model, "name_or_path", "") or "")
-    known = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) and not Path(name).exists()
-    return name if known else ""
-
-
 def _usage(served: SentenceTransformer) -> str:
     prompts = {name: prompt for name, prompt in served.prompts.items() if prompt}
     note = "".join(f"\nPrompt `{name}`: {prompt!r}." for name, prompt in prompts.items())
+    used = stored_prompts(served)
+    asked = ""
+    if used["query"] or used["passage"]:
+        asked = 'queries, documents = model.encode_query(["a question"]), model.encode_document(["a passage"])\n'
     return (
         "## Use\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
-        'model = SentenceTransformer("this folder")\nvectors = model.encode(["a sentence"])\n```\n\n'
+        f'model = SentenceTransformer("this folder")\nvectors = model.encode(["a sentence"])\n{asked}```\n\n'
         "text-embeddings-inference and vLLM serve the folder as it is, where they know the architecture." + note
     )
 
 
-def _fastembed(cup: Cup) -> str:
+def _onnx(served: SentenceTransformer, cup: Cup, similarity: Similarity) -> str:
+    fed = " and ".join(f"`{name}`" for name in inputs(served))
+    given = "unit vectors" if similarity.unit else "vectors whose lengths count"
+    prompted = ""
+    if any(served.prompts.values()):
+        prompted = " Prompts are put in front of texts by whoever calls it."
     return (
-        "## ONNX\n\n`onnx/model.onnx` takes token ids and their mask and returns unit vectors "
-        "(`sentence_embedding`). With fastembed:\n\n```python\nfrom fastembed import TextEmbedding\n"
+        f"## ONNX\n\n`onnx/model.onnx` takes {fed} and returns {given} (`sentence_embedding`).{prompted} With "
+        "fastembed:\n\n```python\nfrom fastembed import TextEmbedding\n"
         "from fastembed.common.model_description import ModelSource, PoolingType\n\n"
         f'TextEmbedding.add_custom_model("cup-{cup.name}", pooling=PoolingType.DISABLED, normalization=False,\n'
         f'    sources=ModelSource(url="local"), dim={cup.dims}, model_file="onnx/model.onnx")\n'
-        f'model = TextEmbedding("cup-{cup.name}", specific_model_path="this folder")\n```'
+        f'model = TextEmbedding("cup-{cup.name}", specific_model_path="this folder")\n```\n\n'
+        'The graph pools by itself, so `SentenceTransformer(..., backend="onnx")`, which pools once more, refuses it: '
+        "leave the backend out."
+    )
+
+
+def _javascript(similarity: Similarity) -> str:
+    unit = ", normalize: true" if similarity.unit else ""
+    return (
+        "With transformers.js (`dtype: 'q8'` where the folder has int8 weights):\n\n```js\n"
+        "import { pipeline } from '@huggingface/transformers';\n\n"
+        "const embed = await pipeline('feature-extraction', 'this folder', { dtype: 'fp32' });\n"
+        f"const vectors = await embed(['a sentence'], {{ pooling: 'mean'{unit} }});\n```"
     )

@@ -1,13 +1,17 @@
-"""An exported cup as an ONNX graph: token ids and mask to unit vectors, by torch's own exporter.
+"""An exported cup as an ONNX graph: token ids and mask to embeddings, by torch's own exporter.
 
 The graph has everything in it, pooling, Dense and normalisation, since runtimes such as fastembed cut nothing. Its
-first output is the embedding; the second, ``last_hidden_state``, is what sentence-transformers' ONNX backend, which
-pools by itself, looks for.
+first output is the embedding. The second, ``token_embeddings``, has it once for every token: transformers.js, whose
+pipeline reads token vectors and pools them itself, then gets the embedding whichever way it pools. It is not called
+``last_hidden_state``, as sentence-transformers' ONNX backend expects it: that would put the folder's own pooling and
+Dense on top, once more.
 """
 
 import contextlib
 import importlib.util
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +23,15 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from nestling.embed.probe import probe_texts
+from nestling.embed.probe import SENTENCES, apart, probe_texts
+from nestling.embed.servers import inputs
 from nestling.errors import ExportError
 
 TOLERANCE = 1e-4  # of coordinates of unit vectors
 CLOSE = 0.9  # the mean cosine of int8 vectors to those in fp32, at least
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LIMIT = 2**31 - 2**24  # bytes of weights: a file of protocol buffers holds 2 GiB
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what tokenizers give and runtimes feed
-OUTPUTS = ("sentence_embedding", "last_hidden_state")
+OUTPUTS = ("sentence_embedding", "token_embeddings")
 
 
 def check_installed() -> None:
@@ -42,13 +46,15 @@ def check_prompts(model: SentenceTransformer) -> None:
     prompts = [prompt for prompt in model.prompts.values() if prompt]
     if masked and prompts:
         raise ExportError(
-            f"the model leaves prompts such as {prompts[0]!r} out of its pooling (include_prompt=False), and an ONNX graph "
-            "of token ids cannot know which are a prompt's: export without onnx"
+            f"the model leaves prompts such as {prompts[0]!r} out of its pooling (include_prompt=False), and an ONNX "
+            "graph of token ids cannot know which are a prompt's: export without onnx"
         )
 
 
 def write(model: SentenceTransformer, folder: Path, int8: bool) -> tuple[float, float | None]:
     """Write ``model.onnx``, and ``model_int8.onnx`` if asked, and compare them with the model on ragged batches.
+
+    The int8 graph is also called ``model_quantized.onnx``, as transformers.js calls its "q8".
 
     Dynamic quantisation: weights of products and embeddings to 8 bits with a scale per channel, activations by their
     range as they come. Unsigned, since signed products overflow on CPUs without VNNI.
@@ -76,11 +82,17 @@ def write(model: SentenceTransformer, folder: Path, int8: bool) -> tuple[float, 
     except Exception as error:  # whatever an operator is missing
         first = (str(error).splitlines() or [""])[0]
         raise ExportError(f"the model cannot be written as ONNX [{type(error).__name__}: {first}]") from error
-    wanted, found = _vectors(model, path)
-    difference = float((found - wanted).abs().max())
+    difference = apart(*reversed(_vectors(model, path)))
     if not difference <= TOLERANCE:
         raise ExportError(f"the ONNX graph's vectors differ by {difference:.1e}, above {TOLERANCE:.0e}")
-    return difference, _quantised(model, path, folder / "model_int8.onnx") if int8 else None
+    if not int8:
+        return difference, None
+    cosine = _quantised(model, path, folder / "model_int8.onnx")
+    try:
+        os.link(folder / "model_int8.onnx", folder / "model_quantized.onnx")
+    except OSError:  # no hard links there
+        shutil.copyfile(folder / "model_int8.onnx", folder / "model_quantized.onnx")
+    return difference, cosine
 
 
 class _Graph(nn.Module):
@@ -91,15 +103,14 @@ class _Graph(nn.Module):
         self.model, self.names = model, names
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        made = self.model(dict(zip(self.names, tensors, strict=True)))
-        return made["sentence_embedding"], made["token_embeddings"]
+        vectors = self.model(dict(zip(self.names, tensors, strict=True)))["sentence_embedding"]
+        return vectors, vectors[:, None].expand(-1, tensors[0].shape[1], -1)
 
 
 def _trace(model: SentenceTransformer, path: Path) -> None:
     import onnx
 
-    features = model.preprocess(probe_texts(model)[:3])
-    names = [name for name in INPUTS if name in features]
+    features, names = model.preprocess(list(SENTENCES)), inputs(model)
     tensors = tuple(features[name] for name in names)
     with torch.no_grad(), warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")  # about names of axes and the exporter's own deprecations

@@ -25,6 +25,7 @@ from nestling.embed.files import ROTATIONS_FILE, read_rotations
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.measures import Measures
 from nestling.embed.modes import forward_kept, modes_kept
+from nestling.embed.own import remember
 from nestling.embed.plan import Plan
 from nestling.embed.rotation import Rotation
 from nestling.embed.start import start_rotations, turned_depths
@@ -145,6 +146,7 @@ class Job:
         loss.rotations.requires_grad_(False)
         info = _info(self.identity, trainer, watch, seconds) | {"left_out": self.plan.examples.left_out}
         trained = Trained(self.out, self.ladder, turns, info)
+        remember(model, turns)
         if trainer.is_world_process_zero():
             save(model, trained, "training", trained_card(model, self.ladder, info, turns), resume)
         trainer.accelerator.wait_for_everyone()

@@ -20,7 +20,8 @@ from nestling.embed.examples import Examples
 from nestling.embed.labels import check_labels
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.modes import in_eval_mode
-from nestling.embed.rotation import KINDS, Rotation
+from nestling.embed.rotation import KINDS, Rotation, check_turns
+from nestling.embed.similarity import Similarity
 from nestling.embed.trainer import check_finite
 from nestling.errors import ExampleError, OptionError, TrainingError
 from nestling.ladder import Ladder
@@ -71,6 +72,24 @@ class Plan:
             raise OptionError("a teacher takes the place of labels: give pairs or texts, or leave the teacher out")
         check_labels(self.given, self.examples.labels)
         check_changes(arguments)
+        self._check_similarity(recipe, "aligned" if rotation == "auto" else rotation)
+
+    def _check_similarity(self, recipe: Mapping[str, Any] | None, rotation: Any) -> None:
+        """Our losses, and teachers, are of cosines: a model of dot products or distances would become one of them."""
+        similarity = Similarity.of(self.encoder.model)
+        if similarity.unit:
+            return
+        cosines = (
+            self.given.normalize if isinstance(self.given, StarbucksLoss) else (recipe or {}).get("normalize", True)
+        )
+        if cosines or self.given is None or self.teacher is not None:
+            raise OptionError(
+                f"the model compares by {similarity.words}, in which lengths count, and this trains cosines: give a "
+                "loss of that similarity with recipe={'normalize': False} and no teacher, or set "
+                'model.similarity_fn_name = "cosine" to train it for cosines'
+            )
+        if isinstance(rotation, str):
+            check_turns(similarity, rotation)
 
     def job(
         self, ladder, steps, batch, learning_rate, warmup, seed, prompts, teacher_prompts, recipe, rotation,

@@ -75,6 +75,12 @@ def longest(model: SentenceTransformer) -> int | None:
     return int(length) if length is not None and length < ENDLESS else None
 
 
+def inputs(model: SentenceTransformer) -> list[str]:
+    """What the model needs of what its tokenizer makes: ids, mask, and types of tokens unless all of them are 0."""
+    typed = any(model.tokenizer("a text").get("token_type_ids", ()))
+    return [name for name in model.tokenizer.model_input_names if name != "token_type_ids" or typed]
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
@@ -140,7 +146,7 @@ def _tokenizer(folder: Path, model: SentenceTransformer) -> None:
     }
     if (limit := longest(model)) is not None:
         config["model_max_length"] = limit
-    config["model_input_names"] = list(model.tokenizer.model_input_names)  # whose default has changed
+    config["model_input_names"] = inputs(model)  # whose default has changed
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name until transformers 5, which still knows it
     write(path, config)

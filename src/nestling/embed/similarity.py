@@ -11,6 +11,13 @@ from torch.nn.functional import normalize
 
 from nestling.errors import UnsupportedEncoderError
 
+WORDS = {
+    "cosine": "cosine",
+    "dot": "dot product",
+    "euclidean": "Euclidean distance",
+    "manhattan": "Manhattan distance",
+}
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -40,6 +47,11 @@ class Similarity:
                 f"truncate_dim={model.truncate_dim}, which no size of it does: leave truncate_dim out"
             )
         return cls(name, name == "cosine" or normalised)
+
+    @property
+    def words(self) -> str:
+        """As a sentence has it."""
+        return WORDS[self.name]
 
     def finished(self, vectors: Tensor) -> Tensor:
         """Vectors ``[..., d]`` that were cut, as the model of that size gives them."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nestling.embed.examples import Examples
 from nestling.embed.files import read_rotations, write_rotations
+from nestling.embed.own import own_rotations
 from nestling.embed.rotation import Rotation, rotations
 from nestling.ladder import Ladder
 
@@ -33,6 +34,13 @@ def blank(rotation: str | Mapping[int, Rotation] | None, ladder: Ladder, trained
     for module in found.values():
         module.requires_grad_(trained)
     return found
+
+
+def own_start(model: SentenceTransformer, ladder: Ladder) -> dict[int, Rotation]:
+    """The rotations that a model was trained with before, if they are all that a ladder needs; else none."""
+    own = {depth: turn for depth, turn in own_rotations(model).items() if depth in ladder.layers}
+    fit = all(turn.encode.shape[0] == ladder.full.dims for turn in own.values())
+    return own if fit and set(turned_depths(ladder)) <= own.keys() else {}
 
 
 def start_rotations(

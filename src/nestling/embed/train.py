@@ -23,7 +23,7 @@ from nestling.callbacks import made as made_callbacks
 from nestling.callbacks import stops_early
 from nestling.embed.arguments import checked, training_arguments
 from nestling.embed.bases import made
-from nestling.embed.encode import stored_prompts
+from nestling.embed.encode import prompts_adopted, stored_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples, order
 from nestling.embed.job import Job, dataset
@@ -31,7 +31,8 @@ from nestling.embed.losses import StarbucksLoss, checked_recipe
 from nestling.embed.measures import Measures
 from nestling.embed.plan import Plan, attempt, ladder_of, prompts_of
 from nestling.embed.rotation import Rotation
-from nestling.embed.start import blank, turned_depths
+from nestling.embed.similarity import Similarity
+from nestling.embed.start import blank, own_start, turned_depths
 from nestling.embed.trained import Trained, check_places
 from nestling.embed.trainer import rehearse
 from nestling.errors import MissingExtraError, OptionError
@@ -96,10 +97,11 @@ def train(
         teacher: another sentence encoder, of any kind and width, that all cups follow, beside the loss if there are
             pairs. Its embeddings are computed once.
         rotation: what is done to the pooled vectors of the depths below the full model's before they are cut (of that
-            one too, if the ladder has narrower cups of it): by default they are ``"aligned"`` with the embeddings of
-            the teacher, or of the full model; ``"centred"`` and ``"pca"`` are their own principal components (see
-            `rotations`); or rotations by depth; None for nothing. They are saved beside the model; exports and
-            measurements are given them. A whole `StarbucksLoss` has its own.
+            one too, if the ladder has narrower cups of it): by default they are those that the model was trained with
+            before, or ``"aligned"`` with the embeddings of the teacher, or of the full model; ``"centred"`` and
+            ``"pca"`` are their own principal components (see `rotations`); or rotations by depth; None for nothing.
+            They are saved beside the model, which remembers them: exports and measurements use them. A whole
+            `StarbucksLoss` has its own.
         rotation_rate: learning rate of the rotations, which are trained like the model, as any linear maps; None: they
             stay as they are.
         steps: of the optimiser; None for ``epochs`` passes over the data.
@@ -113,11 +115,13 @@ def train(
             Evaluators of sentence-transformers measure the full model; of a list the last one counts.
         prompts: in front of texts, for all columns or by column. Columns that are left out have the model's own: in
             rows of ``query, passage`` its prompts for queries and for passages (`stored_prompts`), as of the E5
-            family; in others the one that ``encode`` uses by itself. ``""`` turns one off.
+            family; in others the one that ``encode`` uses by itself. ``""`` turns one off. They become the model's
+            own: of queries and passages, or of ``encode``, so that it is measured and served with them.
         teacher_prompts: the same for ``teacher``.
         recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``. The full
-            cup weighs as much as all others together, unless ``weights`` names it. Exports end in a Normalize,
-            whatever ``normalize`` was.
+            cup weighs as much as all others together, unless ``weights`` names it. Exports of a model that compares by
+            cosine end in a Normalize, whatever ``normalize`` was; models of dot products or distances need a loss of
+            your own, and ``normalize=False``.
         dropout: whether the model's dropout is on while it is trained; by default not where texts are all there is,
             since what is followed has none, and on otherwise.
         callbacks: of transformers, as objects or classes. Those that say their state (EarlyStoppingCallback, or your
@@ -157,13 +161,14 @@ def train(
     plan.check(cups, recipe, rotation, mini_batch_size, arguments)
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
     if rotation == "auto":
-        rotation = "aligned"
+        rotation = own_start(model, ladder) or "aligned"
     if isinstance(rotation, str) and not turned_depths(ladder):
         rotation = None
     if isinstance(inner, StarbucksLoss):
         rotation = {int(depth): module for depth, module in inner.rotations.items()}  # type: ignore[misc]
     if not (inner.normalize if isinstance(inner, StarbucksLoss) else (recipe or {}).get("normalize", True)):
-        warnings.warn("normalize=False trains for dot products, and exports give unit vectors", stacklevel=2)
+        if Similarity.of(encoder.model).unit:
+            warnings.warn("normalize=False trains for dot products, and exports give unit vectors", stacklevel=2)
     rows = len(plan.examples)
     batch = min(BATCH, rows) if batch_size is None else batch_size
     if not 2 * arguments.get("gradient_accumulation_steps", 1) <= batch <= rows:
@@ -196,13 +201,14 @@ def train(
     tried = plan.loss(ladder, recipe, mini_batch_size, blank(rotation, ladder, rotation_rate is not None), table)
     attempt(tried, plan.examples, plan.distils, texts)
     rehearse(model, options, dataset(plan.examples, None, torch.arange(min(4, rows))), tried)
-    measures = None
-    if changes["eval_strategy"] != "no":
-        measures = Measures(evaluator, model, ladder)
-        measures.choose(options, changes)
-    return Job(
-        model=model, plan=plan, ladder=ladder, recipe=recipe, rotation=rotation, rotation_rate=rotation_rate,
-        mini_batch_size=mini_batch_size, out=out, work=work, options=options,
-        rows=order(plan.examples, batch, steps, seed), prompts=texts, teacher_prompts=by, dropout=noisy,
-        callbacks=own, measures=measures, identity=job, progress=progress,
-    ).run(resume)  # fmt: skip
+    with prompts_adopted(model, {name: texts.get(name, "") for name in plan.examples.columns}):
+        measures = None
+        if changes["eval_strategy"] != "no":
+            measures = Measures(evaluator, model, ladder)
+            measures.choose(options, changes)
+        return Job(
+            model=model, plan=plan, ladder=ladder, recipe=recipe, rotation=rotation, rotation_rate=rotation_rate,
+            mini_batch_size=mini_batch_size, out=out, work=work, options=options,
+            rows=order(plan.examples, batch, steps, seed), prompts=texts, teacher_prompts=by, dropout=noisy,
+            callbacks=own, measures=measures, identity=job, progress=progress,
+        ).run(resume)  # fmt: skip
