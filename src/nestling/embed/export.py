@@ -47,8 +47,8 @@ class Exported:
         folder: where.
         cup: its size.
         nbytes: of all files together.
-        difference: largest difference of a coordinate to the taps', over probe texts, in lengths of the longest vector
-            where lengths count.
+        difference: largest difference of a coordinate to the taps', over probe texts; in parts of the largest
+            coordinate, where lengths count and that is above 1.
         onnx_difference: of the ONNX graph to the exported model, likewise; None without one.
         int8_cosine: mean cosine of the int8 graph's vectors to those in fp32; None without one.
     """

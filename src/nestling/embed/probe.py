@@ -25,7 +25,7 @@ SENTENCES = (
 LENGTHS = (1, 2, 5, 13, 40)  # tokens
 LONG = 512  # tokens: a model that reads no more of a text is given one that it has to cut
 SEED = 0
-TOLERANCE = 1e-5  # of coordinates of unit vectors, or in lengths of the longest vector
+TOLERANCE = 1e-5  # of coordinates; of long vectors, in parts of the largest one
 
 
 def probe_texts(model: SentenceTransformer) -> list[str]:
@@ -45,8 +45,8 @@ def probe_texts(model: SentenceTransformer) -> list[str]:
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference of a coordinate of vectors ``[n, d]``; of long ones, in lengths of the longest."""
-    return float((found - wanted).abs().max() / wanted.norm(dim=-1).max().clamp(min=1.0))
+    """The largest difference of a coordinate of vectors ``[n, d]``; in parts of the largest one, if that is above 1."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
 
 
 @torch.no_grad()
