@@ -125,6 +125,8 @@ def test_what_is_not_read_may_be_changed(folder):
         ({"log_history": [3]}, "log_history"),
         ({"log_history": [{"loss": 1}]}, "step"),
         ({"log_history": [{"step": 1, "loss": []}]}, "loss"),
+        ({"log_history": [{"step": 1, "kl_1x8": "x"}]}, "kl_1x8"),
+        ({"log_history": [{"step": 1, "eval_0.5_loss": None}]}, "eval_0.5_loss"),
         ({"epnch": 1}, "epnch"),
         ({"train_batch_size": [4]}, "train_batch_size"),
         ({"stateful_callbacks": [1]}, "stateful_callbacks"),
@@ -146,7 +148,7 @@ def test_a_state_that_the_trainer_cannot_use_is_named(tmp_path, state, named):
 def test_numbers_that_are_none_may_have_been_logged(tmp_path):
     """Gradient scaling in half precision meets infinities by design."""
     begin(tmp_path / "job", JOB, resume=False)
-    history = [{"step": 1, "loss": 1.0, "grad_norm": float("nan")}]
+    history = [{"step": 1, "loss": float("inf"), "grad_norm": float("nan")}, {"step": 2, "own": ["a", None]}]
     checkpoint(tmp_path / "job", 2, log_history=history)
     assert resumed(tmp_path / "job") == 2
 
@@ -179,7 +181,13 @@ def sharded(path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
-@pytest.mark.parametrize("form", [peft, peft_by_name, sharded])
+def in_a_folder(path) -> None:
+    (path / "0_Transformer").mkdir()
+    (path / "model.safetensors").rename(path / "0_Transformer" / "model.safetensors")
+    (path / "modules.json").write_text('[{"path": "0_Transformer"}, {"path": "1_Pooling"}]')
+
+
+@pytest.mark.parametrize("form", [peft, peft_by_name, sharded, in_a_folder])
 def test_weights_of_every_form(tmp_path, form):
     begin(tmp_path / "job", JOB, resume=False)
     for step in (2, 4):

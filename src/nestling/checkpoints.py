@@ -56,6 +56,7 @@ def begin(folder: Path, job: dict, resume: bool, check: Check = lambda checkpoin
     theirs = read_object(path, TrainingError)
     if wrong := [f"{k}: {_shown(theirs.get(k))}, now {_shown(job[k])}" for k in job if theirs.get(k) != job[k]]:
         raise TrainingError(f"{folder} holds another training ({'; '.join(wrong)})")
+    _check_names(folder)
     found = _numbered(folder)
     problems = {checkpoint: _problem(checkpoint, check) for checkpoint in found}
     whole = next((checkpoint for checkpoint, problem in problems.items() if problem is None), None)
@@ -149,20 +150,23 @@ def last_whole(folder: Path) -> Path | None:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The folders of checkpoints, the last one first.
-
-    Raises:
-        TrainingError: something else has such a name. Folders of that kind would be removed with old checkpoints.
-    """
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        number = NUMBERED.fullmatch(path.name)
-        if number and path.is_dir():
-            found[path] = int(number[1])
-        elif number or path.is_dir():
-            kind = "the number of a step is expected" if path.is_dir() else "it is not a folder"
-            raise TrainingError(f"{path} is no checkpoint, {kind} behind its name: move it away")
+    """The folders of checkpoints, the last one first."""
+    named = {path: NUMBERED.fullmatch(path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    found = {path: int(number[1]) for path, number in named.items() if number}
     return sorted(found, key=found.__getitem__, reverse=True)
+
+
+def _check_names(folder: Path) -> None:
+    """Raises:
+    TrainingError: something that is no checkpoint has the name of one: a folder, which would be removed with old
+        checkpoints, or a file where a checkpoint will be written.
+    """
+    for path in folder.glob("checkpoint-*"):
+        number, is_folder = NUMBERED.fullmatch(path.name), path.is_dir()
+        if is_folder and not number:
+            raise TrainingError(f"{path} is no checkpoint, without the number of a step: move it away")
+        if number and not is_folder:
+            raise TrainingError(f"{path} is no checkpoint, since it is not a folder: move it away")
 
 
 def _problem(checkpoint: Path, check: Check = lambda checkpoint: None) -> str | None:

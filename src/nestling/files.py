@@ -143,6 +143,11 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {_first_line(error)}"
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether something failed, rather than was interrupted: what panics in Rust is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:300]
 

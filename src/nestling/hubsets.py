@@ -4,9 +4,11 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from nestling.errors import DataError
+from nestling.model_files import check_no_pipes
 from nestling.objects import label_names
 from nestling.records import reason, short
 from nestling.told import logger
@@ -25,6 +27,8 @@ def open_set(name: str, files: tuple[str, ...]) -> tuple[Iterator[tuple[str, Any
         raise DataError(
             f"{name}: no such file ({', '.join(files)}); to read it as a data set: pip install 'nestling[data]'"
         )
+    if os.path.isdir(name):
+        check_no_pipes(Path(name))
     path, config, split = (name, "", "") if os.path.isdir(name) else (name.split(":") + ["", ""])[:3]
     try:
         rows = _loaded(path, config, split or "train")

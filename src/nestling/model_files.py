@@ -36,7 +36,7 @@ def check_model_folder(folder: Path) -> None:
         for path in _opened(place):
             if _is_one_of(path, WEIGHTS):
                 tensors += len(tensor_shapes(path)) * path.name.startswith("model")
-            elif _is_one_of(path, CONFIGS):
+            elif is_config(path):
                 value = read_json(path, finite=False, unique=False)
                 if path.name == "config.json":
                     check_sizes(path, Fields(path, value, FileError).values)
@@ -86,6 +86,23 @@ def _opened(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if _is_one_of(path, (*CONFIGS, *TEXTS, *WEIGHTS)) or _is_endless(path):
             yield path
+
+
+def is_config(path: Path) -> bool:
+    """Whether a file is a small one in JSON that says what a model, or its tokenizer, is like."""
+    return _is_one_of(path, CONFIGS)
+
+
+def check_no_pipes(folder: Path) -> None:
+    """Refuse a folder with something, at any depth, that a library would wait for without end.
+
+    Raises:
+        FileError: there is such a pipe, socket or device; it is named.
+    """
+    for root, _, names in os.walk(folder):
+        for path in (Path(root, name) for name in names):
+            if _is_endless(path):
+                check_regular(path)
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:

@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from nestling.errors import LoadError
+from nestling.files import is_failure
 from nestling.gguf_header import check_gguf
 from nestling.model_files import MOST_NAMED, check_model_folder, check_sizes
 from nestling.temporary import temporary_folder
@@ -173,7 +174,9 @@ def _read(name: str, source: Path | str, dtype: torch.dtype) -> tuple[PreTrained
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
     except LoadError:
         raise
-    except Exception as error:  # damaged files fail in any way: OSError, KeyError, struct.error, SafetensorError ...
+    except BaseException as error:  # damaged files fail in any way: KeyError, struct.error, SafetensorError ...
+        if not is_failure(error):
+            raise
         raise LoadError(
             f"{name}: {_advice(name, source, local, 'gguf_file' in options)} [{_reason(error)}]"
         ) from error
@@ -220,7 +223,7 @@ def _advice(name: str, source: Path | str, local: bool, gguf: bool) -> str:
     )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -6,6 +6,7 @@ a kill, or by an older version, has none.
 """
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
@@ -20,6 +21,7 @@ from nestling.errors import TrainingError
 from nestling.fields import Fields, is_number
 from nestling.files import check_regular, read_json, read_object, short, tensor_shapes
 from nestling.manifest import MANIFEST
+from nestling.model_files import is_config
 
 STATE_FILE = "trainer_state.json"
 ARCHIVES = {
@@ -28,9 +30,10 @@ ARCHIVES = {
     "scaler.pt": (),
     "rng_state": ("python", "numpy", "cpu"),
 }
-WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+WHOLE, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 UNREAD = ("README.md", "training_args.bin", MANIFEST)
+PLOTTED = re.compile(r"loss|eval_.*_loss|(kl_|mlm_|dec_)?\d+x\d+")  # what training curves are made of
 NUMBERS = (
     "epoch", "max_steps", "logging_steps", "eval_steps", "save_steps", "train_batch_size", "num_train_epochs",
     "num_input_tokens_seen", "total_flos", "best_global_step",
@@ -49,8 +52,9 @@ def check_checkpoint(folder: Path) -> None:
     Exception: one is damaged in a way that its library did not expect.
     """
     names = that_is_read(folder)
+    sharded = any(name.startswith(("optimizer.bin", "optimizer_")) for name in names)  # as FSDP writes it
     for name in (STATE_FILE, "optimizer.pt", "scheduler.pt"):
-        if name not in names:
+        if name not in names and not (sharded and name == "optimizer.pt"):
             raise TrainingError(f"{folder / name}: no such file")
     if not any(name.startswith("rng_state") for name in names):
         raise TrainingError(f"{folder / 'rng_state.pth'}: no such file")
@@ -79,7 +83,9 @@ def check_state(folder: Path) -> None:
         typed.number(name, 0, default=None)
     for entry in typed.objects("log_history", default=()):
         entry.whole("step")
-        if wrong := [name for name, value in entry.values.items() if not _is_logged(value)]:
+        if wrong := [
+            name for name, value in entry.values.items() if PLOTTED.fullmatch(name) and not _is_logged(value)
+        ]:
             raise TrainingError(f"{entry.where}: {short(wrong[0])} must be a number")
     callbacks = typed.object("stateful_callbacks", default=None)
     for name, said in () if callbacks is None else callbacks.values.items():
@@ -126,31 +132,41 @@ def seconds_of(clock: dict[str, Any] | None, folder: Path) -> float:
 
 
 def _is_logged(value: Any) -> bool:
-    return isinstance(value, float | str) or is_number(value)
+    return isinstance(value, float) or is_number(value)
 
 
 def check_weights(folder: Path) -> None:
     """Raises TrainingError unless the folder has weights: whole, in shards, or of PEFT, perhaps by adapter."""
-    if (folder / INDEX).is_file():
-        index = Fields(folder / INDEX, read_object(folder / INDEX, TrainingError), TrainingError)
-        shards = index.object("weight_map").values
-        for tensor, shard in shards.items():
-            if not isinstance(shard, str) or os.path.basename(shard) != shard:
-                raise TrainingError(f"{index.where}: {short(tensor)} must be in a file, got {short(shard)}")
-        there = {shard: tensor_shapes(folder / shard, TrainingError) for shard in sorted(set(shards.values()))}
-        if missing := [tensor for tensor, shard in shards.items() if tensor not in there[shard]]:
-            raise TrainingError(f"{folder / shards[missing[0]]} lacks {short(missing[0])}, which {INDEX} names")
+    place = folder / _transformer(folder)
+    if os.path.lexists(place / INDEX):
+        _check_shards(place)
         return
-    found = [path for name in WEIGHTS for path in (folder / name, *folder.glob(f"*/{name}")) if path.is_file()]
-    if not any(path.parent == folder or path.name == WEIGHTS[1] for path in found) and not _is_sharded(folder):
-        raise TrainingError(f"{folder / WEIGHTS[0]}: no such file")
+    found = [place / WHOLE, *folder.glob(f"**/{ADAPTER}")]
+    found = [path for path in found if os.path.lexists(path)]
+    if not found and not any(path.is_dir() for path in folder.glob("pytorch_model_fsdp*")):
+        raise TrainingError(f"{place / WHOLE}: no such file")
     for path in found:
         tensor_shapes(path, TrainingError)
 
 
-def _is_sharded(folder: Path) -> bool:
-    """Whether fully sharded data parallelism wrote the weights, into a folder of its own form."""
-    return any(path.is_dir() for path in folder.glob("pytorch_model_fsdp*"))
+def _transformer(folder: Path) -> str:
+    """The folder, within it, of the weights of an encoder that was trained: its first module's."""
+    path = folder / "modules.json"
+    if not os.path.lexists(path):
+        return ""
+    modules = Fields(path, {"modules": read_json(path, TrainingError)}, TrainingError).objects("modules")
+    return next((module.text("path") for module in modules), "")
+
+
+def _check_shards(folder: Path) -> None:
+    index = Fields(folder / INDEX, read_object(folder / INDEX, TrainingError), TrainingError)
+    shards = index.object("weight_map").values
+    for tensor, shard in shards.items():
+        if not isinstance(shard, str) or os.path.basename(shard) != shard:
+            raise TrainingError(f"{index.where}: {short(tensor)} must be in a file, got {short(shard)}")
+    there = {shard: tensor_shapes(folder / shard, TrainingError) for shard in sorted(set(shards.values()))}
+    if missing := [tensor for tensor, shard in shards.items() if tensor not in there[shard]]:
+        raise TrainingError(f"{folder / shards[missing[0]]} lacks {short(missing[0])}, which {INDEX} names")
 
 
 def _check_file(path: Path) -> None:
@@ -159,8 +175,8 @@ def _check_file(path: Path) -> None:
         _check_archive(path, keys)
     elif path.suffix == ".safetensors":
         tensor_shapes(path, TrainingError)
-    elif path.suffix == ".json":
-        read_json(path, TrainingError, finite=False)
+    elif is_config(path):
+        read_json(path, TrainingError, finite=False, unique=False)
 
 
 def _check_archive(path: Path, keys: tuple[str, ...]) -> None:

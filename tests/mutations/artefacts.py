@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 
 from nestling import embed, kv
@@ -164,6 +165,9 @@ def _data(place: Path) -> dict[str, Artefact]:
         (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(raw))
     (folder / "texts.txt").write_text("\n\n".join(texts))
     (folder / "texts.txt.gz").write_bytes(gzip.compress("\n\n".join(texts).encode()))
+    tsv = "anchor\tpositive\n" + "".join(f"{text}\tw9\n" for text in texts)
+    (folder / "pairs.tsv.gz").write_bytes(gzip.compress(tsv.encode()))
+    pandas.DataFrame(rows["pairs"]).to_parquet(folder / "pairs.parquet")
     (folder / "pairs.csv").write_text("anchor,positive\n" + "".join(f'"{text}",w9\n' for text in texts))
     readers = {"texts": read_texts, "pairs": read_pairs, "sts": read_sts, "choices": read_multiple_choice}
 

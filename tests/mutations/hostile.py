@@ -28,6 +28,8 @@ def damage(folder: Path, rng: Random) -> tuple[Path, str]:
         kinds += [_json] * 8
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         kinds += [_line] * 6
+    if path.suffix in (".tsv", ".csv"):
+        kinds += [_cell] * 6
     if path.name.endswith(".gz"):
         kinds += [_gzip] * 3
     return path, rng.choice(kinds)(path, rng)
@@ -103,6 +105,18 @@ def _line(path: Path, rng: Random) -> str:
     raw = ("\n".join(lines) + "\n").encode(errors="surrogatepass")
     path.write_bytes(gzip.compress(raw, 1) if packed else raw)
     return f"line {number + 1}: {how}"
+
+
+def _cell(path: Path, rng: Random) -> str:
+    lines = path.read_text().splitlines()
+    separator = "\t" if path.suffix == ".tsv" else ","
+    number = rng.randrange(len(lines))
+    cells = lines[number].split(separator)
+    place, value = rng.randrange(len(cells)), rng.choice(VALUES)
+    cells[place] = value
+    lines[number] = separator.join(cells)
+    path.write_text("\n".join(lines) + "\n", "utf-8", errors="surrogatepass")
+    return f"line {number + 1}, cell {place + 1} = {value[:30]}"
 
 
 def changed_json(text: str, rng: Random) -> tuple[str, str]:

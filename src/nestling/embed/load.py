@@ -19,6 +19,7 @@ from nestling.embed.lora import merge
 from nestling.embed.own import remember
 from nestling.embed.rotation import Rotation
 from nestling.errors import LoadError, UnreachableError
+from nestling.files import is_failure
 from nestling.model_files import check_model_folder
 from nestling.models import ALIASES, locate, quiet
 from nestling.records import reason
@@ -105,7 +106,9 @@ def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransfo
             missing = _missing(model, _located(layout.base), "")
     except LoadError:
         raise
-    except Exception as error:  # damaged files fail in any way: OSError, KeyError, SafetensorError ...
+    except BaseException as error:  # damaged files fail in any way: OSError, KeyError, SafetensorError ...
+        if not is_failure(error):
+            raise
         base = None if layout is None else layout.base
         advice = _advice(local) if base is None else f"an adapter for {base}, and they cannot be loaded together"
         raise LoadError(f"{name}: {advice} [{reason(error)}]") from error
