@@ -110,6 +110,12 @@ def test_a_pipe_in_a_retrieval_set(tmp_path, name):
         read_retrieval(tmp_path)
 
 
+def test_a_pipe_in_the_folder_of_a_data_set(tmp_path):
+    os.mkfifo(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match="train.jsonl"):
+        list(read_texts(tmp_path))
+
+
 def test_a_document_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr("nestling.layout.MOST_LINES", 1000)
     (tmp_path / "a.txt").write_text("one\n\n" + "line\n" * 1001)

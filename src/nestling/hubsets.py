@@ -28,7 +28,7 @@ def open_set(name: str, files: tuple[str, ...]) -> tuple[Iterator[tuple[str, Any
             f"{name}: no such file ({', '.join(files)}); to read it as a data set: pip install 'nestling[data]'"
         )
     if os.path.isdir(name):
-        check_no_pipes(Path(name))
+        check_no_pipes(Path(name), DataError)
     path, config, split = (name, "", "") if os.path.isdir(name) else (name.split(":") + ["", ""])[:3]
     try:
         rows = _loaded(path, config, split or "train")

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from nestling.errors import FileError
+from nestling.errors import FileError, NestlingError
 from nestling.fields import Fields
 from nestling.files import LARGEST, check_regular, read_json, short, tensor_shapes
 
@@ -93,16 +93,16 @@ def is_config(path: Path) -> bool:
     return _is_one_of(path, CONFIGS)
 
 
-def check_no_pipes(folder: Path) -> None:
+def check_no_pipes(folder: Path, error: type[NestlingError]) -> None:
     """Refuse a folder with something, at any depth, that a library would wait for without end.
 
     Raises:
-        FileError: there is such a pipe, socket or device; it is named.
+        error: there is such a pipe, socket or device; it is named.
     """
     for root, _, names in os.walk(folder):
         for path in (Path(root, name) for name in names):
             if _is_endless(path):
-                check_regular(path)
+                check_regular(path, error)
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:

@@ -83,10 +83,9 @@ def check_state(folder: Path) -> None:
         typed.number(name, 0, default=None)
     for entry in typed.objects("log_history", default=()):
         entry.whole("step")
-        if wrong := [
-            name for name, value in entry.values.items() if PLOTTED.fullmatch(name) and not _is_logged(value)
-        ]:
-            raise TrainingError(f"{entry.where}: {short(wrong[0])} must be a number")
+        for name, value in entry.values.items():
+            if PLOTTED.fullmatch(name) and not (isinstance(value, float) or is_number(value)):  # also NaN
+                raise TrainingError(f"{entry.where}: {short(name)} must be a number, got {short(value)}")
     callbacks = typed.object("stateful_callbacks", default=None)
     for name, said in () if callbacks is None else callbacks.values.items():
         for callback in said if isinstance(said, list) else [said]:
@@ -129,10 +128,6 @@ def seconds_of(clock: dict[str, Any] | None, folder: Path) -> float:
         TrainingError: what it says is no time.
     """
     return 0.0 if clock is None else Fields(folder / STATE_FILE, clock, TrainingError).number("seconds", 0)
-
-
-def _is_logged(value: Any) -> bool:
-    return isinstance(value, float) or is_number(value)
 
 
 def check_weights(folder: Path) -> None:
