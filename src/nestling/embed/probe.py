@@ -45,7 +45,7 @@ def probe_texts(model: SentenceTransformer) -> list[str]:
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference of a coordinate of vectors ``[n, d]``; in parts of the largest one, if that is above 1."""
+    """The largest difference of a coordinate of vectors ``[n, d]``, in parts of the largest one if that is above 1."""
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
 
 
