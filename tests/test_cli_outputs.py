@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_a_folder_with_a_file_under_an_adapters_name(command):
     refused((*command, "--out", "folder"), "--out", "folder")
     assert json.loads(path.read_text()) == {"kind": "theirs"}
     path.unlink()
+
+
+@pytest.mark.parametrize("command", [command for command in FILES if command[1] in ("train", "pretrain")])
+def test_checkpoints_that_are_there_already(command):
+    for resume, name, words in ((False, "checkpoint-3", "holds checkpoints"), (True, "other", "is no training")):
+        Path("new-checkpoints", name).mkdir(parents=True)
+        result = CliRunner().invoke(app, [*command, *["--resume"] * resume])
+        assert result.exit_code == 1 and words in result.output and "loaded" not in result.output
+        assert os.listdir("new-checkpoints") == [name]
+        shutil.rmtree("new-checkpoints")
+    Path("new-checkpoints").write_text("mine")
+    refused(command, "--out", "new")
+    Path("new-checkpoints").unlink()
 
 
 def test_one_place_for_two_results():

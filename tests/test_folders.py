@@ -104,6 +104,29 @@ def test_the_next_writer_finishes_what_a_killed_one_began(tmp_path):
     assert not aside.exists() and body(tmp_path) == b"new"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_several_processes_write_to_one_folder(tmp_path):
+    """As those of torchrun do: at any moment there is one of their artefacts, and in the end as well."""
+    contents = [bytes([number]) * 50_000 for number in range(4)]
+    write_folder(tmp_path, pair(contents[0]), over=PARTS)
+    writers = []
+    for content in contents:
+        if (pid := os.fork()) == 0:
+            for _ in range(10):
+                write_folder(tmp_path, pair(content), over=PARTS)
+            os._exit(0)
+        writers.append(pid)
+    seen = []
+    while writers:
+        seen.append(
+            next((found for _ in range(5) if (found := body(tmp_path)) is not None), None)
+        )  # a head that is old
+        writers = [pid for pid in writers if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+    assert set(seen) <= set(contents)
+    assert body(tmp_path) == (tmp_path / "body.bin").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["body.bin", "head.json"]
+
+
 def test_another_content_is_told(tmp_path):
     write_folder(tmp_path, pair(b"old"), over=PARTS)
     (tmp_path / "body.bin").write_bytes(b"0ld")

@@ -369,6 +369,13 @@ def test_what_a_killed_conversion_left_is_removed(installed):
     assert not old.exists() and new.exists()
 
 
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.delenv("NESTLING_MODELS", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home.")))
+    with pytest.raises(LoadError, match="Set NESTLING_MODELS"):
+        load_model("smollm2")
+
+
 def test_a_damaged_copy_says_which_folder_to_delete(installed):
     load_model("smollm2")
     cut(models_folder() / "smollm2", "model.safetensors", 0.5)

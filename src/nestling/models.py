@@ -106,7 +106,10 @@ def package_folder(alias: str) -> Path:
 def models_folder() -> Path:
     """Where converted models are kept: ``$NESTLING_MODELS``, else ``~/.cache/nestling/models``."""
     chosen = os.environ.get("NESTLING_MODELS")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nestling" / "models"
+    try:
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nestling" / "models"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise LoadError(f"{error} Set NESTLING_MODELS to the path of a folder that can be written to.") from error
 
 
 def locate(name: str) -> Path | str:

@@ -101,6 +101,12 @@ def test_the_card_of_a_trained_one_says_what_was_measured(made, tmp_path, sampli
     assert f"at shares of {of}" in card and f"(model, budget={used}" in card and "| 4,096 | 0.1250 |" in card
 
 
+def test_its_size_is_known_before_it_is_made(made, folder):
+    bound, real = files.expected_bytes(made.model), (folder / WEIGHTS_FILE).stat().st_size
+    assert 0.5 * real < bound <= real
+    assert files.expected_bytes(torch.nn.Linear(2, 2)) == 0
+
+
 def test_a_card_is_kept(folder):
     (folder / "README.md").write_text("measured: ½\n", encoding="utf-8")
     adapter = KVAdapter.from_pretrained(folder)

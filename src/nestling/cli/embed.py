@@ -36,6 +36,7 @@ from nestling.cli.terminal import (
     Json,
     Seed,
     above_zero,
+    check_checkpoints,
     check_outputs,
     console,
     errors_as_messages,
@@ -145,6 +146,7 @@ def train(
     from nestling.pairs import KNOWN
 
     check_outputs(json, html, folder=out, new=not resume)
+    check_checkpoints(out, resume)
     named = columns_of(columns, KNOWN if pairs else STS if scored else TEXT, STS if sts else ())
     data = _training_data(pairs, scored, text, named, positive_label, lines, language)
     if steps is not None and epochs is not None:

@@ -17,6 +17,7 @@ from nestling.cli.terminal import (
     Sinks,
     Window,
     above_zero,
+    check_checkpoints,
     check_outputs,
     console,
     errors_as_messages,
@@ -59,13 +60,14 @@ def fit(
 ) -> None:
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
     from nestling import kv
-    from nestling.kv.files import check_place
+    from nestling.kv.files import check_place, expected_bytes
     from nestling.models import load_model
 
     check_outputs(json, folder=out)
     check_place(out)
     texts = texts_from(text, lines, columns_of(columns, TEXT))
     language_model, tokenizer = loading(load_model, model)
+    check_place(out, expected_bytes(language_model))
     start = time.perf_counter()
     adapter = kv.fit(language_model, tokenizer, texts, basis, tokens=tokens, length=length, sinks=sinks, window=window)
     seconds = time.perf_counter() - start
@@ -108,11 +110,12 @@ def train(
 ) -> None:
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
-    from nestling.kv.files import check_place, shares_of
+    from nestling.kv.files import check_place, expected_bytes, shares_of
     from nestling.models import load_model
 
     check_outputs(json, html, folder=out)
     check_place(out)
+    check_checkpoints(out, resume)
     named = columns_of(columns, TEXT)
     texts = list(texts_from(text, lines, named))
     if eval_text is not None:
@@ -122,6 +125,7 @@ def train(
     shares = _shares(budgets)
     start = None if adapter is None else kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
+    check_place(out, expected_bytes(language_model))
     changes = {"learning_rate": learning_rate, "sampling": sampling}
     trained = kv.train(
         language_model, tokenizer, texts, start, preset, folder=out.with_name(f"{out.name}-checkpoints"),

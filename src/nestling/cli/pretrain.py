@@ -14,6 +14,7 @@ from nestling.cli.terminal import (
     Json,
     Seed,
     above_zero,
+    check_checkpoints,
     check_outputs,
     console,
     errors_as_messages,
@@ -69,6 +70,7 @@ def pretrain(
     from nestling.embed.arguments import rank
 
     check_outputs(json, html, folder=out, new=not resume)
+    check_checkpoints(out, resume)
     show_what_is_told()
     named = columns_of(columns, TEXT) or None
     texts = embed.Texts(text or [None], skip_bad, columns=named, layout=layout_of(lines))

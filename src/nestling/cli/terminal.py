@@ -196,6 +196,13 @@ def check_outputs(*files: Path | None, folder: Path | None = None, new: bool = F
         raise FileError(f"{double[0].name} is named twice: choose another name for one of them")
 
 
+def check_checkpoints(out: Path, resume: bool) -> None:
+    """Look at the place of a training's checkpoints, beside that of its result, before anything is loaded."""
+    from nestling.checkpoints import check_place
+
+    check_place(out.with_name(f"{out.name}-checkpoints"), resume)
+
+
 def write_results(path: Path | None, rows: list[dict], seconds: float | None = None) -> None:
     if path is not None:
         from nestling.report import run_meta, write_json

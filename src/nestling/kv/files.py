@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from nestling.errors import AdapterError, FileError
+from nestling.errors import AdapterError, FileError, NestlingError
 from nestling.files import LARGEST, read_object, read_tensors, read_text, tensor_shapes
 from nestling.folders import Parts, read_sealed, sha256, waiting, write_folder
 from nestling.kv.allocate import edges
 from nestling.kv.config import FORMAT, KIND, SIDES, read_config
+from nestling.kv.structure import fingerprint, text_config
 from nestling.writing import check_folder
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "nestling_adapter.json", "nestling_adapter.safetensors", "README.md"
@@ -78,6 +79,15 @@ def check_place(folder: str | Path, nbytes: int = 0) -> None:
     config = Path(folder) / CONFIG_FILE
     if (found := _stored(config)) is not None and found.get("kind") != KIND:
         raise AdapterError(f"{config} is not an adapter's: choose another folder, or move it away")
+
+
+def expected_bytes(model) -> int:
+    """About what an adapter of a model takes on the disk; 0 for one that cannot have one, which fitting says why."""
+    with contextlib.suppress(NestlingError, AttributeError):
+        found = fingerprint(text_config(model))
+        width = found["head_dim"]
+        return 2 * 4 * len(found["layers"]) * found["num_key_value_heads"] * (width * width + 2 * width)
+    return 0
 
 
 def _stored(path: Path) -> dict | None:
