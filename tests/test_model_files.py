@@ -100,6 +100,8 @@ def test_a_folder_that_libraries_must_not_open(folder, spoil, named):
 
 def test_what_nobody_opens_is_left_alone(folder):
     (folder / "notes.json").write_text("{")
+    (folder / "my_config.json").write_text("// mine")
+    (folder / "vocabularies").mkdir()
     as_link(folder / "somewhere", "gone")
     (folder / "checkpoint-9").mkdir()
     (folder / "checkpoint-9" / "config.json").write_text("{")

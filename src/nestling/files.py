@@ -22,10 +22,10 @@ LARGEST = 64 * 2**20  # bytes of a file, or of a line of data, that is taken int
 PARTS = 5_000_000  # values of one JSON text: each takes many times its bytes in memory
 DEEPEST = 64  # levels of brackets
 DIGITS = 300  # of a whole number; longer ones are no float
-Path_ = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 
 
-def check_regular(path: Path_, error: type[NestlingError] = FileError, largest: int | None = None) -> int:
+def check_regular(path: AnyPath, error: type[NestlingError] = FileError, largest: int | None = None) -> int:
     """Bytes of a file that can be opened: not a folder, a pipe or a device, and there at all.
 
     Raises:
@@ -47,7 +47,7 @@ def check_regular(path: Path_, error: type[NestlingError] = FileError, largest: 
     return found.st_size
 
 
-def read_text(path: Path_, error: type[NestlingError] = FileError, largest: int = LARGEST) -> str:
+def read_text(path: AnyPath, error: type[NestlingError] = FileError, largest: int = LARGEST) -> str:
     """The text of a UTF-8 file.
 
     Raises:
@@ -59,7 +59,7 @@ def read_text(path: Path_, error: type[NestlingError] = FileError, largest: int 
         raise error(f"{path} is damaged: not UTF-8 (byte {cause.start + 1})") from cause
 
 
-def read_object(path: Path_, error: type[NestlingError] = FileError, *, finite: bool = True) -> dict[str, Any]:
+def read_object(path: AnyPath, error: type[NestlingError] = FileError, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object of a UTF-8 file.
 
     Args:
@@ -74,7 +74,9 @@ def read_object(path: Path_, error: type[NestlingError] = FileError, *, finite: 
     return found
 
 
-def read_json(path: Path_, error: type[NestlingError] = FileError, *, finite: bool = True, unique: bool = True) -> Any:
+def read_json(
+    path: AnyPath, error: type[NestlingError] = FileError, *, finite: bool = True, unique: bool = True
+) -> Any:
     """Any JSON value of a UTF-8 file; see `read_object` and `parse`."""
     text = read_text(path, error)
     try:
@@ -109,7 +111,7 @@ def parse(text: str, *, finite: bool = False, unique: bool = True) -> Any:
     return found
 
 
-def read_tensors(path: Path_, error: type[NestlingError] = FileError) -> dict[str, Tensor]:
+def read_tensors(path: AnyPath, error: type[NestlingError] = FileError) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by name; their memory is mapped.
 
     Raises:
@@ -119,7 +121,7 @@ def read_tensors(path: Path_, error: type[NestlingError] = FileError) -> dict[st
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def tensor_shapes(path: Path_, error: type[NestlingError] = FileError) -> dict[str, list[int]]:
+def tensor_shapes(path: AnyPath, error: type[NestlingError] = FileError) -> dict[str, list[int]]:
     """The shapes of a safetensors file's tensors, by name: its header alone is read.
 
     Raises:
@@ -157,7 +159,7 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def _read(path: Path_, error: type[NestlingError], largest: int) -> bytes:
+def _read(path: AnyPath, error: type[NestlingError], largest: int) -> bytes:
     check_regular(path, error, largest)
     try:
         with open(path, "rb") as file:
@@ -169,7 +171,7 @@ def _read(path: Path_, error: type[NestlingError], largest: int) -> bytes:
     return raw
 
 
-def _opened(path: Path_, error: type[NestlingError]):
+def _opened(path: AnyPath, error: type[NestlingError]):
     check_regular(path, error)
     try:
         return safe_open(Path(path), "pt")

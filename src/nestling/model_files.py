@@ -15,13 +15,17 @@ from nestling.errors import FileError, NestlingError
 from nestling.fields import Fields
 from nestling.files import LARGEST, check_regular, read_json, short, tensor_shapes
 
-CONFIGS = ("*config.json", "modules.json", "special_tokens_map.json", "*.index.json")
-TEXTS = ("tokenizer.json", "vocab*", "added_tokens.json", "merges.txt", "*.model", "*.jinja", "README.md")
+CONFIGS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json", "*.index.json",
+    "processor_config.json", "adapter_config.json", "sentence_*_config.json", "config_sentence_transformers.json",
+    "router_config.json", "modules.json", "special_tokens_map.json",
+)  # fmt: skip
+TEXTS = ("tokenizer.json", "vocab.*", "added_tokens.json", "merges.txt", "*.model", "*.jinja", "README.md")
 WEIGHTS = ("*.safetensors",)
 LARGEST_TEXT = 16 * LARGEST  # bytes
 SIZES = frozenset("size dim layer layers head heads embd embeddings positions experts labels inner".split())
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MOST = 2**24  # of whatever a config counts: beyond any model's
+MOST = 2**26  # of whatever a config counts: beyond any model's
 MOST_NAMED = 2**20  # layers, or labels, for each of which something is made
 
 

@@ -19,7 +19,7 @@ from transformers import TrainerState
 
 from nestling.errors import TrainingError
 from nestling.fields import Fields, is_number
-from nestling.files import check_regular, read_json, read_object, short, tensor_shapes
+from nestling.files import check_regular, read_json, read_object, reason, short, tensor_shapes
 from nestling.manifest import MANIFEST
 from nestling.model_files import is_config
 
@@ -49,7 +49,6 @@ def that_is_read(folder: Path) -> list[str]:
 def check_checkpoint(folder: Path) -> None:
     """Raises:
     TrainingError: a file that resuming reads is missing or damaged; it is named.
-    Exception: one is damaged in a way that its library did not expect.
     """
     names = that_is_read(folder)
     sharded = any(name.startswith(("optimizer.bin", "optimizer_")) for name in names)  # as FSDP writes it
@@ -176,15 +175,22 @@ def _check_file(path: Path) -> None:
 
 def _check_archive(path: Path, keys: tuple[str, ...]) -> None:
     """A file of torch.save: a zip whose parts have checksums, with a dictionary that has the keys."""
-    with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise TrainingError(f"{path} is damaged: torch compresses nothing")
-        if bad := archive.testzip():
-            raise TrainingError(f"{path} is damaged: {short(bad)} is not what was written")
-    with torch.serialization.safe_globals(_numpy_types()):
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())  # never by torch
+            bad = packed or archive.testzip()
+        found = None if bad else _unpickled(path)
+    except Exception as error:  # damaged files fail in any way
+        raise TrainingError(f"{path} is damaged ({reason(error)})") from error
+    if bad:
+        raise TrainingError(f"{path} is damaged: a part of it is not what was written")
     if not isinstance(found, dict) or not all(key in found for key in keys):
         raise TrainingError(f"{path} is damaged: expected a dictionary with {', '.join(keys)}")
+
+
+def _unpickled(path: Path) -> Any:
+    with torch.serialization.safe_globals(_numpy_types()):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _numpy_types() -> list[Any]:
