@@ -5,7 +5,7 @@ The command line gives its options to the library, which checks them here before
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,17 @@ def whole(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -
     if number_ != int(number_) or number_ < minimum or (maximum is not None and number_ > maximum):
         raise OptionError(f"{name}={shown(value)} is out of range: expected {expected}")
     return int(number_)
+
+
+def wholes(name: str, values: Any, minimum: int = 1) -> list[int]:
+    """Several integers of at least ``minimum``, as a list.
+
+    Raises:
+        OptionError: if it is not an iterable of them.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise OptionError(f"{name}={shown(values)}: expected several whole numbers, such as [{max(minimum, 512)}]")
+    return [whole(name, value, minimum) for value in values]
 
 
 def number(

@@ -55,6 +55,8 @@ class RankTable:
     def check(self, layers: int, heads: int, width: int) -> None:
         """Raise `BudgetError` unless the table fits ``layers`` x ``heads`` heads of ``width`` coordinates."""
         for name, ranks in (("keys", self.keys), ("values", self.values)):
+            if ranks.dtype != torch.int64:
+                raise BudgetError(f"rank table: {name} are {ranks.dtype}, expected whole numbers, torch.int64")
             if tuple(ranks.shape) != (layers, heads):
                 raise BudgetError(f"rank table: {name} is {list(ranks.shape)}, expected [{layers}, {heads}]")
             if ranks.min() < 1 or ranks.max() > width:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from nestling import arguments
 from nestling.arguments import check_arguments, refused_options, rehearsed
 from nestling.errors import OptionError
+from nestling.kv.moments import BASES
 from nestling.kv.sampling import SAMPLINGS
 from nestling.options import choice, number, shown, text, whole
 from nestling.schedule import scheduled
@@ -75,7 +76,7 @@ RECIPES = {
 }
 
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "basis": lambda name, value: choice(name, value, ("balanced", "pca")),
+    "basis": lambda name, value: choice(name, value, BASES),
     "sampling": lambda name, value: choice(name, value, SAMPLINGS),
     "allocation": text,
     "kl_weight": partial(number, minimum=0),

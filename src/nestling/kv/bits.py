@@ -63,6 +63,8 @@ class BitTable:
         """Raise `BudgetError` unless the table fits ``layers`` x ``heads`` heads of ``width`` coordinates."""
         shape = [layers, heads, -(-width // BLOCK)]
         for name, bits in (("keys", self.keys), ("values", self.values)):
+            if bits.dtype != torch.int64:
+                raise BudgetError(f"bit table: {name} are {bits.dtype}, expected whole numbers, torch.int64")
             if list(bits.shape) != shape:
                 raise BudgetError(f"bit table: {name} is {list(bits.shape)}, expected {shape}")
             if wrong := sorted(set(bits.flatten().tolist()) - set(CHOICES)):

@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nestling.errors import OptionError
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.exact import capacity
 from nestling.kv.modes import check_weights, in_default_mode
-from nestling.kv.moments import SKIP, collect_moments, make_bases
+from nestling.kv.moments import BASES, SKIP, collect_moments, make_bases
 from nestling.kv.sensitivity import LENGTH, PIECES, measure
+from nestling.options import choice, flag, whole
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
@@ -57,18 +60,39 @@ def fit(
 
     Raises:
         TextTooShortError: if there is not one window of text.
-        ValueError: if windows are no longer than the exact tokens.
+        OptionError: if an option has a value that it cannot have, or windows are no longer than the exact tokens.
         CalibrationError: if a statistic is not finite (the layer is named).
         UnsupportedModelError: if the model's cache cannot be compressed; the message says why.
 
     Warns:
         UserWarning: if the output projection of a layer is not found, by which errors of values are weighed.
     """
+    choice("basis", basis, BASES)
+    tokens, length, batch_tokens = (
+        whole("tokens", tokens),
+        whole("length", length),
+        whole("batch_tokens", batch_tokens),
+    )
+    pieces = whole("sensitivity_windows", sensitivity_windows)
+    piece = whole("sensitivity_length", sensitivity_length)
+    sinks, window, skip = (
+        whole(name, value, minimum=0) for name, value in (("sinks", sinks), ("window", window), ("skip", skip))
+    )
+    seed, progress = whole("seed", seed, 0, 2**32 - 1), flag("progress", progress)
     attention.check_support(model)
     config = attention.text_config(model)
     check_weights(model)
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    positions = getattr(config, "max_position_embeddings", None) or length
+    if min(length, positions) <= skip:
+        raise OptionError(f"skip={skip} leaves nothing of windows of {min(length, positions)} tokens")
+    length = min(length, positions)
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length))))
+    shortest = min(length, piece)
+    if shortest <= (exact := capacity(sinks, window)):
+        raise OptionError(
+            f"length={length}, sensitivity_length={piece}: pieces of {shortest} "
+            f"tokens hold nothing beyond the {exact} exact ones (sinks={sinks}, window={window}), energies need more"
+        )
     batches = windows.split(max(1, batch_tokens // length))
     with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"), skip=skip)
@@ -86,6 +110,6 @@ def fit(
     means = {i: m.means(basis) for i, m in moments.items()}
     adapter = KVAdapter.from_bases(config, bases, means, info)
     return measure(
-        model, adapter, windows, pieces=sensitivity_windows, length=sensitivity_length, sinks=sinks, window=window,
+        model, adapter, windows, pieces=pieces, length=piece, sinks=sinks, window=window,
         sort=basis == "balanced", seed=seed, progress=progress,
     )  # fmt: skip

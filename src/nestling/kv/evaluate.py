@@ -23,6 +23,7 @@ from nestling.distill import kl_divergence
 from nestling.errors import EvaluationError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
+from nestling.kv.budget import read_shares
 from nestling.kv.modes import in_default_mode
 from nestling.kv.probes import (
     choice_scores,
@@ -35,6 +36,7 @@ from nestling.kv.probes import (
     passkey_prompts,
     read,
 )
+from nestling.options import flag, whole, wholes
 from nestling.partial import Partial
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
@@ -86,7 +88,8 @@ def evaluate(
 
     Args:
         model: the causal LM of the adapter; switched to nestling's attention.
-        budgets: shares of the full cache; not used if ``allocation`` is a rank table.
+        budgets: shares of the full cache, such as ``[0.5, "25%"]`` or ``"50%,25%"``; not used if ``allocation`` is a
+            rank table.
         allocation, cache_options: as in `KVAdapter.cache` (sinks, window, paper, dtype, ...).
         texts, windows, length, chunk, tasks, passkey, lines, progress, partial: see `compare`. Without ``texts``,
             the built-in English pages are read.
@@ -95,16 +98,20 @@ def evaluate(
         Flat rows as from `compare`, the full model's first.
 
     Raises:
+        OptionError: if an option has a value that it cannot have.
         AdapterError, BudgetError, TextTooShortError, EvaluationError.
     """
+    length = whole("length", length)
     adapter.check(model)
-    attention.attach(model)
     allocation = adapter.allocation if allocation is None else allocation
     named, quantised = isinstance(allocation, str), bool(cache_options.get("bits")) and adapter.quantises
     method = _method(adapter, allocation if named else "ranks") + "-bits" * quantised
     options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
-    sizes = budgets if named else [None]
-    contenders = [Contender(method, budget, bind(adapter.cache, model, budget, **options)) for budget in sizes]
+    sizes = read_shares(budgets) if named else [None]
+    contenders = [
+        Contender(method, size.share if size else None, bind(adapter.cache, model, size, **options)) for size in sizes
+    ]
+    attention.attach(model)
     return compare(
         model, tokenizer, contenders, texts=texts, windows=windows, length=length, chunk=chunk, tasks=tasks,
         passkey=passkey, lines=lines, progress=progress, partial=partial,
@@ -163,10 +170,14 @@ def compare(
         were answered). What was not measured is absent or None.
 
     Raises:
+        OptionError: if an option has a value that it cannot have.
         TextTooShortError: if there is not one window of text.
         EvaluationError: for logits that are not finite, naming the contender; for questions, prompt lengths or
             contenders that cannot be measured.
     """
+    windows, length, chunk = whole("windows", windows, minimum=0), whole("length", length), whole("chunk", chunk)
+    passkey, lines = wholes("passkey", passkey), wholes("lines", lines)
+    progress = flag("progress", progress)
     config, tasks = attention.text_config(model), dict(tasks or {})
     contenders = [Contender("full", None, lambda: Cache(layers=attention.stock_layers(config))), *contenders]
     names = [c.name for c in contenders]
@@ -174,8 +185,8 @@ def compare(
         raise EvaluationError(f"method and budget must differ between contenders, repeated: {sorted(repeated)}")
     if (tasks or passkey or lines) and tokenizer is None:
         raise EvaluationError("tasks, passkeys and lines are text, so a tokenizer is needed")
-    if chunk < 1 or windows < 0 or not all(tasks.values()):
-        raise EvaluationError(f"chunk={chunk} must be positive, windows={windows} not negative, and no task empty")
+    if empty := [task for task, rows in tasks.items() if not rows]:
+        raise EvaluationError(f"task {empty[0]} has no questions")
     for contender in contenders:
         contender.make()  # a budget out of reach fails now, not after an hour
     ids = []

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from nestling.basis import NestedBasis, balanced, pca
-from nestling.errors import CalibrationError, OptionError
+from nestling.errors import CalibrationError
 from nestling.kv import attention
+from nestling.options import choice
 
+BASES = ("balanced", "pca")
 QUERY_STRIDE = 16  # one query in so many is read for the attended keys: their attention weights are explicit
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
 
@@ -166,9 +168,7 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
     weighs them, and value errors by the output projection: what is compressed there is the head output, since a linear
     map commutes with the attention average.
     """
-    if basis not in ("pca", "balanced"):
-        raise OptionError(f"basis must be 'pca' or 'balanced', got {basis!r}")
-    if basis == "pca":
+    if choice("basis", basis, BASES) == "pca":
         return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
     metrics = {i: _metric(weight, moments[i]) for i, weight in attention.each_output_projection(model) if i in moments}
     if missing := sorted(set(moments) - set(metrics)):

@@ -18,12 +18,14 @@ from transformers.cache_utils import Cache
 
 from nestling.errors import EvaluationError
 from nestling.kv import attention
+from nestling.options import whole
 
 Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
 STATIC = ("encode", "decode", "biases", "order", "centre", "step", "scale", "offset")  # of a nested cache
 DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of what is asked for, as shares of a prompt
 LINE_ASKED = "The record is over.\nWhich number is in line {0}? Line {0}:"
+NUMBERS = range(10000, 100000)  # of five digits, each once in a record
 FILLER = (
     "The grass is green and the sky is blue.", "A ship leaves the harbour before the sun is up.",
     "Most of the houses in the village are built of stone.", "Rain fell on the hills for the whole of the afternoon.",
@@ -121,8 +123,10 @@ def passkey_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
     Everything is drawn from a generator seeded by ``n`` and the depth, so the prompts are always the same.
 
     Raises:
+        OptionError: if ``n`` is no whole number.
         EvaluationError: if ``n`` has no room for the text that states the key and asks for it.
     """
+    n = whole("passkey", n)
     ids, prompts = bind(_ids, tokenizer), []
     for depth in DEPTHS:
         rng = random.Random(f"{n} {depth}")
@@ -148,13 +152,15 @@ def line_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
     Harder than a passkey: every line looks like the one that is meant. Returns (ids, its 5 digits).
 
     Raises:
+        OptionError: if ``n`` is no whole number, or more than there are numbers for.
         EvaluationError: if ``n`` has no room for eight lines.
     """
+    n = whole("lines", n, maximum=4 * len(NUMBERS))
     ids, prompts = bind(_ids, tokenizer), []
     for depth in DEPTHS:
         rng = random.Random(f"lines {n} {depth}")
         head = tokenizer("A record of numbers. Each line has a name and a number.\n")["input_ids"]
-        numbers = [str(number) for number in rng.sample(range(10000, 100000), n // 4)]  # more than there is room for
+        numbers = [str(number) for number in rng.sample(NUMBERS, n // 4)]  # more than there is room for
         lines = [ids(f"Line {place + 1}: {digits}\n") for place, digits in enumerate(numbers)]
         room = n - len(head) - len(ids(LINE_ASKED.format(n)))
         lines = lines[: sum(total <= room for total in accumulate(map(len, lines)))]

@@ -18,6 +18,7 @@ from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES
 from nestling.kv.modes import in_default_mode
 from nestling.kv.student import Student
+from nestling.options import choice, flag, number, whole
 from nestling.progress import progress_bar
 from nestling.tokens import token_windows
 
@@ -95,14 +96,21 @@ def search(
         A copy of the adapter; ``info["search"]`` has the method and the number of forward passes.
 
     Raises:
-        TextTooShortError, AdapterError; ValueError for an unknown method.
+        OptionError: if an option has a value that it cannot have.
+        TextTooShortError, AdapterError.
     """
-    if method not in METHODS:
-        raise OptionError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    choice("method", method, METHODS)
+    windows, length, per_sweep = whole("windows", windows), whole("length", length), whole("per_sweep", per_sweep)
+    sinks, window = whole("sinks", sinks, minimum=0), whole("window", window, minimum=0)
+    lowest, progress = number("lowest", lowest, minimum=0, below=1), flag("progress", progress)
     adapter.check(model)
-    attention.attach(model)
+    length = min(length, getattr(attention.text_config(model), "max_position_embeddings", None) or length)
     if length <= (exact := capacity(sinks, window)):
-        raise OptionError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
+        raise OptionError(
+            f"length={length} must be longer than the {exact} exact tokens (sinks={sinks}, window={window}): nothing "
+            "is compressed"
+        )
+    attention.attach(model)
     ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=windows)))
     training = model.training
     with progress_bar(progress) as bar:

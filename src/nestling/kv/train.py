@@ -112,7 +112,10 @@ def train(
     check_weights(lm)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     if length <= (exact := capacity(chosen.sinks, chosen.window)):
-        raise OptionError(f"length={length} must be longer than the {exact} exact tokens: nothing is compressed")
+        raise OptionError(
+            f"length={length} must be longer than the {exact} exact tokens (sinks={chosen.sinks}, "
+            f"window={chosen.window}): nothing is compressed"
+        )
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
     if labels is not None and (labels.shape[1:] != windows.shape[1:] or len(labels) < len(windows)):
         raise OptionError(f"labels are {list(labels.shape)}, expected {list(windows.shape)}, in step with the texts")

@@ -1,0 +1,214 @@
+"""Options of the cache wing that cannot be: refused before anything is computed, by an error that shows them."""
+
+import sys
+
+import pytest
+import torch
+
+from nestling import kv
+from nestling.errors import BudgetError, NestlingError, OptionError
+from nestling.kv.bits import BitTable
+from nestling.kv.probes import line_prompts, passkey_prompts
+from nestling.options import shown
+
+NAN, INF = float("nan"), float("inf")
+NOT_WHOLE = (2.5, NAN, INF, -INF, None, "8", b"8", True, [8], torch.ones(2), 10**30)
+NOT_POSITIVE = (0, -1, -(10**9))
+NOT_NUMBERS = (NAN, INF, -INF, "0.5", True, [0.5], 1j)
+NOT_FLAGS = (0, 1, 4, "yes", "False", None, [True])
+NOT_SHARES = (0, -0.5, 1.5, 50, *NOT_NUMBERS)
+
+
+def cases(**wrong):
+    """Name and value of each."""
+    return [
+        pytest.param(name, value, id=f"{name}-{shown(value)}") for name, values in wrong.items() for value in values
+    ]
+
+
+def refused(name: str, value, call) -> None:
+    with pytest.raises(OptionError) as caught:
+        call()
+    assert name in str(caught.value) and shown(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    cases(
+        sinks=(-1, *NOT_WHOLE[:-1]),
+        window=(-64, *NOT_WHOLE[:-1]),
+        context=(*NOT_POSITIVE, *NOT_WHOLE[:-1]),
+        chunk=(*NOT_POSITIVE, *NOT_WHOLE[:-1]),
+        tokens=(None, *NOT_SHARES),
+        budget=("", "x", "0%", "101%", *NOT_SHARES[:4], *NOT_SHARES[4:6], True, [0.5], "0MiB", "-1MiB"),
+        limit_mib=(0, -1, *NOT_NUMBERS, 1e300),
+        bits=NOT_FLAGS,
+        exact_prompt=NOT_FLAGS,
+        paper=NOT_FLAGS,
+        offloading=NOT_FLAGS,
+        dtype=(
+            torch.int8,
+            torch.int64,
+            torch.bool,
+            torch.float8_e4m3fn,
+            torch.complex64,
+            "bfloat16",
+            "int8",
+            16,
+            float,
+        ),
+    ),
+)
+def test_caches(fitted, name, value):
+    case = fitted("llama-gqa")
+    options = {"budget": 0.9, "window": 0, name: value}
+    refused(name, value, lambda: case.adapter.cache(case.model, **options))
+
+
+@pytest.mark.parametrize("value", [0, -1, *NOT_NUMBERS, 10**9])
+def test_bytes_per_token(fitted, value):
+    case = fitted("llama-gqa")
+    refused("bytes_per_token", value, lambda: case.adapter.cache(case.model, bytes_per_token=value))
+
+
+def test_a_model_is_not_switched_by_a_call_that_fails(fitted):
+    case = fitted("llama-gqa")
+    for options in ({"budget": 0.9, "sinks": -1}, {"budget": 0.01}, {"limit_mib": 1e-6}, {"allocation": {"keys": []}}):
+        with pytest.raises(NestlingError):
+            case.adapter.cache(case.stock, **options)
+        assert case.stock.config._attn_implementation != "nestling"
+
+
+@pytest.mark.parametrize("method", ["ranks", "bits"])
+@pytest.mark.parametrize("value", [0, -1, None, *NOT_NUMBERS])
+def test_tables(fitted, method, value):
+    name = "elements" if method == "ranks" else "bits"
+    refused(name, value, lambda: getattr(fitted("llama-gqa").adapter, method)(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool])
+def test_tables_are_of_whole_numbers(fitted, dtype):
+    case = fitted("llama-gqa")
+    layers, heads, width = case.adapter.shape
+    ranks = torch.full((layers, heads), 8, dtype=dtype)
+    bits = torch.full((layers, heads, width // 8), 8, dtype=dtype)
+    for table in (kv.RankTable(ranks, ranks), BitTable(bits, bits)):
+        with pytest.raises(BudgetError, match=str(dtype)):
+            case.adapter.cache(case.model, allocation=table)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 0.99, 50, *NOT_NUMBERS[:3], True, None, "x", "90KiB"])
+def test_shrinking(fitted, ids, value):
+    case = fitted("llama-gqa")
+    cache = case.adapter.cache(case.model, 0.9, window=0)
+    refused("budget", value, lambda: cache.shrink(value))
+
+
+def test_saving(fitted, tmp_path):
+    for value in NOT_FLAGS:
+        refused(
+            "half", value, lambda value=value: fitted("llama-gqa").adapter.save_pretrained(tmp_path / "a", half=value)
+        )
+        refused(
+            "private", value, lambda value=value: fitted("llama-gqa").adapter.push_to_hub("me/mine", private=value)
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def idle(monkeypatch, fitted):
+    """A model that must not be run."""
+    case = fitted("llama-gqa")
+    monkeypatch.setattr(type(case.model), "forward", lambda *_, **__: pytest.fail("the model was run"))
+    for module in ("calibrate", "search", "evaluate"):
+        monkeypatch.setattr(
+            sys.modules[f"nestling.kv.{module}"], "token_windows", lambda *_, **__: pytest.fail("text was read")
+        )
+    return case
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    cases(
+        **dict.fromkeys(
+            ("tokens", "length", "batch_tokens", "sensitivity_windows", "sensitivity_length"),
+            (*NOT_POSITIVE, *NOT_WHOLE[:-1]),
+        ),
+        **dict.fromkeys(("sinks", "window"), (-1, *NOT_WHOLE[:-1])),
+        skip=(-1, *NOT_WHOLE),
+        seed=(-1, 2**32, *NOT_WHOLE),
+        progress=NOT_FLAGS,
+        basis=("best", "PCA", None, 3, b"pca"),
+    ),
+)
+def test_calibration(idle, ids, name, value):
+    refused(name, value, lambda: kv.fit(idle.model, None, ids, **{"length": 64, "window": 0, "skip": 4, name: value}))
+
+
+@pytest.mark.parametrize("options", [{"sensitivity_length": 40}, {"window": 50}, {"sinks": 46}, {"skip": 64}])
+def test_calibration_needs_more_than_the_exact_tokens(fitted, ids, monkeypatch, options):
+    case = fitted("llama-gqa")
+    monkeypatch.setattr(type(case.model), "forward", lambda *_, **__: pytest.fail("the model was run"))
+    name, value = next(iter(options.items()))
+    with pytest.raises(OptionError, match=f"{name}={value}"):
+        kv.fit(case.model, None, ids, length=64, **{"window": 25, "sinks": 4, **options})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    cases(
+        **dict.fromkeys(("windows", "length", "per_sweep"), (*NOT_POSITIVE, *NOT_WHOLE[:-1])),
+        **dict.fromkeys(("sinks", "window"), (-1, *NOT_WHOLE)),
+        lowest=(-0.1, 1, 2, None, *NOT_NUMBERS),
+        progress=NOT_FLAGS,
+        method=("best", None, 1),
+    ),
+)
+def test_searching(idle, ids, name, value):
+    options = {"length": 64, "window": 0, name: value}
+    refused(name, value, lambda: kv.search(idle.model, None, idle.adapter, ids, **options))
+
+
+MEASURING = {
+    "windows": (-1, *NOT_WHOLE[:-1]),
+    **dict.fromkeys(("length", "chunk"), (*NOT_POSITIVE, *NOT_WHOLE[:-1])),
+    **dict.fromkeys(("passkey", "lines"), (5, None, "100", [0], [-1], [2.5], [True], ["100"])),
+    "progress": NOT_FLAGS,
+}
+
+
+@pytest.mark.parametrize("name, value", cases(**MEASURING))
+def test_measuring(idle, ids, name, value):
+    shown_value = value[0] if isinstance(value, list) and name in ("passkey", "lines") else value
+    options = {"texts": ids, "length": 64, name: value}
+    refused(name, shown_value, lambda: kv.compare(idle.model, None, [], **options))
+    refused(name, shown_value, lambda: kv.evaluate(idle.model, None, idle.adapter, [0.9], **options, window=0))
+
+
+@pytest.mark.parametrize("budgets", [[], 0.5, [0], [0.5, 2], ["x"], [NAN], "50%,64MiB", [0.5, "50%"], None, [None]])
+def test_measuring_at_budgets(idle, ids, budgets):
+    with pytest.raises(BudgetError):
+        kv.evaluate(idle.model, None, idle.adapter, budgets, texts=ids, length=64, window=0)
+
+
+@pytest.mark.parametrize("value", [*NOT_POSITIVE, *NOT_WHOLE[:-1]])
+def test_prompts(value):
+    refused("passkey", value, lambda: passkey_prompts(None, value))
+    refused("lines", value, lambda: line_prompts(None, value))
+
+
+def test_there_are_no_more_lines_than_numbers():
+    refused("lines", 360_001, lambda: line_prompts(None, 360_001))
+
+
+def test_numbers_of_other_kinds_are_numbers(fitted, ids):
+    """What NumPy and torch count with, and floats without a fraction."""
+    import numpy as np
+
+    case = fitted("llama-gqa")
+    one = case.adapter.cache(case.model, np.float64(0.6), sinks=np.int64(2), window=3.0, context=torch.tensor(200))
+    other = case.adapter.cache(case.model, "60%", sinks=2, window=3, context=200)
+    assert torch.equal(one.ranks.stacked, other.ranks.stacked) and one.budget == other.budget == 0.6
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert (a.exact.sinks, a.exact.window) == (b.exact.sinks, b.exact.window) == (2, 3)
+        assert all(type(size) is int for size in (a.exact.sinks, a.exact.window))
