@@ -55,7 +55,7 @@ def attention_forward(module, query, key, value, attention_mask, nested=None, ou
             "without one, to have them",
             stacklevel=2,
         )
-    return key.attend(module, query, attention_mask, **kwargs), None
+    return key.attend(module, query, attention_mask, **kwargs).contiguous(), None  # as SDPA's output is
 
 
 def attention_weights(

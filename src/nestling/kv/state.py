@@ -6,7 +6,7 @@ All of it is put back afterwards, so that a model is left as it was found.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from nestling.kv.structure import text_config
 
 P = ParamSpec("P")
 R = TypeVar("R")
+LARGE = 2**20  # elements of tables that are not copied: causal masks of old models, which are constants
 REMEMBERED = int | float | str | None | Tensor  # what modules keep from one forward for the next
 
 
@@ -68,19 +69,28 @@ def leaves_as_found(function: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
     """Afterwards modules keep what they kept before (rotary tables, position offsets), and random generators too."""
-    kept = [(module, _memory(module), dict(module._buffers)) for module in model.modules()]
+    kept = [(module, _memory(module)) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
         try:
             yield
         finally:
-            for module, memory, buffers in kept:
-                module.__dict__.update(memory)
-                module._buffers.update(buffers)
+            for module, memory in kept:
+                for names, name, value, copy in memory:
+                    names[name] = value
+                    if copy is not None and not value.is_inference():
+                        value.data.copy_(copy)  # tables are written to in place
 
 
-def _memory(module: nn.Module) -> dict:
-    return {name: value for name, value in vars(module).items() if isinstance(value, REMEMBERED)}
+def _memory(module: nn.Module) -> list[tuple[dict, str, Any, Tensor | None]]:
+    """What a module remembers: where, by which name, what, and a copy of what may be written to."""
+    found = []
+    for names in (vars(module), module._buffers):
+        for name, value in names.items():
+            if isinstance(value, REMEMBERED):
+                small = isinstance(value, Tensor) and value.device.type != "meta" and value.numel() <= LARGE
+                found.append((names, name, value, value.clone() if small else None))
+    return found
 
 
 def input_device(model) -> torch.device:

@@ -5,6 +5,10 @@ from transformers.cache_utils import DynamicLayer
 
 from nestling.errors import UnsupportedModelError
 
+# Cache layers of transformers that do not grow with the text, or hold nothing.
+BOUNDED = {
+    "DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer", "DummyLayer",
+}  # fmt: skip
 DROPS_CACHE = ("phi3", "phimoe", "phi4_multimodal")  # at their original length, whatever their RoPE
 
 
@@ -31,29 +35,39 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
     name = f"model type '{config.model_type}'"
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder: cross-attention caches are not compressed")
-    if getattr(config, "kv_lora_rank", None):
+    if _says(config, "kv_lora_rank"):
         raise UnsupportedModelError(
             f"{name} has latent attention (MLA): keys and values come from one smaller vector, and differ in width"
         )
-    if getattr(config, "attn_logit_softcapping", None):
+    if _says(config, "attn_logit_softcapping"):
         raise UnsupportedModelError(f"{name} soft-caps its attention logits: SDPA, by which caches are read, does not")
-    if config.model_type in ("gpt_oss",) or getattr(config, "attention_sinks", None):
+    if config.model_type in ("gpt_oss",) or _says(config, "attention_sinks"):
         raise UnsupportedModelError(
             f"{name} adds sink logits to its softmax: SDPA, by which caches are read, does not"
         )
-    if getattr(config, "num_kv_shared_layers", None) or any(getattr(config, "kv_sharing_modes", None) or ()):
+    if _says(config, "num_kv_shared_layers") or any(getattr(config, "kv_sharing_modes", None) or ()):
         raise UnsupportedModelError(f"{name} shares keys and values between layers: some read what is not their own")
     layers = stock_layers(config)
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if full:
         return full
-    growing = {type(layer).__name__ for layer in layers if isinstance(layer, DynamicLayer) and not layer.is_sliding}
-    if growing:
+    if growing := sorted({type(layer).__name__ for layer in layers} - BOUNDED):
         raise UnsupportedModelError(
-            f"{name} keeps more than keys and values in its cache ({', '.join(sorted(growing))}): a recurrent state, "
+            f"{name} keeps more than keys and values in its cache ({', '.join(growing)}): a recurrent state, a summary, "
             "or an index of the tokens to read"
         )
     raise UnsupportedModelError(f"{name} has no full-attention layer: its cache does not grow, nothing to compress")
+
+
+def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
+    """The config that the modules of a layer have: the model's own, or one for each layer where those differ."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _says(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a config, or that of any layer, has something true by that name."""
+    layers = range(config.num_hidden_layers) if getattr(config, "is_heterogeneous", False) else (0,)
+    return any(getattr(layer_config(config, i), name, None) for i in layers)
 
 
 def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
@@ -62,10 +76,7 @@ def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     Raises:
         UnsupportedModelError: if they differ between those.
     """
-    configs = [config]
-    if getattr(config, "is_heterogeneous", False):
-        configs = [config.per_layer_config[i] for i in compressible_layers(config)]
-    shapes = {_head_shape(one) for one in configs}
+    shapes = {_head_shape(layer_config(config, i)) for i in compressible_layers(config)}
     if len(shapes) > 1:
         raise UnsupportedModelError(f"model type '{config.model_type}' has layers with heads of different shapes")
     return shapes.pop()
