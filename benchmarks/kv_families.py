@@ -47,22 +47,32 @@ MLA = dict(num_key_value_heads=4)
 # What a few configs need beside, and what makes others tiny.
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "dots3_note_text"),
+        (
+            "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite",
+            "glm_moe_dsa",
+        ),
         MLA,
     ),
-    "dots3_note": {"text_config": MLA},
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, **MLA},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    **dict.fromkeys(
+        ("gemma3", "gemma4", "gemma4_unified"),
+        {"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0}},
+    ),
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global"], 4]], "num_layers": 4},
 }  # fmt: skip
 UNBUILT = {
     "blt": "its config makes no small model",
+    "cohere_compass_text": "its config makes no model",
+    "dbrx": "its config makes no model",
+    "dots3_note": "its config makes no small model",
     "fuyu": "its config makes no small model",
     "gemma3n": "its vision tower needs timm",
-    "dbrx": "its config class does not build a model by itself",
+    "gemma4_assistant": "it drafts for another model, whose cache it reads",
+    "gemma4_unified_assistant": "it drafts for another model, whose cache it reads",
 }
 
 

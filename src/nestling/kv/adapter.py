@@ -280,6 +280,7 @@ class KVAdapter:
             made.start(remake, itemsize)
         made.model = weakref.ref(model)
         attention.attach(model)
+        attention.warn_of_rotation(model, stacklevel=3)
         return made
 
     def _checked(self, table: RankTable | BitTable | Mapping, bits: bool) -> RankTable | BitTable:

@@ -5,6 +5,7 @@ reached through this file; its parts are in `structure` (configs), `interface` (
 is put back), `support` (which models) and `output_maps`.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -79,6 +80,7 @@ __all__ = [
     "stock_layers",
     "supports",
     "text_config",
+    "warn_of_rotation",
 ]
 
 BEFORE = "_attention_before_nestling"  # what an attached model remembers
@@ -107,6 +109,22 @@ def attach(model: PreTrainedModel) -> None:
     if implementation(lm) != NAME:
         raise UnsupportedModelError(f"{type(lm).__name__}: its attention cannot be switched")
     setattr(lm, BEFORE, before)
+
+
+def warn_of_rotation(model, stacklevel: int = 2) -> None:
+    """Say of a long-RoPE model that transformers' ``generate`` will drop the caches that it is given.
+
+    Args:
+        stacklevel: as for `warnings.warn`.
+    """
+    config = text_config(base_model(model))
+    limit = rotary_limit(config)
+    if limit is not None and limit < (getattr(config, "max_position_embeddings", None) or 0):
+        warnings.warn(
+            f"{config.model_type} rotates all keys anew when a text passes {limit} tokens: from there on generate() "
+            "drops the cache it was given and goes on with a stock one of full size. Keep prompt and answer below",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -75,8 +75,11 @@ def _near(left: tuple[float, ...], right: tuple[float, ...]) -> bool:
 
 def _alike(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     """Whether two configs are of models whose caches have the same form."""
-    if one == other:
-        return True
+    try:
+        if one is other or one == other:
+            return True
+    except RuntimeError:  # layers have configs of their own, and transformers does not say what is common to them
+        pass
     try:
         return attention.fingerprint(attention.text_config(one)) == attention.fingerprint(other)
     except UnsupportedModelError:

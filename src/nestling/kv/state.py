@@ -69,27 +69,27 @@ def leaves_as_found(function: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def forgotten(model: nn.Module) -> Iterator[None]:
     """Afterwards modules keep what they kept before (rotary tables, position offsets), and random generators too."""
-    kept = [(module, _memory(module)) for module in model.modules()]
+    kept = [item for module in model.modules() for item in _memory(module)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
         try:
             yield
         finally:
-            for module, memory in kept:
-                for names, name, value, copy in memory:
-                    names[name] = value
-                    if copy is not None and not value.is_inference():
-                        value.data.copy_(copy)  # tables are written to in place
+            for names, name, value, copy in kept:
+                names[name] = value
+                if copy is not None and not value.is_inference():
+                    value.data.copy_(copy)  # tables are written to in place
 
 
-def _memory(module: nn.Module) -> list[tuple[dict, str, Any, Tensor | None]]:
+def _memory(module: nn.Module) -> list[tuple[dict[str, Any], str, Any, Tensor | None]]:
     """What a module remembers: where, by which name, what, and a copy of what may be written to."""
-    found = []
+    found: list[tuple[dict[str, Any], str, Any, Tensor | None]] = []
     for names in (vars(module), module._buffers):
         for name, value in names.items():
-            if isinstance(value, REMEMBERED):
-                small = isinstance(value, Tensor) and value.device.type != "meta" and value.numel() <= LARGE
-                found.append((names, name, value, value.clone() if small else None))
+            if isinstance(value, Tensor) and value.device.type != "meta" and value.numel() <= LARGE:
+                found.append((names, name, value, value.detach().clone()))
+            elif isinstance(value, REMEMBERED):
+                found.append((names, name, value, None))
     return found
 
 

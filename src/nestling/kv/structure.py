@@ -53,8 +53,8 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
         return full
     if growing := sorted({type(layer).__name__ for layer in layers} - BOUNDED):
         raise UnsupportedModelError(
-            f"{name} keeps more than keys and values in its cache ({', '.join(growing)}): a recurrent state, a summary, "
-            "or an index of the tokens to read"
+            f"{name} keeps more than keys and values in its cache ({', '.join(growing)}): a recurrent state, a "
+            "summary, or an index of the tokens to read"
         )
     raise UnsupportedModelError(f"{name} has no full-attention layer: its cache does not grow, nothing to compress")
 
