@@ -12,13 +12,16 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-embed test lint bench clean
+.PHONY: help install demo demo-embed test test-slow test-all test-versions lint bench clean
 
 help:
 	@echo "make install   environment in $(VENV)"
 	@echo "make demo      compress the cache of a small language model and show what it costs"
 	@echo "make demo-embed  make a small sentence encoder elastic and search with one of its sizes"
 	@echo "make test      the tests, offline (ARGS='tests/test_data.py -k gzip' narrows them)"
+	@echo "make test-slow  the tests that take long: kills, mutated files, every family of models"
+	@echo "make test-all  both"
+	@echo "make test-versions  some of them with the oldest and the newest transformers and sentence-transformers"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, into benchmarks/results"
 	@echo "make clean     caches and build folders"
@@ -43,8 +46,31 @@ demo-embed: install
 
 # Property tests see the same examples every time here; a plain `pytest` looks for new ones. A process for each core,
 # each with one thread; a file's tests stay together, since they share models.
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile=ci
+
 test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile=ci $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: install
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: install
+	$(PYTEST) $(ARGS)
+
+# The ends of the ranges in pyproject.toml. The few packages that differ lie in a folder each, before the environment's.
+VERSION_TESTS := $(addprefix tests/,kv/test_attention.py kv/test_support.py kv/test_cache.py kv/test_adapter.py \
+	kv/test_moments.py embed/test_load.py embed/test_taps.py embed/test_export.py embed/test_train.py)
+
+.versions/%/.installed: .ci/%.txt $(STAMP)
+	rm -rf $(@D)
+	$(PIP) install -q --no-deps --target $(@D) -r $<
+	touch $@
+
+test-versions: .versions/oldest/.installed .versions/newest/.installed
+	for leg in oldest newest; do \
+		echo "== the $$leg versions: $$(grep == .ci/$$leg.txt | tr '\n' ' ')"; \
+		PYTHONPATH=$(CURDIR)/.versions/$$leg $(PYTEST) -m "not slow and not real" $(VERSION_TESTS) $(ARGS) || exit 1; \
+	done
 
 lint: install
 	$(BIN)/ruff check .
@@ -56,5 +82,5 @@ bench: install
 	$(BIN)/python benchmarks/kv_speed.py
 
 clean:
-	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
