@@ -21,7 +21,7 @@ from nestling.kv.state import as_found, decoder_part, forgotten, input_device, s
 from nestling.kv.structure import fingerprint, head_shape, stock_layers, text_config
 
 PROMPT = 4  # tokens
-# What models hand to their attention that makes no difference to it, beside what `_Reader.attend` looks at.
+# What models hand to their attention that makes no difference to it, beside what `CachedStates.attend` looks at.
 HARMLESS = {"dropout", "position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits"}
 
 _passed: weakref.WeakKeyDictionary[PreTrainedModel, dict] = weakref.WeakKeyDictionary()
@@ -145,7 +145,7 @@ class _Layer(PassThroughLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         new = key_states, value_states
         self.held = tuple(torch.cat(pair, -2) for pair in zip(self.held, new, strict=True)) if self.held else new
-        reader = _Reader(self)
+        reader = CachedStates(self)
         return reader, reader
 
     def get_seq_length(self):
@@ -155,7 +155,7 @@ class _Layer(PassThroughLayer):
         return self.get_seq_length() + query_length, 0
 
 
-class _Reader:
+class CachedStates:
     """What such a layer gives in place of keys and values."""
 
     def __init__(self, layer: _Layer):
