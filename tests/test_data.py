@@ -233,3 +233,22 @@ def test_no_row_crashes_the_reader_of_questions(tmp_path, row):
         assert 0 <= question["answer"] < len(question["choices"])
     except DataError as error:
         assert "line 1" in str(error)
+
+
+def test_questions_of_frames_and_data_sets(tmp_path):
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    given_rows = [QUESTION, {**QUESTION, "answer": 0}]
+    frame, made = pandas.DataFrame(given_rows), datasets.Dataset.from_list(given_rows)
+    frame.to_parquet(tmp_path / "q.parquet")
+    for source in (
+        given_rows,
+        frame,
+        made,
+        made.with_format("numpy"),
+        made.to_iterable_dataset(),
+        tmp_path / "q.parquet",
+    ):
+        assert read_multiple_choice(source) == given_rows
+    for wrong in ([], [3], [["a"]], frame[["question"]], [{**QUESTION, "choices": "ab"}]):
+        with pytest.raises(DataError):
+            read_multiple_choice(wrong)

@@ -31,7 +31,7 @@ def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = No
     """
     encoder = Encoder.of(model)
     size = {encoder.depth: encoder.dims}
-    found = encode(model, texts, size, prompt=_prompt(model, prompt), batch_size=batch_size)
+    found = encode(model, strings_of(texts), size, prompt=_prompt(model, prompt), batch_size=batch_size)
     return Similarity.of(encoder.model).finished(found[encoder.depth])
 
 

@@ -46,7 +46,7 @@ Loss = nn.Module | Callable[[SentenceTransformer], nn.Module] | str | Mapping[st
 
 def train(
     model: SentenceTransformer,
-    data: Iterable[str] | Iterable[Mapping[str, Any]],
+    data: Any,
     cups: Ladder | str | Iterable[Any] | None = None,
     *,
     folder: str | Path,

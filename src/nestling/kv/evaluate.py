@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache
 
-from nestling.data import read_texts
+from nestling.data import read_multiple_choice, read_texts
 from nestling.distill import kl_divergence
-from nestling.errors import EvaluationError
+from nestling.errors import DataError, EvaluationError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.budget import read_shares
@@ -74,7 +74,7 @@ def evaluate(
     windows: int = 8,
     length: int = 1024,
     chunk: int = 64,
-    tasks: Mapping[str, Sequence[dict]] | None = None,
+    tasks: Mapping[str, Any] | None = None,
     passkey: Sequence[int] = (),
     lines: Sequence[int] = (),
     progress: bool = True,
@@ -137,7 +137,7 @@ def compare(
     windows: int = 8,
     length: int = 1024,
     chunk: int = 64,
-    tasks: Mapping[str, Sequence[dict]] | None = None,
+    tasks: Mapping[str, Any] | None = None,
     passkey: Sequence[int] = (),
     lines: Sequence[int] = (),
     progress: bool = True,
@@ -155,7 +155,7 @@ def compare(
             0 windows leave out KL, perplexity and agreement.
         chunk: tokens that go through a cache at once, in windows, contexts and prompts. Caches with an exact window
             look worse in large chunks than in true decoding.
-        tasks: multiple-choice questions by task, as from `nestling.data.read_multiple_choice`.
+        tasks: multiple-choice questions by task: whatever `nestling.data.read_multiple_choice` reads.
         passkey: prompt lengths in tokens; in each, a 5-digit key is hidden at several depths and asked for.
         lines: the same for records of numbered lines, all alike, of which one is asked for.
         progress: show progress bars with an estimate of the time left.
@@ -178,7 +178,8 @@ def compare(
     windows, length, chunk = whole("windows", windows, minimum=0), whole("length", length), whole("chunk", chunk)
     passkey, lines = wholes("passkey", passkey), wholes("lines", lines)
     progress = flag("progress", progress)
-    config, tasks = attention.text_config(model), dict(tasks or {})
+    config = attention.text_config(model)
+    tasks = {task: _questions(task, rows) for task, rows in (tasks or {}).items()}
     contenders = [Contender("full", None, lambda: Cache(layers=attention.stock_layers(config))), *contenders]
     names = [c.name for c in contenders]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -211,6 +212,13 @@ def compare(
         model.train(training)
     name = Path(config.name_or_path).name if config.name_or_path else config.model_type
     return [{"model": name, "method": c.method, "budget": c.budget, **run.row(c)} for c in contenders]
+
+
+def _questions(task: str, rows: Any) -> list[dict[str, Any]]:
+    try:
+        return [] if isinstance(rows, list) and not rows else read_multiple_choice(rows)
+    except DataError as error:
+        raise EvaluationError(f"{task}: {error}") from error
 
 
 class _Run:
