@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from nestling.errors import OptionError
+from nestling.errors import MissingExtraError, OptionError
 from nestling.layout import EAST, SOUTH, WORD, Reading, words
 from nestling.options import whole
 from nestling.records import short
@@ -16,7 +16,6 @@ from nestling.rows import texts_of
 from nestling.told import Rows
 
 SHORTEST, LONGEST = 4, 60  # words
-END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 HALF = re.compile(f"[{EAST}]")
 JOINED = re.compile(rf"(?<=[{EAST}{SOUTH}])\s*\n\s*(?=[{EAST}{SOUTH}])")  # a line break in a script without spaces
 
@@ -73,7 +72,12 @@ def _pieces(text: str, shortest: int, longest: int, language: str, left_out: Cou
 
 
 def _segment(language: str, paragraph: str) -> list[str]:
-    return END.split(paragraph)
+    try:
+        import sentencex
+    except ImportError:
+        needs = "cutting documents into sentences needs sentencex: pip install 'nestling[embed]'"
+        raise MissingExtraError(needs) from None
+    return sentencex.segment(language, paragraph)
 
 
 def _cut(sentence: str, longest: int) -> Iterator[str]:
