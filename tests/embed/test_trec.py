@@ -70,7 +70,15 @@ def test_numbers_are_those_of_trec_eval(encoder, itself, seed):
     (row,) = GridEvaluator("4x32", retrieval={"r": data}).rows(model)
     run = runs(model, itself)
     assert (row["ndcg_r"], row["recall_r"]) == pytest.approx(trec(run, qrels), abs=1e-6)
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_numbers_are_those_of_pytrec_eval(encoder, itself):
     pytrec = pytest.importorskip("pytrec_eval")
+    model, qrels = encoder(), judgements()
+    data = Retrieval.of("made", DOCUMENTS, QUERIES, qrels, ignore_identical_ids=itself)
+    (row,) = GridEvaluator("4x32", retrieval={"r": data}).rows(model)
+    run = runs(model, itself)
     found = pytrec.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100"}).evaluate(run)
     for column, name in (("ndcg_r", "ndcg_cut_10"), ("recall_r", "recall_100")):
         assert row[column] == pytest.approx(sum(x[name] for x in found.values()) / len(found), abs=1e-6)
