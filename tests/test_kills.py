@@ -334,7 +334,7 @@ def child(kind: Kind, place: Path, until: Callable[[str], object] = lambda name:
     """The number of a process that writes version 1 and is told of each audit event on its way."""
     if (pid := os.fork()) == 0:
         try:
-            signal.alarm(60)
+            signal.alarm(300)
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             sys.addaudithook(lambda name, args: until(name))
             kind.write(place, 1)

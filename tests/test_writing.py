@@ -177,6 +177,17 @@ def test_devices_and_pipes_are_written_into(tmp_path):
     assert said.getvalue() == text and os.listdir(tmp_path) == ["pipe"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="there is no /dev/fd")
+def test_a_file_that_is_open_is_written_into(tmp_path):
+    """As with `--json /dev/stdout > file`: what was printed stays."""
+    with open(tmp_path / "out", "w") as file:
+        file.write("a table\n")
+        file.flush()
+        check_result(f"/dev/fd/{file.fileno()}")
+        write_file(f"/dev/fd/{file.fileno()}", "results\n")
+    assert (tmp_path / "out").read_text() == "a table\nresults\n"
+
+
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root may write everywhere")
 def test_a_protected_file_stays(tmp_path):
     (tmp_path / "x").write_text("mine")

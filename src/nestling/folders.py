@@ -109,10 +109,12 @@ def _settle(folder: Path, parts: Parts) -> None:
     """Let sealed files that the head speaks of take their places; others are of writers that were killed before."""
     head = folder / parts.head
     spoken = head.read_text("utf-8", errors="replace") if head.is_file() else ""
-    for path in list(folder.iterdir()):
-        for name in parts.sealed:
-            if _is_waiting(path, name):
-                path.replace(folder / name) if sha256(path) in spoken else path.unlink()
+    for name in parts.sealed:
+        for path in [path for path in folder.iterdir() if _is_waiting(path, name)]:
+            if sha256(path) in spoken:
+                path.replace(folder / name)
+            else:
+                path.unlink()
     sync(folder)
 
 

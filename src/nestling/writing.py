@@ -17,6 +17,7 @@ from nestling.errors import FileError, MissingFolderError
 from nestling.temporary import temporary_file
 
 RESULTS, MARK = b'{"rows": [', b"nestling"  # how results in JSON start; what pages and figures have near their start
+OPEN = ("/dev/std", "/dev/fd/", "/proc/")  # names of files that a process has open, such as /dev/stdout
 
 ADVICE = {
     errno.ENOSPC: "make room there, or choose another place",
@@ -208,15 +209,17 @@ def _check_name(path: str | os.PathLike[str]) -> None:
 
 
 def _is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a device or a pipe, such as /dev/stdout: what has to be written into, never replaced."""
+    """Whether there is a device, a pipe or what is open already: what has to be written into, never replaced."""
     try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
+        return not stat.S_ISREG(os.stat(path).st_mode) or os.path.abspath(path).startswith(OPEN)
     except OSError:
         return False
 
 
 def _write_into(path: str | os.PathLike[str], content: str | bytes) -> None:
-    number = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody reads is an error then
+    number = os.open(
+        path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
+    )  # a pipe that nobody reads is an error then
     os.set_blocking(number, True)
     with open(number, "wb") as file:
         file.write(content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
