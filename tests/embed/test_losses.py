@@ -158,6 +158,7 @@ UNLABELLED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The MultipleNegativesSymmetricRankingLoss:DeprecationWarning")
 @pytest.mark.parametrize("name", [*LABELLED, *UNLABELLED])
 def test_every_base_loss_at_every_cup(name, encoder):
     """The value at a cup is the base loss of the truncated and normalised vectors, whatever the base loss is."""
