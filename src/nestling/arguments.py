@@ -88,6 +88,15 @@ def check_arguments(changes: Mapping[str, Any], kind: type[TrainingArguments], o
             whole(name, value, minimum=min(0, default))
 
 
+def renamed(changes: Mapping[str, Any], kind: type[TrainingArguments]) -> dict[str, Any]:
+    """The changes with gradient checkpointing under the name that this version of transformers has for it."""
+    if "activation_checkpointing" not in {field.name for field in fields(kind)}:
+        return dict(changes)
+    return {
+        name.replace("gradient_checkpointing", "activation_checkpointing"): value for name, value in changes.items()
+    }
+
+
 @contextmanager
 def refused_options() -> Iterator[None]:
     """What the stock trainer does not take is the user's option: it says so with errors of any class."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
 from nestling import arguments
-from nestling.arguments import check_arguments, refused_options
+from nestling.arguments import check_arguments, refused_options, renamed
 from nestling.errors import OptionError
 from nestling.options import number, share, whole
 
@@ -68,7 +67,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
     """Raises:
     OptionError: see `check_arguments`.
     """
-    check_arguments(_checkpointing(changes), SentenceTransformerTrainingArguments, OURS)
+    check_arguments(changes, SentenceTransformerTrainingArguments, OURS)
 
 
 def relevant(changes: Mapping[str, Any]) -> dict[str, str]:
@@ -117,14 +116,13 @@ def training_arguments(
 
 
 def _checkpointing(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes with gradient checkpointing under the name that this version of transformers has for it.
+    """The changes under today's names, with the kind of checkpointing that shows the gradients of layers between.
 
-    The other kind of it, which re-enters autograd, hides the gradients of the layers between.
+    The other kind re-enters autograd.
     """
-    known = {field.name for field in fields(SentenceTransformerTrainingArguments)}
-    new = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    found = {key.replace("gradient_checkpointing", new): value for key, value in changes.items()}
-    return {f"{new}_kwargs": {"use_reentrant": False}, **found} if found.get(new) else found
+    found = renamed(changes, SentenceTransformerTrainingArguments)
+    on = next((name for name in ("activation_checkpointing", "gradient_checkpointing") if found.get(name)), None)
+    return {f"{on}_kwargs": {"use_reentrant": False}, **found} if on else found
 
 
 def processes() -> int:

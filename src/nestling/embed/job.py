@@ -19,12 +19,11 @@ from nestling.checkpoints import begin, last_whole, run
 from nestling.embed.arguments import processes, rank
 from nestling.embed.card import trained_card
 from nestling.embed.dropout import without_dropout
-from nestling.embed.encoder import Encoder
 from nestling.embed.examples import Examples
 from nestling.embed.files import ROTATIONS_FILE, read_rotations
 from nestling.embed.losses import StarbucksLoss
 from nestling.embed.measures import Measures
-from nestling.embed.modes import forward_kept, modes_kept
+from nestling.embed.modes import checkpointed, forward_kept, modes_kept
 from nestling.embed.own import remember
 from nestling.embed.plan import Plan
 from nestling.embed.rotation import Rotation
@@ -89,8 +88,6 @@ class Job:
                 raise
             finally:
                 watch.bar.stop()
-                if self.options.gradient_checkpointing:
-                    _without_checkpointing(self.model)
 
     def _start(self, resume: bool) -> tuple[StarbucksLoss, Tensor | None]:
         """The loss with its start rotations and the teacher's table, and which of its rows each example has."""
@@ -141,7 +138,10 @@ class Job:
             callbacks=[watch, Averaged(trained_rotations(loss)), *self.callbacks],
         )  # fmt: skip
         remove_printer(trainer)
-        with modes_kept(model), forward_kept(model), without_bars(), without_dropout(model, off=not self.dropout):
+        with (
+            modes_kept(model), forward_kept(model), without_bars(), without_dropout(model, off=not self.dropout),
+            checkpointed(self.plan.encoder.backbone, options),
+        ):  # fmt: skip
             seconds = run(trainer, self.work, checkpoint)
         loss.rotations.requires_grad_(False)
         info = _info(self.identity, trainer, watch, seconds) | {"left_out": self.plan.examples.left_out}
@@ -171,14 +171,6 @@ def dataset(examples: Examples, numbers: Tensor | None, rows: Tensor):
     elif examples.labels is not None:
         columns["label"] = examples.labels
     return Dataset.from_dict(columns).select(rows.tolist())
-
-
-def _without_checkpointing(model: SentenceTransformer) -> None:
-    """The backbone as it was; the name of the method differs between versions of transformers."""
-    backbone: Any = Encoder.of(model).backbone
-    for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
-        if hasattr(backbone, name):
-            return getattr(backbone, name)()
 
 
 def _info(job: dict[str, Any], trainer: CupTrainer, watch: Watch, seconds: float) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 
 @contextmanager
@@ -30,6 +32,26 @@ def forward_kept(model: nn.Module) -> Iterator[None]:
         vars(model).pop("forward", None)
         if before is not None:
             vars(model)["forward"] = before
+
+
+@contextmanager
+def checkpointed(backbone: Any, options: TrainingArguments) -> Iterator[None]:
+    """Gradient checkpointing of the backbone within the block, if the options ask for it; they do not afterwards.
+
+    Trainers would ask the whole model, which has the method under its old name alone.
+    """
+    on, chosen = options.gradient_checkpointing, options.gradient_checkpointing_kwargs
+    for option in ("gradient_checkpointing", "activation_checkpointing"):
+        if hasattr(options, option):
+            setattr(options, option, False)
+    name = "activation" if hasattr(backbone, "activation_checkpointing_enable") else "gradient"
+    try:
+        if on:
+            getattr(backbone, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": chosen})
+        yield
+    finally:
+        if on:
+            getattr(backbone, f"{name}_checkpointing_disable")()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from nestling import arguments
-from nestling.arguments import check_arguments, refused_options, rehearsed
+from nestling.arguments import check_arguments, refused_options, rehearsed, renamed
 from nestling.errors import OptionError
 from nestling.kv.moments import BASES
 from nestling.kv.sampling import SAMPLINGS
@@ -119,6 +119,7 @@ def training_arguments(
         OptionError: an option is unknown, ours, or out of range, two do not go together, or the trainer refuses one.
     """
     check_arguments(changes, TrainingArguments, OURS)
+    changes = renamed(changes, TrainingArguments)
     whole("max_steps", changes.get("max_steps", steps))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     parts = processes * changes.get("gradient_accumulation_steps", 1)
