@@ -99,6 +99,7 @@ def other(path: Path) -> None:
         ("rng_state.pth", as_pipe),
         ("trainer_state.json", other),
         ("trainer_state.json", half),
+        ("trainer_state.json", Path.unlink),  # as a kill leaves it
     ],
 )
 def test_an_earlier_checkpoint_is_taken(kind, tmp_path, name, damage):
@@ -109,7 +110,10 @@ def test_an_earlier_checkpoint_is_taken(kind, tmp_path, name, damage):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = kind.run(place / "out", True)
-    assert any("checkpoint-4 cannot be gone on from" in str(warning.message) for warning in told)
+    unfinished = (name, damage) == ("trainer_state.json", Path.unlink)
+    assert any("checkpoint-4 cannot be gone on from" in str(warning.message) for warning in told) == (not unfinished)
+    left = {path.name for path in (place / kind.folder.name).glob("*-checkpoint-*")}
+    assert left == (set() if unfinished else {"damaged-checkpoint-4"})
     assert all(one.equal(two) for one, two in zip(found, kind.result, strict=True))
     assert (place / kind.folder.name / "checkpoint-6" / "checksums.json").is_file()
 
@@ -127,3 +131,25 @@ def test_what_is_kept_beside_the_checkpoints(tmp_path, name):
         return
     with pytest.raises(TrainingError, match="rotations.safetensors is damaged"):
         of_embed(tmp_path / "out", True)
+
+
+def test_an_adapter_goes_on(tmp_path):
+    """A training of PEFT's weights alone, whose checkpoints have no others."""
+    peft = pytest.importorskip("peft")
+    sentence_model(save_backbone("bert", tmp_path / "bert")).save_pretrained(str(tmp_path / "encoder"))
+    rows = [{"anchor": text, "positive": f"{text} w9"} for text in TEXTS]
+
+    def run(resume: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = embed.load_encoder(tmp_path / "encoder")
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["query", "value"]))
+        embed.train(model, rows, "1x8,4x32", folder=tmp_path / "out", resume=resume, **QUICK)
+        return [value.clone() for value in model.state_dict().values()]
+
+    result = run(False)
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out-checkpoints" / "checkpoint-6")
+    half(tmp_path / "out-checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="checkpoint-4 cannot be gone on from .*adapter_model.safetensors"):
+        found = run(True)
+    assert all(one.equal(two) for one, two in zip(found, result, strict=True))

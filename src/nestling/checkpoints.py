@@ -23,15 +23,15 @@ from nestling.writing import check_folder, is_full, write_file
 
 JOB_FILE = "training.json"
 NUMBERED = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
-SET_ASIDE = "damaged-"  # in front of the name of a checkpoint that cannot be gone on from
+DAMAGED, UNFINISHED = "damaged-", "unfinished-"  # in front of names of checkpoints that cannot be gone on from
 Check = Callable[[Path], object]
 
 
 def begin(folder: Path, job: dict, resume: bool, check: Check = lambda checkpoint: None) -> Path | None:
     """Make the folder, or check that it is this job's; the checkpoint to go on from, None for the start.
 
-    Checkpoints behind the one that is gone on from are damaged, or were being written when the training was stopped:
-    the former are set aside, with a warning, the latter are removed.
+    Checkpoints behind the one that is gone on from are damaged, or were being written when the training was stopped.
+    They are set aside: the former with a warning, the latter until the training has come as far again.
 
     Args:
         job: what a resumed training must agree on, plain JSON values.
@@ -141,6 +141,8 @@ def run(trainer: Trainer, folder: Path, checkpoint: Path | None) -> float:
         if checkpoint is None or clock.stepped or isinstance(error, NestlingError):
             raise
         raise TrainingError(f"{checkpoint} cannot be gone on from ({reason(error)}): move it away") from error
+    if trainer.is_world_process_zero():
+        _remove_unfinished(folder, trainer.state.global_step)
     return clock.seconds
 
 
@@ -183,16 +185,23 @@ def _problem(checkpoint: Path, check: Check = lambda checkpoint: None) -> str | 
 
 def _set_aside(checkpoint: Path, problem: str | None) -> None:
     """Out of the way of the training, which will write a checkpoint of that name again."""
+    finished = os.path.lexists(checkpoint / STATE_FILE)  # which is written last
+    place = checkpoint.with_name((DAMAGED if finished else UNFINISHED) + checkpoint.name)
     try:
-        if not (checkpoint / STATE_FILE).is_file():  # which is written last
-            shutil.rmtree(checkpoint)
-            return
-        place = checkpoint.with_name(SET_ASIDE + checkpoint.name)
         shutil.rmtree(place, ignore_errors=True)
         checkpoint.rename(place)
     except OSError as error:
         raise TrainingError(f"{checkpoint} is damaged ({problem}) and cannot be moved away ({error})") from error
-    warnings.warn(f"{checkpoint} cannot be gone on from ({problem}): it is {place.name} now", stacklevel=3)
+    if finished:
+        warnings.warn(f"{checkpoint} cannot be gone on from ({problem}): it is {place.name} now", stacklevel=3)
+
+
+def _remove_unfinished(folder: Path, step: int) -> None:
+    """Remove what was left of checkpoints up to a step, which the training has written anew."""
+    for path in folder.glob(f"{UNFINISHED}checkpoint-*"):
+        number = NUMBERED.fullmatch(path.name.removeprefix(UNFINISHED))
+        if number and int(number[1]) <= step:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_place(folder: Path, resume: bool) -> None:
