@@ -81,7 +81,7 @@ def align(
         task = bar.add_task("reading texts", total=len(few))
         turns = rotations(
             model, [used + said for said in few], depths, batch_size=batch_size,
-            advance=lambda count: bar.advance(task, count),
+            advance=lambda count: bar.advance(task, count), prompts=[used] * len(few),
         )  # fmt: skip
     info = {"texts": len(few), "left_out": examples.left_out, "prompt": used}
     info |= {"seconds": round(time.monotonic() - started), "curve": []}

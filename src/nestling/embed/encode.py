@@ -16,6 +16,8 @@ from nestling.ladder import Cup
 from nestling.options import shown, text, whole
 from nestling.rows import texts_of
 
+DOCUMENTS = ("document", "passage", "corpus")  # names of prompts that are for documents
+
 
 def widths(cups: Iterable[Cup]) -> dict[int, int]:
     """For each depth among the cups, the widest vector that one of them takes there."""
@@ -99,6 +101,21 @@ def strings_of(texts: Any) -> list[str]:
         raise EvaluationError(str(error)) from error
 
 
+def encode_prompted(
+    model: nn.Module, texts: Sequence[str], prompts: Sequence[str], layers: Mapping[int, int], **options: Any
+) -> dict[int, Tensor]:
+    """`encode` of texts that have their prompts in front already, each its own, which the model is told of."""
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        places.setdefault(prompt, []).append(place)
+    found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
+    for prompt, some in places.items():
+        said = [texts[place].removeprefix(prompt) for place in some]
+        for layer, vectors in encode(model, said, layers, prompt=prompt, **options).items():
+            found[layer][some] = vectors
+    return found
+
+
 def stored_prompts(model: SentenceTransformer) -> dict[str, str]:
     """The prompts that a model was saved with, by use: ``sts``, ``query`` and ``passage``; "" where it has none.
 
@@ -112,7 +129,7 @@ def stored_prompts(model: SentenceTransformer) -> dict[str, str]:
         named = [model.prompts[name] for name in names if name in model.prompts]
         return next(filter(None, named), "") if named else usual  # as stock methods do where no such prompt is named
 
-    return {"sts": usual, "query": first("query"), "passage": first("document", "passage", "corpus")}
+    return {"sts": usual, "query": first("query"), "passage": first(*DOCUMENTS)}
 
 
 def served_prompts(model: SentenceTransformer) -> dict[str, str]:
@@ -132,18 +149,17 @@ def prompts_adopted(model: SentenceTransformer, columns: Mapping[str, str]) -> I
         columns: of the training data, with their prompts or "". Columns ``query, passage``, or a first one with
             another prompt than the second, are queries and passages; a prompt of all columns is the one of ``encode``.
     """
-    before = model.prompts, model.default_prompt_name
-    first, second = [*columns.values(), *columns.values()][:2]
-    prompts = served_prompts(model)
-    if {"query", "passage"} <= set(columns):
-        prompts |= {"query": columns["query"], "document": columns["passage"]}
-    elif first != second:
-        prompts |= {"query": first, "document": second}
-    elif not first:
+    before, prompts = (model.prompts, model.default_prompt_name), served_prompts(model)
+    named = {"query", "passage"} <= set(columns)
+    every = [columns["query"], columns["passage"]] if named else list(columns.values())
+    query, document = [*every, *every][:2]
+    if named or query != document:
+        prompts |= {"query": query, **{name: document for name in DOCUMENTS if name in prompts}}
+    elif not query:
         model.default_prompt_name = None
-    elif first != stored_prompts(model)["sts"]:
-        model.default_prompt_name = next((name for name, text in prompts.items() if text == first), "trained")
-        prompts[model.default_prompt_name] = first
+    elif query != stored_prompts(model)["sts"]:
+        model.default_prompt_name = next((name for name, text in prompts.items() if text == query), "trained")
+        prompts[model.default_prompt_name] = query
     model.prompts = dict(prompts)
     try:
         yield

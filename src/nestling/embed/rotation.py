@@ -9,15 +9,14 @@ model to its width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from nestling.basis import pca
-from nestling.embed.encode import encode, strings_of
+from nestling.embed.encode import encode_prompted, strings_of
 from nestling.embed.encoder import Encoder
 from nestling.embed.similarity import Similarity
 from nestling.errors import ExampleError, OptionError, UnsupportedEncoderError
@@ -85,6 +84,7 @@ def rotations(
     flatten: float = 0.5,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
+    prompts: Sequence[str] | None = None,
 ) -> dict[int, Rotation]:
     """Start rotations of the pooled vectors at each depth, from one pass over texts.
 
@@ -105,6 +105,8 @@ def rotations(
             near to the target's as can be; 0.5 lets lesser directions, which tell like texts apart, count for more.
         batch_size: texts at a time.
         advance: told how many texts are done, after each batch.
+        prompts: what of each text, at its start, is its prompt: a model that leaves prompts out of its pooling
+            (``include_prompt=False``) has to know.
 
     Returns:
         ``{depth: Rotation}``.
@@ -128,22 +130,22 @@ def rotations(
         raise OptionError(f"expected the target's embeddings of {len(given)} texts, got {list(target.shape)}")
     depths = sorted(set(layers))
     needed = {*depths, parts.depth} if kind == "aligned" and target is None else depths
-    found = encode(model, given, dict.fromkeys(sorted(needed), parts.dims), batch_size=batch_size, advance=advance)
+    if prompts is not None and (len(prompts) != len(given) or not all(map(str.startswith, given, prompts))):
+        raise OptionError(f"expected prompts that {len(given)} texts start with, got {len(prompts)}")
+    sizes = dict.fromkeys(sorted(needed), parts.dims)
+    found = encode_prompted(model, given, prompts or [""] * len(given), sizes, batch_size=batch_size, advance=advance)
+    vectors = {depth: pooled.double() for depth, pooled in found.items()}
     if kind != "aligned":
-        return {depth: _components(found[depth].double(), kind == "centred") for depth in depths}
-    wanted = (found[parts.depth] if target is None else target.cpu()).double()
+        return {depth: _components(vectors[depth], kind == "centred") for depth in depths}
     centred = similarity.unit or similarity.name != "dot"
-    if similarity.unit:
-        wanted = normalize(wanted, dim=-1)
+    wanted = similarity.finished(vectors[parts.depth] if target is None else target.cpu().double())
     turned = {}
     for depth in depths:
-        vectors = found[depth].double()
         if depth == parts.depth:
-            turned[depth] = _components(vectors, centred)
-        elif similarity.unit:
-            turned[depth] = _scaled(*_aligned(vectors, wanted, flatten, centred))
-        else:
-            turned[depth] = Rotation(*_aligned(vectors, wanted, 0.0, centred))
+            turned[depth] = _components(vectors[depth], centred)
+            continue
+        encode, mean = _aligned(vectors[depth], wanted, flatten if similarity.unit else 0.0, centred)
+        turned[depth] = _scaled(encode, mean) if similarity.unit else Rotation(encode, mean)
     return turned
 
 

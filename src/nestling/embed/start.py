@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -68,15 +69,17 @@ def start_rotations(
     if written and path.is_file():
         return read_rotations(path)
     if isinstance(rotation, str):
-        prompted = [prompts.get(name, "") + text for name, column in examples.columns.items() for text in column]
-        places = {text: place for place, text in enumerate(prompted)}
+        every = [(prompts.get(name, ""), text) for name, column in examples.columns.items() for text in column]
+        places = {prompt + text: place for place, (prompt, text) in enumerate(every)}
         few = list(places)[:: -(-len(places) // SAMPLE)]
+        asked = [every[places[text]][0] for text in few]
         target = None
         if teacher is not None and numbers is not None:
             target = teacher[numbers.T.flatten()[torch.tensor([places[text] for text in few])]]
         # Where texts are all there is, similarities themselves are followed.
         flatten = 0.0 if examples.kind == "texts" else 0.5
         depths = turned_depths(ladder)
-        rotation = rotations(model, few, depths, kind=rotation, target=target, flatten=flatten)  # type: ignore[arg-type]
+        kind: Any = rotation
+        rotation = rotations(model, few, depths, kind=kind, target=target, flatten=flatten, prompts=asked)
     write_rotations(path, rotation)
     return read_rotations(path)
