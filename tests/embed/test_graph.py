@@ -1,23 +1,29 @@
 """ONNX graphs: run by onnxruntime on other batches than they were made with, and by fastembed where there is one."""
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from nestling.embed import graph
+from nestling.embed.encode import encode
 from nestling.embed.export import export
 from nestling.embed.load import load_encoder
 from nestling.embed.probe import LENGTHS, probe_texts
 from nestling.embed.rotation import rotations
 from nestling.errors import ExportError, LoadError
 
-from .families import FAMILIES, sentence_model, some_texts
+from .families import FAMILIES, save_backbone, sentence_model, some_texts, tokenizer
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -157,6 +163,102 @@ def test_fastembed_serves_it_as_a_custom_model(made, tmp_path):
     command = [python, "-c", FASTEMBED, str(result.folder), str(tmp_path / "texts"), str(tmp_path / "out.npy")]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
     assert np.abs(np.load(tmp_path / "out.npy") - model.encode(texts)).max() < 1e-4
+
+
+def typed(folder, first):
+    """A BERT whose tokenizer gives types of tokens, as BERT's own does, with another one for the first token."""
+    inside = tokenizer()._tokenizer
+    inside.post_processor = TemplateProcessing(
+        single=f"[CLS]:{first} $A:0 [SEP]:0", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    special = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inside, model_max_length=64, model_input_names=names, **special
+    ).save_pretrained(folder)
+    return sentence_model(folder)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_types_of_tokens_are_fed_only_where_they_tell_something(tmp_path, first):
+    """And the card says what is fed, and the folder's tokenizer makes no more than that."""
+    model = typed(save_backbone("bert", tmp_path / "model"), first)
+    assert "token_type_ids" in model.preprocess(["w9"])
+    folder = export(model, "2x8", tmp_path / "cup", onnx=True).folder
+    session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = {entry.name for entry in session.get_inputs()}
+    assert names == {"input_ids", "attention_mask", *["token_type_ids"] * first}
+    served, texts = SentenceTransformer(str(folder), device="cpu"), some_texts(9)
+    made = served.tokenizer(texts, padding=True, return_tensors="np")
+    assert set(made) == names
+    vectors = session.run(["sentence_embedding"], dict(made))[0]
+    assert np.abs(vectors - served.encode(texts)).max() < 1e-4
+    unit = torch.nn.functional.normalize(encode(model, texts, {2: 8})[2], dim=-1)
+    assert np.abs(vectors - unit.numpy()).max() < 1e-4
+    card = (folder / "README.md").read_text()
+    assert all(f"`{name}`" in card for name in names) and ("token_type_ids" in card) == bool(first)
+
+
+@pytest.mark.parametrize("name", ["dot", "euclidean"])
+def test_lengths_are_kept_where_they_count(encoder, tmp_path, name):
+    model = encoder(pooling="max")
+    model.similarity_fn_name = name
+    result, texts = export(model, "2x8", tmp_path / "cup", onnx=True), some_texts(9)
+    served = SentenceTransformer(str(result.folder), device="cpu")
+    _, (vectors, _) = run(result.folder, served, texts)
+    wanted = encode(model, texts, {2: 8})[2].numpy()
+    assert np.abs(vectors - wanted).max() < 1e-4 * np.abs(wanted).max() and np.abs(wanted).max() > 1.1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_int8_has_the_name_by_which_javascript_asks_for_it(encoder, tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links")))
+    folder = export(encoder(), "2x8", tmp_path / "cup", onnx=True, int8=True).folder / "onnx"
+    assert (folder / "model_quantized.onnx").read_bytes() == (folder / "model_int8.onnx").read_bytes()
+
+
+JAVASCRIPT = """
+const [library, folder, texts, out] = process.argv.slice(2);
+const { pipeline, AutoModel, AutoTokenizer, env } = await import(library);
+const { readFileSync, writeFileSync } = await import('node:fs');
+env.allowRemoteModels = false; env.localModelPath = folder + '/';
+const given = JSON.parse(readFileSync(texts, 'utf8')), found = {};
+for (const dtype of ['fp32', 'q8', 'int8']) {
+  const embed = await pipeline('feature-extraction', 'cup', { dtype });
+  for (const pooling of ['mean', 'cls', 'last_token'])
+    found[`${dtype} ${pooling}`] = (await embed(given, { pooling, normalize: true })).tolist();
+  const model = await AutoModel.from_pretrained('cup', { dtype });
+  const tokenizer = await AutoTokenizer.from_pretrained('cup');
+  const result = await model(tokenizer(given, { padding: true, truncation: true }));
+  found[`${dtype} AutoModel`] = result.sentence_embedding.tolist();
+}
+writeFileSync(out, JSON.stringify(found));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cup, turned", [("2x8", False), ("2x32", True), ("4x32", False)])
+def test_transformers_js_gives_the_vectors_of_the_cup(encoder, tmp_path, cup, turned):
+    """By its pipeline, however it is told to pool, and by AutoModel. NESTLING_TRANSFORMERS_JS names a folder in which
+    npm has installed @huggingface/transformers."""
+    place, node = os.environ.get("NESTLING_TRANSFORMERS_JS"), shutil.which("node")
+    if not place or not node:
+        pytest.skip("there is no node, or no @huggingface/transformers")
+    library = Path(place).resolve() / "node_modules/@huggingface/transformers/dist/transformers.node.mjs"
+    model, texts = encoder(), [*some_texts(7), "W9 w9", "w9"]
+    turns = rotations(model, some_texts(60), [2]) if turned else None
+    export(model, cup, tmp_path / "cup", rotations=turns, onnx=True, int8=True)
+    (tmp_path / "run.mjs").write_text(JAVASCRIPT)
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    command = [node, "run.mjs", library.as_uri(), str(tmp_path), "texts.json", "out.json"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    served = SentenceTransformer(str(tmp_path / "cup"), device="cpu").encode(texts)
+    for way, vectors in json.loads((tmp_path / "out.json").read_text()).items():
+        if way.startswith("fp32"):
+            assert np.abs(np.array(vectors) - served).max() < 1e-4, way
+        else:
+            assert (np.array(vectors) * served).sum(1).mean() > 0.95, way
 
 
 @pytest.mark.real

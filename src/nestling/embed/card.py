@@ -118,7 +118,7 @@ def _front(origin: Origin, what: str, usable: bool = True) -> str:
         head["base_model"] = origin.base
     head |= origin.facts
     head["tags"] = ["sentence-transformers", *["feature-extraction", "sentence-similarity"] * usable, "nestling"]
-    return f"---\n{yaml_dump(head)}---"
+    return f"---\n{yaml_dump(head, sort_keys=False)}---"
 
 
 def _cut_out(ladder: Ladder, rotations: Mapping[int, Rotation]) -> str:
