@@ -79,6 +79,7 @@ def test_every_damage_is_told_of_or_does_not_matter(tmp_path, capsys):
     assert found.count("refused") > len(found) / 3 or only is not None
 
 
+@pytest.mark.slow
 def test_what_hangs_takes_memory_or_dies_is_told_of(tmp_path):
     """The watch itself: it must not be fooled, nor end with what it watches."""
     pipe = tmp_path / "pipe"
