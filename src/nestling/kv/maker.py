@@ -85,13 +85,14 @@ class Maker:
     def _least(self, budget: Budget) -> str:
         """The smallest budget in the unit of another one, why it is not smaller, and what would make it so."""
         if budget.full_bytes is not None:
-            least = f"{math.ceil(self.smallest * budget.full_bytes)} bytes"
+            least = f"{round(self._smallest(1 / budget.full_bytes) * budget.full_bytes)} bytes"
         else:
-            least = f"{self.smallest:.4f}" if self.smallest > 0.01 else f"{self.smallest:.{DIGITS}g}"
-        ways = ["bits=True"] if self.bits_help else []
+            least = f"{self.smallest:.{DIGITS}g}"
+        fits = self.context > self.exact_tokens
+        ways = ["bits=True"] if self.bits_help and fits else []
         if self.exact_tokens and self._bare < 1:
             ways = ["fewer exact tokens", "a longer context", *ways]
-            if self.context > self.exact_tokens:
+            if fits:
                 least += f" with {self.exact_tokens} exact tokens (sinks and window) at context={self.context}"
             else:
                 exact = f"the {self.exact_tokens} exact tokens (sinks and window)"
@@ -103,12 +104,12 @@ class Maker:
         """The share of the full cache that the smallest table takes, exact tokens not counted."""
         return self.steps.least / (16 if self.bits else 1) / self.full
 
-    def _smallest(self) -> float:
-        """The smallest budget, rounded up to `DIGITS` digits; 1 if there is no smaller one."""
+    def _smallest(self, unit: float | None = None) -> float:
+        """The smallest budget, rounded up to a multiple of ``unit``, by default to `DIGITS` digits; at most 1."""
         least, exact = self._bare, self.exact_tokens
         if exact:
             least = (least * (self.context - exact) + exact) / self.context if self.context > exact else 1.0
-        unit = 10.0 ** (math.floor(math.log10(least)) + 1 - DIGITS)
+        unit = unit or 10.0 ** (math.floor(math.log10(least)) + 1 - DIGITS)
         count = math.ceil(least / unit - 1e-6)
         while (found := round(count * unit, 15)) < 1 and self.table(found) is None:
             count += 1
