@@ -190,11 +190,10 @@ def test_inspect_shows_the_ranks(place):
         (("kv", "fit", "lm", "--out", "new", "--text", "missing.txt"), "missing.txt"),
         (("kv", "fit", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
         (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--preset", "best"), "preset must be one of"),
-        (("kv", "train", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
-        (
-            ("kv", "search", "lm", "adapter", "--out", "new", "--budgets", 75, "--method", "luck"),
-            "method must be one of",
-        ),
+        (("kv", "train", "lm", "--out", "new", "--text", "short.txt", "--budgets", 75), "shorter than one window"),
+        (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--budgets", "75,7.5%"), "--budgets='7.5%'"),
+        (("kv", "eval", "lm", "adapter", "--budgets", "75,7.5%"), "--budgets='7.5%'"),
+        (("kv", "search", "lm", "adapter", "--out", "new", "--budgets", 75, "--method", "luck"), "luck"),
         (("kv", "fit", "nowhere/model", "--out", "new"), "nowhere/model"),
     ],
 )

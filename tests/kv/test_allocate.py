@@ -133,7 +133,7 @@ def test_an_unsorted_energy_is_not_stuck_behind_a_small_step():
 
 
 @pytest.mark.parametrize("method", ["uniform", "energy"])
-@given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([16, 32, 64]), st.integers(0, 99), st.data())
+@given(st.integers(1, 3), st.integers(1, 12), st.sampled_from([16, 20, 32, 64]), st.integers(0, 99), st.data())
 @settings(deadline=None, max_examples=50)
 def test_a_larger_budget_lowers_nothing(method, layers, heads, width, seed, data):
     share = st.floats(smallest(layers, heads, width), 2 * layers * heads * width)

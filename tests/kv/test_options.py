@@ -212,3 +212,19 @@ def test_numbers_of_other_kinds_are_numbers(fitted, ids):
     for a, b in zip(one.layers, other.layers, strict=True):
         assert (a.exact.sinks, a.exact.window) == (b.exact.sinks, b.exact.window) == (2, 3)
         assert all(type(size) is int for size in (a.exact.sinks, a.exact.window))
+
+
+@pytest.mark.parametrize("length", [1, 40, 83])
+def test_windows_no_longer_than_the_exact_tokens_are_refused_by_their_own_name(idle, ids, length):
+    with pytest.raises(OptionError, match=f"length={length} .* 83 exact tokens"):
+        kv.evaluate(idle.model, None, idle.adapter, [0.9], texts=ids, length=length)
+
+
+@pytest.mark.parametrize("given", [0.001, "0.1%", "3%"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_training_at_budgets_out_of_reach(idle, ids, tmp_path, given, calibrated):
+    with pytest.raises(BudgetError, match=f"eval_budgets={given!r} is below the smallest possible, 0.5"):
+        adapter = idle.adapter if calibrated else None
+        kv.train(
+            idle.model, None, ids, adapter, folder=tmp_path / "out", eval_budgets=[0.9, given], recipe={"window": 0}
+        )

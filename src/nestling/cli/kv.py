@@ -110,6 +110,7 @@ def train(
 ) -> None:
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
+    from nestling.kv.budget import read_shares
     from nestling.kv.files import check_place, expected_bytes, shares_of
     from nestling.models import load_model
 
@@ -122,7 +123,7 @@ def train(
         held_out = list(texts_from(eval_text, lines, named))
     else:
         held_out, texts = texts[::20], [t for i, t in enumerate(texts) if i % 20] or texts
-    shares = _shares(budgets)
+    shares = read_shares(budgets, "--budgets")
     start = None if adapter is None else kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
     check_place(out, expected_bytes(language_model))
@@ -167,15 +168,17 @@ def search(
 ) -> None:
     """Search the ranks of layers and heads by measurement, for all budgets at once."""
     from nestling import kv
+    from nestling.kv.budget import read_shares
     from nestling.kv.files import check_place
+    from nestling.kv.maker import ranks_at
     from nestling.models import load_model
 
     check_outputs(json, folder=out)
     check_place(out)
-    shares = _shares(budgets)
+    shares = read_shares(budgets, "--budgets")
     nested = kv.KVAdapter.from_pretrained(adapter)
     for share in shares:
-        nested.ranks(share * nested.full_elements)  # a budget out of reach is said before the search
+        ranks_at(nested, share)  # a budget out of reach is said before the search
     texts = texts_from(text, lines, columns_of(columns, TEXT))
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
@@ -188,9 +191,9 @@ def search(
     console.print(f"{found.info['search']['forwards']:,} forward passes in {seconds:.0f} s. Saved to {out}")
     rows = []
     for share in shares:
-        ranks = found.ranks(share * found.full_elements)
+        ranks = ranks_at(found, share)
         kept = {side: int(getattr(ranks, side).sum()) * 2 / found.full_elements for side in ("keys", "values")}
-        rows.append({"model": model, "method": method, "budget": share, **kept})
+        rows.append({"model": model, "method": method, "budget": share.share, **kept})
     show(rows, f"share of keys and values kept, allocation={method}")
     write_results(json, rows, seconds)
 
@@ -228,9 +231,10 @@ def evaluate(
     """Measure what budgets cost: KL to the full model, perplexity, top-1 agreement, tasks, bytes."""
     from nestling import kv
     from nestling.data import read_multiple_choice
+    from nestling.kv.budget import read_shares
     from nestling.models import load_model
 
-    shares, dtype = _shares(budgets), _dtype(cache_dtype)
+    shares, dtype = read_shares(budgets, "--budgets"), _dtype(cache_dtype)
     check_outputs(json, html)
     nested = kv.KVAdapter.from_pretrained(adapter)
     tasks = {path.name.split(".")[0]: read_multiple_choice(path)[:rows] for path in task or []}
@@ -247,7 +251,7 @@ def evaluate(
     if html is not None:
         from nestling.kv.demo import write_report
 
-        write_report(html, nested, result, shares, title=f"{model}: quality and bytes")
+        write_report(html, nested, result, [share.share for share in shares], title=f"{model}: quality and bytes")
         console.print(f"Report: {html}")
 
 
@@ -304,13 +308,13 @@ def inspect(
     from nestling import kv
     from nestling.kv.budget import read_share
     from nestling.kv.demo import rank_maps, rank_rows, shade
+    from nestling.kv.maker import ranks_at
     from nestling.report import write_png
 
     check_outputs(json, png)
-    asked = read_share(budget, "--budget").share
-    assert asked is not None, "read_share takes no bytes"
+    wanted = read_share(budget, "--budget")
     nested = kv.KVAdapter.from_pretrained(adapter)
-    ranks = nested.ranks(asked * nested.full_elements, allocation)
+    ranks, asked = ranks_at(nested, wanted, allocation), wanted.share
     rows = rank_rows(nested, ranks)
     width = nested.shape[2]
     table = Table("layer", "keys", "values", "groups", title=f"ranks of {width} at {asked:.4g} of the full cache")
@@ -331,12 +335,6 @@ def inspect(
     if png is not None:
         write_png(png, rank_maps(nested, ranks, f"Ranks at {asked:.0%}"))
         console.print(f"Heat map: {png}")
-
-
-def _shares(budgets: str) -> list[float]:
-    from nestling.kv.budget import read_shares
-
-    return [budget.share for budget in read_shares(budgets, "--budgets") if budget.share is not None]
 
 
 def _dtype(name: str):

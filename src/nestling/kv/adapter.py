@@ -13,19 +13,17 @@ from nestling.basis import NestedBasis
 from nestling.errors import AdapterError, BudgetError
 from nestling.kv import allocate, attention
 from nestling.kv.allocate import CONTEXT, RankTable
-from nestling.kv.bits import BitTable, bit_steps, bit_table_of, losses
+from nestling.kv.bits import BitTable, bit_table_of
 from nestling.kv.budget import Budget, read_request
 from nestling.kv.cache import CHUNK, NestedCache, make_cache
 from nestling.kv.exact import capacity
 from nestling.kv.files import SIDES, path_names, read, write
-from nestling.kv.maker import Maker
+from nestling.kv.maker import WITHOUT_BITS, Maker, steps_of
 from nestling.kv.modes import in_default_mode
 from nestling.kv.push import push
-from nestling.kv.steps import Steps
-from nestling.options import choice, flag, number, share, shown, whole
+from nestling.options import choice, flag, number, share, whole
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
-WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"
 DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a cache can store
 SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
 
@@ -118,32 +116,6 @@ class KVAdapter:
         searched = self.info.get("search", {}).get("method")
         return searched if searched in self.paths else "energy"
 
-    def steps(self, allocation: str | None = None, *, bits: bool = False) -> Steps:
-        """The steps of a named allocation, of ranks or of bits: the tables of all budgets.
-
-        Raises:
-            AdapterError: for bits of an adapter without `noise`.
-            BudgetError: for unknown allocations.
-        """
-        layers, heads, width = self.shape
-        if bits:
-            if not self.quantises:
-                raise AdapterError(WITHOUT_BITS)
-            if allocation not in (None, "energy"):
-                raise BudgetError(f"allocation of bits must be 'energy' or a bit table, got {shown(allocation)}")
-            energy, noise = (torch.stack([values[s] for s in SIDES]) for values in (self.energy, self.noise))
-            errors = torch.tensor([self.info["errors"][s] for s in SIDES])
-            return bit_steps(losses(energy, noise, errors))
-        allocation = allocation or self.allocation
-        if allocation == "uniform":
-            return allocate.uniform_steps(layers, heads, width)
-        if allocation == "energy":
-            return allocate.gain_steps(allocate.energy_gains(self.energy["key"], self.energy["value"]), width)
-        if isinstance(allocation, str) and allocation in self.paths:
-            return allocate.gain_steps(self.paths[allocation].double(), width)
-        known = ", ".join(map(repr, ("energy", "uniform", *self.paths)))
-        raise BudgetError(f"allocation must be {known} or a rank table, got {shown(allocation)}")
-
     def ranks(self, elements: float, allocation: str | RankTable | Mapping | None = None) -> RankTable:
         """The rank table of an allocation for a number of elements per token.
 
@@ -157,7 +129,7 @@ class KVAdapter:
             allocation.check(*self.shape)
             return allocation
         elements = number("elements", elements, above=0)
-        return allocate.table_of(self.steps(allocation), elements, self.shape[2])
+        return allocate.table_of(steps_of(self, allocation), elements, self.shape[2])
 
     @property
     def quantises(self) -> bool:
@@ -178,7 +150,7 @@ class KVAdapter:
             allocation.check(*self.shape)
             return allocation
         bits = number("bits", bits, above=0)
-        return bit_table_of(self.steps(allocation, bits=True), bits)
+        return bit_table_of(steps_of(self, allocation, bits=True), bits)
 
     @in_default_mode
     def cache(
@@ -259,8 +231,9 @@ class KVAdapter:
             raise BudgetError("give budget= (such as 0.25 or '64MiB') or bytes_per_token=, not both or neither")
         else:
             remake = Maker(
-                self, asked or Budget(1.0, None, "budget=1"), limit, allocation=allocation, bits=bits, dtype=dtype,
+                self, asked or Budget(1.0, None, "budget=1"), limit, allocation=allocation, bits=bits,
                 exact_tokens=capacity(sinks, window), context=context,
+                bits_help=dtype is None or dtype.itemsize == 2,
             )  # fmt: skip
             ranks = remake.required(remake.budget)
         made = make_cache(

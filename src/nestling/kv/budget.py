@@ -35,6 +35,9 @@ class Budget:
     full_bytes: int | None = None
 
 
+Budgets = str | Iterable[float | str | Budget]  # several, as `read_shares` takes them
+
+
 def read_budget(value: Any, name: str = "budget") -> Budget:
     """A budget as the user wrote it: a number, or text.
 

@@ -22,8 +22,9 @@ from nestling.data import read_multiple_choice, read_texts
 from nestling.distill import kl_divergence
 from nestling.errors import DataError, EvaluationError
 from nestling.kv import attention
-from nestling.kv.adapter import KVAdapter
-from nestling.kv.budget import read_shares
+from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.budget import Budgets, read_shares
+from nestling.kv.exact import check_length
 from nestling.kv.modes import in_default_mode
 from nestling.kv.probes import (
     choice_scores,
@@ -67,7 +68,7 @@ def evaluate(
     model,
     tokenizer,
     adapter: KVAdapter,
-    budgets: Sequence[float] = (1.0, 0.75, 0.5, 0.4),
+    budgets: Budgets = (1.0, 0.75, 0.5, 0.4),
     *,
     allocation=None,
     texts: Iterable[str] | Tensor | None = None,
@@ -108,6 +109,12 @@ def evaluate(
     method = _method(adapter, allocation if named else "ranks") + "-bits" * quantised
     options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
     sizes = read_shares(budgets) if named else [None]
+    if "context" not in cache_options and not cache_options.get("paper"):
+        sinks, window = (
+            whole(n, cache_options.get(n, v), minimum=0) for n, v in (("sinks", SINKS), ("window", WINDOW))
+        )
+        if any(size is not None and size.share != 1 for size in sizes):
+            check_length(length, sinks, window)
     contenders = [
         Contender(method, size.share if size else None, bind(adapter.cache, model, size, **options)) for size in sizes
     ]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nestling.errors import OptionError
 from nestling.kv.modes import ordinary, traced
 
 BLOCK = 16  # recent tokens that are encoded at once, when the store is full
@@ -13,6 +14,15 @@ BLOCK = 16  # recent tokens that are encoded at once, when the store is full
 def capacity(sinks: int, window: int, block: int = BLOCK) -> int:
     """Tokens that a layer's exact store has room for: they are paid for out of the budget."""
     return sinks + (window + block - 1 if window else 0)
+
+
+def check_length(length: int, sinks: int, window: int) -> None:
+    """Raise `OptionError` unless texts of ``length`` tokens have some that are not exact."""
+    if length <= (exact := capacity(sinks, window)):
+        raise OptionError(
+            f"length={length} must be longer than the {exact} exact tokens (sinks={sinks}, window={window}): "
+            "nothing is compressed"
+        )
 
 
 def coded(length, sinks: int, window: int, block: int = BLOCK):

@@ -1,20 +1,83 @@
-"""What a cache was made of: enough to find the table of any other budget, and the smallest one, without a cache."""
+"""From an adapter and a budget to a table, and what a cache was made of: enough to find the table of any budget."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nestling.errors import BudgetError
-from nestling.kv.allocate import RankTable, elements_per_token
-from nestling.kv.bits import BitTable
-from nestling.kv.budget import Budget
+from nestling.errors import AdapterError, BudgetError
+from nestling.kv.allocate import CONTEXT, RankTable, elements_per_token, energy_gains, gain_steps, uniform_steps
+from nestling.kv.bits import BitTable, bit_steps, losses
+from nestling.kv.budget import Budget, read_share
+from nestling.kv.groups import SIDES
+from nestling.kv.steps import Steps
+from nestling.options import shown
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
 
+WITHOUT_BITS = "this adapter has no noise and steps to quantise by: calibrate or train it again"
 DIGITS = 4  # of the smallest budget, which is rounded up
+
+
+def steps_of(adapter: "KVAdapter", allocation: str | None = None, *, bits: bool = False) -> Steps:
+    """The steps of a named allocation of an adapter, of ranks or of bits: the tables of all budgets.
+
+    Raises:
+        AdapterError: for bits of an adapter that was made without noise.
+        BudgetError: for unknown allocations.
+    """
+    layers, heads, width = adapter.shape
+    if bits:
+        if not adapter.quantises:
+            raise AdapterError(WITHOUT_BITS)
+        if allocation not in (None, "energy"):
+            raise BudgetError(f"allocation of bits must be 'energy' or a bit table, got {shown(allocation)}")
+        energy, noise = (torch.stack([values[s] for s in SIDES]) for values in (adapter.energy, adapter.noise))
+        errors = torch.tensor([adapter.info["errors"][s] for s in SIDES])
+        return bit_steps(losses(energy, noise, errors))
+    allocation = allocation or adapter.allocation
+    if allocation == "uniform":
+        return uniform_steps(layers, heads, width)
+    if allocation == "energy":
+        return gain_steps(energy_gains(adapter.energy["key"], adapter.energy["value"]), width)
+    if isinstance(allocation, str) and allocation in adapter.paths:
+        return gain_steps(adapter.paths[allocation].double(), width)
+    known = ", ".join(map(repr, ("energy", "uniform", *adapter.paths)))
+    raise BudgetError(f"allocation must be {known} or a rank table, got {shown(allocation)}")
+
+
+def ranks_at(adapter: "KVAdapter", budget: Any, allocation: str | None = None) -> RankTable:
+    """The rank table of a share of the full cache, exact tokens not counted.
+
+    Args:
+        budget: see `nestling.kv.budget.read_share`.
+
+    Raises:
+        BudgetError: if it is no share, or below the smallest, which the message has; for unknown allocations.
+    """
+    found = _table_at(adapter, budget, allocation, bits=False)
+    assert isinstance(found, RankTable)
+    return found
+
+
+def bits_at(adapter: "KVAdapter", budget: Any) -> BitTable:
+    """The bit table of a share of the 16 bits of the full cache: as `ranks_at`.
+
+    Raises:
+        BudgetError: as `ranks_at`.
+        AdapterError: for an adapter that was made without noise.
+    """
+    found = _table_at(adapter, budget, None, bits=True)
+    assert isinstance(found, BitTable)
+    return found
+
+
+def _table_at(adapter: "KVAdapter", budget: Any, allocation: str | None, bits: bool) -> RankTable | BitTable:
+    asked = read_share(budget)
+    maker = Maker(adapter, asked, allocation=allocation, bits=bits, exact_tokens=0, context=CONTEXT, bits_help=False)
+    return maker.required(asked)
 
 
 class Maker:
@@ -24,11 +87,11 @@ class Maker:
         adapter: whose bases the cache has.
         budget: that the cache starts from, a share.
         limit: bytes that it never exceeds, if there are any.
-        allocation: the name of one, as for `KVAdapter.steps`.
+        allocation: the name of one, as for `steps_of`.
         bits: whether coordinates are quantised.
         exact_tokens: tokens that there is room for in full.
         context: number of tokens at which budgets are met.
-        dtype: of the stored coordinates; None for that of the model.
+        bits_help: whether ``bits=True`` may be advised where it would allow smaller budgets.
     """
 
     def __init__(
@@ -41,16 +104,15 @@ class Maker:
         bits: bool,
         exact_tokens: int,
         context: int,
-        dtype: torch.dtype | None,
+        bits_help: bool,
     ):
         self.adapter, self.budget, self.limit, self.bits = adapter, budget, limit, bits
         self.exact_tokens, self.context = exact_tokens, context
         self.share = budget.share or 1.0
         self.full = adapter.full_elements
-        self.steps = adapter.steps(allocation, bits=bits)
+        self.steps = steps_of(adapter, allocation, bits=bits)
         self.smallest = self._smallest()
-        quantisable = adapter.quantises and allocation in (None, "energy") and (dtype is None or dtype.itemsize == 2)
-        self.bits_help = quantisable and not bits
+        self.bits_help = bits_help and not bits and adapter.quantises and allocation in (None, "energy")
 
     def __deepcopy__(self, memo) -> "Maker":
         return self

@@ -10,11 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nestling.errors import OptionError
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.allocate import STEP, blended, by_gains, edges, energy_gains, halvable
-from nestling.kv.exact import capacity
+from nestling.kv.exact import check_length
 from nestling.kv.files import SIDES
 from nestling.kv.modes import in_default_mode
 from nestling.kv.student import Student
@@ -105,11 +104,7 @@ def search(
     lowest, progress = number("lowest", lowest, minimum=0, below=1), flag("progress", progress)
     adapter.check(model)
     length = min(length, getattr(attention.text_config(model), "max_position_embeddings", None) or length)
-    if length <= (exact := capacity(sinks, window)):
-        raise OptionError(
-            f"length={length} must be longer than the {exact} exact tokens (sinks={sinks}, window={window}): nothing "
-            "is compressed"
-        )
+    check_length(length, sinks, window)
     attention.attach(model)
     ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=windows)))
     training = model.training

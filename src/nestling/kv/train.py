@@ -17,15 +17,16 @@ from transformers import Trainer, TrainerCallback
 from nestling.arguments import remove_printer, stopped
 from nestling.callbacks import made, restore, stops_early
 from nestling.checkpoints import begin, check_place, run
-from nestling.errors import MissingExtraError, OptionError, TrainingError
+from nestling.errors import BudgetError, MissingExtraError, OptionError, TrainingError
 from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import RankTable
+from nestling.kv.allocate import STEP, RankTable
 from nestling.kv.arguments import Recipe, recipe_of, training_arguments
 from nestling.kv.bits import BitTable
-from nestling.kv.budget import read_shares
+from nestling.kv.budget import Budget, Budgets, read_shares
 from nestling.kv.calibrate import fit
-from nestling.kv.exact import capacity
+from nestling.kv.exact import check_length
+from nestling.kv.maker import bits_at, ranks_at
 from nestling.kv.modes import check_weights, in_default_mode
 from nestling.kv.sampling import RankedWindows, schedule
 from nestling.kv.sensitivity import measure
@@ -54,7 +55,7 @@ def train(
     batch_size: int = 8,
     eval_texts: Iterable[str] | Tensor | None = None,
     eval_windows: int = 4,
-    eval_budgets: Sequence[float] = BUDGETS,
+    eval_budgets: Budgets = BUDGETS,
     seed: int = 0,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     resume: bool = False,
@@ -103,19 +104,21 @@ def train(
     tokens, length, batch_size = whole("tokens", tokens), whole("length", length), whole("batch_size", batch_size)
     eval_windows, seed = whole("eval_windows", eval_windows), whole("seed", seed, 0, 2**32 - 1)
     resume, progress = flag("resume", resume), flag("progress", progress)
-    shares = [budget.share for budget in read_shares(eval_budgets, "eval_budgets") if budget.share is not None]
+    asked = read_shares(eval_budgets, "eval_budgets")
     if stops_early(own):
         raise OptionError("EarlyStoppingCallback: what is kept is the last step, there is no best one")
     check_place(folder, resume)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
     check_weights(lm)
+    tables = None if adapter is None else _tables(adapter, asked, chosen)
+    width = attention.head_shape(config)[2]
+    if tables is None and chosen.sampling != "bits":
+        for budget in asked:
+            if (budget.share or 0) < min(STEP, width) / width:
+                raise BudgetError(f"{budget.given} is below the smallest possible, {min(STEP, width) / width:.4g}")
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    if length <= (exact := capacity(chosen.sinks, chosen.window)):
-        raise OptionError(
-            f"length={length} must be longer than the {exact} exact tokens (sinks={chosen.sinks}, "
-            f"window={chosen.window}): nothing is compressed"
-        )
+    check_length(length, chosen.sinks, chosen.window)
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
     if labels is not None and (labels.shape[1:] != windows.shape[1:] or len(labels) < len(windows)):
         raise OptionError(f"labels are {list(labels.shape)}, expected {list(windows.shape)}, in step with the texts")
@@ -135,7 +138,7 @@ def train(
     attention.check_head(lm, windows[:1, :16].to(attention.input_device(lm)))
     ranks = schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed)
     data = RankedWindows(windows, ranks, seed, steps * batch_size, labels)
-    tables = {f"{share:g}": _table(adapter, share, chosen) for share in shares}
+    tables = tables or _tables(adapter, asked, chosen)
     budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
     job = _job(adapter, preset, chosen, windows, steps, batch_size, seed)
     flags = {p: p.requires_grad for p in lm.parameters()}
@@ -180,10 +183,11 @@ def train(
     return measure(lm, trained, windows, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress)
 
 
-def _table(adapter: KVAdapter, share: float, recipe: Recipe) -> RankTable | BitTable:
-    """What a held-out text is read at."""
-    elements = share * adapter.full_elements
-    return adapter.bits(16 * elements) if recipe.sampling == "bits" else adapter.ranks(elements, recipe.allocation)
+def _tables(adapter: KVAdapter, budgets: Sequence[Budget], recipe: Recipe) -> dict[str, RankTable | BitTable]:
+    """What a held-out text is read at, by share."""
+    if recipe.sampling == "bits":
+        return {f"{budget.share:g}": bits_at(adapter, budget) for budget in budgets}
+    return {f"{budget.share:g}": ranks_at(adapter, budget, recipe.allocation) for budget in budgets}
 
 
 class _Curve(TrainerCallback):
