@@ -116,8 +116,10 @@ class NestedLayer(StoredLayer):
 
     def _widen(self, dtype: torch.dtype) -> None:
         """Go on in a dtype that holds both what is stored and what comes, as joining tensors of both would give."""
+        if dtype == self.dtype or self.storage_dtype is not None:
+            return
         wider = torch.promote_types(self.dtype, dtype)
-        if self.storage_dtype is None and wider != self.dtype:
+        if wider != self.dtype:
             self.dtype = wider
             self._apply(lambda t: t.to(wider) if t.is_floating_point() else t)
 
@@ -132,7 +134,7 @@ class NestedLayer(StoredLayer):
     def _split(self, states: Sequence[Tensor], prompt: int) -> Split | None:
         """What each query of new tokens after the prompt sees, if they do not all see the same."""
         count, exact = states[0].shape[2], self.exact
-        if exact is None or not exact.window or count == prompt:
+        if exact is None or not exact.window or count - prompt <= 1:
             return None
         lengths = range(exact.total + prompt + 1, exact.total + count + 1)
         borders = [exact.coded(length) for length in lengths]
