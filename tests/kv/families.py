@@ -40,10 +40,19 @@ FAMILIES = {
     "moe": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
 }
 
+MORE = {  # that are served beside these
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "cohere": ("cohere", {}),
+    "glm": ("glm", {"head_dim": 16}),
+    "gpt-neox": ("gpt_neox", {"num_key_value_heads": None}),
+}
+
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides):
     """A random model in eval mode."""
-    kind, extra = FAMILIES[family]
+    kind, extra = (FAMILIES | MORE)[family]
     config = CONFIG_MAPPING[kind](**{**BASE, **extra, **overrides})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
