@@ -3,6 +3,8 @@
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from nestling.kv import attention
+
 if TYPE_CHECKING:
     from nestling.kv.cache import NestedCache
 
@@ -16,8 +18,7 @@ class DraftWatch:
 
     def __init__(self, model: Any, cache: "NestedCache"):
         self.cache = weakref.ref(cache)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.handle = getattr(model, "_orig_mod", model).register_forward_pre_hook(self, with_kwargs=True)
+        self.handle = attention.base_model(model).register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, model: Any, args: tuple, kwargs: dict) -> None:
         cache, logits = self.cache(), kwargs.get("logits_to_keep")

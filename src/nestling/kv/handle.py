@@ -62,7 +62,7 @@ class NestedHandle:
         """Attention to what the layer holds."""
         layer, count = self.layer, query.shape[2]
         graph = torch.is_grad_enabled() and (query.requires_grad or layer.traced)
-        at_full_width = layer.uncompressed or graph or count > SHORT_QUERY
+        at_full_width = layer.uncompressed or graph or count > SHORT_QUERY or bool(kwargs.get("dropout"))
         if self.split is not None:
             return self._at_borders(module, query, mask, self.split, at_full_width, **kwargs)
         causal = mask is None and count > 1  # no mask for several tokens: SDPA is told to be causal
