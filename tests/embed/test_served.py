@@ -377,6 +377,31 @@ def test_odd_texts(encoder, tmp_path, family, side):
     assert encode(model, [], {2: 8})[2].shape == (0, 8)
 
 
+def test_queries_that_are_cut_shorter(encoder, tmp_path):
+    """A length of its own for queries is kept, and measured with."""
+    model, texts = encoder(), ["w9 w10 w11 w12 w13 w14 w15", "w9"]
+    model[0].query_length, model.prompts = 5, {"query": "w20 "}
+    cup = served(model, "2x8", tmp_path / "cup")
+    close(cup.encode_query(texts), normalize(encode(model, texts, {2: 8}, prompt="w20 ", task="query")[2], dim=-1))
+    assert np.abs(cup.encode_query(texts) - cup.encode(texts, prompt="w20 ")).max() > 0.01
+    data = searched()
+    (row,) = GridEvaluator("2x8", retrieval={"r": data}).rows(model)
+    (own,) = GridEvaluator("2x8", retrieval={"r": data}).rows(cup)
+    assert own["ndcg_r"] == pytest.approx(row["ndcg_r"], abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_half_precision_is_measured_as_it_is_and_not_exported(encoder, tmp_path, family, dtype):
+    model = encoder(family).to(dtype)
+    found = encode(model, TEXTS, {2: 8, 4: 32})
+    assert found[4].dtype == torch.float32
+    close(found[4], model.encode(TEXTS, convert_to_tensor=True).float(), 1e-3)
+    assert np.isfinite(GridEvaluator("2x8", sts={"s": scored()}).rows(model)[0]["s"])
+    with pytest.raises(ExportError, match=str(dtype).removeprefix("torch.")):
+        export(model, "2x8", tmp_path / "cup")
+
+
 def test_lower_casing_comes_along(backbones, tmp_path):
     """It is asked for in a file of sentence-transformers that exports rewrite."""
     sentence_model(backbones("bert")).save_pretrained(str(tmp_path / "model"))

@@ -16,6 +16,7 @@ from nestling.ladder import Cup
 from nestling.options import shown, text, whole
 from nestling.rows import texts_of
 
+TASKS = {"query": "query", "passage": "document"}  # what stock methods call the uses of a text
 DOCUMENTS = ("document", "passage", "corpus")  # names of prompts that are for documents
 
 
@@ -37,6 +38,7 @@ def encode(
     batch_size: int = 32,
     rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    task: str | None = None,
 ) -> dict[int, Tensor]:
     """The embeddings of texts at several depths. Batches are of texts of like length, longest first.
 
@@ -50,6 +52,8 @@ def encode(
         rotations: by depth, what is applied to the pooled vectors ``[B, dims]`` before they are cut; at depths that
             have none, nothing is.
         advance: told how many texts are done, after each batch.
+        task: what the model's preprocessing is told that texts are, as by ``encode_query`` ("query") and
+            ``encode_document`` ("document"); some models cut them at lengths of their own.
 
     Returns:
         ``{depth: [n, width]}`` fp32 on the CPU, not normalised, in the order of the texts.
@@ -62,10 +66,11 @@ def encode(
     check_texts(texts)
     encoder = Encoder.of(model).evaluating()
     found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
+    told = {} if task is None else {"task": task}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        features = encoder.model.preprocess([texts[i] for i in places], prompt=prompt or None)
+        features = encoder.model.preprocess([texts[i] for i in places], prompt=prompt or None, **told)
         features = batch_to_device(features, encoder.model.device)
         for layer, pooled in pooled_taps(encoder, features, layers, {}).items():
             pooled = pooled.float()

@@ -16,7 +16,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
 from nestling.embed.checksum import checksum, reading
-from nestling.embed.encode import encode, stored_prompts, widths
+from nestling.embed.encode import TASKS, encode, stored_prompts, widths
 from nestling.embed.encoder import Encoder
 from nestling.embed.metrics import BESIDE, ranking, spearman
 from nestling.embed.own import Rotations, chosen
@@ -193,7 +193,7 @@ class GridEvaluator(BaseEvaluator):
             def vectors(texts: Sequence[str], use: str) -> dict[int, Tensor]:
                 return encode(
                     model, texts, widths(cups), prompt=prompts[use], batch_size=self.batch_size,
-                    rotations=rotations, advance=lambda count: bar.advance(task, count),
+                    rotations=rotations, advance=lambda count: bar.advance(task, count), task=TASKS.get(use),
                 )  # fmt: skip
 
             for part, measure in parts.items():

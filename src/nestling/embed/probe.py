@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from nestling.embed.anatomy import positions_of
-from nestling.embed.encode import encode, stored_prompts
+from nestling.embed.encode import TASKS, encode, stored_prompts
 from nestling.embed.encoder import Encoder
 from nestling.embed.rotation import Rotation
 from nestling.embed.similarity import Similarity
@@ -58,29 +59,21 @@ def difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: Se
     Raises:
         ExportError: more than the tolerance, or the folder gives vectors of another width.
     """
-    texts, stored = probe_texts(encoder.model), stored_prompts(encoder.model)
+    texts, similarity = probe_texts(encoder.model), Similarity.of(encoder.model)
     rotations = None if rotation is None else {cup.layers: rotation}
-    similarity = Similarity.of(encoder.model)
-    wanted = {
-        prompt: similarity.finished(
-            encode(encoder.model, texts, {cup.layers: cup.dims}, prompt=prompt, rotations=rotations)[cup.layers]
-        )
-        for prompt in {"": None, **dict.fromkeys(stored.values())}
-    }
     served.eval()
     methods: dict[str, Any] = {"sts": served.encode, "query": served.encode_query, "passage": served.encode_document}
-    calls: list[Any] = [("", lambda: served.encode(texts, prompt="", show_progress_bar=False))]
-    calls += [
-        (stored[use], lambda method=method: method(texts, show_progress_bar=False))
-        for use, method in methods.items()
-        if any(stored.values())
-    ]
+    calls: list[Any] = [("", None, partial(served.encode, prompt=""))]
+    calls += [(prompt, TASKS.get(use), methods[use]) for use, prompt in stored_prompts(encoder.model).items()]
     worst = 0.0
-    for prompt, call in calls:
-        found = torch.as_tensor(call())
-        if found.shape != wanted[prompt].shape:
+    for prompt, task, method in calls:
+        pooled = encode(encoder.model, texts, {cup.layers: cup.dims}, prompt=prompt, rotations=rotations, task=task)[
+            cup.layers
+        ]
+        wanted, found = similarity.finished(pooled), torch.as_tensor(method(texts, show_progress_bar=False))
+        if found.shape != wanted.shape:
             raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {cup.dims}")
-        differs = apart(found, wanted[prompt])
+        differs = apart(found, wanted)
         if not differs <= TOLERANCE:
             raise ExportError(
                 f"the export's vectors differ from the model's by {differs:.1e}, above {TOLERANCE:.0e}"
