@@ -62,6 +62,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         {"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 0}},
     ),
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "mistral": {"sliding_window": None},
     "gpt_neo": {"attention_types": [[["global"], 4]], "num_layers": 4},
 }  # fmt: skip
 UNBUILT = {
@@ -70,7 +73,13 @@ UNBUILT = {
     "dbrx": "its config makes no model",
     "dots3_note": "its config makes no small model",
     "fuyu": "its config makes no small model",
+    "got_ocr2": "its config makes no small model",
     "gemma3n": "its vision tower needs timm",
+    "lfm2_moe": "its config makes no small model",
+    "mamba2": "its config makes no small model",
+    "moss_transcribe_diarize": "its config makes no small model",
+    "musicgen": "its config makes no small model",
+    "musicgen_melody": "its config makes no small model",
     "gemma4_assistant": "it drafts for another model, whose cache it reads",
     "gemma4_unified_assistant": "it drafts for another model, whose cache it reads",
 }

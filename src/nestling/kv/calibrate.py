@@ -10,7 +10,8 @@ from nestling.errors import OptionError
 from nestling.kv import attention
 from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
 from nestling.kv.exact import capacity
-from nestling.kv.modes import check_weights, in_default_mode
+from nestling.kv.gradients import check_gradients
+from nestling.kv.modes import in_default_mode
 from nestling.kv.moments import BASES, SKIP, collect_moments, make_bases
 from nestling.kv.sensitivity import LENGTH, PIECES, measure
 from nestling.options import choice, flag, whole
@@ -81,7 +82,7 @@ def fit(
     seed, progress = whole("seed", seed, 0, 2**32 - 1), flag("progress", progress)
     attention.check_support(model)
     config = attention.text_config(model)
-    check_weights(model)
+    check_gradients(model)
     positions = getattr(config, "max_position_embeddings", None) or length
     if min(length, positions) <= skip:
         raise OptionError(f"skip={skip} leaves nothing of windows of {min(length, positions)} tokens")

@@ -100,7 +100,7 @@ def _matrix(part: Callable[[Tensor], Tensor], given: Tensor) -> Tensor | None:
         zero = run(torch.zeros(1, width))
         columns = torch.cat([run(rows) - zero for rows in eye.split(ROWS)])
         got = run(probe) - zero
-    except (TypeError, ValueError, RuntimeError):  # it takes more than one tensor, or another one
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # it takes more than one tensor, or another one
         return None
     expected = probe.to(given.dtype).float() @ columns
     linear = (got - expected).norm() <= 0.05 * expected.norm()

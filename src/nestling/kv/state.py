@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from nestling.errors import UnsupportedModelError
 from nestling.kv.interface import base_model
-from nestling.kv.structure import text_config
+from nestling.kv.structure import compressible_layers, text_config
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -108,12 +108,13 @@ def input_device(model) -> torch.device:
 
 
 def layer_devices(model) -> dict[int, torch.device]:
-    """The device on which each decoder layer computes, by layer index, also where its weights are offloaded."""
-    found: dict[int, torch.device] = {}
-    for module in base_model(model).get_decoder().modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and index not in found and (device := _device(module)) is not None:
-            found[index] = device
+    """The device on which each layer that is compressed computes, by index, also where its weights are offloaded."""
+    lm = base_model(model)
+    found = dict.fromkeys(compressible_layers(text_config(lm)), input_device(lm))
+    parts = [part for part in decoder_part(lm).modules() if getattr(part, "layer_idx", None) in found]
+    for part in reversed(parts):  # the outermost part of a layer has the last word
+        if (device := _device(part)) is not None:
+            found[part.layer_idx] = device  # type: ignore[index]
     return found
 
 

@@ -144,6 +144,8 @@ class _Layer(PassThroughLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         new = key_states, value_states
+        if odd := {type(states).__name__ for states in new if type(states) is not Tensor}:
+            raise UnsupportedModelError(f"its keys and values are {', '.join(odd)} objects, which a cache cannot keep")
         self.held = tuple(torch.cat(pair, -2) for pair in zip(self.held, new, strict=True)) if self.held else new
         reader = CachedStates(self)
         return reader, reader

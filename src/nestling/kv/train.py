@@ -26,8 +26,9 @@ from nestling.kv.bits import BitTable
 from nestling.kv.budget import Budget, Budgets, read_shares
 from nestling.kv.calibrate import fit
 from nestling.kv.exact import check_length
+from nestling.kv.gradients import check_gradients
 from nestling.kv.maker import bits_at, ranks_at
-from nestling.kv.modes import check_weights, in_default_mode
+from nestling.kv.modes import in_default_mode
 from nestling.kv.sampling import RankedWindows, schedule
 from nestling.kv.sensitivity import measure
 from nestling.kv.student import Student
@@ -110,7 +111,7 @@ def train(
     check_place(folder, resume)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
-    check_weights(lm)
+    check_gradients(lm)
     tables = None if adapter is None else _tables(adapter, asked, chosen)
     width = attention.head_shape(config)[2]
     if tables is None and chosen.sampling != "bits":
