@@ -23,16 +23,21 @@ def check_gradients(model) -> None:
         if given and isinstance(output, Tensor) and not output.requires_grad:
             blocked.append(names[part])
 
+    def start(part: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1] * 1  # some models write to it
+
+    embedded: list[Tensor] = []
     names = {part: name for name, part in lm.named_modules() if hasattr(part, "in_features")}
     hooks = [part.register_forward_hook(look) for part in names]
+    hooks.append(lm.get_input_embeddings().register_forward_hook(start))
     try:
         with as_found(lm), forgotten(lm), default_mode():
             lm.eval()
             ids = torch.zeros(1, 4, dtype=torch.long, device=input_device(lm))
-            embedded = lm.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = lm(inputs_embeds=embedded, use_cache=False).logits
+            logits = lm(input_ids=ids, use_cache=False).logits
             if not blocked:
-                torch.autograd.grad(logits.float().sum(), embedded)
+                torch.autograd.grad(logits.float().sum(), embedded[0])
     except (RuntimeError, AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(_message(lm, f"{type(error).__name__}: {error}"[:200])) from error
     finally:

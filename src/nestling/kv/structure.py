@@ -83,7 +83,9 @@ def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def _head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise UnsupportedModelError(f"model type '{config.model_type}' has no attention heads")
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
