@@ -207,8 +207,8 @@ def _rows_of(matrices: Tensor, heads: list[int], layout: Layout) -> Tensor | Non
     """The rows of some heads' matrices that a layout keeps, in its order; None if all are kept as they are."""
     if len(layout.plain) == matrices.shape[-1]:
         return None
-    kept = [*layout.plain, *layout.coded]
-    return _padded(matrices[heads], 0.0)[:, kept].contiguous()  # indexing copies, so the full width can be freed
+    kept = torch.tensor([*layout.plain, *layout.coded], dtype=torch.int64, device=matrices.device)
+    return _padded(matrices[heads], 0.0).index_select(1, kept)  # a copy, so that the full width can be freed
 
 
 def _padded(matrices: Tensor, value: float) -> Tensor:

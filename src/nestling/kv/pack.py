@@ -21,17 +21,27 @@ def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
     The fields of 8 bits of all blocks come first, then those of 4, 2 and 1.
     """
     blocks = codes.unflatten(-2, (len(widths), BLOCK))
+    runs, start = [], 0
+    for width, run in groupby(widths):
+        count = len(list(run))
+        runs.append((width, blocks.narrow(-3, start, count)))
+        start += count
     rows = []
     for field in FIELDS:
-        members = [i for i, width in enumerate(widths) if width & field]
+        members = [
+            run >> _below(width, field) if _below(width, field) else run for width, run in runs if width & field
+        ]
         if members:
-            chosen = torch.stack([blocks[..., i, :, :] >> _below(widths[i], field) for i in members], -3)
-            parts = (chosen & ((1 << field) - 1)).unflatten(-2, (BLOCK // field, field))  # [..., place, row, t]
-            packed = parts[..., 0, :, :].clone()
-            for place in range(1, BLOCK // field):
-                packed |= parts[..., place, :, :] << (place * field)
-            rows.append(packed.flatten(-3, -2))
-    return torch.cat(rows, -2)
+            chosen = members[0] if len(members) == 1 else torch.cat(members, -3)
+            rows.append(_joined(chosen & ((1 << field) - 1) if field < 8 else chosen, field).flatten(-3, -2))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
+
+
+def _joined(numbers: Tensor, field: int) -> Tensor:
+    """Bytes ``[..., field, t]`` of eight numbers of ``field`` bits, ``[..., 8, t]``: halves are joined."""
+    while (half := numbers.shape[-2] // 2) >= field:
+        numbers = numbers.narrow(-2, 0, half) | numbers.narrow(-2, half, half) << half
+    return numbers
 
 
 def unpack(rows: Tensor, widths: Sequence[int]) -> Tensor:
