@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import nestling.embed
+import nestling.embed.demo  # with the real readers: a first import below would keep the fakes
+import nestling.kv.demo
 import nestling.models
 from nestling.cli import app
 

@@ -22,8 +22,9 @@ def vectors(count, width, seed):
 @given(st.integers(3, 40), st.integers(1, 8), st.integers(0, 1000), st.integers(2, 5))
 def test_spearman_is_the_correlation_of_ranks(count, width, seed, levels):
     first, second = vectors(count, width, seed), vectors(count, width, seed + 1) * 7
+    pairs = list(zip(first.numpy(), second.numpy(), strict=True))
     scores = [float(i % levels) for i in range(count)]  # with ties
-    cosines = [float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(first, second, strict=True)]
+    cosines = [float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in pairs]
     if width == 1:
         cosines = [round(cosine) for cosine in cosines]
     found = spearman(first, second, scores)
