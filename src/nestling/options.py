@@ -142,7 +142,7 @@ def _plain(name: str, value: Any, expected: str) -> int | float:
 def shown(value: Any) -> str:
     """The value as a message shows it, on one short line: a number of thousands of digits cannot even be spelled."""
     try:
-        text = repr(value)
+        text = repr(value).replace("\n", " ")
     except ValueError:
         return "a number of too many digits"
     return text if len(text) <= 60 else text[:57] + "..."

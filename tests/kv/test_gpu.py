@@ -86,6 +86,22 @@ def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids):
     assert apart(found, expected) < 0.02, "products of other shapes round differently there, so codes may be one off"
 
 
+@pytest.mark.parametrize("start", [1.0, 0.6])
+def test_an_offloaded_cache_shrinks_as_others_do(fitted, ids, start):
+    """In the middle of a text, when one layer is on the GPU and the others are not."""
+    made = fitted("llama-gqa")
+    model = copy.deepcopy(made.model).cuda()
+    tokens, options = ids[:2, :60].cuda(), {"bits": True, "sinks": 2, "window": 4, "context": 256}
+    caches = [made.adapter.cache(model, start, offloading=offloading, **options) for offloading in (True, False)]
+    for cache in caches:
+        run(model, tokens[:, :50], cache, [50])
+    places = [layer.stored_on for layer in caches[0].layers]
+    for cache in caches:
+        cache.shrink(0.3)
+    assert [layer.stored_on for layer in caches[0].layers] == places
+    assert torch.equal(*(run(model, tokens[:, 50:], cache, [1] * 10) for cache in caches))
+
+
 def test_calibration_and_quality_are_those_of_the_cpu(fitted, ids):
     made = fitted("llama-gqa")
     model = copy.deepcopy(made.model).cuda()

@@ -148,7 +148,8 @@ def test_calibration(idle, ids, name, value):
 @pytest.mark.parametrize("options", [{"sensitivity_length": 40}, {"window": 50}, {"sinks": 46}, {"skip": 64}])
 def test_calibration_needs_more_than_the_exact_tokens(fitted, ids, monkeypatch, options):
     case = fitted("llama-gqa")
-    monkeypatch.setattr(type(case.model), "forward", lambda *_, **__: pytest.fail("the model was run"))
+    calibrate = sys.modules["nestling.kv.calibrate"]
+    monkeypatch.setattr(calibrate, "collect_moments", lambda *_, **__: pytest.fail("it was calibrated"))
     name, value = next(iter(options.items()))
     with pytest.raises(OptionError, match=f"{name}={value}"):
         kv.fit(case.model, None, ids, length=64, **{"window": 25, "sinks": 4, **options})

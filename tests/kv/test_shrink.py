@@ -478,3 +478,22 @@ def test_bases_are_counted_beside_what_is_held(fitted, ids):
     orders = sum(t.nbytes for layer in cache.layers for t in layer.order or ())
     assert sum(found.values()) == cache.nbytes + cache.basis_nbytes + orders
     assert cache.basis_nbytes == empty > 0 and case.adapter.cache(case.model, 1.0).basis_nbytes == 0
+
+
+def test_layers_that_are_offloaded_come_and_go(fitted, ids, monkeypatch):
+    """Without a GPU: a device that is the same by another name."""
+    case, calls = fitted("llama-gqa"), []
+    cache = case.adapter.cache(case.model, 1.0, sinks=2, window=3, context=1000)
+    logits(case.model, ids[:1, :40], cache)
+    for name in ("prefetch", "move", "offload"):
+        method = getattr(NestedLayer, name)
+
+        def called(self, *args, name=name, method=method):
+            calls.append((name, self.index))
+            return method(self, *args)
+
+        monkeypatch.setattr(NestedLayer, name, called)
+    cache.layers[1].device = torch.device("cpu", 0)
+    cache.shrink(0.7)
+    assert [call for call in calls if call[1] == 1] == [("move", 1), ("prefetch", 1), ("offload", 1)]
+    assert not [call for call in calls if call[1] != 1 and call[0] != "move"]

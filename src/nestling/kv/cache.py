@@ -112,7 +112,7 @@ class NestedCache(StoredCache):
         dtype = first.storage_dtype or dtype or first.dtype
         if first.length:
             dtype = torch.promote_types(dtype, first.dtype)
-        tokens, draft = first.length + new, first.may_go(new)
+        tokens, draft = first.length + new, first.may_go(new) if new else first.room_for_drafts
         if self._expected(batch, tokens, dtype.itemsize, draft=draft) <= self.limit:
             return
         budget, smallest = self.budget, self.remake.smallest

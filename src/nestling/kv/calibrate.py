@@ -82,10 +82,10 @@ def fit(
     seed, progress = whole("seed", seed, 0, 2**32 - 1), flag("progress", progress)
     attention.check_support(model)
     config = attention.text_config(model)
-    check_gradients(model)
     positions = getattr(config, "max_position_embeddings", None) or length
     if min(length, positions) <= skip:
         raise OptionError(f"skip={skip} leaves nothing of windows of {min(length, positions)} tokens")
+    check_gradients(model)
     length = min(length, positions)
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=max(1, tokens // length))))
     shortest = min(length, piece)

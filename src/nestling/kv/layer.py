@@ -19,6 +19,7 @@ from nestling.kv.groups import RankGroup
 from nestling.kv.handle import NestedHandle
 from nestling.kv.modes import full_precision, traced
 from nestling.kv.owner import Owner
+from nestling.kv.packed import PackedRows
 from nestling.kv.shrink import take
 from nestling.kv.split import Split
 from nestling.kv.stored import StoredLayer
@@ -216,6 +217,9 @@ class NestedLayer(StoredLayer):
             exact: an empty store, used if this layer has none yet since nothing was compressed.
             biases: of the groups.
         """
+        away = self.stored_on not in (None, self.device) if self.length else False
+        if away:
+            self.prefetch()
         if self.length:
             held = self._order()
             order = [held.index(head) for group in groups for head in group.heads]
@@ -236,6 +240,17 @@ class NestedLayer(StoredLayer):
             if self.hitters is not None:
                 self.hitters.apply(lambda tensor: _reordered(tensor, there))
         self._store_in(groups, exact, biases)
+        if away:
+            self.offload()
+
+    @property
+    def stored_on(self) -> torch.device | None:
+        """Where the tokens held are: on the model's device or, offloaded, in host memory. None if there are none."""
+        if self.exact is not None and self.exact.data:
+            return self.exact.data[0].device
+        rows = self.groups[0].rows[0]
+        data = (rows.codes if isinstance(rows, PackedRows) else rows).data
+        return None if data is None else data.device
 
     def heads_first(self, states: Tensor) -> Tensor:
         """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
@@ -271,6 +286,11 @@ class NestedLayer(StoredLayer):
         if self.exact is None:
             return exact.leaving(held), held
         return self.groups[0].length + self.exact.leaving(count), held
+
+    @property
+    def room_for_drafts(self) -> int:
+        """Exact tokens that there is room for beyond those that are paid for: there may have been drafts."""
+        return 0 if self.exact is None else max(self.exact.size - self.exact.capacity, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""

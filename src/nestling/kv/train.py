@@ -111,13 +111,13 @@ def train(
     check_place(folder, resume)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = attention.text_config(lm)
-    check_gradients(lm)
     tables = None if adapter is None else _tables(adapter, asked, chosen)
     width = attention.head_shape(config)[2]
     if tables is None and chosen.sampling != "bits":
         for budget in asked:
             if (budget.share or 0) < min(STEP, width) / width:
                 raise BudgetError(f"{budget.given} is below the smallest possible, {min(STEP, width) / width:.4g}")
+    check_gradients(lm)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     check_length(length, chosen.sinks, chosen.window)
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
