@@ -110,9 +110,8 @@ def evaluate(
     options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
     sizes = read_shares(budgets) if named else [None]
     if "context" not in cache_options and not cache_options.get("paper"):
-        sinks, window = (
-            whole(n, cache_options.get(n, v), minimum=0) for n, v in (("sinks", SINKS), ("window", WINDOW))
-        )
+        sinks = whole("sinks", cache_options.get("sinks", SINKS), minimum=0)
+        window = whole("window", cache_options.get("window", WINDOW), minimum=0)
         if any(size is not None and size.share != 1 for size in sizes):
             check_length(length, sinks, window)
     contenders = [
