@@ -45,17 +45,19 @@ demo-embed: install
 	$(BIN)/nestling demo embed
 
 # Property tests see the same examples every time here; a plain `pytest` looks for new ones. A process for each core,
-# each with one thread; a file's tests stay together, since they share models.
-PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile=ci
+# each with one thread; a file's tests stay together, since they share models. A test that hangs is tried once more.
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=1 \
+	--hypothesis-profile=ci
+SLOW := -o faulthandler_timeout=1800
 
 test: install
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: install
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) $(SLOW) -m slow $(ARGS)
 
 test-all: install
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(SLOW) $(ARGS)
 
 # The ends of the ranges in pyproject.toml. The few packages that differ lie in a folder each, before the environment's.
 VERSION_TESTS := $(addprefix tests/,kv/test_attention.py kv/test_support.py kv/test_cache.py kv/test_adapter.py \

@@ -1,8 +1,10 @@
 """StarbucksLoss within DistributedDataParallel: the reducer of torch itself, alone and with a second process."""
 
 import copy
-from contextlib import contextmanager
+import gc
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import pytest
 import torch
@@ -15,15 +17,21 @@ from nestling.embed.losses import StarbucksLoss
 from .families import sentence_model, some_texts
 
 CUPS = "1x8,2x16,4x32"
+Result = TypeVar("Result")
 
 
-@contextmanager
-def group(folder, rank=0, size=1):
+def in_group(run: Callable[[], Result], folder, rank=0, size=1) -> Result:
+    """What ``run`` returns, run within a process group.
+
+    The reducers that it makes are gone before the group is: one that outlives it is the last to hold it, and may wait
+    for gloo's thread with Python's lock held, for which that thread waits.
+    """
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     try:
-        yield
+        return run()
     finally:
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -53,7 +61,8 @@ def test_gradients_in_one_process(family, options, cached, encoder, tmp_path):
     """Over several steps: a reducer that was left half done complains, or hangs, in the next one."""
     model = encoder(family)
     plain = starbucks(copy.deepcopy(model), cached)
-    with group(tmp_path):
+
+    def steps() -> None:
         wrapped = DistributedDataParallel(model, **options)
         loss = starbucks(wrapped, cached)
         for step in range(3):
@@ -64,18 +73,23 @@ def test_gradients_in_one_process(family, options, cached, encoder, tmp_path):
             for name, gradient in expected.items():
                 torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
+    in_group(steps, tmp_path)
+
 
 def _train(rank: int, folder: str, backbone: str) -> None:
     torch.set_num_threads(1)
-    found = {}
-    with group(folder, rank, 2):
+
+    def run() -> dict:
+        found = {}
         for cached in (False, True):
             model = sentence_model(backbone)
             wrapped = DistributedDataParallel(model, find_unused_parameters=True)
             loss = starbucks(wrapped, cached)
             for step in range(2):
                 found[cached] = gradients(loss, batch(model, 10 * step + rank), wrapped)
-    torch.save(found, f"{folder}/{rank}.pt")
+        return found
+
+    torch.save(in_group(run, folder, rank, 2), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.slow
@@ -95,8 +109,9 @@ def test_two_processes_average_their_gradients(backbones, tmp_path):
 
 def _train_gathered(rank: int, folder: str, backbone: str) -> None:
     torch.set_num_threads(1)
-    found = {}
-    with group(folder, rank, 2):
+
+    def run() -> dict:
+        found = {}
         for cached in (False, True):
             model = sentence_model(backbone)
             wrapped = DistributedDataParallel(model, find_unused_parameters=True)
@@ -110,7 +125,9 @@ def _train_gathered(rank: int, folder: str, backbone: str) -> None:
         labels = torch.arange(4 * rank, 4 * rank + 4)[:, None]
         torch.stack(list(loss(batch(model, rank)[:1], labels).values())).sum().backward()
         found["alone"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    torch.save(found, f"{folder}/{rank}.pt")
+        return found
+
+    torch.save(in_group(run, folder, rank, 2), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.slow

@@ -110,6 +110,21 @@ def test_a_copy_can_be_shrunk_and_reset(fitted, ids):
     assert twin.nbytes == 0 and twin.budget == 0.4
 
 
+def test_a_file_may_be_read_onto_another_device(fitted, ids):
+    """Devices are those of the tensors, and not those of the machine that wrote the file."""
+    made = fitted("llama-gqa")
+    for name in ("full", "ranks", "bits"):
+        cache = filled(made, name, ids[:1, :30])
+        for layer in cache.layers:
+            layer.device = torch.device("cuda")
+            for group in layer.groups:
+                group.device = torch.device("cuda")
+        twin = through_torch_save(cache)
+        assert {part.device.type for layer in twin.layers for part in (layer, *layer.groups)} == {"cpu"}
+        twin.shrink({"full": 0.8, "ranks": 0.58, "bits": 0.38}[name])
+        assert torch.isfinite(goes_on(made.model, twin, ids[1:2, :30])).all()
+
+
 def test_forgotten_tokens_are_not_in_the_file(fitted, ids):
     """What was cropped is still in memory behind the tokens in use, and none of it is written."""
     made = fitted("llama-gqa")

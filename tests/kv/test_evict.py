@@ -61,10 +61,9 @@ def test_both_ways_of_reading_count_alike(fitted, ids):
             case.model(input_ids=part, **cached(case.model, cache))
         found.append([layer.hitters.mass for layer in cache.layers])
     assert found[0][0].shape == (2, 2, 60)
-    # Within a chunk of 20 more tokens are compressed than in a decode, so only the first tokens are read alike
     for one, many in zip(*found, strict=True):
-        assert one.sum() == pytest.approx(float(many.sum()), rel=1e-4) == pytest.approx(2 * 4 * 60, rel=1e-4)
-        assert torch.corrcoef(torch.stack((one.flatten(), many.flatten())))[0, 1] > 0.98
+        assert one.sum() == pytest.approx(2 * 4 * 60, rel=1e-4)
+        torch.testing.assert_close(many, one, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("budget, window", [(1.0, 0), (1.0, 6), (0.99, 6)])

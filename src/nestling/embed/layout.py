@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -78,7 +79,7 @@ def layout_of(name: str, source: Path | str) -> Layout:
 
 @contextmanager
 def adapter_folder(source: Path | str, layout: Layout, locate: Callable[[str], Path | str]) -> Iterator[Path | str]:
-    """The source itself, or, of an adapter for a built-in alias, a copy that names the alias's folder instead.
+    """The source itself; of an adapter for a built-in alias, links to its files beside a config that names a folder.
 
     The alias is the name that a model from `load_encoder` carries, and PEFT writes it down.
     """
@@ -86,9 +87,10 @@ def adapter_folder(source: Path | str, layout: Layout, locate: Callable[[str], P
         yield source
         return
     with tempfile.TemporaryDirectory() as temp:
-        shutil.copytree(source, temp, dirs_exist_ok=True)
+        shutil.copytree(source.absolute(), temp, dirs_exist_ok=True, copy_function=os.symlink)
         path = Path(temp, layout.transformer, ADAPTER)
         config = json.loads(path.read_text("utf-8"))
+        path.unlink()
         config["base_model_name_or_path"] = str(locate(layout.base))
         path.write_text(json.dumps(config), "utf-8")
         yield Path(temp)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from nestling.errors import MissingExtraError, UnsupportedEncoderError
+from nestling.errors import MissingExtraError, TrainingError, UnsupportedEncoderError
+from nestling.writing import naming
+
+TRAINED_FILE = "trained.safetensors"  # of a checkpoint of a model with adapters
 
 
 def has_adapters(transformer: Transformer) -> bool:
@@ -56,6 +62,37 @@ def merge(transformer: Transformer) -> None:
         raise UnsupportedEncoderError(
             f"the model has an adapter ({', '.join(sorted(kinds))}) that cannot be merged into its weights: {error}"
         ) from error
+
+
+def save_trained(model: SentenceTransformer, path: Path) -> None:
+    """Write what is trained of a model with adapters, by its own names; what PEFT saves needs its base to be read.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    changing = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    changing |= {name for name, _ in model.named_buffers()}
+    tensors = {
+        name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items() if name in changing
+    }
+    with naming(path):
+        save_file(tensors, path)
+
+
+def load_trained(model: SentenceTransformer, path: Path) -> None:
+    """Put back what `save_trained` wrote.
+
+    Raises:
+        TrainingError: it is damaged, or of another model.
+    """
+    try:
+        tensors = load_file(path)
+        unknown = sorted(tensors.keys() - model.state_dict().keys())
+        if unknown:
+            raise ValueError(f"the model has no {unknown[0]}")
+        model.load_state_dict(tensors, strict=False)
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        raise TrainingError(f"{path} cannot be put back ({error}): go on from an earlier checkpoint") from error
 
 
 def _unload(backbone: Any) -> None:

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from nestling.callbacks import made as made_callbacks
 from nestling.callbacks import stops_early
+from nestling.embed.anatomy import fit_length
 from nestling.embed.arguments import checked, training_arguments
 from nestling.embed.bases import made
 from nestling.embed.encode import prompts_adopted, stored_prompts
@@ -85,7 +86,8 @@ def train(
     Under ``torchrun`` every process calls this; the loss is the one of the global batch, as in one process.
 
     Args:
-        model: trained in place, on its own device or the accelerator that there is.
+        model: trained in place, on its own device or the accelerator that there is. Texts are cut to the positions
+            that it has.
         data: strings, or rows with the columns ``anchor, positive[, negative...]``, ``query, passage[, negative...]``,
             ``sentence1, sentence2, score``, ``text``, or another form of `read_pairs`; with a ``loss`` of your own,
             any columns of texts and one of labels. In a list, a data frame, a data set or any other iterable. What is
@@ -156,6 +158,7 @@ def train(
         flag(name, value)
     encoder, out, own = Encoder.of(model), path("folder", folder), made_callbacks(callbacks)
     check_places(model, out, "training", resume)
+    fit_length(encoder.transformer)
     inner, recipe = made(loss, model), None if recipe is None else checked_recipe(recipe)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
     plan.check(cups, recipe, rotation, mini_batch_size, arguments)

@@ -13,6 +13,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch import Tensor, distributed, nn
 from torch.utils.data import SequentialSampler
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from nestling.arguments import rehearsed
 from nestling.embed.encoder import unwrapped
 from nestling.embed.files import ROTATIONS_FILE, read_rotations, write_rotations
+from nestling.embed.lora import TRAINED_FILE, has_adapters, load_trained, save_trained
 from nestling.embed.modes import forward_kept
 from nestling.embed.rotation import Rotation
 from nestling.errors import TrainingError
@@ -40,14 +42,20 @@ class CupTrainer(SentenceTransformerTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
+        folder, model = Path(cast(str, output_dir or self.args.output_dir)), unwrapped(self.model)
+        if has_adapters(cast(Transformer, model[0])):
+            save_trained(model, folder / TRAINED_FILE)
         if trained := trained_rotations(self.loss):
-            write_rotations(Path(cast(str, output_dir or self.args.output_dir)) / ROTATIONS_FILE, trained)
+            write_rotations(folder / ROTATIONS_FILE, trained)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         """Into the model as it is: read back from its folder, a BERT has a pooler even if the trained one has none."""
         model = unwrapped(self.model)
-        read = SentenceTransformer(checkpoint_path, trust_remote_code=bool(model.trust_remote_code)).state_dict()
-        model.load_state_dict({name: value for name, value in read.items() if name in model.state_dict()})
+        if has_adapters(cast(Transformer, model[0])):
+            load_trained(model, Path(checkpoint_path) / TRAINED_FILE)
+        else:
+            read = SentenceTransformer(checkpoint_path, trust_remote_code=bool(model.trust_remote_code)).state_dict()
+            model.load_state_dict({name: value for name, value in read.items() if name in model.state_dict()})
         if trained := trained_rotations(self.loss):
             found = read_rotations(Path(checkpoint_path) / ROTATIONS_FILE)
             for depth, rotation in trained.items():

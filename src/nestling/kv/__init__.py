@@ -5,6 +5,7 @@ from nestling.errors import (
     BudgetError,
     CacheMismatchError,
     CalibrationError,
+    GradientError,
     TrainingError,
     UnsupportedModelError,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "CacheMismatchError",
     "CalibrationError",
     "Contender",
+    "GradientError",
     "KVAdapter",
     "NestedCache",
     "RankTable",

@@ -77,6 +77,9 @@ class RankGroup:
 
     def __setstate__(self, state: dict) -> None:
         restore(self, state)
+        stored = [getattr(rows, "data", None) for rows in self.rows]
+        if held := [tensor for tensor in (*self.encode, *stored) if tensor is not None]:
+            self.device = held[0].device  # a file may be read onto another device
 
     @property
     def length(self) -> int:

@@ -179,7 +179,7 @@ class NestedLayer(StoredLayer):
         if places is None:
             return
         if self.exact is not None:
-            self.exact.spare = 0
+            self.exact.drop_spare()
         else:  # sinks and recent tokens lie with the others
             ends = torch.arange(held, device=places.device).expand(*places.shape[:2], -1)
             places = torch.cat((ends[..., :first], places + first, ends[..., held - recent :]), -1)
