@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nestling.errors import CalibrationError
+from nestling.errors import CalibrationError, OptionError
 
 RIDGE = 1e-6  # of the mean eigenvalue, added to the diagonal: singular statistics stay invertible
 
@@ -64,11 +64,11 @@ def balanced(covariance: Tensor, metric: Tensor, ridge: float = RIDGE) -> Nested
         ridge: multiple of the mean eigenvalue that is added to both diagonals.
 
     Raises:
-        ValueError: if the shapes differ or an entry is not finite.
+        OptionError: if the shapes differ or an entry is not finite.
     """
     lc, lm = _factor(covariance, "covariance", ridge), _factor(metric, "metric", ridge)
     if lc.shape != lm.shape:
-        raise ValueError(f"covariance {tuple(lc.shape)} and metric {tuple(lm.shape)} must have the same shape")
+        raise OptionError(f"covariance {tuple(lc.shape)} and metric {tuple(lm.shape)} must have the same shape")
     a, s, _ = torch.linalg.svd(lc.mT @ lm)
     root = s.clamp_min(s[..., :1] * 1e-12).sqrt()
     encode = torch.linalg.solve_triangular(lc.mT, a, upper=True) * root[..., None, :]
@@ -83,7 +83,7 @@ def pca(covariance: Tensor) -> NestedBasis:
         covariance: ``[..., d, d]`` symmetric positive semi-definite.
 
     Raises:
-        ValueError: if an entry is not finite or the matrices are not square.
+        OptionError: if an entry is not finite or the matrices are not square.
     """
     values, vectors = torch.linalg.eigh(_symmetric(covariance, "covariance"))
     encode, energy = vectors.flip(-1), values.flip(-1).clamp_min(0)
@@ -102,7 +102,7 @@ class Cayley(nn.Module):
         """``shape`` is ``(..., d, d)``."""
         super().__init__()
         if len(shape) < 2 or shape[-1] != shape[-2]:
-            raise ValueError(f"a rotation is square, got shape {shape}")
+            raise OptionError(f"a rotation is square, got shape {shape}")
         self.x = nn.Parameter(torch.zeros(shape))
 
     def forward(self) -> Tensor:
@@ -115,7 +115,7 @@ class Cayley(nn.Module):
 
 def _symmetric(matrix: Tensor, name: str) -> Tensor:
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"{name} must be [..., d, d], got {tuple(matrix.shape)}")
+        raise OptionError(f"{name} must be [..., d, d], got {tuple(matrix.shape)}")
     if not torch.isfinite(matrix).all():
         raise CalibrationError(f"{name} holds NaN or infinite entries")
     matrix = matrix.double()

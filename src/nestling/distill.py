@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from nestling.errors import OptionError
+
 IGNORED = -100  # label of positions that have no next token or are not to be learned, as in transformers
 
 
@@ -16,7 +18,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, chunk: int = 128) -> Tensor:
     Computed in log space (no 0 * -inf) and in chunks of positions, so that no fp32 copy of all logits is made.
     """
     if teacher.shape != student.shape or teacher.ndim != 2:
-        raise ValueError(f"logits must both be [N, V], got {list(teacher.shape)} and {list(student.shape)}")
+        raise OptionError(f"logits must both be [N, V], got {list(teacher.shape)} and {list(student.shape)}")
     out = []
     for t, s in zip(teacher.split(chunk), student.split(chunk), strict=True):
         t, s = _log_softmax(t), _log_softmax(s)
@@ -57,7 +59,7 @@ def head_loss(
         labels = torch.full(student.shape[:1], IGNORED, device=student.device)
     if teacher.shape != student.shape or student.ndim != 2 or labels.shape != student.shape[:1]:
         shapes = [list(t.shape) for t in (student, teacher, labels)]
-        raise ValueError(f"expected hidden states [N, H] twice and labels [N], got {shapes}")
+        raise OptionError(f"expected hidden states [N, H] twice and labels [N], got {shapes}")
     loss, kl, ce = _HeadLoss.apply(student, teacher.detach(), labels, head, kl_weight, ce_weight, chunk)
     return HeadLoss(loss, kl, ce)
 

@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
 
+from nestling.errors import OptionError
 from nestling.visible import visible, visible_lines
 from nestling.writing import write_file
 
@@ -274,7 +275,7 @@ def heat_maps(
     """
     arrays = [np.array(_scalar(panel), dtype=float) for panel in panels.values()]
     if not arrays or any(array.ndim != 2 or not array.size for array in arrays):
-        raise ValueError("a heat map needs panels of [rows, cols], each with a cell")
+        raise OptionError("a heat map needs panels of [rows, cols], each with a cell")
     top = max(array[np.isfinite(array)].max(initial=0.0) for array in arrays) if vmax is None else vmax
     norm = Normalize(0.0, top or 1.0)
     height, width = np.max([array.shape for array in arrays], axis=0)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from nestling.errors import OptionError
+
 LOGITS = 2**25  # numbers that a chunk has: 128 MiB of fp32
 
 
@@ -38,7 +40,7 @@ def cross_entropies(
     """
     if states.ndim != 2 or labels.shape != states.shape[:1] or weights.shape != labels.shape:
         shapes = [list(t.shape) for t in (states, labels, weights)]
-        raise ValueError(f"expected states [N, H], labels [N] and weights [N], got {shapes}")
+        raise OptionError(f"expected states [N, H], labels [N] and weights [N], got {shapes}")
     chunk = chunk or max(1, LOGITS // len(matrix))
     return Entropies(*_Entropies.apply(states, matrix, bias, labels, weights, chunk))
 
