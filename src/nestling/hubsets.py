@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nestling.errors import DataError
+from nestling.files import reason
 from nestling.model_files import check_no_pipes
 from nestling.objects import label_names
-from nestling.records import reason, short
+from nestling.records import short
 from nestling.told import logger
 
 SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)([^a-z].*)?", re.IGNORECASE)

@@ -10,7 +10,6 @@ from typing import Any
 
 from nestling.errors import DataError
 from nestling.files import LARGEST, check_regular, parse
-from nestling.files import reason as reason
 from nestling.files import short as short
 
 JSONL = (".jsonl", ".jsonl.gz")

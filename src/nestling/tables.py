@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nestling.errors import DataError, MissingExtraError
-from nestling.records import lines, reason, short
+from nestling.files import reason
+from nestling.records import lines, short
 
 DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 PARQUET = ".parquet"

@@ -31,11 +31,11 @@ from nestling.embed.rotation import Rotation
 from nestling.embed.servers import rewrite
 from nestling.embed.similarity import Similarity
 from nestling.errors import ExportError, ExportFileError, FileError, OptionError, UnsupportedEncoderError
+from nestling.files import reason
 from nestling.folders import write_folder
 from nestling.ladder import Cup, Ladder
 from nestling.models import quiet
 from nestling.options import flag, path, shown
-from nestling.records import reason
 from nestling.writing import check_folder
 
 

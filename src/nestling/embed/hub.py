@@ -9,9 +9,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from nestling.errors import LoadError, UnreachableError
-from nestling.files import check_regular
+from nestling.files import check_regular, reason
 from nestling.models import ALIASES
-from nestling.records import reason
 
 _ADVICE = (
     "no folder has that name, and {} cannot be loaded from the hub; check the spelling, the network, HF_HUB_OFFLINE, "

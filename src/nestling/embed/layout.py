@@ -14,8 +14,8 @@ from typing import Any
 
 from nestling.embed.hub import find_file
 from nestling.errors import LoadError, UnreachableError
+from nestling.files import reason
 from nestling.models import ALIASES
-from nestling.records import reason
 
 LAYERLESS = (
     "StaticEmbedding",

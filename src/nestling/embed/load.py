@@ -19,10 +19,9 @@ from nestling.embed.lora import merge
 from nestling.embed.own import remember
 from nestling.embed.rotation import Rotation
 from nestling.errors import LoadError, UnreachableError
-from nestling.files import is_failure
+from nestling.files import is_failure, reason
 from nestling.model_files import check_model_folder
 from nestling.models import ALIASES, locate, quiet
-from nestling.records import reason
 
 
 def load_encoder(name: str | os.PathLike[str], pooling: str | None = None) -> SentenceTransformer:
