@@ -30,7 +30,7 @@ from nestling.embed.rotation import Rotation
 from nestling.embed.start import start_rotations, turned_depths
 from nestling.embed.teacher import TEACHER_FILE, numbered, remove_stale, shared_table, tables_in
 from nestling.embed.trained import Trained, save
-from nestling.embed.trainer import Averaged, CupTrainer, Watch, trained_rotations, without_bars
+from nestling.embed.trainer import Averaged, Cleared, CupTrainer, Watch, trained_rotations, without_bars
 from nestling.errors import TrainingError
 from nestling.ladder import Ladder
 from nestling.manifest import damaged, write_manifest
@@ -135,7 +135,7 @@ class Job:
         trainer = CupTrainer(
             model, options, train_dataset=dataset(self.plan.examples, numbers, rows), loss=loss,
             evaluator=None if self.measures is None else self.measures.during(turns),
-            callbacks=[watch, Averaged(trained_rotations(loss)), *self.callbacks],
+            callbacks=[watch, Averaged(trained_rotations(loss)), Cleared(), *self.callbacks],
         )  # fmt: skip
         remove_printer(trainer)
         with (

@@ -105,6 +105,19 @@ class Averaged(TrainerCallback):
                 gradient /= distributed.get_world_size()
 
 
+class Cleared(TrainerCallback):
+    """No gradient is left after a step, those of rotations and of a loss's own weights included.
+
+    sentence-transformers 6.0 clears the model's alone: those of the loss would add up from step to step.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        optimizer.zero_grad()
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        optimizer.zero_grad()
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """No bars of transformers for as long as the block lasts: one for every checkpoint that is written."""
