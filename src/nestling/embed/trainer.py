@@ -111,11 +111,11 @@ class Cleared(TrainerCallback):
     sentence-transformers 6.0 clears the model's alone: those of the loss would add up from step to step.
     """
 
-    def on_train_begin(self, args, state, control, optimizer, **kwargs):
-        optimizer.zero_grad()
+    def on_train_begin(self, args, state, control, **kwargs):
+        kwargs["optimizer"].zero_grad()
 
-    def on_step_end(self, args, state, control, optimizer, **kwargs):
-        optimizer.zero_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        kwargs["optimizer"].zero_grad()
 
 
 @contextmanager
