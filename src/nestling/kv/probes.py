@@ -83,7 +83,7 @@ def choice_scores(model, make: Callable[[], Cache], pairs: Sequence[Pair], chunk
 
 def _repeatable(cache: Cache) -> bool:
     """Whether `batch_repeat_interleave` repeats everything: some layers inherit it and hold more than it knows."""
-    partly = ("_quantized_keys", "conv_states")
+    partly = ("q_group_size", "conv_states")  # quantised layers, and those with a convolution
     return all(
         hasattr(layer, "batch_repeat_interleave") and not any(hasattr(layer, name) for name in partly)
         for layer in cache.layers
