@@ -2,13 +2,18 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nestling import temporary
+from nestling.embed.files import write_rotations
+from nestling.embed.rotation import Rotation
 from nestling.errors import FileError
 from nestling.folders import Parts, read_sealed, sha256, waiting, write_folder
 from nestling.temporary import NAME, sweep, temporary_file, temporary_folder
@@ -217,3 +222,21 @@ def test_where_there_is_no_proc(tmp_path, ended, monkeypatch):
         (tmp_path / f".nestling-{machine}-{pid}-0-{rest}").mkdir()
         sweep(tmp_path)
         assert os.listdir(tmp_path) == [mine.name]
+
+
+def test_files_have_the_permissions_of_any_new_file(tmp_path):
+    """safetensors makes files that only their owner can read, and an adapter is there to be shared."""
+
+    def fill(new):
+        save_file({"x": torch.zeros(2)}, new / "body.bin")
+        (new / "head.json").write_text(json.dumps({"sha256": sha256(new / "body.bin")}))
+
+    before = os.umask(0o022)
+    try:
+        for _ in ("a new folder", "an old one"):
+            write_folder(tmp_path / "out", fill, over=PARTS)
+            assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o644}
+        write_rotations(tmp_path / "x", {1: Rotation(torch.eye(2))})
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
+    finally:
+        os.umask(before)

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def write_folder(folder: Path, fill: Callable[[Path], T], over: Parts | None = N
         place.parent.mkdir(parents=True, exist_ok=True)
     with naming(folder), temporary_folder(place.parent) as new:
         found = fill(new)
-        sync_tree(new)
+        _finish(new)
         try:
             new.rename(place)
             sync(place.parent)
@@ -75,10 +76,19 @@ def _fill_old(folder: Path, place: Path, fill: Callable[[Path], T], over: Parts)
             _settle(place, over)
         with temporary_folder(place) as new:
             found = fill(new)
-            sync_tree(new)
+            _finish(new)
             with _alone(place):
                 _commit(new, place, over)
         return found
+
+
+def _finish(new: Path) -> None:
+    """Bring all to the disk, with the permissions of any new file: safetensors makes some that only their owner reads."""
+    mode = stat.S_IMODE(new.stat().st_mode) & 0o666
+    for path in new.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+    sync_tree(new)
 
 
 def _commit(new: Path, folder: Path, parts: Parts) -> None:

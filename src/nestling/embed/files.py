@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -196,7 +197,9 @@ def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:
         for name, tensor in rotation.state_dict().items()
     }
     with naming(path), temporary_file(path.parent) as new:
+        mode = stat.S_IMODE(new.stat().st_mode)
         save_file(tensors, new)
+        new.chmod(mode)  # safetensors makes a file that only its owner reads
         sync(new)
         new.replace(path)
 

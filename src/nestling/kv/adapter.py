@@ -187,7 +187,9 @@ class KVAdapter:
             sinks, window: leading and most recent tokens that are kept exact: of the latter at least ``window``, and
                 up to 15 more, since they are encoded 16 at a time. Room for all is counted: the ranks are lowered
                 so that the total meets the budget at ``context`` tokens.
-            exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression.
+            exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression. To
+                score a text in one call, say False, or let `nestling.kv.evaluate` read it in chunks: with True the
+                call never reads what was compressed, so its loss is that of the full model at every budget.
             paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
             context: number of tokens at which the budget is met.
             dtype: of the stored coordinates: float16, bfloat16, float32 or float64; None means that of the model's
