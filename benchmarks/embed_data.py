@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from nestling.pairs import Pair, read_pairs, read_sts
+from nestling.data.pairs import Pair, read_pairs, read_sts
 
 STS = ("sts12_test", "sts13_test", "sts14_test", "sts15_test", "stsb_test_minus_sts16_sick")
 RETRIEVAL = ("scifact", "cranfield", "cisi")

@@ -17,9 +17,9 @@ from embed_rivals import WAYS, Job, Sized, apart, loaded, rotations_of
 from rich.console import Console
 
 from nestling import embed
-from nestling.embed.encode import stored_prompts
-from nestling.ladder import Ladder
-from nestling.report import run_meta, table, write_json
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.encode import stored_prompts
+from nestling.report.page import run_meta, table, write_json
 
 RUN = ("command", "date", "commit", "seconds")  # of run_meta
 

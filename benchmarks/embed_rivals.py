@@ -22,13 +22,13 @@ from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer import losses
 
 from nestling import embed
-from nestling.embed.checksum import checksum
-from nestling.embed.examples import Examples, order
-from nestling.embed.files import ROTATIONS_FILE, read_rotations, write_rotations
-from nestling.embed.trainer import CupTrainer
-from nestling.ladder import Cup, Ladder
-from nestling.pairs import Pair
-from nestling.report import write_json
+from nestling.data.pairs import Pair
+from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.model.fingerprint import checksum
+from nestling.embed.model.folder import ROTATIONS_FILE, read_rotations, write_rotations
+from nestling.embed.training.data import Examples, order
+from nestling.embed.training.trainer import CupTrainer
+from nestling.report.page import write_json
 
 TRAINED_LENGTH = 64  # tokens of a text; what is measured is longer
 

@@ -21,10 +21,10 @@ from sentence_transformers import SentenceTransformer
 from timing import medians
 
 from nestling import embed
-from nestling.embed.encoder import Encoder
-from nestling.ladder import Ladder
-from nestling.progress import progress_bar
-from nestling.report import run_meta, table, write_json
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.parts import Encoder
+from nestling.jobs.progress import progress_bar
+from nestling.report.page import run_meta, table, write_json
 
 SHAPES = ((1, 16), (32, 16), (1, 128), (32, 128))  # texts a batch, tokens a text
 VECTORS = 200_000  # of the index that is searched

@@ -21,9 +21,9 @@ from sentence_transformers.sentence_transformer import losses
 from timing import medians
 
 from nestling import embed
-from nestling.embed.encode import stored_prompts
-from nestling.ladder import Ladder
-from nestling.report import run_meta, table, write_json
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.encode import stored_prompts
+from nestling.report.page import run_meta, table, write_json
 
 
 def step(model, loss, columns: list[list[str]]) -> Callable[[], None]:

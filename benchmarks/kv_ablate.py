@@ -21,13 +21,13 @@ from rich.console import Console
 from torch import Tensor
 
 from nestling import kv
-from nestling.data import read_texts
-from nestling.kv import student
-from nestling.kv.files import SIDES
-from nestling.kv.sensitivity import measure
+from nestling.data.texts import read_texts
+from nestling.data.windows import token_windows
+from nestling.kv.adapter_files import SIDES
+from nestling.kv.calibration.sensitivity import measure
+from nestling.kv.simulation import student
 from nestling.models import load_model
-from nestling.report import run_meta, table, write_json
-from nestling.tokens import token_windows
+from nestling.report.page import run_meta, table, write_json
 
 EXACT = {"sinks": 0, "window": 0}
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)
@@ -104,7 +104,7 @@ def main(
         with (
             TemporaryDirectory() as folder,
             mock.patch.object(student, "MaskedBases", bases),
-            mock.patch("nestling.kv.train.measure", lambda lm, trained, *_, **__: trained),  # not used
+            mock.patch("nestling.kv.training.train.measure", lambda lm, trained, *_, **__: trained),  # not used
         ):
             trained = kv.train(
                 lm, None, texts, adapter, folder=folder, tokens=tokens, length=length, batch_size=1,

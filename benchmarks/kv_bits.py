@@ -25,10 +25,10 @@ from rich.console import Console
 
 from nestling import kv
 from nestling.errors import BudgetError
-from nestling.kv import attention
-from nestling.kv.evaluate import Contender, Partial, compare
+from nestling.kv.evaluation.evaluate import Contender, Partial, compare
+from nestling.kv.integration import attach as attention
 from nestling.models import load_model
-from nestling.report import run_meta, table, write_json
+from nestling.report.page import run_meta, table, write_json
 
 CALIBRATED = {"bits-balanced": "balanced-window", "bits-pca": "pca-window"}  # method: basis, as `fit` names it
 RIVALS = {

@@ -16,9 +16,9 @@ from kv_quality import spread_windows, texts
 from rich.console import Console
 
 from nestling import kv
-from nestling.kv.evaluate import Contender, Partial, compare
+from nestling.kv.evaluation.evaluate import Contender, Partial, compare
 from nestling.models import load_model
-from nestling.report import run_meta, table, write_json
+from nestling.report.page import run_meta, table, write_json
 
 SHARES = ((1.0, 0.5), (0.5, 1.0), (1.0, 0.25), (0.5, 0.5), (0.25, 1.0))  # of the tokens, of the elements of each
 

@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nestling import kv
-from nestling.kv.attention import cached, implementation
+from nestling.kv.integration.attach import cached, implementation
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 SECONDS = 120  # for a family

@@ -23,9 +23,9 @@ from kv_quality import Part, merged, numbers, questions, spread_windows, texts
 from rich.console import Console
 
 from nestling import kv
-from nestling.kv.evaluate import Contender, Partial, compare
+from nestling.kv.evaluation.evaluate import Contender, Partial, compare
 from nestling.models import load_model
-from nestling.report import run_meta, table, write_json
+from nestling.report.page import run_meta, table, write_json
 
 PAPER = {"paper": True}
 METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options of adapter.cache

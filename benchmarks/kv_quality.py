@@ -25,12 +25,12 @@ import typer
 from rich.console import Console
 
 from nestling import kv
-from nestling.data import read_multiple_choice, read_texts
-from nestling.kv import attention
-from nestling.kv.evaluate import Contender, Partial, compare
+from nestling.data.texts import read_multiple_choice, read_texts
+from nestling.data.windows import token_windows
+from nestling.kv.evaluation.evaluate import Contender, Partial, compare
+from nestling.kv.integration import attach as attention
 from nestling.models import load_model
-from nestling.report import run_meta, table, write_json
-from nestling.tokens import token_windows
+from nestling.report.page import run_meta, table, write_json
 
 SEED = 0
 METHODS: dict[

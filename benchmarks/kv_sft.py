@@ -24,13 +24,13 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 
 from nestling import kv
-from nestling.distill import IGNORED
-from nestling.kv import attention
-from nestling.kv.attention import cached
+from nestling.data.windows import answer_windows
+from nestling.jobs.progress import progress_bar
+from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import cached
+from nestling.losses import IGNORED
 from nestling.models import load_model
-from nestling.progress import progress_bar
-from nestling.report import run_meta, table, write_json
-from nestling.tokens import answer_windows
+from nestling.report.page import run_meta, table, write_json
 
 ASKED = 25  # questions at a time
 PROMPT = "Question: {}\nAnswer:"

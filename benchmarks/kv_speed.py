@@ -26,13 +26,13 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
 from nestling import kv
-from nestling.kv import attention
-from nestling.kv.attention import cached
-from nestling.kv.bits import BitTable
-from nestling.kv.evaluate import held_bytes
+from nestling.jobs.progress import progress_bar
+from nestling.kv.allocation.bits import BitTable
+from nestling.kv.evaluation.evaluate import held_bytes
+from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import cached
 from nestling.models import load_model
-from nestling.progress import progress_bar
-from nestling.report import run_meta, table, write_json
+from nestling.report.page import run_meta, table, write_json
 
 FILL = 1024  # tokens that are filled in at once
 REFERENCE = "same-storage"
@@ -168,7 +168,7 @@ def main(
     start = time.monotonic()
     lm, tokenizer = load_model(model)
     if adapter is None:
-        from nestling.data import read_texts
+        from nestling.data.texts import read_texts
 
         nested = kv.fit(lm, tokenizer, read_texts(None), tokens=8192, sensitivity_windows=8)
     else:

@@ -15,12 +15,12 @@ from rich.console import Console
 from timing import medians
 
 from nestling import kv
-from nestling.kv import attention
-from nestling.kv.sampling import schedule
-from nestling.kv.student import Student
-from nestling.kv.train import RECIPES
+from nestling.kv.integration import attach as attention
+from nestling.kv.simulation.student import Student
+from nestling.kv.training.sampling import schedule
+from nestling.kv.training.train import RECIPES
 from nestling.models import load_model
-from nestling.report import run_meta, table, write_json
+from nestling.report.page import run_meta, table, write_json
 
 
 def jobs(lm, adapter: kv.KVAdapter, ids: torch.Tensor) -> dict:

@@ -18,11 +18,11 @@ import typer
 from rich.console import Console
 
 from nestling import kv
-from nestling.data import read_texts
-from nestling.kv.train import RECIPES, train
+from nestling.data.texts import read_texts
+from nestling.data.windows import token_windows
+from nestling.kv.training.train import RECIPES, train
 from nestling.models import load_model
-from nestling.report import table
-from nestling.tokens import token_windows
+from nestling.report.page import table
 
 PIECE = 8192  # characters: of long documents, pieces from all over them are read
 HELD_OUT = "lm/wikitext103_valid.detok.txt.gz"

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, HQQQuantizedLayer, QuantoQuantizedLayer
 
-from nestling.kv import attention
-from nestling.kv.pack import pack, unpack
+from nestling.kv.integration import attach as attention
+from nestling.kv.quantisation.packing import pack, unpack
 
 GROUP = 32  # elements that share a scale and a minimum
 
@@ -68,7 +68,7 @@ def quantise_groups(states: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric in groups of gcd(32, D) of ``[..., t, D]``: packed codes, scale, minimum; x = code * scale + minimum.
 
     Returns:
-        uint8 ``[..., t, bits * D / 8]`` (see `nestling.kv.pack`), fp16 ``[..., t, D / 32]`` twice.
+        uint8 ``[..., t, bits * D / 8]`` (see `nestling.kv.quantisation.packing`), fp16 ``[..., t, D / 32]`` twice.
     """
     groups = states.float().unflatten(-1, (-1, math.gcd(GROUP, states.shape[-1])))
     minimum = groups.amin(-1, keepdim=True).half()

@@ -28,11 +28,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig, AutoModel
 
 from nestling import embed
-from nestling.embed.encode import stored_prompts
-from nestling.embed.encoder import Encoder
-from nestling.embed.files import read
-from nestling.ladder import Ladder
-from nestling.report import run_meta, table, write_json
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.encode import stored_prompts
+from nestling.embed.model.folder import read
+from nestling.embed.model.parts import Encoder
+from nestling.report.page import run_meta, table, write_json
 
 SMAE: dict[str, dict[str, Any]] = {
     "smae": {},

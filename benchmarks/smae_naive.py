@@ -1,6 +1,7 @@
 """SMAE as one would first write it: logits at every place, for one cup after the other, by transformers' own forwards.
 
-What `nestling.embed.smae` is measured against, by tests in numbers and by `smae_speed.py` in time and memory.
+What `nestling.embed.pretraining.autoencoder` is measured against, by tests in numbers and by `smae_speed.py` in time
+and memory.
 """
 
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from nestling.embed.encoder import Encoder
-from nestling.embed.smae import MaskedAutoencoder
+from nestling.embed.model.parts import Encoder
+from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
 
 IGNORED = -100
 

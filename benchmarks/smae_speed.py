@@ -24,15 +24,15 @@ from smae_naive import naive
 from timing import medians
 
 from nestling import embed
-from nestling.embed.collate import Collator
-from nestling.embed.corpus import Batch, Position
-from nestling.embed.encoder import Encoder
-from nestling.embed.masking import Masking, Window
-from nestling.embed.mlm import vocabulary_of
-from nestling.embed.smae import MaskedAutoencoder
-from nestling.ladder import Ladder
-from nestling.progress import progress_bar
-from nestling.report import run_meta, table, write_json
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.parts import Encoder
+from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
+from nestling.embed.pretraining.collate import Collator
+from nestling.embed.pretraining.corpus import Batch, Position
+from nestling.embed.pretraining.families import vocabulary_of
+from nestling.embed.pretraining.masking import Masking, Window
+from nestling.jobs.progress import progress_bar
+from nestling.report.page import run_meta, table, write_json
 
 METHODS = {"naive": naive, "nestling": lambda smae, batch: smae(**batch)}
 CLOSE = 1e-5  # relative difference of the losses

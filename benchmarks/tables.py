@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from nestling.report import markdown_table
+from nestling.report.page import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

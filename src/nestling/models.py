@@ -30,11 +30,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from nestling.errors import LoadError
-from nestling.files import is_failure
-from nestling.gguf_header import check_gguf
-from nestling.model_files import MOST_NAMED, check_model_folder, check_sizes
-from nestling.temporary import temporary_folder
-from nestling.writing import check_folder, sync_tree
+from nestling.files.gguf import check_gguf
+from nestling.files.models import MOST_NAMED, check_model_folder, check_sizes
+from nestling.files.reading import is_failure
+from nestling.files.temporary import temporary_folder
+from nestling.files.writing import check_folder, sync_tree
 
 GGUF_HEADER = 24  # bytes: magic, version, number of tensors, number of metadata entries
 DAY = 86400  # seconds

@@ -2,7 +2,7 @@
 
 import torch
 
-from nestling.retrieval import Retrieval
+from nestling.data.retrieval import Retrieval
 
 from .families import some_texts
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from nestling import embed
-from nestling.embed.encode import encode
+from nestling.embed.model.encode import encode
 
 from .families import FAMILIES
-from .test_pretrain import FAST as PRETRAINED
-from .test_pretrain import texts
-from .test_pretrain_loss import KNOWN, autoencoder, batch, gradients
-from .test_train import CUPS, pairs
+from .pretraining.test_autoencoder import KNOWN, autoencoder, batch, gradients
+from .pretraining.test_pretrain import FAST as PRETRAINED
+from .pretraining.test_pretrain import texts
+from .training.test_train import CUPS, pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

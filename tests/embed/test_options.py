@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from nestling import embed
-from nestling.embed.encode import encode
+from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.model.encode import encode
 from nestling.errors import EvaluationError, LadderError, NestlingError, OptionError
-from nestling.ladder import Cup, Ladder
 
 from .families import some_texts
-from .test_train import CUPS, TEXTS, scored
+from .training.test_train import CUPS, TEXTS, scored
 
 WRONG_SIZES = (0, -1, -3, 2.5, math.nan, math.inf, "8", None, True, [8], 1 + 0j)
 WRONG_SWITCHES = (1, 0, "yes", None, [])

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from nestling import kv
 from nestling.errors import AdapterError, FileError
-from nestling.folders import sha256
-from nestling.kv import files
+from nestling.files.folders import sha256
+from nestling.kv import adapter_files as files
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.attention import cached
-from nestling.kv.files import CONFIG_FILE, OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
+from nestling.kv.adapter_files import CONFIG_FILE, OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
+from nestling.kv.integration.attach import cached
 
 from .families import tiny_model
 

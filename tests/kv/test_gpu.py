@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from nestling import kv
-from nestling.kv import kernels
-from nestling.kv.attention import cached
-from nestling.kv.evaluate import evaluate, held_bytes
-from nestling.kv.files import SIDES
-from nestling.kv.pack import pack
+from nestling.kv.adapter_files import SIDES
+from nestling.kv.evaluation.evaluate import evaluate, held_bytes
+from nestling.kv.integration.attach import cached
+from nestling.kv.quantisation import cpu as kernels
+from nestling.kv.quantisation.packing import pack
 
+from .cache.test_cache import run
+from .cache.test_quantised_cache import some_table
 from .families import FAMILIES, tiny_model
-from .test_cache import run
-from .test_quantised_cache import some_table
-from .test_train import run as train
+from .training.test_train import run as train
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 @pytest.mark.parametrize("widths", [(8,), (4, 4), (3,), (2, 2, 2), (1,), (8, 4, 4, 3, 2, 1)])
 @pytest.mark.parametrize("queries, tokens", [(1, 1), (3, 256), (9, 5000)])
 def test_compiled_kernels_read_every_width(widths, queries, tokens, dtype, tolerance):
-    gpu = pytest.importorskip("nestling.kv.gpu")
+    gpu = pytest.importorskip("nestling.kv.quantisation.triton")
     rng = torch.Generator().manual_seed(tokens)
     codes = torch.cat([torch.randint(0, 1 << b, (3, 8, tokens + 7), generator=rng) for b in widths], 1)
     rows, real = pack(codes.to(torch.uint8), widths).cuda(), codes[..., :tokens].double()

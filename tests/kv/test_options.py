@@ -7,8 +7,8 @@ import torch
 
 from nestling import kv
 from nestling.errors import BudgetError, NestlingError, OptionError
-from nestling.kv.bits import BitTable
-from nestling.kv.probes import line_prompts, passkey_prompts
+from nestling.kv.allocation.bits import BitTable
+from nestling.kv.evaluation.tasks import line_prompts, passkey_prompts
 from nestling.options import shown
 
 NAN, INF = float("nan"), float("inf")
@@ -148,7 +148,7 @@ def test_calibration(idle, ids, name, value):
 @pytest.mark.parametrize("options", [{"sensitivity_length": 40}, {"window": 50}, {"sinks": 46}, {"skip": 64}])
 def test_calibration_needs_more_than_the_exact_tokens(fitted, ids, monkeypatch, options):
     case = fitted("llama-gqa")
-    calibrate = sys.modules["nestling.kv.calibrate"]
+    calibrate = sys.modules["nestling.kv.calibration.fit"]
     monkeypatch.setattr(calibrate, "collect_moments", lambda *_, **__: pytest.fail("it was calibrated"))
     name, value = next(iter(options.items()))
     with pytest.raises(OptionError, match=f"{name}={value}"):

@@ -15,17 +15,17 @@ import pandas
 import torch
 
 from nestling import embed, kv
-from nestling.checkpoints import begin
-from nestling.data import read_multiple_choice, read_texts
-from nestling.embed.pretrain import Place
+from nestling.data.pairs import read_pairs, read_sts
+from nestling.data.retrieval import read_retrieval
+from nestling.data.texts import read_multiple_choice, read_texts
+from nestling.embed.pretraining.pretrain import Place
 from nestling.errors import AdapterError, BudgetError, EvaluationError
-from nestling.files import read_object
-from nestling.gguf_header import check_gguf
+from nestling.files.gguf import check_gguf
+from nestling.files.reading import read_object
+from nestling.jobs.checkpoints import begin
+from nestling.jobs.results import Partial
 from nestling.models import load_model
-from nestling.pairs import read_pairs, read_sts
-from nestling.partial import Partial
-from nestling.results import read_rows
-from nestling.retrieval import read_retrieval
+from nestling.report.results import read_rows
 
 from ..embed.families import save_backbone, sentence_model, some_texts
 from ..kv.families import BASE, tiny_model

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from nestling.cli.terminal import messages
+from nestling.data.told import Rows, logger, tell_left_out
 from nestling.errors import DataError, OptionError
-from nestling.told import Rows, logger, tell_left_out
 
 KINDS = ".jsonl, .csv, .tsv (or .gz), .parquet, or a datasets name"
 Text = Annotated[str | None, typer.Option(help=f".txt (or .gz), {KINDS}; default: built-in English pages.")]
@@ -69,7 +69,7 @@ def layout_of(lines: bool | None) -> Any:
 
 def texts_from(text: str | None, lines: bool | None = None, columns: dict[str, str] | None = None) -> Any:
     """The texts that ``--text`` names, as `read_texts` reads them."""
-    from nestling.data import read_texts
+    from nestling.data.texts import read_texts
 
     show_what_is_told()
     return read_texts(text, columns=_those(columns or {}, TEXT) or None, layout=layout_of(lines))
@@ -79,7 +79,7 @@ def sentences_from(
     text: str | None, lines: bool | None = None, columns: dict[str, str] | None = None, language: str = "en"
 ) -> Rows:
     """Sentences of what ``--text`` names; texts that stand by themselves are taken as they are."""
-    from nestling.embed.sentences import sentences
+    from nestling.data.sentences import sentences
 
     found = sentences(texts_from(text, lines, columns), language=language)
     tell_left_out(text or "the built-in pages", found.left_out)
@@ -97,7 +97,7 @@ def pairs_from(pairs: list[str], columns: dict[str, str], positive: str | None) 
     Raises:
         DataError: they have different columns.
     """
-    from nestling.pairs import KNOWN, read_pairs
+    from nestling.data.pairs import KNOWN, read_pairs
 
     show_what_is_told()
     rows = Rows([])
@@ -115,7 +115,7 @@ def pairs_from(pairs: list[str], columns: dict[str, str], positive: str | None) 
 
 def scored_from(scored: str, columns: dict[str, str]) -> Rows:
     """Rows of what ``--scored`` or ``--sts`` names."""
-    from nestling.pairs import read_sts
+    from nestling.data.pairs import read_sts
 
     show_what_is_told()
     return read_sts(scored, columns=_those(columns, STS) or None)

@@ -48,8 +48,8 @@ from nestling.cli.terminal import (
     write_curve,
     write_results,
 )
+from nestling.data.told import Rows
 from nestling.errors import DataError, OptionError, TextTooShortError
-from nestling.told import Rows
 
 embed_app = typer.Typer(
     no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export."
@@ -142,8 +142,8 @@ def train(
 ) -> None:
     """Train MODEL so that every cup is good by itself; measured on --sts and --retrieval, the best is kept."""
     from nestling import embed
-    from nestling.embed.arguments import rank
-    from nestling.pairs import KNOWN
+    from nestling.data.pairs import KNOWN
+    from nestling.embed.training.arguments import rank
 
     check_outputs(json, html, folder=out, new=not resume)
     check_checkpoints(out, resume)
@@ -197,7 +197,7 @@ def evaluate(
 ) -> None:
     """Measure every cup of MODEL: STS and retrieval, or, without labelled data, agreement with the full size."""
     from nestling import embed
-    from nestling.ladder import Ladder
+    from nestling.embed.ladder import Ladder
 
     check_outputs(json, html)
     if text is not None and (sts or retrieval):
@@ -228,7 +228,7 @@ def evaluate(
     show([{k: v for k, v in row.items() if k != "method"} for row in rows], f"{model}: quality of every cup")
     write_results(json, rows, time.perf_counter() - start)
     if html is not None:
-        from nestling.embed.pages import write_evaluation
+        from nestling.embed.report import write_evaluation
 
         write_evaluation(html, rows, title=f"{model}: quality of every cup", grid=grid)
         console.print(f"Report: {html}")
@@ -252,7 +252,7 @@ def export(
 ) -> None:
     """Write cups of MODEL as models of their own, all or none, checked against it, which any server loads."""
     from nestling import embed
-    from nestling.folders import write_folder
+    from nestling.files.folders import write_folder
 
     check_outputs(json, folder=out, new=True)
     encoder = loading(embed.load_encoder, model)
@@ -311,7 +311,7 @@ def _training_data(
 def _ladder(model: str, cups: str | None, encoder: Any, rotated: bool = True) -> tuple[Any, dict[int, Any]]:
     """The cups asked for, or those the model was trained for, or some for its shape; and its rotations, if wanted."""
     from nestling import embed
-    from nestling.embed.encoder import Encoder as Parts
+    from nestling.embed.model.parts import Encoder as Parts
 
     parts = Parts.of(encoder)
     own = embed.load_ladder(model)
@@ -339,7 +339,7 @@ def _prompt(item: str) -> tuple[str, str]:
 
 def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:
     """The rows of a results file that are of this model and some of these cups."""
-    from nestling.results import read_rows
+    from nestling.report.results import read_rows
 
     try:
         rows = read_rows(path, DataError)
@@ -358,7 +358,7 @@ def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:
 
 def _show_training(model: str, trained: Any) -> None:
     """A row a cup: its loss in the first and the last point of the curve, and what was measured at the one kept."""
-    from nestling.embed.card import measured
+    from nestling.embed.export.card import measured
 
     losses = [point for point in trained.info["curve"] if "loss" in point]
     rows = []

@@ -60,7 +60,7 @@ def fit(
 ) -> None:
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
     from nestling import kv
-    from nestling.kv.files import check_place, expected_bytes
+    from nestling.kv.adapter_files import check_place, expected_bytes
     from nestling.models import load_model
 
     check_outputs(json, folder=out)
@@ -110,8 +110,8 @@ def train(
 ) -> None:
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
-    from nestling.kv.budget import read_shares
-    from nestling.kv.files import check_place, expected_bytes, shares_of
+    from nestling.kv.adapter_files import check_place, expected_bytes, shares_of
+    from nestling.kv.allocation.budget import read_shares
     from nestling.models import load_model
 
     check_outputs(json, html, folder=out)
@@ -168,9 +168,9 @@ def search(
 ) -> None:
     """Search the ranks of layers and heads by measurement, for all budgets at once."""
     from nestling import kv
-    from nestling.kv.budget import read_shares
-    from nestling.kv.files import check_place
-    from nestling.kv.maker import ranks_at
+    from nestling.kv.adapter_files import check_place
+    from nestling.kv.allocation.budget import read_shares
+    from nestling.kv.cache.factory import ranks_at
     from nestling.models import load_model
 
     check_outputs(json, folder=out)
@@ -230,8 +230,8 @@ def evaluate(
 ) -> None:
     """Measure what budgets cost: KL to the full model, perplexity, top-1 agreement, tasks, bytes."""
     from nestling import kv
-    from nestling.data import read_multiple_choice
-    from nestling.kv.budget import read_shares
+    from nestling.data.texts import read_multiple_choice
+    from nestling.kv.allocation.budget import read_shares
     from nestling.models import load_model
 
     shares, dtype = read_shares(budgets, "--budgets"), _dtype(cache_dtype)
@@ -277,7 +277,7 @@ def generate(
 ) -> None:
     """Generate from a compressed cache, as a stream, and say what the cache took."""
     from nestling import kv
-    from nestling.kv.budget import read_budget
+    from nestling.kv.allocation.budget import read_budget
     from nestling.kv.demo import stream
     from nestling.models import load_model
 
@@ -306,10 +306,10 @@ def inspect(
     from rich.text import Text as Styled
 
     from nestling import kv
-    from nestling.kv.budget import read_share
+    from nestling.kv.allocation.budget import read_share
+    from nestling.kv.cache.factory import ranks_at
     from nestling.kv.demo import rank_maps, rank_rows, shade
-    from nestling.kv.maker import ranks_at
-    from nestling.report import write_png
+    from nestling.report.page import write_png
 
     check_outputs(json, png)
     wanted = read_share(budget, "--budget")

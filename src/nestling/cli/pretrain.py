@@ -67,7 +67,7 @@ def pretrain(
 ) -> None:
     """Pre-train MODEL on text alone, so that every cup can rebuild what it reads: a start for `embed train`."""
     from nestling import embed
-    from nestling.embed.arguments import rank
+    from nestling.embed.training.arguments import rank
 
     check_outputs(json, html, folder=out, new=not resume)
     check_checkpoints(out, resume)

@@ -147,7 +147,7 @@ def _how_to_go_on(given: dict[str, Any]) -> str:
     """After an interrupt: whether and how the command can go on, where it can."""
     if "resume" not in given:
         return ""
-    from nestling.checkpoints import JOB_FILE
+    from nestling.jobs.checkpoints import JOB_FILE
 
     work = given["out"].with_name(f"{given['out'].name}-checkpoints")
     if not (work / JOB_FILE).is_file():
@@ -165,7 +165,7 @@ def loading(load: Callable, model: str) -> Any:
 
 
 def show(rows: list[dict], title: str) -> None:
-    from nestling.report import table
+    from nestling.report.page import table
 
     console.print(table([{k: v for k, v in r.items() if k != "model"} for r in rows], title=title))
 
@@ -181,7 +181,7 @@ def check_outputs(*files: Path | None, folder: Path | None = None, new: bool = F
     Raises:
         FileError: one cannot be written, does not have a folder, is a user's file, or two are the same.
     """
-    from nestling.writing import check_folder, check_result
+    from nestling.files.writing import check_folder, check_result
 
     if folder is not None:
         if not folder.resolve().parent.is_dir():
@@ -198,14 +198,14 @@ def check_outputs(*files: Path | None, folder: Path | None = None, new: bool = F
 
 def check_checkpoints(out: Path, resume: bool) -> None:
     """Look at the place of a training's checkpoints, beside that of its result, before anything is loaded."""
-    from nestling.checkpoints import check_place
+    from nestling.jobs.checkpoints import check_place
 
     check_place(out.with_name(f"{out.name}-checkpoints"), resume)
 
 
 def write_results(path: Path | None, rows: list[dict], seconds: float | None = None) -> None:
     if path is not None:
-        from nestling.report import run_meta, write_json
+        from nestling.report.page import run_meta, write_json
 
         write_json(path, rows, run_meta(seconds))
         console.print(f"Results: {path}")
@@ -216,7 +216,7 @@ def write_curve(model: str, trained: Any, json: Path | None, html: Path | None, 
     info = trained.info
     write_results(json, [{"model": model, **point} for point in info["curve"]], info["seconds"])
     if html is not None:
-        from nestling.embed.pages import write_training
+        from nestling.embed.report import write_training
 
         write_training(html, trained, title=f"{model}: {what}")
         console.print(f"Report: {html}")

@@ -53,6 +53,6 @@ def _threads() -> str:
 
 
 def _kernels() -> str:
-    from nestling.kv import kernels
+    from nestling.kv.quantisation import cpu as kernels
 
     return kernels.status()

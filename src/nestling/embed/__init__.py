@@ -9,19 +9,20 @@ except ModuleNotFoundError as error:
         raise
     raise MissingExtraError("nestling.embed needs sentence-transformers: pip install 'nestling[embed]'") from error
 
-from nestling.embed.agreement import agreement
-from nestling.embed.align import align
-from nestling.embed.corpus import Texts
-from nestling.embed.evaluate import GridEvaluator
-from nestling.embed.export import Exported, export
-from nestling.embed.files import load_ladder, load_rotations
-from nestling.embed.load import load_encoder
-from nestling.embed.losses import StarbucksLoss
-from nestling.embed.pretrain import pretrain
-from nestling.embed.results import save_results
-from nestling.embed.rotation import Rotation, rotations
-from nestling.embed.taps import taps
-from nestling.embed.train import Trained, train
+from nestling.embed.evaluation.agreement import agreement
+from nestling.embed.evaluation.evaluator import GridEvaluator
+from nestling.embed.evaluation.results import save_results
+from nestling.embed.export.export import Exported, export
+from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.model.folder import load_ladder, load_rotations
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.projection import Rotation, rotations
+from nestling.embed.model.taps import taps
+from nestling.embed.pretraining.corpus import Texts
+from nestling.embed.pretraining.pretrain import pretrain
+from nestling.embed.training.align import align
+from nestling.embed.training.loss import StarbucksLoss
+from nestling.embed.training.train import Trained, train
 from nestling.errors import (
     EvaluationError,
     ExampleError,
@@ -31,7 +32,6 @@ from nestling.errors import (
     TrainingError,
     UnsupportedEncoderError,
 )
-from nestling.ladder import Cup, Ladder
 
 __all__ = [
     "Cup",

@@ -11,20 +11,20 @@ from typing import Any
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
-from nestling import report
-from nestling.data import read_texts
-from nestling.embed.agreement import COLUMNS, agreement, full_vectors
-from nestling.embed.encoder import Encoder
-from nestling.embed.export import export
-from nestling.embed.files import check_place
-from nestling.embed.load import load_encoder
-from nestling.embed.pages import write_demo
-from nestling.embed.rotation import rotations
-from nestling.embed.sentences import sentences
-from nestling.embed.train import Trained, train
-from nestling.embed.trainer import without_bars
-from nestling.ladder import Ladder
-from nestling.temporary import private_temporary_folder
+from nestling.data.sentences import sentences
+from nestling.data.texts import read_texts
+from nestling.embed.evaluation.agreement import COLUMNS, agreement, full_vectors
+from nestling.embed.export.export import export
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.folder import check_place
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.parts import Encoder
+from nestling.embed.model.projection import rotations
+from nestling.embed.report import write_demo
+from nestling.embed.training.train import Trained, train
+from nestling.embed.training.trainer import without_bars
+from nestling.files.temporary import private_temporary_folder
+from nestling.report import page as report
 
 LONGEST = 20  # words of a sentence; longer ones are cut
 BATCH, RATE = 48, 2e-4

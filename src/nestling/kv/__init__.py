@@ -10,13 +10,13 @@ from nestling.errors import (
     UnsupportedModelError,
 )
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import RankTable
-from nestling.kv.attention import attach, detach, supports
-from nestling.kv.cache import NestedCache
-from nestling.kv.calibrate import fit
-from nestling.kv.evaluate import Contender, compare, evaluate
-from nestling.kv.search import search
-from nestling.kv.train import train
+from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.cache.cache import NestedCache
+from nestling.kv.calibration.fit import fit
+from nestling.kv.calibration.search import search
+from nestling.kv.evaluation.evaluate import Contender, compare, evaluate
+from nestling.kv.integration.attach import attach, detach, supports
+from nestling.kv.training.train import train
 
 __all__ = [
     "AdapterError",

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from nestling.basis import NestedBasis
 from nestling.errors import AdapterError, BudgetError
-from nestling.kv import allocate, attention
-from nestling.kv.allocate import CONTEXT, RankTable
-from nestling.kv.bits import BitTable, bit_table_of
-from nestling.kv.budget import Budget, read_request
-from nestling.kv.cache import CHUNK, NestedCache, make_cache
-from nestling.kv.exact import capacity
-from nestling.kv.files import SIDES, path_names, read, write
-from nestling.kv.maker import WITHOUT_BITS, Maker, steps_of
-from nestling.kv.modes import in_default_mode
-from nestling.kv.push import push
+from nestling.kv.adapter_files import SIDES, path_names, read, write
+from nestling.kv.adapter_hub import push
+from nestling.kv.allocation import ranks as allocate
+from nestling.kv.allocation.bits import BitTable, bit_table_of
+from nestling.kv.allocation.budget import Budget, read_request
+from nestling.kv.allocation.ranks import CONTEXT, RankTable
+from nestling.kv.cache.cache import CHUNK, NestedCache, make_cache
+from nestling.kv.cache.exact import capacity
+from nestling.kv.cache.factory import WITHOUT_BITS, Maker, steps_of
+from nestling.kv.integration import attach as attention
+from nestling.kv.integration.modes import in_default_mode
 from nestling.options import choice, flag, number, share, whole
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
@@ -33,16 +34,17 @@ class KVAdapter:
     """Nested bases and energies for the full-attention layers of one model.
 
     Attributes:
-        fingerprint: what the model must agree on, see `nestling.kv.attention.fingerprint`.
+        fingerprint: what the model must agree on, see `nestling.kv.integration.attach.fingerprint`.
         encode: ``{"key": ..., "value": ...}``, fp32 ``[L, Hkv, D, D]``.
         mean: likewise, fp32 ``[L, Hkv, D]``: what coordinates that are not stored are taken to be at.
         energy: likewise, fp32 ``[L, Hkv, D]``: KL to the full model in nats per token expected from dropping each
             coordinate.
         noise: likewise, fp32 ``[L, Hkv, D]``: KL in nats per token if a coordinate was off by as much as it varies,
-            independently for every token. With it come ``step`` (of quantisers, see `nestling.kv.quantise`) and
-            ``info["errors"]``; empty in adapters that were made without, whose caches are not quantised.
+            independently for every token. With it come ``step`` (of quantisers, see
+            `nestling.kv.quantisation.quantiser`) and ``info["errors"]``; empty in adapters that were made without,
+            whose caches are not quantised.
         paths: searched allocations by name, ``[2, L, Hkv, steps]`` (keys, values): what each step of a rank is worth,
-            for `nestling.kv.allocate.by_gains`; the larger, the longer it is kept as the budget falls.
+            for `nestling.kv.allocation.ranks.by_gains`; the larger, the longer it is kept as the budget falls.
         info: how it was made (basis, tokens, base model name): plain JSON values.
         card: the text of its README.md, if it has one.
     """
@@ -178,8 +180,8 @@ class KVAdapter:
             model: the causal LM that the adapter was made for.
             budget: share of the full cache of the compressed layers, above 0 and at most 1, at equal precision: of its
                 bf16 bytes for a model (or ``dtype``) of 16 bits. Or text: ``"25%"``, or a limit such as ``"64MiB"``,
-                which is the same as ``limit_mib=64``; see `nestling.kv.budget.read_budget`. Not needed with a rank
-                table.
+                which is the same as ``limit_mib=64``; see `nestling.kv.allocation.budget.read_budget`. Not needed with
+                a rank table.
             bytes_per_token: the same as a number of bytes per token, at the precision in use.
             allocation: ``"energy"`` (least predicted loss), ``"uniform"``, the name of a searched one, such as
                 ``"greedy"``, or a rank table ``{"keys": [L][Hkv], "values": [L][Hkv]}``; by default what was searched
@@ -188,8 +190,8 @@ class KVAdapter:
                 up to 15 more, since they are encoded 16 at a time. Room for all is counted: the ranks are lowered
                 so that the total meets the budget at ``context`` tokens.
             exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression. To
-                score a text in one call, say False, or let `nestling.kv.evaluate` read it in chunks: with True the
-                call never reads what was compressed, so its loss is that of the full model at every budget.
+                score a text in one call, say False, or let `nestling.kv.evaluation.evaluate` read it in chunks: with
+                True the call never reads what was compressed, so its loss is that of the full model at every budget.
             paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
             context: number of tokens at which the budget is met.
             dtype: of the stored coordinates: float16, bfloat16, float32 or float64; None means that of the model's

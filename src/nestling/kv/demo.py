@@ -8,17 +8,17 @@ import torch
 from rich.console import Console
 from transformers import TextStreamer
 
-from nestling import report
-from nestling.data import read_texts
+from nestling.data.texts import read_texts
 from nestling.errors import OptionError
-from nestling.kv import attention
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocate import RankTable
-from nestling.kv.cache import NestedCache
-from nestling.kv.calibrate import fit
-from nestling.kv.evaluate import evaluate
-from nestling.kv.files import built_in
+from nestling.kv.adapter_files import built_in
+from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.cache.cache import NestedCache
+from nestling.kv.calibration.fit import fit
+from nestling.kv.evaluation.evaluate import evaluate
+from nestling.kv.integration import attach as attention
 from nestling.models import load_model
+from nestling.report import page as report
 from nestling.visible import visible_lines
 
 BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)

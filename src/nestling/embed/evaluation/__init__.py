@@ -1,0 +1,1 @@
+"""What every size is worth."""

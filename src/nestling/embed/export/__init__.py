@@ -1,0 +1,1 @@
+"""A size as a model of its own, for stock libraries."""

@@ -1,0 +1,232 @@
+"""A cup as a model of its own: a sentence-transformers folder of stock modules, which any server loads.
+
+The folder holds the first k layers and, as a Dense without activation, the map from the pooled vector to its first d
+coordinates (of the start rotation, if there is one), then a Normalize. So depth and width are visible to every
+runtime, and nobody has to be told to cut anything: ``truncate_dim`` would be read by sentence-transformers alone, and
+applied behind the Normalize.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from nestling.embed.export import onnx as graph
+from nestling.embed.export.card import card
+from nestling.embed.export.compatibility import rewrite
+from nestling.embed.export.probe import difference
+from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.model.encode import served_prompts
+from nestling.embed.model.folder import write_ladder
+from nestling.embed.model.layers import fit_length
+from nestling.embed.model.lora import has_adapters, merge
+from nestling.embed.model.own import own_rotations
+from nestling.embed.model.parts import Encoder, truncated_config
+from nestling.embed.model.projection import Rotation
+from nestling.embed.model.similarity import Similarity
+from nestling.errors import ExportError, ExportFileError, FileError, OptionError, UnsupportedEncoderError
+from nestling.files.folders import write_folder
+from nestling.files.reading import reason
+from nestling.files.writing import check_folder
+from nestling.models import quiet
+from nestling.options import flag, path, shown
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how close it is to the model it was cut from.
+
+    Attributes:
+        folder: where.
+        cup: its size.
+        nbytes: of all files together.
+        difference: largest difference of a coordinate to the taps', over probe texts; in parts of the largest
+            coordinate, where lengths count and that is above 1.
+        onnx_difference: of the ONNX graph to the exported model, likewise; None without one.
+        int8_cosine: mean cosine of the int8 graph's vectors to those in fp32; None without one.
+    """
+
+    folder: Path
+    cup: Cup
+    nbytes: int
+    difference: float
+    onnx_difference: float | None = None
+    int8_cosine: float | None = None
+
+
+def export(
+    model: nn.Module,
+    cup: Cup | str | tuple[int, int],
+    folder: str | Path,
+    *,
+    ladder: Ladder | str | Iterable[Any] | None = None,
+    rotations: Mapping[int, Rotation] | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
+    onnx: bool = False,
+    int8: bool = False,
+) -> Exported:
+    """Write a cup of an encoder as a standalone model.
+
+    The folder appears complete or not at all. Before that it is loaded as a stranger would load it, and must give the
+    vectors of the taps within 1e-5, with each of the model's prompts by the stock methods that use them, and without
+    one; the ONNX graph must give those of the folder within 1e-4.
+
+    Vectors are compared as the model compares its own: where that is by cosine they are unit vectors, and where
+    lengths count (``similarity_fn_name`` dot, euclidean or manhattan, and no Normalize at the end) they keep them. A
+    ``truncate_dim`` of the model is its width. Adapters (LoRA) are merged into the weights.
+
+    Args:
+        model: a SentenceTransformer in fp32; it is not changed.
+        cup: the size, such as ``"6x128"``.
+        folder: must not exist yet.
+        ladder: the cups that the model was trained for, as `Ladder.parse` takes them, kept in ``nestling.json``. Those
+            of this depth that are not wider than the cup are declared as widths that a server may cut to. By default
+            the cup alone.
+        rotations: by depth, those that the model was trained with (``Trained.rotations``, `load_rotations`). By
+            default those that it remembers, from its training or from its folder; ``{}`` for none.
+        rows: measured rows (`GridEvaluator.rows`) for the model card; those of the cup are shown.
+        onnx: also write ``onnx/model.onnx``: ids and mask to embeddings, any batch and length.
+        int8: also write ``onnx/model_int8.onnx``, with weights quantised, and under the name
+            ``onnx/model_quantized.onnx``, by which transformers.js asks for it; needs ``onnx``.
+
+    Raises:
+        ExportFileError: the folder cannot be made or written to, or the disk is full.
+        ExportError: the folder exists, weights are not fp32, ``int8`` without ``onnx``, a package is missing, the
+            rotation is of another width, there are some but none for a depth below the model's, an adapter cannot be
+            merged, a graph cannot leave prompts out of the pooling as the model does, or the result does not give the
+            same vectors: those of int8 weights must have a mean cosine of 0.9.
+        LadderError: the model does not have that cup, or one of the ladder's.
+        UnsupportedEncoderError: the model has no layers to cut.
+    """
+    folder, onnx, int8 = path("folder", folder), flag("onnx", onnx), flag("int8", int8)
+    encoder = Encoder.of(model)
+    size = Ladder.parse([cup]).full
+    if rotations is not None and not isinstance(rotations, Mapping):
+        raise OptionError(f"rotations={shown(rotations)}: expected rotations by depth, as load_rotations gives them")
+    ladder = Ladder([size]) if ladder is None else Ladder.parse(ladder)
+    rotation = _rotation(encoder, size, own_rotations(model) if rotations is None else rotations)
+    Similarity.of(encoder.model)
+    _check(encoder, size, ladder, folder, rotation)
+    if int8 and not onnx:
+        raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
+    if onnx:
+        graph.check_installed()
+        graph.check_prompts(encoder.model)
+
+    def fill(new: Path) -> Exported:
+        with quiet():
+            _write(encoder, size, new, ladder, rotation)
+            served = _loaded(new, str(encoder.model.device))
+            differs = difference(encoder, size, rotation, served)
+            measured = graph.write(served.cpu(), new / "onnx", int8) if onnx else (None, None)
+        (new / "README.md").write_text(card(encoder.model, served, size, ladder, rows, onnx), "utf-8")
+        nbytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+        _check_new(folder)  # made by somebody else meanwhile; it would be replaced without a word
+        return Exported(folder, size, nbytes, differs, *measured)
+
+    try:
+        return write_folder(folder, fill)
+    except FileError as error:
+        raise ExportFileError(str(error)) from error
+
+
+def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, rotation: Rotation | None) -> None:
+    Ladder({cup, *ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
+    _check_new(folder)
+    dtypes = {parameter.dtype for parameter in encoder.model.parameters()}
+    if dtypes != {torch.float32}:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ExportError(f"the weights are {found}: load the model in float32, its vectors are compared to 1e-5")
+    if rotation is not None and rotation.encode.shape[0] != encoder.dims:
+        raise ExportError(f"the rotation is of width {rotation.encode.shape[0]}, the embeddings of {encoder.dims}")
+
+
+def _rotation(encoder: Encoder, cup: Cup, rotations: Mapping[int, Rotation]) -> Rotation | None:
+    """The one of the cup's depth. The full model's may have none."""
+    if rotations and cup.layers not in rotations and cup.layers < encoder.depth:
+        raise ExportError(
+            f"there is no rotation for {cup}, only for layers {sorted(rotations)}: choose a cup of those"
+        )
+    return rotations.get(cup.layers)
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise ExportError(f"{folder} exists: choose another folder, or remove it")
+    try:
+        check_folder(folder)
+    except FileError as error:
+        raise ExportFileError(str(error)) from error
+
+
+def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
+    transformer = copy.deepcopy(encoder.shortened(cup.layers)).cpu()
+    if has_adapters(transformer):
+        try:
+            merge(transformer)
+        except UnsupportedEncoderError as error:
+            raise ExportError(str(error)) from error
+    fit_length(transformer)
+    backbone: Any = transformer.model
+    backbone.config = truncated_config(encoder.transformer.model.config, cup.layers)
+    backbone.config.output_hidden_states = False
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # BERT's, which no pooling of sentence-transformers reads
+    head = [copy.deepcopy(module).cpu() for module in encoder.head]
+    similarity = Similarity.of(encoder.model)
+    small = SentenceTransformer(
+        modules=[transformer, *_narrowed(head, encoder, cup.dims, rotation), *[Normalize()] * similarity.unit],
+        prompts=served_prompts(encoder.model),
+        default_prompt_name=encoder.model.default_prompt_name,
+        similarity_fn_name=similarity.name,  # type: ignore[arg-type]
+        device="cpu",
+    )
+    small.save_pretrained(str(folder), create_model_card=False)
+    dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
+    rewrite(folder, small, dims)
+    write_ladder(folder, ladder.to_json() | {"cup": cup.name, "rotated": rotation is not None})
+
+
+def _loaded(folder: Path, device: str) -> SentenceTransformer:
+    try:
+        return SentenceTransformer(str(folder), device=device, local_files_only=True)
+    except Exception as error:  # transformers 5.16, for one, cannot read back a ModernBERT with a single layer
+        raise ExportError(f"the export cannot be loaded again [{reason(error)}]") from error
+
+
+def _narrowed(head: list[nn.Module], encoder: Encoder, dims: int, rotation: Rotation | None) -> list[nn.Module]:
+    """The head with a linear map to the first ``dims`` coordinates behind it; linear maps in a row become one."""
+    if rotation is None and dims == encoder.width:
+        return head
+    weight, bias = torch.eye(dims, encoder.width), None
+    if rotation is not None:  # of the coordinates that the model keeps
+        weight = pad(rotation.weight(dims).cpu(), (0, encoder.width - encoder.dims))
+        bias = rotation.bias(dims)
+    while isinstance(head[-1], Dense) and _is_linear(head[-1]):
+        inner: Any = head.pop().linear
+        if inner.bias is not None:
+            bias = weight @ inner.bias.detach() + (0 if bias is None else bias.cpu())
+        weight = weight @ inner.weight.detach()
+    narrow = Dense(weight.shape[1], dims, bias=bias is not None, activation_function=None)
+    _fill(narrow.linear, weight, bias)
+    return [*head, narrow]
+
+
+def _is_linear(dense: Dense) -> bool:
+    names = {dense.module_input_name, dense.module_output_name}
+    plain = isinstance(dense.activation_function, nn.Identity) and not dense.use_residual
+    return plain and names == {"sentence_embedding"}
+
+
+@torch.no_grad()
+def _fill(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.copy_(weight)
+    if bias is not None:
+        linear.bias.copy_(bias)

@@ -1,0 +1,1 @@
+"""SMAE: pre-training by masked autoencoding."""

@@ -1,0 +1,123 @@
+"""SMAE's losses (arXiv 2410.13230): every cup predicts masked words, and rebuilds the text from its sentence vector.
+
+One encoder forward for all cups, states at masked places only, one decoder layer for all cups, and one pass over the
+vocabulary in chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.model.parts import Encoder
+from nestling.embed.model.taps import token_taps
+from nestling.embed.pretraining.families import Decoder, check, masked_head
+from nestling.vocabulary import cross_entropies
+
+DecoderKind = Literal["plain", "enhanced"]
+
+
+class MaskedAutoencoder(nn.Module):
+    """What is trained: the encoder, its masked-language head, and the decoder that is thrown away afterwards.
+
+    For a cup (n, d), with h_n the token vectors of the n-layer model (`nestling.embed.model.taps`) and f the head's
+    transform, whose dense layer is applied with its first d input columns:
+
+        mlm = CE of the encoder's masked tokens, from f(h_n[:d])
+        dec = CE of the decoder's masked tokens, from f(decoder(f(pooled h_n [:d]), the text under the decoder's mask))
+
+    The loss is the mean over cups of (mlm + dec) / 2, and of mlm alone without a decoder: with the full cup only that
+    is plain masked-language modelling.
+
+    Args:
+        model: a sentence encoder of a family of `nestling.embed.pretraining.families`, whose pooling makes the
+            sentence vector.
+        cups: all of them; a batch may ask for some.
+        decoder: ``"plain"``, ``"enhanced"`` (RetroMAE, section 3.3: every word is rebuilt, each from the sentence
+            vector, its position and a random part of the others), or None.
+        seed: of a head's weights, where the checkpoint has none.
+
+    Raises:
+        UnsupportedEncoderError: see `nestling.embed.pretraining.families.check`.
+        LadderError: the cups do not fit the model.
+    """
+
+    accepts_loss_kwargs = False  # the Trainer divides by the steps of accumulation
+
+    def __init__(self, model: SentenceTransformer, cups: Ladder, decoder: DecoderKind | None = "plain", seed: int = 0):
+        super().__init__()
+        check(model)
+        parts = Encoder.of(model)
+        self.cups = cups.check(parts.depth, parts.dims)
+        self.encoder = model
+        self.head = masked_head(model, seed)
+        self.enhanced = decoder == "enhanced"
+        self.decoder = None if decoder is None else Decoder(parts)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        masked: Tensor,
+        share: Tensor,
+        decoder_ids: Tensor,
+        rebuilt: Tensor,
+        decoder_share: Tensor,
+        visible: Tensor | None = None,
+        cups: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss and its parts. All but ``loss`` are detached.
+
+        Args:
+            input_ids, decoder_ids: tokens as encoder and decoder see them ``[B, T]``, padded on the right.
+            attention_mask: ``[B, T]``, 1 for tokens.
+            labels: the tokens themselves ``[B, T]``.
+            masked, rebuilt: ``[B, T]`` bool, what is predicted by the encoder and by the decoder.
+            share, decoder_share: weight of one such token: 1 / (their number in the global batch), times the number of
+                parts that the global batch is cut into.
+            visible: ``[B, T, T]`` bool for the enhanced decoder, see `nestling.embed.pretraining.masking.visible`.
+            cups: numbers of the ladder's cups that are trained in this step; all by default.
+
+        Returns:
+            ``{"loss", "mlm_2x32", ..., "dec_2x32", ...}``, means over the masked tokens in nats.
+        """
+        chosen = [self.cups.cups[i] for i in (range(len(self.cups)) if cups is None else cups.tolist())]
+        features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        tokens = token_taps(self.encoder, features, {cup.layers for cup in chosen})
+        seen = {layer: states[masked] for layer, states in tokens.items()}
+        states = [torch.cat([self.head.transform(seen[cup.layers][:, : cup.dims]) for cup in chosen])]
+        targets, weights = [labels[masked].repeat(len(chosen))], [share.expand(len(states[0]))]
+        if self.decoder is not None:
+            vectors = self._vectors(features, tokens, chosen)
+            read = attention_mask[:, None].bool() if visible is None else visible
+            made = self.decoder(Encoder.of(self.encoder), decoder_ids, vectors, read, rebuilt, self.enhanced)
+            states.append(self.head.transform(made).flatten(0, 1))
+            targets.append(labels[rebuilt].repeat(len(chosen)))
+            weights.append(decoder_share.expand(len(states[1])))
+        found = cross_entropies(
+            torch.cat(states), self._matrix, self.head.bias, torch.cat(targets),
+            torch.cat(weights) / (len(chosen) * len(states)),
+        )  # fmt: skip
+        parts = found.each.split([len(part) for part in states])
+        shares = (("mlm", share), ("dec", decoder_share))
+        return {"loss": found.loss} | {
+            f"{name}_{cup}": each.sum() * weight
+            for (name, weight), part in zip(shares, parts, strict=False)
+            for cup, each in zip(chosen, part.chunk(len(chosen)), strict=True)
+        }
+
+    @property
+    def _matrix(self) -> Tensor:
+        own = self.head.own
+        return Encoder.of(self.encoder).backbone.get_input_embeddings().weight if own is None else own  # type: ignore
+
+    def _vectors(self, features: dict[str, Tensor], tokens: dict[int, Tensor], cups: list[Cup]) -> Tensor:
+        """What stands in place 0 of the decoder's texts, ``[C, B, H]``."""
+        encoder = Encoder.of(self.encoder)
+        pooled = {layer: encoder.pool(features, states) for layer, states in tokens.items()}
+        return torch.stack([self.head.transform(pooled[cup.layers][:, : cup.dims]) for cup in cups])

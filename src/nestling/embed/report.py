@@ -1,0 +1,108 @@
+"""The wing's HTML pages: what was measured for every cup, a training's curves, and the demo's findings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nestling.embed.evaluation.agreement import COLUMNS, NOTE
+from nestling.embed.evaluation.results import FLOPS, cost_figure, grid_figure
+from nestling.embed.ladder import Cup
+from nestling.embed.training.result import Trained
+from nestling.report import page as report
+
+Row = Mapping[str, Any]
+METHODS = "Cut: the model as it was; aligned: by a linear map, without training; distilled: after the training."
+COSTS = "Layers save encode time, dims save index bytes and search time; neither saves the other."
+
+
+def write_evaluation(path: Path, rows: Sequence[Row], *, title: str, grid: bool) -> None:
+    """The table of a `GridEvaluator` or of `agreement`, quality by cost, and a heat map with ``grid``."""
+    labelled = any(key in row for row in rows for key in ("mean_sts", "mean_ndcg"))
+    column = None if labelled else "agreement"
+    note = "Correlations, nDCG@10 and recall@100 as fractions. " if labelled else f"{NOTE} "
+    sections = [
+        report.Section("Quality of every cup", note + COSTS, rows=_shown(rows), figure=cost_figure(rows, column))
+    ]
+    if grid:
+        note = "Layers downwards, dims across; cells beside the ladder's cups were not trained."
+        sections.append(report.Section("Every depth at every width", note, figure=grid_figure(rows, column)))
+    intro = "One encoder, measured at every size from one pass over the texts."
+    report.write_html(path, title, intro, sections, report.run_meta())
+
+
+def write_training(path: Path, trained: Trained, *, title: str) -> None:
+    """The loss of every cup by step, what was measured on held-out data, and the settings."""
+    settings = dict(trained.info)
+    report.write_html(
+        path, title, "An encoder, trained at every size at once.",
+        [*training_sections(trained.info), report.Section("Settings", rows=_settings(settings))], report.run_meta(),
+    )  # fmt: skip
+
+
+def training_sections(info: Mapping[str, Any]) -> list[report.Section]:
+    """The curves of a training: losses, and held-out means if there are any."""
+    points = info["curve"]
+    measured = [
+        {"step": p["step"], "value": p[name], "cup": name.rsplit("_mean_", 1)[0]}
+        for p in points
+        for name in p
+        if name.endswith(("_mean_sts", "_mean_ndcg"))
+    ]
+    losses = [
+        {"step": p["step"], "loss": value, "part": name.replace("_", " ").replace("kl", "KL")}
+        for p in points
+        if "loss" in p
+        for name, value in p.items()
+        if name not in ("step", "loss") and "mean" not in name and not name.startswith("eval_")
+    ]
+    figure = report.curve(
+        losses, "step", "loss", "part", title="While training", xlabel="step", ylabel="loss", log_y=True
+    )
+    note = "A batch's loss, and the KL to the teacher's rankings."
+    if any(row["part"].startswith("mlm") for row in losses):
+        note = "Nats per masked token: by the encoder (mlm), and by the decoder from the sentence vector (dec)."
+    sections = [report.Section("Loss of every cup", note, figure=figure)]
+    if measured:
+        what = "mean Spearman or nDCG@10"
+        figure = report.curve(measured, "step", "value", "cup", title="Held-out data", xlabel="step", ylabel=what)
+        sections.append(report.Section("Quality while training", figure=figure))
+    stock = [
+        {k.removeprefix("eval_"): v for k, v in p.items() if k == "step" or k.startswith("eval_")} for p in points
+    ]
+    if stock := [row for row in stock if len(row) > 1]:
+        sections.append(report.Section("Measured by stock evaluators", "On the full model.", rows=stock))
+    return sections
+
+
+def write_demo(
+    path: Path, rows: Sequence[Row], trained: Trained, costs: Sequence[Row], answers: Sequence[Row], *, title: str
+) -> None:
+    """The demo: agreement before and after, the training, what a cup costs and what it finds."""
+    points = [{**row, "share": Cup.parse(row["cup"]).layers / trained.ladder.full.layers} for row in rows]
+    figure = report.curve(
+        points, "share", "agreement", "method", title="Agreement with the full model", xlabel=FLOPS,
+        ylabel="mean Spearman on held-out sentences",
+    )  # fmt: skip
+    sections = [
+        report.Section("Before and after", f"{NOTE} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
+                       figure=figure),
+        *training_sections(trained.info),
+        report.Section("What a cup costs", "Encode times are medians of three rounds in turn, on this machine.",
+                       rows=costs),
+        report.Section("Searching the pages", "The two nearest pages.", rows=answers),
+    ]  # fmt: skip
+    intro = (
+        "One encoder, made elastic by following itself: no labels, no other model. Every cup is cut out of the same "
+        "weights, and its folder loads in stock sentence-transformers."
+    )
+    report.write_html(path, title, intro, sections, report.run_meta())
+
+
+def _shown(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if value != ""} for row in rows]
+
+
+def _settings(info: Mapping[str, Any]) -> list[Row]:
+    return [{"setting": name, "value": str(value)} for name, value in info.items() if name != "curve"]

@@ -1,0 +1,1 @@
+"""Training of every size at once."""

@@ -1,0 +1,305 @@
+"""StarbucksLoss: one encoder is trained at every size at once, and each size follows a larger one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+from torch import Tensor, nn
+from torch.nn.functional import normalize as unit
+
+from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.model.parts import Encoder
+from nestling.embed.model.projection import Rotation
+from nestling.embed.model.taps import taps
+from nestling.embed.training.base_losses import Batches, cached_value, caches_gradients, value
+from nestling.embed.training.cached import CachedRepresentation
+from nestling.embed.training.gather import gathered
+from nestling.embed.training.lengths import embed_by_length
+from nestling.embed.training.teacher import checked_teacher, rows_of
+from nestling.errors import OptionError
+from nestling.losses import coordinate_kl, similarity_kl
+from nestling.options import choice, flag, number, shown
+
+Parts = dict[str, Tensor]
+TEMPERATURE = {"similarity": 0.05, "coordinate": 1.0}
+
+
+def _weights(name: str, value: Any) -> dict[Any, float]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name}={shown(value)}: expected weights by cup, such as {{'12x768': 3.0}}")
+    return {cup: number(f"{name}[{cup}]", weight, above=0) for cup, weight in value.items()}
+
+
+def _kind(name: str, value: Any) -> str:
+    return choice(name, value, tuple(TEMPERATURE))
+
+
+ABOVE_ZERO = partial(number, above=0)
+RECIPE: dict[str, Callable[[str, Any], Any]] = {
+    "kl": _kind, "kl_weight": ABOVE_ZERO, "temperature": ABOVE_ZERO, "teacher_temperature": ABOVE_ZERO,
+    "weights": _weights, "cascade": flag, "detach_teacher": flag, "normalize": flag,
+}  # fmt: skip
+
+
+def checked_recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a `StarbucksLoss`, as plain numbers.
+
+    Raises:
+        OptionError: one is unknown, or has a value that it cannot have.
+    """
+    if not isinstance(options, Mapping):
+        raise OptionError(f"recipe={shown(options)}: expected options by name, some of {', '.join(RECIPE)}")
+    if unknown := [str(name) for name in options if name not in RECIPE]:
+        raise OptionError(f"recipe has no {', '.join(unknown)}: expected some of {', '.join(RECIPE)}")
+    may_be_none = ("kl", "temperature", "teacher_temperature", "weights")
+    return {
+        name: None if value is None and name in may_be_none else RECIPE[name](name, value)
+        for name, value in options.items()
+    }
+
+
+class StarbucksLoss(CachedRepresentation, nn.Module):
+    """A sentence-transformers loss at every cup of a ladder, on every step, from one embedding of each text.
+
+    At each cup the pooled vectors of its depth are cut to its first dims, normalised, and given to ``loss``; a KL
+    divergence lets small cups follow the full one (representation learning of arXiv 2410.13230, SRL):
+
+        L = sum over cups w_c * (loss(c) + kl_weight * KL(teacher || c)),   no KL for the full cup.
+
+    Args:
+        model: the SentenceTransformer that is trained.
+        loss: any loss of the same model that has ``compute_loss_from_embeddings`` (MultipleNegativesRankingLoss,
+            CoSENTLoss, AnglELoss, MarginMSELoss, DistillKLDivLoss, TripletLoss, ...), or one that caches gradients by
+            ``CachedLossMixin`` (CachedMultipleNegativesRankingLoss): the embeddings of all cups are cached together.
+            None, with a teacher: the cups follow it and nothing else.
+        cups: a `Ladder`, or what `Ladder.parse` takes; the full model must be in it.
+        kl: ``"similarity"``: between softmaxes of each query's similarities to all other columns of the batch;
+            ``"coordinate"``: between softmaxes over coordinates, of vectors that are not normalised, for comparison;
+            None: no distillation.
+        kl_weight: of the KL against the loss.
+        temperature: similarities, or coordinates, are divided by it; by default 0.05 (cosines) and 1.
+        teacher_temperature: the same for the teacher, by default the student's.
+        weights: of cups, by name, as in ``{"12x768": 3.0}``; 1 for those that are not named.
+        cascade: the teacher of each cup is the next larger one (no narrower than it), and not the full one.
+        detach_teacher: no gradient goes to the teacher.
+        normalize: vectors are normalised after they were cut, as by an export that ends in Normalize, so that the
+            loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
+            distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
+            both see vectors as they are, for dot products.
+        rotations: ``{depth: Rotation}``, applied to pooled vectors before they are cut; parameters of the loss.
+        teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
+            from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
+            numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
+            there with SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
+        gather_across_devices: each process computes the loss and the KL of the texts of all processes, as one process
+            with their batches together would. Batches must be of one size; leave the option of this name off in
+            ``loss``. Without it the KL ranks the texts of one process.
+
+    Returns:
+        From ``forward``, a dict of scalars whose sum is the loss: ``"6x128"`` and ``"kl_6x128"`` for every cup, with
+        their weights. SentenceTransformerTrainer adds them up and logs each.
+
+    Raises:
+        LadderError: the cups do not fit the model.
+        UnsupportedEncoderError: the model has no layers to cut.
+        ValueError: an option is out of range, or the loss cannot be taken at several sizes. From ``forward``, if
+            labels do not suit the loss or the teacher.
+
+    The released STS code is ``StarbucksLoss(..., kl="coordinate", kl_weight=0.3, detach_teacher=False)``: what it
+    calls a temperature of 0.3 multiplies the KL and divides nothing. Its retrieval code is ``kl="similarity",
+    temperature=1, normalize=False`` around a loss of dot products.
+    """
+
+    loss: Any
+    mini_batch_size: Any  # these two are the cached base loss's own
+    mini_batch_num_tokens: Any
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        loss: nn.Module | None,
+        cups: Ladder | str | Iterable[Any],
+        *,
+        kl: Literal["similarity", "coordinate"] | None = "similarity",
+        kl_weight: float = 1.0,
+        temperature: float | None = None,
+        teacher_temperature: float | None = None,
+        weights: Mapping[str, float] | None = None,
+        cascade: bool = False,
+        detach_teacher: bool = True,
+        normalize: bool = True,
+        rotations: Mapping[int, Rotation] | None = None,
+        teacher: Tensor | np.ndarray | None = None,
+        gather_across_devices: bool = False,
+    ):
+        super().__init__()
+        options = {
+            "kl": kl,
+            "kl_weight": kl_weight,
+            "temperature": temperature,
+            "weights": weights,
+            "cascade": cascade,
+        }
+        more = {"teacher_temperature": teacher_temperature, "detach_teacher": detach_teacher, "normalize": normalize}
+        given = checked_recipe({**options, **more})
+        encoder = Encoder.of(model)
+        self.cups = Ladder.parse(cups).check(encoder.depth, encoder.dims)
+        self.uses_gradient_cache = loss is not None and caches_gradients(loss)
+        self.model, self.loss = model, loss
+        self.gather_across_devices = flag("gather_across_devices", gather_across_devices)
+        if self.uses_gradient_cache:
+            self.mini_batch_size, self.mini_batch_num_tokens = (
+                self.loss.mini_batch_size,
+                self.loss.mini_batch_num_tokens,
+            )
+        self.kl, self.cascade, self.detach_teacher, self.normalize = kl, cascade, detach_teacher, normalize
+        self.kl_weight = given["kl_weight"]
+        self.temperature = given["temperature"] or TEMPERATURE.get(kl or "", 1.0)
+        self.teacher_temperature = given["teacher_temperature"] or self.temperature
+        named = {self.cups.cup(name): weight for name, weight in (given["weights"] or {}).items()}
+        self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
+        self.rotations = nn.ModuleDict({str(depth): rotation for depth, rotation in (rotations or {}).items()})
+        # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
+        self.teacher = None if teacher is None else checked_teacher(teacher)
+        self._check()
+        self.teachers = self._who_teaches()
+        # A text is represented by the vectors of all depths side by side, each as wide as its widest cup.
+        self.widths = {depth: max(c.dims for c in self.cups if c.layers == depth) for depth in self.cups.layers}
+
+    def _check(self) -> None:
+        if self.rotations and isinstance(self.loss, EmbedDistillLoss):
+            raise OptionError("EmbedDistillLoss compares coordinates with those of another model: use no rotations")
+        for depth, rotation in self.rotations.items():
+            size = len(rotation.get_parameter("encode"))
+            if int(depth) not in self.cups.layers or size != self.cups.full.dims:
+                raise OptionError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
+        if self.teacher is not None and self.kl != "similarity":
+            raise OptionError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
+        if self.loss is None and self.teacher is None:
+            raise OptionError("without a loss nothing holds the full cup where it is: give a loss, or a teacher")
+        if self.gather_across_devices and getattr(self.loss, "gather_across_devices", False):
+            raise OptionError("texts would be gathered twice: leave gather_across_devices off in the inner loss")
+
+    def _who_teaches(self) -> dict[Cup, Cup | None]:
+        """The teacher of each cup that has one; None is the external one."""
+        if self.kl is None:
+            return {}
+        *small, full = self.cups
+        external = self.teacher is not None
+        if self.cascade:
+            larger = {cup: [other for other in self.cups if other > cup and other.dims >= cup.dims] for cup in small}
+            found: dict[Cup, Cup | None] = {cup: others[0] for cup, others in larger.items()}
+        else:
+            found = {cup: None if external else full for cup in small}
+        return found | ({full: None} if external else {})
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Parts:
+        """The parts of the loss for columns of texts, as ``model.preprocess`` makes them, and labels for ``loss``."""
+        columns = list(sentence_features)
+        if not self.uses_gradient_cache:
+            made = embed_by_length(self.represent, columns)
+            return self._parts(*self._gathered([[column] for column in made], labels), False)
+        total = self.forward_cached(columns, labels)
+        # The total carries the hook that sends the cached gradients into the model: it must be in the sum, once.
+        name, part = next(iter(self._cached_parts.items()))
+        return {**self._cached_parts, name: part + (total - total.detach())}
+
+    def represent(self, features: dict[str, Any]) -> dict[str, Tensor]:
+        """The vectors of all depths side by side ``[B, S]``, where losses expect the embedding."""
+        rotations = {int(depth): rotation for depth, rotation in self.rotations.items()}
+        vectors = taps(self.model, features, self.widths, rotations)
+        cut = [vectors[depth][:, :width] for depth, width in self.widths.items()]
+        return {"sentence_embedding": torch.cat(cut, 1)}
+
+    def calculate_loss(self, reps: Batches, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+        """The whole loss of a batch from representations; with ``with_backward``, their gradients are set already."""
+        reps, labels = self._gathered(reps, labels)
+        # Gathered vectors were computed from the ones whose gradients are cached: they are put between, as leaves.
+        own = [batches[0] for batches in reps] if self.gather_across_devices and with_backward else []
+        used = [[vectors.detach().requires_grad_()] for vectors in own] or reps
+        self._cached_parts = {k: v.detach() for k, v in self._parts(used, labels, with_backward).items()}
+        if own:
+            torch.autograd.backward(own, [leaf.grad for (leaf,) in used])
+        return torch.stack(list(self._cached_parts.values())).sum()
+
+    def _parts(self, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
+        parts: Parts = {}
+        columns = [torch.cat(batches) for batches in reps]
+        own_labels = labels if self.teacher is None else None
+        for cup in self.cups:
+            parts |= self._task(cup, reps, own_labels, with_backward)
+            if cup in self.teachers:
+                kl = self.weights[cup] * self.kl_weight * self._divergence(cup, columns, labels)
+                parts[f"kl_{cup.name}"] = kl
+        if with_backward and self.teachers:
+            torch.stack([value for value in parts.values() if value.requires_grad]).sum().backward()
+        return parts
+
+    def _gathered(self, reps: Batches, labels: Tensor | None) -> tuple[Batches, Tensor | None]:
+        """Representations and labels of all processes, if they are wanted."""
+        if not self.gather_across_devices:
+            return reps, labels
+        return [[gathered(torch.cat(batches))] for batches in reps], None if labels is None else gathered(labels)
+
+    def _task(self, cup: Cup, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
+        """The base loss at a cup, with its weight."""
+        if self.loss is None:
+            return {}
+        vectors = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
+        weight = self.weights[cup]
+        if self.uses_gradient_cache:
+            return {cup.name: weight * cached_value(self.loss, vectors, labels, weight, with_backward)}
+        found = value(self.loss, [batches[0] for batches in vectors], labels)
+        named = found.items() if isinstance(found, dict) else [("", found)]
+        return {f"{cup.name}_{name}".rstrip("_"): weight * part for name, part in named}
+
+    def _divergence(self, cup: Cup, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        """KL of a cup to its teacher."""
+        normalize = self.normalize and self.kl == "similarity"
+        student = [self._coordinates(column, cup, normalize) for column in columns]
+        by = self.teachers[cup]
+        if by is not None:
+            teacher = [self._coordinates(column, by, normalize) for column in columns]
+        else:
+            teacher = rows_of(cast(Tensor, self.teacher), labels, student)
+        if self.detach_teacher:
+            teacher = [vectors.detach() for vectors in teacher]
+        if self.kl == "coordinate":
+            return coordinate_kl(teacher, student, self.temperature)
+        return similarity_kl(teacher, student, self.temperature, self.teacher_temperature)
+
+    def _coordinates(self, representation: Tensor, cup: Cup, normalize: bool) -> Tensor:
+        """A cup's vectors ``[B, d]`` out of representations ``[B, S]``, in fp32 or wider."""
+        start = sum(width for depth, width in self.widths.items() if depth < cup.layers)
+        vectors = representation[:, start : start + cup.dims]
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return unit(vectors, dim=-1) if normalize else vectors
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What a model card says of this loss."""
+        config: dict[str, Any] = {"loss": self.loss, "cups": str(self.cups), "kl": self.kl}
+        if self.kl is not None:
+            names = ("kl_weight", "temperature", "teacher_temperature", "cascade", "detach_teacher")
+            config |= {name: getattr(self, name) for name in names}
+        config["weights"] = {cup.name: weight for cup, weight in self.weights.items() if weight != 1.0}
+        config["rotated_layers"] = sorted(int(depth) for depth in self.rotations)
+        return config | {"normalize": self.normalize, "external_teacher": self.teacher is not None}
+
+    @property
+    def citation(self) -> str:
+        return """
+@misc{zhuang2024starbucks,
+    title={Starbucks: Improved Training for 2D Matryoshka Embeddings},
+    author={Shengyao Zhuang and Shuai Wang and Bevan Koopman and Guido Zuccon},
+    year={2024},
+    eprint={2410.13230},
+    archivePrefix={arXiv},
+    primaryClass={cs.IR}
+}
+"""

@@ -1,0 +1,1 @@
+"""Long jobs that survive a kill: checkpoints, results, progress."""

@@ -1,0 +1,84 @@
+"""What the JSON file of an adapter may hold: every value that is ever used is of its type and in its range."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from nestling.errors import AdapterError
+from nestling.files.fields import Fields, is_number
+from nestling.files.reading import read_object, short
+from nestling.kv.quantisation.quantiser import WIDTHS
+
+FORMAT, KIND = 1, "nestling-kv"
+LAYERS, HEADS, WIDTH = 10_000, 65_536, 65_536  # beyond those of any model
+LARGEST_ERROR = 100.0  # of a quantiser, in mean squares: 1 is as bad as storing nothing
+SIDES = ("key", "value")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of an adapter; keys that are not known here are left alone.
+
+    Raises:
+        AdapterError: it cannot be read, is of another kind or a newer format, or a value is not as expected.
+    """
+    config = read_object(path, AdapterError)
+    if config.get("kind") != KIND:
+        raise AdapterError(f"{path} is not a nestling KV adapter's (kind is not {KIND!r})")
+    fields = Fields(path, config, AdapterError)
+    found = config.get("format")
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise AdapterError(
+            f"{path} has format {short(found)}, this version reads up to {FORMAT}: upgrade nestling, or copy it again"
+        )
+    for key in ("sha256", "card_sha256"):
+        checksum = fields.text(key, default=None)
+        if checksum is not None and not re.fullmatch("[0-9a-f]{64}", checksum):
+            raise AdapterError(f"{path}: {key!r} must be 64 hexadecimal digits, got {short(checksum)}")
+    for key in ("nestling", "card", "base_model", "basis"):
+        fields.text(key, default=None)
+    for key in ("tokens", "length", "skip", "sinks", "window"):
+        fields.whole(key, default=None)
+    fields.number("condition", 0, default=None)
+    try:
+        _check_model(fields.object("model"))
+    except AdapterError as error:
+        raise AdapterError(f"{error}: 'model' must hold layers, num_key_value_heads and head_dim") from None
+    if (errors := fields.object("errors", default=None)) is not None:
+        for side in SIDES:
+            if max(errors.numbers(side, len(WIDTHS), 0)) > LARGEST_ERROR:
+                raise AdapterError(f"{errors.where}: {side!r} must be at most {LARGEST_ERROR:g}")
+    if (search := fields.object("search", default=None)) is not None:
+        search.text("method")
+        search.whole("forwards", default=None)
+    if (training := fields.object("training", default=None)) is not None:
+        _check_training(training)
+    return config
+
+
+def _check_model(model: Fields) -> None:
+    model.whole("num_key_value_heads", 1, HEADS)
+    model.whole("head_dim", 1, WIDTH)
+    layers = model.array("layers")
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < LAYERS for layer in layers)
+    if not layers or not whole or sorted(set(layers)) != layers:
+        raise AdapterError(f"{model.where}: 'layers' must be numbers of layers in order, got {short(layers)}")
+    model.text("model_type")
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        model.whole(key, 1)
+    model.object("rope")
+
+
+def _check_training(training: Fields) -> None:
+    """What a card and a report tell of a training."""
+    for key in ("preset", "sampling", "allocation"):
+        training.text(key)
+    for key in ("sinks", "window", "tokens", "seconds"):
+        training.whole(key)
+    training.number("learning_rate", 0)
+    for point in training.objects("curve"):
+        for name, value in point.values.items():
+            if not is_number(value):
+                raise AdapterError(f"{point.where}: {short(name)} must be a finite number, got {short(value)}")
+            if name.startswith("kl_") and not re.fullmatch(r"kl_\d{1,9}(\.\d{1,9})?(e-?\d{1,2})?", name, re.ASCII):
+                raise AdapterError(f"{point.where}: {short(name)} must end in a share of the ranks, such as kl_0.5")
+        point.whole("tokens")

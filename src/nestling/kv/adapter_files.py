@@ -1,0 +1,277 @@
+"""The files of an adapter, read with checks and written atomically.
+
+Two files beside a card: ``nestling_adapter.json`` (format version, the model's fingerprint, how the bases were made,
+and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
+``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.energy`` ``[Hkv, D]``, all fp32; in adapters that
+caches can be quantised by also ``.noise`` and ``.step`` ``[Hkv, D]``. ``decode`` is not stored: it is the inverse of
+``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves every budget.
+
+Older adapters have other names, which are PEFT's, and no checksum. The card is ``README.md``, or, where somebody
+else's file has that name, ``nestling_adapter.md``.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from nestling.errors import AdapterError, FileError, NestlingError
+from nestling.files.folders import Parts, read_sealed, sha256, waiting, write_folder
+from nestling.files.reading import LARGEST, read_object, read_tensors, read_text, tensor_shapes
+from nestling.files.writing import check_folder
+from nestling.kv.adapter_config import FORMAT, KIND, SIDES, read_config
+from nestling.kv.allocation.ranks import edges
+from nestling.kv.integration.structure import fingerprint, text_config
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "nestling_adapter.json", "nestling_adapter.safetensors", "README.md"
+OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, OTHER_CARD_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "nestling_adapter.md",
+)
+HEAD = ("format", "kind", "nestling", "sha256", "card", "card_sha256")  # keys that say nothing of the bases
+BUILT_IN = Path(__file__).parent / "adapters"
+
+
+def write(folder: str | Path, info: dict, tensors: dict[str, Tensor], card: str) -> None:
+    """Write config, weights and card: an adapter in ``folder`` is replaced whole or not at all, other files stay.
+
+    Raises:
+        AdapterError, FileError: as `check_place`; or it cannot be written. What was there is as it was.
+    """
+    folder = Path(folder)
+    check_place(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    config = {"format": FORMAT, "kind": KIND, "nestling": _library_version(), **info}
+
+    def fill(new: Path) -> None:
+        save_file(tensors, new / WEIGHTS_FILE)
+        text = card or _default_card(config)
+        name = CARD_FILE if _may_have_card(folder, text) else OTHER_CARD_FILE
+        (new / name).write_text(text, encoding="utf-8")
+        sums = {"sha256": sha256(new / WEIGHTS_FILE), "card": name, "card_sha256": sha256(new / name)}
+        (new / CONFIG_FILE).write_text(json.dumps(config | sums, indent=2) + "\n", encoding="utf-8")
+
+    write_folder(folder, fill, over=Parts(CONFIG_FILE, (WEIGHTS_FILE, CARD_FILE, OTHER_CARD_FILE)))
+    _remove_old(folder)
+
+
+def check_place(folder: str | Path, nbytes: int = 0) -> None:
+    """Whether an adapter can be written to a folder, before the work for it is done.
+
+    Raises:
+        FileError: the folder cannot be made or written to, or there is no room for ``nbytes``.
+        AdapterError: something else has the name of one of the adapter's files.
+    """
+    check_folder(folder, nbytes)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, OTHER_CARD_FILE):
+        path = Path(folder) / name
+        if path.exists() and not path.is_file():
+            raise AdapterError(f"{path} is not a file of an adapter: choose another folder, or move it away")
+    config = Path(folder) / CONFIG_FILE
+    if (found := _stored(config)) is not None and found.get("kind") != KIND:
+        raise AdapterError(f"{config} is not an adapter's: choose another folder, or move it away")
+
+
+def expected_bytes(model) -> int:
+    """About what an adapter of a model takes on the disk; 0 for one that cannot have one, which fitting says why."""
+    with contextlib.suppress(NestlingError, AttributeError):
+        found = fingerprint(text_config(model))
+        width = found["head_dim"]
+        return 2 * 4 * len(found["layers"]) * found["num_key_value_heads"] * (width * width + 2 * width)
+    return 0
+
+
+def _stored(path: Path) -> dict | None:
+    """What a JSON file has, if it can be read and has an object."""
+    try:
+        return read_object(path)
+    except FileError:
+        return None
+
+
+def _may_have_card(folder: Path, text: str) -> bool:
+    """Whether ``README.md`` may be written: there is none, or it is the one that an adapter here was saved with."""
+    path = folder / CARD_FILE
+    if not path.exists():
+        return True
+    if not path.is_file():
+        return False
+    if path.stat().st_size > LARGEST:
+        return False
+    content = path.read_bytes()
+    if content == text.encode():
+        return True
+    config = _stored(folder / CONFIG_FILE)
+    if config is not None:
+        return config.get("card") == CARD_FILE and config.get("card_sha256") == hashlib.sha256(content).hexdigest()
+    old = _stored(folder / OLD_CONFIG_FILE)
+    if old is None or old.get("kind") != KIND:
+        return False
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of a damaged config
+        return content == _default_card(old).encode()
+    return False
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove an adapter's files under their old names, once it has been replaced; never PEFT's of those names."""
+    config, weights = folder / OLD_CONFIG_FILE, folder / OLD_WEIGHTS_FILE
+    if (_stored(config) or {}).get("kind") != KIND:
+        return
+    with contextlib.suppress(OSError, SafetensorError):
+        if weights.is_file():
+            with safe_open(weights, "pt") as file:
+                if not all(re.match(r"layers\.\d+\.(key|value)\.", name) for name in file.keys()):
+                    return
+            weights.unlink()
+        config.unlink()
+
+
+def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
+    """Config (``model`` and how it was made), tensors by name, and card of a folder, built-in name or hub id.
+
+    Raises:
+        AdapterError: for missing, truncated, foreign or inconsistent files, naming the file and what is wrong.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        path = BUILT_IN / path if str(folder) in built_in() else _download(str(folder))
+    config, tensors = _read_pair(path)
+    name = config.get("card")
+    card = path / (name if name in (CARD_FILE, OTHER_CARD_FILE) else CARD_FILE)
+    info = {k: v for k, v in config.items() if k not in HEAD}
+    return info, tensors, read_text(card, AdapterError) if card.is_file() else ""
+
+
+def _read_pair(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Config and tensors, which belong together; another process may be replacing them."""
+    old = not (folder / CONFIG_FILE).exists() and (folder / OLD_CONFIG_FILE).exists()
+    path, weights = (
+        folder / name for name in ((OLD_CONFIG_FILE, OLD_WEIGHTS_FILE) if old else (CONFIG_FILE, WEIGHTS_FILE))
+    )
+    if not os.path.lexists(path):
+        raise AdapterError(f"{path} is missing: not an adapter folder")
+    for _ in range(3):
+        config = read_config(path)
+        tensors, whole = _read_tensors(weights, config)
+        if whole:
+            return config, tensors
+    raise AdapterError(f"{weights} is not what was saved with {path.name} (sha256 differs): copy both files again")
+
+
+def _read_tensors(weights: Path, config: dict) -> tuple[dict[str, Tensor], bool]:
+    """Tensors by name, and whether they are those that the config was written with."""
+    checksum = config.get("sha256")
+    for path in (weights, *(() if checksum is None else (waiting(weights, checksum),))):
+        if os.path.lexists(path):
+            _check_tensors(path, config["model"], tensor_shapes(path, AdapterError))
+    try:
+        content = None if checksum is None else read_sealed(weights, checksum)
+        tensors = read_tensors(weights, AdapterError) if content is None else load(content)
+    except FileNotFoundError:
+        raise AdapterError(f"{weights} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{weights} cannot be read ({error})") from error
+    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise AdapterError(f"{weights}: {wrong[0]} is of {tensors[wrong[0]].dtype}, expected floating point")
+    return tensors, checksum is None or content is not None
+
+
+def built_in() -> list[str]:
+    """Names of the trained adapters that come with the package, those of the built-in models."""
+    return sorted(path.parent.name for path in BUILT_IN.glob(f"*/{CONFIG_FILE}"))
+
+
+def path_names(tensors: Iterable[str]) -> list[str]:
+    """Names of the searched allocations among the names of tensors."""
+    parts = [name.split(".", 4) for name in tensors]
+    return sorted({p[4] for p in parts if len(p) == 5 and p[3] == "path"})
+
+
+def _check_tensors(weights: Path, model: dict, found: dict[str, list[int]]) -> None:
+    """Whether tensors of these names and shapes are an adapter of a model with that fingerprint."""
+    heads, width = model["num_key_value_heads"], model["head_dim"]
+    shapes = {"encode": [heads, width, width], "mean": [heads, width], "energy": [heads, width]}
+    if f"layers.{model['layers'][0]}.key.noise" in found:
+        shapes |= {"noise": [heads, width], "step": [heads, width]}
+    shapes |= {f"path.{name}": [heads, len(edges(width)) - 1] for name in path_names(found)}
+    expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
+    if missing := sorted(set(expected) - set(found)):
+        raise AdapterError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}: not an adapter of this model")
+    if foreign := sorted(set(found) - set(expected)):
+        raise AdapterError(f"{weights} holds {len(foreign)} unknown tensors, first {foreign[0]}: not an adapter")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise AdapterError(f"{weights}: {name} has shape {found[name]}, expected {shape}")
+
+
+def _library_version() -> str | None:
+    try:
+        return version("nestling")
+    except PackageNotFoundError:  # run from a checkout
+        return None
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        names = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, OTHER_CARD_FILE]
+        folder = Path(snapshot_download(repo_id, allow_patterns=names))
+        if not (folder / CONFIG_FILE).is_file():
+            folder = Path(snapshot_download(repo_id, allow_patterns=[OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, CARD_FILE]))
+        return folder
+    except Exception as error:  # no such id, no access, no network, in the classes of several libraries
+        raise AdapterError(
+            f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
+        ) from error
+
+
+def _default_card(config: dict) -> str:
+    model = config["model"]
+    bits = (config.get("training") or {}).get("sampling") == "bits"
+    used = "budget=0.25, bits=True" if bits else "budget=0.5"
+    return (
+        "---\nlibrary_name: nestling\ntags: [kv-cache, nestling]\n"
+        + (f"base_model: {config['base_model']}\n" if config.get("base_model") else "")
+        + "---\n\n# Nested KV-cache bases\n\n"
+        f"For a `{model['model_type']}` model with {len(model['layers'])} compressed layers, "
+        f"{model['num_key_value_heads']} KV heads of width {model['head_dim']}. "
+        f"Basis: {config.get('basis', 'unknown')}, calibrated on {config.get('tokens', 'unknown')} tokens.\n\n"
+        + _measured(config.get("training"))
+        + '```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained("this folder")\n'
+        f"cache = adapter.cache(model, {used})\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
+    )
+
+
+def shares_of(sampling: str) -> str:
+    """What the shares are of at which a training is measured, in words."""
+    return "16 bits a coordinate" if sampling == "bits" else "the ranks"
+
+
+def _measured(training: dict | None) -> str:
+    """The card's table of a training: KL at its start and at its end."""
+    points = [p for p in (training or {}).get("curve", []) if any(name.startswith("kl_") for name in p)]
+    if training is None or not points:
+        return ""
+    names = [name for name in points[0] if name.startswith("kl_")]
+    shares = " | ".join(f"{float(name[3:]):.4g}" for name in names)
+    rows = "".join(
+        f"| {point['tokens']:,} | " + " | ".join(f"{point.get(name, math.nan):.4f}" for name in names) + " |\n"
+        for point in (points[0], points[-1])
+    )
+    exact = f"{training['sinks']} first and {training['window']} recent tokens exact"
+    return (
+        f"Trained with the `{training['preset']}` preset ({training['sampling']} sampling, learning rate "
+        f"{training['learning_rate']:g}) in {training['seconds']} s. KL to the full model on held-out text, nats per "
+        f"token, at shares of {shares_of(training['sampling'])}, {exact}:\n\n"
+        f"| tokens trained on | {shares} |\n| ---: |{' ---: |' * len(names)}\n{rows}\n"
+    )

@@ -1,0 +1,1 @@
+"""Budgets, and how the coordinates and bits of a budget are shared out."""

@@ -1,0 +1,226 @@
+"""The exact store: sinks and recent tokens of one layer, all heads at full width, in one small buffer."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nestling.errors import OptionError
+from nestling.kv.integration.modes import ordinary, traced
+
+SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
+BLOCK = 16  # recent tokens that are encoded at once, when the store is full
+
+
+def capacity(sinks: int, window: int, block: int = BLOCK) -> int:
+    """Tokens that a layer's exact store has room for: they are paid for out of the budget."""
+    return sinks + (window + block - 1 if window else 0)
+
+
+def check_length(length: int, sinks: int, window: int) -> None:
+    """Raise `OptionError` unless texts of ``length`` tokens have some that are not exact."""
+    if length <= (exact := capacity(sinks, window)):
+        raise OptionError(
+            f"length={length} must be longer than the {exact} exact tokens (sinks={sinks}, window={window}): "
+            "nothing is compressed"
+        )
+
+
+def coded(length, sinks: int, window: int, block: int = BLOCK):
+    """How many of ``length`` tokens (an int, or a tensor of them) are not exact any more: the rule of the store.
+
+    It is also the rule of what a query sees: the token at position p sees ``coded(p + 1)`` tokens compressed, however
+    the text is cut into calls.
+    """
+    block = block if window else 1
+    left = length - sinks - window
+    return left * (left > 0) // block * block
+
+
+class ExactStore:
+    """Keys and values of exact tokens, ``[Hkv, B, size, D]``: sinks, recent ones in order, and at the end spare ones.
+
+    A new token is written in place. When there is no room, the oldest recent tokens leave, ``block`` at a time, to be
+    encoded. So from ``window`` to ``window + block - 1`` recent tokens are exact. How many depends on the length of
+    the text alone, not on how it was cut into calls. With ``window=0`` there are none: tokens leave as they come.
+
+    Tokens that have left stay in the places that are free behind the recent ones until those are written to. They are
+    the spare ones, which nothing reads: when a crop takes tokens back they become recent again. So after up to
+    ``block - 1`` tokens were taken back, the window is as long as ever. For longer drafts the store makes room.
+
+    Attributes:
+        length: sinks and recent tokens held.
+        left: tokens between them: those that have left.
+        spare: how many of the last of those are still here.
+    """
+
+    def __init__(self, sinks: int, window: int, block: int = BLOCK):
+        self.sinks, self.window = sinks, window
+        self.block = block if window else 1
+        self.capacity = capacity(sinks, window, block)
+        self.data: list[Tensor] = []  # keys, values
+        self._flat: list[Tensor] = []  # the same memory
+        self.length, self.left, self.spare = 0, 0, 0
+
+    @property
+    def first(self) -> int:
+        """Sinks held so far."""
+        return min(self.length, self.sinks)
+
+    @property
+    def size(self) -> int:
+        """Tokens that there is room for."""
+        return self.data[0].shape[2] if self.data else 0
+
+    def coded(self, length: int) -> int:
+        """How many tokens have left when the text has that many: no fewer than have left by now."""
+        return max(coded(length, self.sinks, self.window, self.block), self.left)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the text that it has seen: those that are exact and those that have left."""
+        return self.length + self.left
+
+    def leaving(self, count: int) -> int:
+        """How many of the tokens held and ``count`` new ones leave when those are appended."""
+        return self.coded(self.total + count) - self.left
+
+    def append(self, states: Sequence[Tensor], dtype: torch.dtype, keep: int = 0) -> list[tuple[Tensor, ...]]:
+        """Take in keys and values ``[Hkv, B, t, D]``; returns pairs, oldest first, that are no longer exact.
+
+        Args:
+            dtype: of the storage, when it is made.
+            keep: how many of the last tokens a crop may take back, so that the store is then what it was before them.
+        """
+        end, size = self.total + states[0].shape[2], self.capacity
+        leave = self.leaving(states[0].shape[2])
+        if keep and self.window:
+            size = max(size, end - coded(end - keep, self.sinks, self.window, self.block))
+        if leave == 0 and size == self.size and not traced(*states) and not self.data[0].requires_grad:
+            self._write(self.data, states, self.length)
+            self.length += states[0].shape[2]
+            self.spare = min(self.spare, size - self.length)
+            return []
+        states = [state.to(dtype) for state in states]
+        old, missing = self._parts(states), self.sinks - self.first
+        sinks = [torch.cat((part[0], state[:, :, :missing]), 2) for part, state in zip(old, states, strict=True)]
+        recent = [(part[1], state[:, :, missing:]) for part, state in zip(old, states, strict=True)]
+        gone = _leaving(recent, leave)
+        count = sum(part.shape[2] for part in recent[0])
+        rows = min(size - sinks[0].shape[2], self.spare + count)
+        self.left += leave
+        last = [_last((part[2], *sides), rows) for part, sides in zip(old, recent, strict=True)]
+        self._arrange(sinks, last, count - leave, size)
+        return gone
+
+    def _parts(self, like: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Of keys and of values: sinks, recent and spare tokens; ``like`` those, if there are none yet."""
+        places = (0, self.first), (self.first, self.length - self.first), (self.size - self.spare, self.spare)
+        data = self.data or [state[:, :, :0] for state in like]
+        return [[side.narrow(2, start, count) for start, count in places] for side in data]
+
+    def _arrange(self, sinks: Sequence[Tensor], rows: Sequence[Tensor], recent: int, size: int) -> None:
+        """Hold copies of sinks and of the rows that follow them in the text: the last are recent, the others spare."""
+        first, spare = sinks[0].shape[2], rows[0].shape[2] - recent
+        sides = [(s, r[:, :, spare:], r[:, :, :spare]) for s, r in zip(sinks, rows, strict=True)]
+        data, self.length, self.spare = self.data, first + recent, spare
+        if traced(*sinks, *rows) or (data and data[0].requires_grad):  # a graph may hold on to what is stored
+            return self._store([torch.cat(side, 2) for side in sides])
+        if size != self.size or not data:
+            data = [ordinary(side.new_empty(*side.shape[:2], size, side.shape[3])) for side in rows]
+        for place, part in ((0, 0), (first, 1), (size - spare, 2)):
+            self._write(data, [side[part] for side in sides], place)
+        if data is not self.data:
+            self._store(data)
+
+    @staticmethod
+    def _write(data: Sequence[Tensor], states: Sequence[Tensor], start: int) -> None:
+        for side, state in zip(data, states, strict=True):
+            side.narrow(2, start, state.shape[2]).copy_(state)
+
+    def view(self) -> list[Tensor]:
+        """Keys and values in use, ``[Hkv, B, length, D]``."""
+        return [side.narrow(2, 0, self.length) for side in self.data]
+
+    def flat(self) -> list[Tensor]:
+        """Keys and values in use as products take them, ``[Hkv * B, length, D]``."""
+        return [side.narrow(1, 0, self.length) for side in self._flat]
+
+    def crop(self, remove: int) -> int:
+        """Forget the last ``remove`` tokens, which are all that were not sure to stay.
+
+        Returns how many of those that have left are to be forgotten where they went: some because they are removed,
+        some because they are exact again. The recent ones go first: a crop beyond what is spare leaves fewer than the
+        window, and the store fills again from there.
+        """
+        if not self.data:
+            return 0
+        end, recent = self.total - remove, self.length - self.first
+        kept = max(recent - remove, 0)
+        removed = min(remove - (recent - kept), self.left)
+        first, spare = min(self.first, end), max(self.spare - removed, 0)
+        self.left -= removed
+        back = min(spare, max(self.left - coded(end, self.sinks, self.window, self.block), 0))
+        self.left -= back
+        if removed + back == 0 and self.size <= self.capacity:
+            self.length = first + kept
+            return 0
+        parts = self._parts(())
+        rows = min(self.capacity - first, spare + kept)
+        last = [_last((part[2][:, :, :spare], part[1][:, :, :kept]), rows) for part in parts]
+        self._arrange([part[0][:, :, :first].clone() for part in parts], last, back + kept, self.capacity)
+        return removed + back
+
+    def drop_spare(self) -> None:
+        """Forget the tokens that have left for good."""
+        self.spare = 0
+
+    def __getstate__(self) -> dict:
+        parts = [[part.detach().clone() for part in side] for side in (self._parts(()) if self.data else ())]
+        return {**self.__dict__, "data": parts, "_flat": [], "size": self.size}  # without what lies in free places
+
+    def __setstate__(self, state: dict) -> None:
+        parts, size = state["data"], state.pop("size")
+        self.__dict__.update(state)
+        free = size - self.length - self.spare
+        sides = [(s, r, r.new_zeros(*r.shape[:2], free, r.shape[3]), spare) for s, r, spare in parts]
+        self._store([torch.cat(side, 2) for side in sides])
+
+    def __deepcopy__(self, memo) -> "ExactStore":
+        twin = ExactStore.__new__(ExactStore)
+        twin.__setstate__({**self.__dict__, "data": self._parts(()), "size": self.size})
+        return twin
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the storage by ``change(storage)``; the batch is dimension 1."""
+        self._store([change(side).contiguous() for side in self.data])
+
+    def _store(self, data: Sequence[Tensor]) -> None:
+        self.data = [ordinary(side) for side in data]
+        self._flat = [side.flatten(0, 1) for side in self.data]
+
+    def reset(self) -> None:
+        self.data, self._flat, self.length, self.left, self.spare = [], [], 0, 0, 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(side.untyped_storage().nbytes() for side in self.data)
+
+
+def _leaving(recent: Sequence[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
+    """Copies of the first ``count`` tokens of those held and those given, as pairs of keys and values."""
+    held = min(count, recent[0][0].shape[2])
+    pairs = [tuple(side[0][:, :, :held].clone() for side in recent)] if held else []
+    if count > held:
+        pairs.append(tuple(side[1][:, :, : count - held] for side in recent))
+    return pairs
+
+
+def _last(parts: Sequence[Tensor], count: int) -> Tensor:
+    """A copy of the last ``count`` tokens of tensors that follow each other, ``[..., t, D]``."""
+    taken = []
+    for part in reversed(parts):
+        kept = min(count, part.shape[2])
+        taken.append(part.narrow(2, part.shape[2] - kept, kept))
+        count -= kept
+    return torch.cat(taken[::-1], 2)

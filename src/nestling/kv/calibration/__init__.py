@@ -1,0 +1,1 @@
+"""Bases and costs, measured on a model."""

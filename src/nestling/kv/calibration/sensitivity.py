@@ -1,0 +1,151 @@
+"""Sensitivity: what dropping each coordinate does to the predictions, in one unit for all layers, keys and values.
+
+The Fisher information of a mask on each coordinate. With labels y drawn from the model,
+``F_i = E[(d log p(y) / d m_i)^2]`` and dropping coordinate i costs about ``F_i / 2`` nats of KL to the full model.
+Divided by the tokens of a text it is a KL per token.
+
+It is measured as caches will be read: sinks and recent tokens are exact for every query, so that only what is read
+from farther away counts. Most of what a head reads is near, and which heads read far is a small part of what they do.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nestling.errors import CalibrationError, OptionError
+from nestling.jobs.progress import progress_bar
+from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.adapter_files import SIDES
+from nestling.kv.allocation.ranks import halvable
+from nestling.kv.cache.exact import capacity
+from nestling.kv.calibration.noise import Noise
+from nestling.kv.integration import attach as attention
+from nestling.kv.simulation.student import Student
+
+PIECES, LENGTH = 16, 512  # texts, and their tokens
+HALF = 0.5  # of the ranks: where energies are measured for use
+
+
+def sensitivity(
+    model,
+    adapter: KVAdapter,
+    batches: Iterable[Tensor],
+    ranks: Tensor | None = None,
+    *,
+    sinks: int = SINKS,
+    window: int = WINDOW,
+    seed: int = 0,
+    noise: Noise | None = None,
+) -> dict[str, Tensor]:
+    """The KL per token expected from fixing each coordinate at its mean, fp32 ``[L, Hkv, D]`` by side.
+
+    Half the Fisher information of a mask on the coordinate, over the tokens of a row, with labels sampled from the
+    model. Cross terms between coordinates are left out. One forward and one backward pass without weight gradients.
+
+    Args:
+        batches: token ids ``[B, T]``; every row is one sample of the gradient.
+        ranks: ``[2, L, Hkv]``, where the masks stand: at 1 below, at 0 from there on. By default all at 1.
+        sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
+        seed: of the labels.
+        noise: is shown the same passes.
+    """
+    total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
+    start = torch.ones_like(total, dtype=torch.float32)
+    if ranks is not None:
+        start = (torch.arange(start.shape[-1]) < ranks[..., None]).float()
+    with attention.served(model), torch.enable_grad():
+        device, generator = attention.input_device(model), None
+        student = Student(model, adapter, sinks=sinks, window=window).eval()
+        for ids in batches:
+            ids = ids.to(device)
+            mask = start.to(device).repeat(len(ids), 1, 1, 1, 1).requires_grad_()
+            masked = student.weighted(mask)
+            masked.watch = noise
+            log_p = student.logits(ids, masked).float().log_softmax(-1)
+            generator = generator or torch.Generator(log_p.device).manual_seed(seed)
+            with torch.no_grad():
+                labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
+            (gradient,) = torch.autograd.grad(log_p.gather(-1, labels).sum(), mask)
+            total += gradient.double().square().sum(0).cpu() / 2
+            tokens += ids.numel()
+    if not tokens:
+        raise CalibrationError("no windows were given to measure the sensitivity")
+    return {side: (total[i] / tokens).float() for i, side in enumerate(SIDES)}
+
+
+def measure(
+    model,
+    adapter: KVAdapter,
+    windows: Tensor,
+    *,
+    pieces: int = PIECES,
+    length: int = LENGTH,
+    sinks: int = SINKS,
+    window: int = WINDOW,
+    sort: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> KVAdapter:
+    """The adapter with what its coordinates are worth, measured on pieces of text.
+
+    Twice: at full ranks on half of the pieces, with the noise of coordinates; and on all of them at half of the ranks
+    that follow from it, since what coordinates are worth depends on which others are gone.
+
+    Args:
+        windows: token ids ``[n, T]``; ``pieces`` of ``length`` tokens are taken from all over them.
+        sinks, window: exact tokens, as the caches will keep them.
+        sort: put the coordinates of every head in the order of their energies.
+
+    Raises:
+        ValueError: if a piece holds no more than the exact tokens.
+    """
+    size = attention.text_config(model).vocab_size
+    exact = {"sinks": sinks, "window": window}
+    for share, count in ((1.0, -(-pieces // 2)), (HALF, pieces)):
+        batches = spread(windows, count, length, size)
+        if batches[0].shape[1] <= (held := capacity(sinks, window)):
+            raise OptionError(
+                f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {held} exact ones: energies need "
+                "longer windows, or fewer sinks and a smaller window"
+            )
+        noise = Noise(adapter, attention.input_device(model)) if share == 1 else None
+        ranks = None if share == 1 else adapter.ranks(halvable(share, adapter.shape[2]) * adapter.full_elements)
+        with progress_bar(progress) as bar:
+            track = bar.track(batches, description="energies")
+            stacked = None if ranks is None else ranks.stacked
+            energy = sensitivity(model, adapter, track, stacked, seed=seed, noise=noise, **exact)
+        adapter = replace(adapter, energy=energy, paths={})  # searched by other energies
+        if noise is not None:
+            cost, step, errors = noise.measured(sum(ids.numel() for ids in batches))
+            adapter = replace(adapter, noise=cost, step=step, info={**adapter.info, "errors": errors})
+        if sort:
+            adapter = order_by_energy(adapter)
+    return adapter
+
+
+def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[Tensor, ...]:
+    """Pieces of ``length`` tokens at even distances from all over the windows ``[n, T]``, in batches.
+
+    Logits of the whole vocabulary are kept with their gradient: small batches for large vocabularies.
+    """
+    length = min(length, windows.shape[1])
+    found = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    chosen = torch.linspace(0, len(found) - 1, min(pieces, len(found))).round().long()
+    return found[chosen].split(max(1, min(8, 2**26 // (vocabulary * length))))
+
+
+def order_by_energy(adapter: KVAdapter) -> KVAdapter:
+    """Sort the coordinates of every head by energy, largest first, in place of the closed form's order.
+
+    The closed forms order by the error of logits and of the output, the energies by what it does to the predictions.
+    """
+    order = {side: energy.argsort(-1, descending=True) for side, energy in adapter.energy.items()}
+    encode = {s: adapter.encode[s].gather(-1, o[..., None, :].expand_as(adapter.encode[s])) for s, o in order.items()}
+    sorted_ones = {
+        name: {s: values[s].gather(-1, o) for s, o in order.items()}
+        for name in ("energy", "noise", "step")
+        if (values := getattr(adapter, name))
+    }
+    return replace(adapter, encode=encode, **sorted_ones)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""What a cache costs in quality, and in bytes."""

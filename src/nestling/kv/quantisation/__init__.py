@@ -1,0 +1,1 @@
+"""Codes of few bits, packed, and the kernels that read them."""

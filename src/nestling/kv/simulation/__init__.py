@@ -1,0 +1,1 @@
+"""Compression simulated by masks, with gradients."""

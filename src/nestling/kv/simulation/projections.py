@@ -1,0 +1,191 @@
+"""What is read of keys and values that are cut to ranks or bits, by masks, with gradients by the bases.
+
+Nothing is stored smaller here: every key and value is projected onto its coordinates and back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nestling.basis import Cayley
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.adapter_files import SIDES
+from nestling.kv.allocation.ranks import STEP
+from nestling.kv.cache.exact import SKIP, coded
+from nestling.kv.integration import attach as attention
+from nestling.kv.quantisation import quantiser as quantise
+
+QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
+
+
+class MaskedLayer(attention.PassThroughLayer):
+    """Hands keys, values and what is to be done with them to the attention function."""
+
+    def __init__(self, masked: "Masked"):
+        super().__init__()
+        self.masked = masked
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.states = (key_states, value_states)
+        return self, self
+
+    def attend(self, module, query, mask, **kwargs):
+        return self.masked.attend(module, query, *self.states, mask, **kwargs)
+
+
+class MaskedBases(nn.Module):
+    """Trainable rotations on an adapter's bases, ``[2, L, Hkv, D, D]`` (keys, values), and masks on coordinates.
+
+    Coordinates are ``x @ encode @ U`` with ``U = Cayley(X)``, X = 0 at the start (arXiv 2410.14731, section 3.2, on
+    top of any basis). fp32, whatever autocast says.
+    """
+
+    encode: Tensor
+    decode: Tensor
+    mean: Tensor
+    free: Tensor
+
+    def __init__(self, adapter: KVAdapter):
+        super().__init__()
+        for name in ("encode", "decode", "mean"):
+            tensors = getattr(adapter, name)
+            self.register_buffer(name, torch.stack([tensors[s] for s in SIDES]).float(), persistent=False)
+        self.rotation = Cayley(*self.encode.shape)
+        # Coordinates of one step are kept or dropped together. To rotate them among each other changes nothing, but
+        # Adam would scale the rounding errors of those gradients up to full steps.
+        block = torch.arange(self.encode.shape[-1]) // STEP
+        self.register_buffer("free", block[:, None] != block, persistent=False)
+        self.rotation.x.register_hook(lambda gradient: gradient * self.free)
+
+    def projected(self, ranks: Tensor) -> "Projected":
+        """Projections ``encode U mask U^T decode`` for ranks ``[B, 2, L, Hkv]``."""
+        with torch.autocast(self.encode.device.type, enabled=False):
+            u = self.rotation()
+            mask = torch.arange(self.encode.shape[-1], device=ranks.device) < ranks[..., None]
+            projectors = (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
+            full = (ranks == mask.shape[-1])[..., None, None]  # the identity, without a gradient
+            eye = torch.eye(mask.shape[-1], device=u.device, dtype=u.dtype)
+            return Projected.about(self.mean, torch.where(full, eye, projectors))
+
+    def weighted(self, mask: Tensor) -> "Projected":
+        """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
+        return Projected.about(self.mean, (self.encode * mask[..., None, :]) @ self.decode)
+
+    def coded(self, bits: Tensor) -> "Coded":
+        """Quantised coordinates, for bits of blocks ``[B, 2, L, Hkv, blocks]``."""
+        width = self.encode.shape[-1]
+        with torch.autocast(self.encode.device.type, enabled=False):
+            u = self.rotation()
+            bits = bits.repeat_interleave(STEP, -1)[..., :width]
+            return Coded(self.encode @ u, u.mT @ self.decode, self.mean, bits)
+
+    @torch.no_grad()
+    def encodes(self) -> dict[str, Tensor]:
+        """The bases as trained so far, fp32 ``[L, Hkv, D, D]`` by side; the rotations are computed in fp64."""
+        a = (self.rotation.x - self.rotation.x.mT).double() / 2
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        encode = self.encode.double() @ torch.linalg.solve(eye - a, eye + a)
+        return {side: e.float().cpu() for side, e in zip(SIDES, encode, strict=True)}
+
+
+@dataclass
+class Projected:
+    """Keys and values with the coordinates beyond the rank at their mean.
+
+    Attributes:
+        projectors: ``[B, 2, L, Hkv, D, D]``.
+        offsets: ``[B, 2, L, Hkv, D]``, the part of the mean outside of the kept coordinates.
+    """
+
+    projectors: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def about(cls, mean: Tensor, projectors: Tensor) -> "Projected":
+        return cls(projectors, mean - (mean[..., None, :] @ projectors)[..., 0, :])
+
+    def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
+        """Keys (side 0) or values (side 1) of a layer, ``[B, Hkv, T, D]``."""
+        projector, offset = self.projectors[:, side, row], self.offsets[:, side, row, :, None]
+        return states @ projector.to(states) + offset.to(states)
+
+
+@dataclass
+class Coded:
+    """Keys and values as they are read from quantised coordinates.
+
+    Attributes:
+        encode, decode: the bases as trained so far, ``[2, L, Hkv, D, D]``.
+        mean: ``[2, L, Hkv, D]``.
+        bits: of each coordinate, ``[B, 2, L, Hkv, D]``.
+    """
+
+    encode: Tensor
+    decode: Tensor
+    mean: Tensor
+    bits: Tensor
+
+    def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
+        """Keys or values of a layer, as above; heads that lose nothing are left alone."""
+        bits = self.bits[:, side, row, :, None].to(states.device)
+        mean, encode, decode = (part[side, row].to(states.device) for part in (self.mean, self.encode, self.decode))
+        mean = mean[:, None]
+        with torch.autocast(states.device.type, enabled=False):
+            z = (states.float() - mean) @ encode
+            most = z[:, :, SKIP:] if z.shape[2] > SKIP else z
+            rms = most.square().mean(2, keepdim=True).clamp_min(1e-20).sqrt()
+            cut = mean + quantise.read_back(z, bits, rms) @ decode
+        return torch.where((bits == 16).all(-1, keepdim=True), states, cut.to(states.dtype))
+
+
+@dataclass
+class Masked:
+    """What the attention function is given in a student's forward: cuts keys and values of the layers it serves.
+
+    Attributes:
+        rows: the row of ``cut`` of each layer index.
+        cut: what is read of keys or values: of (states ``[B, Hkv, T, D]``, side, row).
+        sinks, window: leading tokens, and most recent ones of every query, that are read exact as in `ExactStore`.
+        served: layer indices that came by: a model that drops the argument on its way would train nothing.
+        watch: is shown keys or values and what is read of them: (side, row, states, cut), ``[B, Hkv, T, D]`` both.
+    """
+
+    rows: dict[int, int]
+    cut: Projected | Coded
+    sinks: int
+    window: int
+    served: set[int]
+    watch: Callable[[int, int, Tensor, Tensor], None] | None = None
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
+        """Attention output ``[B, Tq, Hq, D]`` of a whole text without padding, causal."""
+        row = self.rows.get(module.layer_idx)
+        kwargs["dropout"] = 0.0  # as in `Student.train`
+        if row is None:
+            return attention.sdpa(module, query, key, value, mask, **kwargs)
+        self.served.add(module.layer_idx)
+        cut = [self._read(x, side, row) for side, x in enumerate((key, value))]
+        if not self.sinks and not self.window:
+            return attention.sdpa(module, query, cut[0], cut[1], mask, **kwargs)
+        blocks = range(0, query.shape[2], QUERY_BLOCK)
+        return torch.cat([self._block(module, query, (key, value), cut, start, **kwargs) for start in blocks], 1)
+
+    def _read(self, states: Tensor, side: int, row: int) -> Tensor:
+        found = self.cut(states, side, row)
+        if self.watch is not None:
+            self.watch(side, row, states, found)
+        return found
+
+    def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:
+        """Queries from ``start`` on: every token behind them is read once, exact or cut."""
+        query = query[:, :, start : start + QUERY_BLOCK]
+        stop, device = start + query.shape[2], query.device
+        i, j = torch.arange(start, stop, device=device)[:, None], torch.arange(stop, device=device)
+        gone = coded(i + 1, self.sinks, self.window)  # these many after the sinks are compressed when i is read
+        seen, is_exact = j <= i, (j < self.sinks) | (j >= self.sinks + gone)
+        near = torch.cat((j[: self.sinks], j[self.sinks + coded(start + 1, self.sinks, self.window) :]))
+        mask = torch.cat(((seen & is_exact)[:, near], seen & ~is_exact), 1)
+        keys, values = (torch.cat((e[:, :, near], c[:, :, :stop]), 2) for e, c in zip(exact, cut, strict=True))
+        return attention.sdpa(module, query, keys, values, mask[None, None], **kwargs)

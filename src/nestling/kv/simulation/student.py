@@ -1,0 +1,153 @@
+"""The student of the training: a model whose keys and values are cut to sampled ranks, by masks.
+
+The masks are in `nestling.kv.simulation.projections`. The teacher is the same model without them.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from nestling.errors import TrainingError
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.adapter_files import SIDES
+from nestling.kv.integration import attach as attention
+from nestling.kv.simulation.projections import Coded, Masked, MaskedBases, MaskedLayer, Projected
+from nestling.losses import IGNORED, head_loss
+
+
+class Student(nn.Module):
+    """A frozen language model with `MaskedBases`: input ids and ranks, or bits, to the distillation loss.
+
+    Args:
+        model: a causal LM; its weights are not trained unless they require gradients (LoRA).
+        adapter: the bases to start from.
+        kl_weight, ce_weight: of the distance to the full model, and of the next tokens.
+        sinks, window: exact tokens, as the cache that will be used keeps them.
+    """
+
+    def __init__(self, model, adapter: KVAdapter, *, kl_weight=1.0, ce_weight=0.0, sinks: int = 0, window: int = 0):
+        super().__init__()
+        attention.attach(model)
+        self.lm, self.bases = model, MaskedBases(adapter).to(attention.input_device(model))
+        self.kl_weight, self.ce_weight, self.sinks, self.window = kl_weight, ce_weight, sinks, window
+        self.rows = {layer: row for row, layer in enumerate(adapter.fingerprint["layers"])}
+
+    def train(self, mode: bool = True) -> "Student":
+        """Training mode (gradient checkpointing asks for it) with dropout off: the bases alone make the difference."""
+        super().train(mode)
+        for module in self.lm.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        return self
+
+    def state_dict(self, *args, **kwargs):
+        """What is trained, and nothing of the frozen model: checkpoints stay small."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """The counterpart: what is not trained is not missed."""
+        found = super().load_state_dict(state_dict, strict=False)
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return type(found)([name for name in found.missing_keys if name in trained], found.unexpected_keys)
+
+    def masked(self, ranks: Tensor) -> Masked:
+        """What the attention function needs for ranks ``[B, 2, L, Hkv]``, or for bits of blocks ``[..., blocks]``."""
+        return self._masked(self.bases.coded(ranks) if ranks.dim() == 5 else self.bases.projected(ranks))
+
+    def weighted(self, mask: Tensor) -> Masked:
+        """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
+        return self._masked(self.bases.weighted(mask))
+
+    def _masked(self, cut: Projected | Coded) -> Masked:
+        return Masked(self.rows, cut, self.sinks, self.window, set())
+
+    def _arguments(self, masked: Masked) -> dict:
+        """How ``masked`` gets to the attention function: in place of keys and values, as a cache hands it over.
+
+        Under gradient checkpointing transformers drops caches; then it travels as an argument, which most models pass
+        on to their attention, and the caller checks that they did.
+        """
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules()):
+            return {"use_cache": False, "nested": masked}
+        layers = attention.stock_layers(attention.text_config(self.lm))
+        for index in self.rows:
+            layers[index] = MaskedLayer(masked)
+        return {"use_cache": True, **attention.cached(self.lm, Cache(layers=layers))}
+
+    @torch.no_grad()
+    def teacher(self, input_ids: Tensor) -> Tensor:
+        """The full model's last hidden states ``[B, T, H]``."""
+        return attention.decoder_and_head(self.lm)[0](input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def hidden(self, input_ids: Tensor, ranks: Tensor) -> Tensor:
+        """The last hidden states ``[B, T, H]`` at ranks ``[B, 2, L, Hkv]``.
+
+        Raises:
+            UnsupportedModelError: if a layer was not reached.
+        """
+        masked = self.masked(ranks)
+        states = attention.decoder_and_head(self.lm)[0](input_ids=input_ids, **self._arguments(masked))
+        if masked.served != set(self.rows):
+            raise attention.UnsupportedModelError(
+                f"{type(self.lm).__name__} does not hand its arguments down to its attention: train it without "
+                "gradient checkpointing"
+            )
+        return states.last_hidden_state
+
+    def logits(self, input_ids: Tensor, masked: Masked) -> Tensor:
+        """The logits ``[B, T, V]`` of the whole model, which may do to them what it likes behind the output map."""
+        return self.lm(input_ids=input_ids, **self._arguments(masked)).logits
+
+    @torch.no_grad()
+    def divergence(self, input_ids: Tensor, ranks: Tensor, teacher: Tensor) -> Tensor:
+        """KL to the full model ``[B]``, mean nats per token, of one text ``[B, T]`` at several ranks.
+
+        Args:
+            teacher: the full model's hidden states of the text, ``[1, T, H]``.
+        """
+        head = attention.decoder_and_head(self.lm)[1]
+        rows = self.hidden(input_ids, ranks)
+        return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
+
+    def forward(self, input_ids: Tensor, ranks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss and its parts for ids ``[B, T]`` and ranks ``[B, 2, L, Hkv]``; out of training the loss is the KL.
+
+        Args:
+            labels: ``[B, T]`` in step with ``input_ids`` (they are shifted here), `IGNORED` where nothing is learned:
+                then only the other positions count. By default the ids themselves. Padding may only be on the right.
+        """
+        head = attention.decoder_and_head(self.lm)[1]
+        student = self.hidden(input_ids, ranks)
+        learns_text_alone = self.training and not self.kl_weight
+        teacher = student.detach() if learns_text_alone else self.teacher(input_ids)
+        targets = torch.full_like(input_ids, IGNORED)
+        targets[:, :-1] = (input_ids if labels is None else labels)[:, 1:]
+        counted = torch.ones_like(input_ids, dtype=torch.bool) if labels is None else targets != IGNORED
+        counted = counted.to(student.device)
+        loss, kl, ce = head_loss(
+            student[counted], teacher[counted], head, targets.to(student.device)[counted],
+            kl_weight=self.kl_weight, ce_weight=self.ce_weight,
+        )  # fmt: skip
+        if not torch.isfinite(loss):
+            raise TrainingError(self._diagnosis(input_ids, ranks))
+        return {"loss": loss if self.training else kl, "kl": kl, "ce": ce}
+
+    @torch.no_grad()
+    def _diagnosis(self, input_ids: Tensor, ranks: Tensor) -> str:
+        """Where numbers stop being finite: in a basis, or after which layer of the teacher or of the student."""
+        for side, x in zip(SIDES, self.bases.rotation.x, strict=True):
+            bad = ~torch.isfinite(x).flatten(1).all(1)
+            if bad.any():
+                layers = [layer for layer, row in self.rows.items() if bad[row]]
+                return (
+                    f"the loss is not finite: the rotation of the {side}s of layer {layers[0]} holds NaN or infinity"
+                )
+        decoder, _ = attention.decoder_and_head(self.lm)
+        for who, extra in (("full model", {"use_cache": False}), ("student", self._arguments(self.masked(ranks)))):
+            states = decoder(input_ids=input_ids, output_hidden_states=True, **extra).hidden_states
+            for layer, state in enumerate(states):
+                if not torch.isfinite(state).all():
+                    where = "in the embeddings" if layer == 0 else f"after layer {layer - 1}"
+                    return f"the loss is not finite: the {who}'s hidden states hold NaN or infinity {where}"
+        return "the loss is not finite, though all hidden states are: the output head gives NaN or infinity"

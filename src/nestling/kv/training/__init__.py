@@ -1,0 +1,1 @@
+"""Training of bases by distillation."""

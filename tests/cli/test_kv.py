@@ -1,0 +1,258 @@
+"""The command line, end to end on a tiny random model: what it prints, writes and refuses."""
+
+import json
+import re
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from nestling import kv
+from nestling.cli import app
+
+from ..kv.families import tiny_model
+
+TEXT = "The quick brown fox jumps over the lazy dog while it rains. " * 80
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model of one token a character, a text and a fitted adapter."""
+    folder = tmp_path_factory.mktemp("cli")
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(string.printable[:90])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>").save_pretrained(folder / "lm")
+    tiny_model("llama-gqa").save_pretrained(folder / "lm")
+    (folder / "text.txt").write_text(TEXT)
+    result = run(
+        "kv", "fit", folder / "lm", "--text", folder / "text.txt", "--out", folder / "adapter",
+        "--tokens", 1024, "--length", 128, "--json", folder / "fit.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_fit_writes_an_adapter_and_results(place):
+    assert kv.KVAdapter.from_pretrained(place / "adapter").info["tokens"] == 1024
+    row = json.loads((place / "fit.json").read_text())["rows"][0]
+    assert row["basis"] == "balanced" and row["seconds"] > 0
+
+
+def test_the_demo_calibrates_measures_and_answers(place, monkeypatch):
+    monkeypatch.setattr("nestling.kv.demo.BUDGETS", (1.0, 0.75))  # heads of width 16 cannot be cut to 40 %
+    monkeypatch.setattr("nestling.kv.demo.BITS", (0.7,))
+    monkeypatch.setattr("nestling.kv.demo.ANSWERS", (0.75,))
+    monkeypatch.setattr("nestling.kv.demo.SHRINK_AT", 5)
+    result = run(
+        "demo", "kv", "--model", place / "lm", "--tokens", 1024, "--out", place / "demo.html",
+        "--json", place / "demo.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Calibrated on 1,024 tokens" in result.output and "75% of the full cache" in result.output
+    rows = json.loads((place / "demo.json").read_text())["rows"]
+    assert [(r["method"], r["budget"]) for r in rows] == [
+        ("full", None), ("balanced-energy", 1.0), ("balanced-energy", 0.75), ("balanced-energy-bits", 0.7)
+    ]  # fmt: skip
+    before, after = map(float, re.search(r"\[([\d.]+) -> ([\d.]+) MiB\]", result.output).groups())
+    assert after <= before
+    assert "Nothing was trained" in (place / "demo.html").read_text()
+
+
+def test_eval_measures_the_budgets(place):
+    result = run(
+        "kv", "eval", place / "lm", place / "adapter", "--text", place / "text.txt", "--budgets", "100,75%,0.6",
+        "--windows", 2, "--length", 256, "--json", place / "eval.json", "--html", place / "eval.html",
+        "--cache-dtype", "float32", "--window", 8,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((place / "eval.json").read_text())["rows"]
+    assert [r["budget"] for r in rows] == [None, 1.0, 0.75, 0.6]
+    assert rows[1]["kl"] < 1e-5 < rows[3]["kl"] and rows[1]["top1"] == 1
+    assert rows[2]["bytes_share"] == pytest.approx(0.75 * 2, rel=0.15)  # fp32 storage, shares are of bf16
+    page = (place / "eval.html").read_text()
+    assert "<svg" in page and "75%" in page
+
+
+def test_generate_streams_and_reports_bytes(place):
+    """A prompt of 400 tokens in the tiny model's bf16 cache: 3 layers, 2 heads, width 16, rows of 256 tokens."""
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 0.75, "--prompt", TEXT[:400],
+        "--max-new-tokens", 8, "--window", 0, "--sinks", 0,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    line = re.sub(r"\s+", " ", result.output)
+    found = re.search(r"cache ([\d.]+) MiB held for (\d+) tokens, full bf16 cache ([\d.]+) MiB, (\d+) tokens at", line)
+    held, tokens, full, new = map(float, found.groups())
+    per_token = 3 * 2 * 2 * 16 * 2
+    assert full == pytest.approx(tokens * per_token / 2**20, abs=0.006) and 1 <= new <= 8
+    assert held == pytest.approx(512 * per_token * 0.75 / 2**20, abs=0.012)
+
+
+def test_generate_stays_within_a_limit(place):
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", TEXT[:400], "--bits",
+        "--max-new-tokens", 8, "--window", 0, "--sinks", 0, "--limit-mib", 0.05,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    line = re.sub(r"\s+", " ", result.output)
+    held, full = map(float, re.search(r"cache ([\d.]+) MiB held .* cache ([\d.]+) MiB", line).groups())
+    assert 0.02 < held <= 0.05 < full
+    assert "--limit-mib=0" in run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", "The fox", "--limit-mib", 0
+    ).output  # fmt: skip
+
+
+def test_generate_at_full_budget_prints_what_the_stock_model_says(place):
+    from nestling.models import load_model
+
+    model, tokenizer = load_model(str(place / "lm"))
+    ids = tokenizer("The quick brown", return_tensors="pt")["input_ids"]
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", "The quick brown",
+        "--max-new-tokens", 8, "--cache-dtype", "float32",
+    )  # fmt: skip
+    assert expected.strip() and expected.strip() in result.output
+
+
+def test_train_shows_the_curve_and_resumes_nothing_by_accident(place):
+    arguments = (
+        "kv", "train", place / "lm", "--adapter", place / "adapter", "--text", place / "text.txt", "--eval-text",
+        place / "text.txt", "--out", place / "trained", "--tokens", 4096, "--length", 128, "--batch-size", 4,
+        "--learning-rate", 0.02, "--json", place / "train.json", "--html", place / "train.html",
+    )  # fmt: skip
+    result = run(*arguments)
+    assert result.exit_code == 1 and "below the smallest possible" in result.output  # 37.5 % of two steps
+    result = run(*arguments, "--budgets", "75,50")
+    assert result.exit_code == 0, result.output
+    trained = kv.KVAdapter.from_pretrained(place / "trained")
+    assert trained.info["training"]["tokens"] == 4096 and "KL to the full model on held-out text" in trained.card
+    first, *_, last = (r for r in json.loads((place / "train.json").read_text())["rows"] if "kl_0.5" in r)
+    assert (first["tokens"], last["tokens"]) == (0, 4096) and last["kl_0.5"] < first["kl_0.5"]
+    assert f"| 4,096 | {last['kl_0.75']:.4f} | {last['kl_0.5']:.4f} |" in trained.card
+    assert "<svg" in (place / "train.html").read_text()
+    again = run(*arguments, "--budgets", "75,50")
+    assert again.exit_code == 1 and "holds checkpoints already" in re.sub(r"\s+", " ", again.output)
+    assert run(*arguments, "--budgets", "75,50", "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("method", ["blend", "greedy"])
+def test_search_writes_an_adapter_for_every_budget(place, method):
+    result = run(
+        "kv", "search", place / "lm", place / "adapter", "--method", method, "--text", place / "text.txt", "--out",
+        place / method, "--windows", 1, "--length", 64, "--window", 8, "--budgets", "75,60", "--json",
+        place / "search.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = kv.KVAdapter.from_pretrained(place / method)
+    assert f"{found.info['search']['forwards']} forward passes" in result.output
+    rows = json.loads((place / "search.json").read_text())["rows"]
+    assert [r["budget"] for r in rows] == [0.75, 0.6]
+    assert rows[0]["keys"] + rows[0]["values"] == pytest.approx(1.5, abs=0.03)
+    shown = run("kv", "inspect", place / method, "--allocation", method)
+    assert shown.exit_code == 0, shown.output
+
+
+def test_inspect_shows_the_ranks(place):
+    result = run(
+        "kv", "inspect", place / "adapter", "--budget", 0.75, "--json", place / "ranks.json", "--png", place / "r.png"
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((place / "ranks.json").read_text())["rows"]
+    kept = sum(sum(r["keys"]) + sum(r["values"]) for r in rows)
+    adapter = kv.KVAdapter.from_pretrained(place / "adapter")
+    assert adapter.full_elements * 0.75 - 8 < kept <= adapter.full_elements * 0.75
+    assert (place / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("kv", "inspect", "adapter", "--budget", 0), "--budget='0' is out of range"),
+        (("kv", "inspect", "adapter", "--budget", 0.01), "below the smallest possible"),
+        (("kv", "inspect", "adapter", "--budget", 0.5, "--allocation", "magic"), "magic"),
+        (("kv", "inspect", "nowhere"), "nowhere"),
+        (("kv", "inspect", "lm"), "nestling_adapter.json is missing"),
+        (("kv", "eval", "lm", "adapter", "--budgets", "half"), "--budgets='half'"),
+        (("kv", "eval", "lm", "adapter", "--json", "no/where.json"), "does not exist"),
+        (("kv", "eval", "lm", "adapter", "--cache-dtype", "int3"), "int3"),
+        (("kv", "generate", "lm", "adapter", "--prompt", "", "--budget", 0.8), "the prompt is empty"),
+        (("kv", "fit", "lm", "--out", "new", "--text", "missing.txt"), "missing.txt"),
+        (("kv", "fit", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
+        (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--preset", "best"), "preset must be one of"),
+        (("kv", "train", "lm", "--out", "new", "--text", "short.txt", "--budgets", 75), "shorter than one window"),
+        (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--budgets", "75,7.5%"), "--budgets='7.5%'"),
+        (("kv", "eval", "lm", "adapter", "--budgets", "75,7.5%"), "--budgets='7.5%'"),
+        (("kv", "search", "lm", "adapter", "--out", "new", "--budgets", 75, "--method", "luck"), "luck"),
+        (("kv", "fit", "nowhere/model", "--out", "new"), "nowhere/model"),
+    ],
+)
+def test_errors_are_one_clear_line(place, monkeypatch, arguments, words):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("short.txt").write_text("too short")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert words in re.sub(r"\s+", " ", result.output)
+    assert "Traceback" not in result.output
+    assert not Path("new").exists()
+
+
+WRITTEN = ("0.75", "75%", "75", " .75 ", "75.0 %")
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_budgets_are_read_alike_in_every_command(place, written):
+    adapter, rows = place / "adapter", []
+    for words in (
+        ("inspect", adapter, "--budget", written),
+        ("generate", place / "lm", adapter, "--prompt", "The fox", "--max-new-tokens", 1, "--budget", written),
+        ("eval", place / "lm", adapter, "--text", place / "text.txt", "--windows", 1, "--length", 128, "--sinks",
+         0, "--window", 0, "--budgets", written, "--json", place / "budget.json"),
+    ):  # fmt: skip
+        result = run("kv", *words)
+        assert result.exit_code == 0, result.output
+        rows.append(result.output)
+    assert "at 0.75 of the full cache" in rows[0]
+    assert json.loads((place / "budget.json").read_text())["rows"][-1]["budget"] == 0.75
+
+
+@pytest.mark.parametrize(
+    "written", ["0", "-1", "101", "1.5%x", "nan", "inf", "half", "", "0%", "200%", "64MB/s", "[/x]"]
+)
+def test_budgets_that_cannot_be_are_named_as_they_were_given(place, monkeypatch, written):
+    monkeypatch.setattr("nestling.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    adapter, model, out = place / "adapter", place / "lm", place / "new"
+    for option, words in (
+        ("--budget", ("inspect", adapter)),
+        ("--budget", ("generate", model, adapter, "--prompt", "x")),
+        ("--budgets", ("eval", model, adapter)),
+        ("--budgets", ("search", model, adapter, "--out", out)),
+        ("--budgets", ("train", model, "--out", out)),
+    ):
+        result = run("kv", *words, f"{option}={written}")
+        assert result.exit_code == 1, result.output
+        assert f"{option}={written!r}" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_budget_in_bytes_is_a_limit_where_there_is_a_cache(place):
+    result = run(
+        "kv", "generate", place / "lm", place / "adapter", "--prompt", TEXT[:400], "--bits", "--max-new-tokens", 8,
+        "--window", 0, "--sinks", 0, "--budget", "50KiB",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert 0 < float(re.search(r"cache ([\d.]+) MiB held", result.output)[1]) <= 50 / 1024 + 0.005
+    for other in (("inspect", place / "adapter", "--budget"), ("eval", place / "lm", place / "adapter", "--budgets")):
+        refused = run("kv", *other, "50KiB")
+        assert refused.exit_code == 1 and "50KiB" in refused.stderr

@@ -1,0 +1,97 @@
+"""Bits for blocks: the least loss of all tables with as many bits, nested in the budget, within one step of it."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nestling.errors import BudgetError
+from nestling.kv.allocation.bits import CHOICES, BitTable, by_bits, hull, losses
+from nestling.kv.allocation.ranks import MAX_GROUPS
+
+ERRORS = torch.tensor([[0.36, 0.12, 0.037, 0.012, 1e-4]] * 2)
+
+
+def random_losses(seed: int, layers: int = 2, heads: int = 2, width: int = 24) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    energy, noise = torch.rand(2, 2, layers, heads, width, generator=rng).pow(4)
+    return losses(energy, noise, ERRORS)
+
+
+def lost(table: BitTable, given: torch.Tensor) -> float:
+    places = torch.tensor([CHOICES.index(b) for b in table.stacked.flatten().tolist()])
+    return float(given.double().flatten(0, -2)[torch.arange(len(places)), places].sum())
+
+
+def test_losses_are_energies_without_bits_and_noise_with_some():
+    energy, noise = torch.rand(2, 2, 1, 1, 12)
+    found = losses(energy, noise, ERRORS)
+    assert found.shape == (2, 1, 1, 2, len(CHOICES))
+    torch.testing.assert_close(found[1, 0, 0, 1, 0], energy[1, 0, 0, 8:].sum())  # a last block of four coordinates
+    torch.testing.assert_close(found[0, 0, 0, 0, CHOICES.index(3)], 0.037 * noise[0, 0, 0, :8].sum())
+    assert (found[..., -1] == 0).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31), share=st.floats(0.02, 1.0))
+def test_no_table_with_as_many_bits_loses_less(seed, share):
+    """Against all tables of one head with two blocks of keys and one of values."""
+    found = random_losses(seed, 1, 1, 16)
+    found[1, :, :, 1] = 0  # the last block of values is worth nothing
+    try:
+        table = by_bits(found, share * 3 * 8 * 16)
+    except BudgetError:
+        return
+    best = min(
+        sum(float(found[place][CHOICES.index(b)]) for place, b in zip(PLACES, bits, strict=True))
+        for bits in product(CHOICES, repeat=3)
+        if 8 * sum(bits) <= table.bits
+    )
+    assert lost(table, found) == pytest.approx(best, rel=1e-5, abs=1e-9)
+
+
+PLACES = [(0, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0)]
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31), heads=st.integers(1, 9), shares=st.tuples(st.floats(0.05, 1), st.floats(0.05, 1)))
+def test_tables_are_nested_and_meet_their_budget(seed, heads, shares):
+    found = random_losses(seed, 3, heads)
+    full = found[..., 0].numel() * 8 * 16
+    small, large = (by_bits(found, share * full) for share in sorted(shares))
+    assert (small.stacked <= large.stacked).all()
+    for table, share in ((small, min(shares)), (large, max(shares))):
+        most = max(1, heads - MAX_GROUPS + 1)  # heads that move together
+        assert share * full - 8 * 16 * most < table.bits <= share * full or not could_gain(table, found)
+
+
+def could_gain(table: BitTable, found: torch.Tensor) -> bool:
+    """Whether any block could gain from more bits."""
+    return any(
+        by > 0
+        for block, at in zip(found.flatten(0, -2), table.stacked.flatten(), strict=True)
+        for by, to, _ in hull(block.tolist())
+        if to > at
+    )
+
+
+def test_heads_of_a_layer_share_tables_where_there_are_many():
+    found = random_losses(1, 2, 9)
+    table = by_bits(found, 0.3 * found[..., 0].numel() * 8 * 16)
+    assert all(len(table.groups(row)) <= MAX_GROUPS for row in range(2))
+    assert sorted(h for heads, _ in table.groups(0) for h in heads) == list(range(9))
+
+
+def test_bad_tables_and_budgets_are_refused():
+    found = random_losses(0)
+    with pytest.raises(BudgetError, match="fewer than the smallest step"):
+        by_bits(found, 7)
+    with pytest.raises(BudgetError, match="finite"):
+        by_bits(found * torch.nan, 1000)
+    table = by_bits(found, 2000)
+    with pytest.raises(BudgetError, match=r"keys is \[2, 2, 3\], expected \[2, 2, 4\]"):
+        table.check(2, 2, 32)
+    with pytest.raises(BudgetError, match="holds 5 bits, expected some of"):
+        BitTable(torch.full((2, 2, 3), 5), table.values).check(2, 2, 24)

@@ -1,0 +1,206 @@
+"""Budgets as they are written: one reading of numbers and text, and errors that show what was given."""
+
+import re
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nestling.errors import BudgetError, OptionError
+from nestling.kv.allocation.budget import Budget, read_budget, read_share, read_shares
+
+from ..cache.test_shrink import made
+
+
+@pytest.mark.parametrize(
+    "value, share",
+    [
+        (0.25, 0.25),
+        (1, 1.0),
+        (np.float32(0.5), 0.5),
+        (Fraction(1, 4), 0.25),
+        (torch.tensor(0.125), 0.125),
+        ("0.25", 0.25),
+        (".25", 0.25),
+        ("1", 1.0),
+        ("1.0", 1.0),
+        ("25%", 0.25),
+        (" 25 % ", 0.25),
+        ("1%", 0.01),
+        ("0.5%", 0.005),
+        ("37.5", 0.375),
+        ("100", 1.0),
+        ("100%", 1.0),
+        ("2.5e-1", 0.25),
+    ],
+)
+def test_shares(value, share):
+    assert read_budget(value).share == read_share(value).share == share and read_budget(value).limit is None
+
+
+@pytest.mark.parametrize(
+    "value, limit",
+    [
+        ("64MiB", 64 * 2**20),
+        ("64 mib", 64 * 2**20),
+        ("1.5GiB", 3 * 2**29),
+        ("512KiB", 2**19),
+        ("2kB", 2000),
+        ("3MB", 3_000_000),
+        ("100B", 100),
+    ],
+)
+def test_limits(value, limit):
+    assert read_budget(value) == Budget(None, limit, f"budget={value!r}")
+    with pytest.raises(BudgetError, match="is a limit in bytes"):
+        read_share(value)
+
+
+WRONG = [
+    *(0, -0.25, 1.01, 50, float("nan"), float("inf"), True, None, [0.5], b"25%", 1j, 10**400, torch.zeros(2)),
+    *("", "%", "a quarter", "0", "0%", "101", "150%", "-25%", "0,25", "25%%", "nan", "inf", "1e999", "0MiB", "-1MiB"),
+    *("MiB", "64 MiBs", "1e300GiB", "0.1B", "١٢", "[red]25%[/]"),
+]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_what_is_no_budget_is_refused_as_it_was_given(value):
+    with pytest.raises(BudgetError) as caught:
+        read_budget(value, "--budget")
+    assert "--budget=" in str(caught.value) and isinstance(caught.value, OptionError)
+    if isinstance(value, str | float):
+        assert repr(value) in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_percents_are_suggested_to_numbers_that_may_be_meant_as_such():
+    with pytest.raises(BudgetError, match="write '50%'") as caught:
+        read_budget(50)
+    assert "budget=50 " in str(caught.value)
+    assert read_budget("50%").share == 0.5
+    for value in (-50, 0, 1000):
+        with pytest.raises(BudgetError) as caught:
+            read_budget(value)
+        assert "write" not in str(caught.value)
+
+
+@given(st.floats(0.001, 1))
+def test_a_share_is_read_alike_as_number_text_and_percentage(share):
+    text = f"{share:.17g}"
+    assert read_budget(text).share == read_budget(share).share == share
+    assert read_budget(f"{share * 100:.17g}%").share == pytest.approx(share, rel=1e-15)
+
+
+def test_several():
+    assert [b.share for b in read_shares("100%, 0.5,25")] == [1.0, 0.5, 0.25]
+    assert [b.share for b in read_shares([0.5, "25%", read_budget(1)])] == [0.5, 0.25, 1.0]
+    assert [b.given for b in read_shares("50%,25", "--budgets")] == ["--budgets='50%'", "--budgets='25'"]
+    for wrong in ("", [], "50%,64MiB", "50%,", "50%,0.5", 0.5, None, [0.5, 2]):
+        with pytest.raises(BudgetError, match="budgets"):
+            read_shares(wrong)
+
+
+# What messages promise
+
+
+def refusal(name: str, value, kind: dict) -> str | None:
+    """The message for a budget that is too small."""
+    model, adapter = made()
+    try:
+        adapter.cache(model, **{name: value}, **kind)
+        return None
+    except BudgetError as error:
+        return str(error)
+
+
+def smallest_said(message: str) -> float:
+    return float(re.search(r"smallest possible, ([\d.]*\d(e-\d+)?)", message)[1])
+
+
+KINDS = st.fixed_dictionaries(
+    {
+        "bits": st.booleans(),
+        "sinks": st.integers(0, 9),
+        "window": st.sampled_from([0, 1, 30, 64, 500]),
+        "context": st.sampled_from([1, 20, 83, 84, 200, 1000, 4096, 10**6]),
+        "dtype": st.sampled_from([None, torch.bfloat16, torch.float32]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(kind=KINDS, budget=st.floats(1e-7, 0.02) | st.sampled_from([0.3, "40%", "5"]), by_bytes=st.booleans())
+def test_the_smallest_budget_that_is_named_works_and_what_is_advised_helps(kind, budget, by_bytes):
+    if kind["bits"] and kind["dtype"] == torch.float32:
+        kind = {**kind, "dtype": None}
+    name, value, tiny = ("bytes_per_token", 0.001, 1e-4) if by_bytes else ("budget", budget, 1e-9)
+    if not (message := refusal(name, value, kind)):
+        return
+    assert message.startswith(f"{name}={value!r} is below")
+    least = smallest_said(message)
+    assert refusal(name, least, kind) is None
+    assert refusal(name, least - 1 if by_bytes else 0.998 * least, kind) is not None
+    advice = message.partition("are possible with ")[2].split(", or ") if "possible with" in message else []
+    ways = {
+        "fewer exact tokens": {"sinks": 0, "window": 0},
+        "a longer context": {"context": 10 * kind["context"] + 10_000},
+        "bits=True": {"bits": True},
+    }
+    assert set(advice) <= set(ways)
+    for way, change in ways.items():  # what is advised helps, and nothing that helps is left out
+        if "bits" not in change or not (by_bytes or kind["dtype"] == torch.float32):
+            found = smallest_said(refusal(name, tiny, {**kind, **change}))
+            assert found <= least if way in advice else found == least
+
+
+def test_bits_are_not_advised_to_an_adapter_that_cannot():
+    model, adapter = made()
+    old = replace(adapter, noise={}, step={})
+    for made_by, said in ((adapter, True), (old, False)):
+        with pytest.raises(BudgetError) as caught:
+            made_by.cache(model, 0.3)
+        assert ("bits=True" in str(caught.value)) == said
+    with pytest.raises(BudgetError) as caught:
+        adapter.cache(model, 0.3, allocation="uniform")
+    assert "bits=True" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [True, False])
+def test_the_smallest_limit_that_is_named_works(bits):
+    model, adapter = made()
+    options = dict(bits=bits, sinks=2, window=3, context=1000, chunk=4)
+    with pytest.raises(BudgetError, match="limit_mib=0.0001 is out of reach") as caught:
+        adapter.cache(model, limit_mib=0.0001, **options)
+    least = float(re.search(r"takes ([\d.]+) MiB", str(caught.value))[1])
+    cache = adapter.cache(model, limit_mib=least, **options)
+    with torch.no_grad():
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(BudgetError, match=f"limit_mib={least}: 200 tokens take") as caught:
+            model(torch.ones(1, 199, dtype=torch.long), past_key_values=cache)
+        least = float(re.search(r"take ([\d.]+) MiB", str(caught.value))[1])
+        cache = adapter.cache(model, f"{least}MiB", **options)
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(1, 199, dtype=torch.long), past_key_values=cache)
+
+
+def test_what_is_said_twice_is_refused():
+    model, adapter = made()
+    table = {"keys": [[8] * 6] * 2, "values": [[8] * 6] * 2}
+    for options in (
+        {"budget": 0.9, "bytes_per_token": 700},
+        {"budget": "1MiB", "limit_mib": 1},
+        {"budget": 0.9, "allocation": table},
+        {"limit_mib": 1, "allocation": table},
+        {"bytes_per_token": 700, "allocation": table},
+        {},
+    ):
+        with pytest.raises(BudgetError):
+            adapter.cache(model, **options)
+    cache = adapter.cache(model, 0.9, limit_mib=1)
+    assert (cache.budget, cache.limit) == (0.9, 2**20)
+    cache = adapter.cache(model, "1MiB", bytes_per_token=800, sinks=0, window=0)
+    assert cache.limit == 2**20 and cache.budget == pytest.approx(800 / 4 / adapter.full_elements)

@@ -1,0 +1,119 @@
+"""Rank search: the greedy descent against Algorithm 1 written out on real caches; blends against every one of them."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from nestling import kv
+from nestling.errors import TextTooShortError
+from nestling.kv.allocation.ranks import blended, by_gains, energy_gains
+from nestling.kv.calibration.search import SHARES, KLMeter, search
+from nestling.kv.integration.attach import cached
+from nestling.losses import kl_divergence
+
+OPTIONS = dict(windows=2, length=24, window=0, progress=False)
+WHOLE = {**OPTIONS, "sinks": 0, "window": 0}
+
+
+@torch.no_grad()
+def measured(case, ranks, texts) -> float:
+    """KL of ranks ``[2, L, Hkv]`` on texts ``[n, T]``, read from caches that store as much as they say."""
+    total = 0.0
+    for text in texts:
+        cache = case.adapter.cache(case.model, allocation=kv.RankTable(*ranks), paper=True)
+        read = case.model(input_ids=text[None], **cached(case.model, cache)).logits[0]
+        total += float(kl_divergence(case.stock(input_ids=text[None]).logits[0], read).mean())
+    return total / len(texts)
+
+
+def stacked(table: kv.RankTable) -> torch.Tensor:
+    return torch.stack((table.keys, table.values))
+
+
+def test_greedy_is_algorithm_1(fitted, ids):
+    case = fitted("qwen3")  # width 24, three steps
+    texts = ids[:2, :24]
+    ranks = torch.full((2, 3, 2), 24)
+    visited = []
+    while int(ranks.sum()) > 0.4 * 24 * 12:
+        found = []
+        for place in (ranks > 8).nonzero().tolist():
+            lowered = ranks.clone()
+            lowered[tuple(place)] -= 8
+            found.append((measured(case, lowered, texts), lowered))
+        ranks = min(found, key=lambda pair: pair[0])[1]
+        visited.append(ranks)
+    searched = search(case.model, None, case.adapter, texts, "greedy", per_sweep=1, lowest=0.4, **WHOLE)
+    for expected in visited:
+        table = searched.ranks(int(expected.sum()), "greedy")
+        assert torch.equal(stacked(table), expected)
+    units = sum(int((r > 8).sum()) for r in [torch.full((2, 3, 2), 24), *visited[:-1]])
+    assert searched.info["search"]["forwards"] == 2 * (units + len(visited))
+    assert searched.info["search"]["method"] == "greedy" and case.adapter.paths == {}
+
+
+def test_greedy_by_many_lands_on_every_budget(fitted, ids):
+    case = fitted("llama-gqa")
+    searched = search(case.model, None, case.adapter, ids, "greedy", per_sweep=4, lowest=0.6, **OPTIONS)
+    one = search(case.model, None, case.adapter, ids, "greedy", per_sweep=1, lowest=0.6, **OPTIONS)
+    assert searched.info["search"]["forwards"] < 0.5 * one.info["search"]["forwards"]
+    full = searched.full_elements
+    for share in (1.0, 0.9, 0.75, 0.6, 0.55, 0.5):  # below 0.6 by energy
+        elements = searched.ranks(share * full, "greedy").elements
+        assert share * full - 8 < elements <= share * full
+    cache = searched.cache(case.model, 0.75, allocation="greedy", paper=True)
+    assert torch.equal(stacked(cache.ranks), stacked(searched.ranks(0.75 * full, "greedy")))
+
+
+def test_the_meter_reads_what_a_cache_reads(fitted, ids):
+    case = fitted("gemma3")
+    meter = KLMeter(case.model, case.adapter, ids[:2, :24], 0, 0)
+    tables = torch.stack([torch.full((2, 1, 2), rank) for rank in (8, 16, 24)])
+    kl = meter(tables)
+    assert kl.tolist() == pytest.approx([measured(case, t, ids[:2, :24]) for t in tables], rel=1e-3, abs=1e-7)
+    assert float(kl[0]) > float(kl[1]) > abs(float(kl[2])) and meter.forwards == 6
+
+
+def test_a_blend_is_the_best_one_that_was_measured(fitted, ids, monkeypatch):
+    case, texts = fitted("qwen3"), ids[:2, :24]
+    monkeypatch.setattr(sys.modules["nestling.kv.calibration.search"], "BUDGETS", (0.7, 0.45))
+    searched = search(case.model, None, case.adapter, texts, **WHOLE)
+    info, full = searched.info["search"], case.adapter.full_elements
+    assert info["forwards"] == 2 * 2 * len(SHARES) and info["method"] == "blend" and info["equal"] in SHARES
+    gains = energy_gains(case.adapter.energy["key"], case.adapter.energy["value"])
+    means = []
+    for share in SHARES:
+        tables = [by_gains(blended(gains, share), b * full, 24) for b in (0.7, 0.45)]
+        means.append(math.prod(measured(case, table.stacked, texts) for table in tables))
+    assert means[SHARES.index(info["equal"])] <= min(means) * 1.01
+    expected = by_gains(blended(gains, info["equal"]), 0.6 * full, 24)
+    assert torch.equal(stacked(searched.ranks(0.6 * full)), stacked(expected))  # used by default from then on
+    cache = searched.cache(case.model, 0.6, paper=True)
+    assert torch.equal(stacked(cache.ranks), stacked(expected)) and case.adapter.allocation == "energy"
+
+
+def test_what_was_searched_is_saved(tmp_path, fitted, ids):
+    case = fitted("llama-gqa")
+    searched = search(case.model, None, case.adapter, ids, "greedy", per_sweep=6, lowest=0.6, **OPTIONS)
+    searched.save_pretrained(tmp_path / "adapter")
+    read = kv.KVAdapter.from_pretrained(tmp_path / "adapter")
+    assert read.info["search"] == searched.info["search"] and list(read.paths) == ["greedy"]
+    torch.testing.assert_close(read.paths["greedy"], searched.paths["greedy"].float())
+    for elements in range(200, 385, 8):
+        assert torch.equal(stacked(read.ranks(elements, "greedy")), stacked(searched.ranks(elements, "greedy")))
+
+
+def test_bad_input_is_refused(fitted, ids):
+    case = fitted("llama-gqa")
+    with pytest.raises(ValueError, match="method='random'.*blend, greedy"):
+        search(case.model, None, case.adapter, ids, "random")
+    with pytest.raises(ValueError, match="length=83 must be longer than the 83 exact tokens"):
+        search(case.model, None, case.adapter, ids, length=83)
+    with pytest.raises(TextTooShortError):
+        search(case.model, None, case.adapter, ids, length=65, window=0)
+    with pytest.raises(kv.AdapterError, match="made for another model"):
+        search(case.model, None, fitted("qwen3").adapter, ids, **WHOLE)
+    with pytest.raises(kv.BudgetError, match="allocation must be 'energy', 'uniform' or a rank table, got 'greedy'"):
+        case.adapter.cache(case.model, 0.75, allocation="greedy")

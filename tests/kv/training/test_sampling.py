@@ -1,0 +1,86 @@
+"""Rank schedules: what they draw, and that a draw depends on nothing but the seed and the number of the text."""
+
+import pytest
+import torch
+
+from nestling.kv.allocation.bits import BitTable
+from nestling.kv.allocation.ranks import STEP
+from nestling.kv.training.sampling import FEWEST_BITS, FIXED, HIGHEST, MOST_BITS, SAMPLINGS, schedule
+
+
+@pytest.fixture(scope="module")
+def adapter(fitted):
+    return fitted("qwen3").adapter  # width 24: three steps
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLINGS if name != "bits"])
+def test_draws_are_tables_and_repeat(adapter, name):
+    draw, again, other = (schedule(name, adapter, seed=seed) for seed in (0, 0, 1))
+    layers, heads, width = adapter.shape
+    for number in range(40):
+        ranks = draw(number)
+        assert ranks.shape == (2, layers, heads) and ranks.dtype == torch.int64
+        assert int(ranks.min()) >= min(STEP, width // 8) and int(ranks.max()) <= width
+        assert torch.equal(ranks, again(number))
+    differ = [not torch.equal(draw(number), other(number)) for number in range(40)]
+    assert any(differ) == (name != "fixed")
+
+
+def test_independent_ranks_are_uniform_over_eighths(adapter):
+    draw = schedule("independent", adapter)
+    ranks = torch.stack([draw(number) for number in range(400)])
+    values, counts = ranks.unique(return_counts=True)
+    assert values.tolist() == list(range(3, 25, 3))
+    assert (counts / ranks.numel() - 1 / 8).abs().max() < 0.02
+    pairs = ranks.flatten(1).double()
+    assert torch.corrcoef(pairs.T).fill_diagonal_(0).abs().max() < 0.25  # no two of them move together
+
+
+def test_the_path_follows_the_allocation(fitted):
+    """At most a step away from the allocation of some share, over the whole range of shares."""
+    adapter = fitted("qwen3").adapter
+    draw = schedule("path", adapter)
+    shares = []
+    for number in range(60):
+        ranks = draw(number)
+        tables = [adapter.ranks(share / 100 * adapter.full_elements) for share in range(34, 101)]
+        away = [int((ranks - torch.stack((t.keys, t.values))).abs().max()) for t in tables]
+        assert min(away) <= STEP
+        shares.append(ranks.sum() / (adapter.full_elements))
+    assert min(shares) < 0.45 and max(shares) > 0.8
+
+
+def test_the_sandwich_has_its_slices(fitted):
+    adapter = fitted("llama-gqa").adapter
+    draw = schedule("sandwich", adapter)
+    assert torch.equal(draw(0), draw(4)) and torch.equal(draw(1), draw(5))
+    assert int(draw(0).sum()) < int(draw(1).sum()) <= HIGHEST * adapter.full_elements
+    assert not torch.equal(draw(2), draw(6)) or not torch.equal(draw(3), draw(7))
+
+
+def test_every_other_text_is_quantised(fitted):
+    """Those are at allotted bits, of all sizes; the others at 16 bits for the ranks of the path."""
+    adapter = fitted("qwen3").adapter  # width 24: three blocks
+    draw, path = schedule("bits", adapter), schedule("path", adapter)
+    sizes = []
+    for number in range(80):
+        bits = draw(number)
+        assert bits.shape == (2, *adapter.shape[:2], 3) and torch.equal(bits, draw(number))
+        if number % 2:
+            table = BitTable(*bits)
+            table.check(*adapter.shape)
+            sizes.append(table.bits / adapter.full_elements)
+            assert torch.equal(bits, adapter.bits(table.bits).stacked)
+        else:
+            assert torch.equal(8 * (bits == 16).sum(-1), path(number)) and not (bits % 16).any()
+            assert (bits.diff(dim=-1) <= 0).all(), "the first blocks are kept"
+    assert FEWEST_BITS - 0.2 < min(sizes) < 1 and 3.5 < max(sizes) <= MOST_BITS
+
+
+def test_fixed_is_half(adapter):
+    assert (schedule("fixed", adapter)(7) == adapter.ranks(FIXED * adapter.full_elements).stacked).all()
+
+
+def test_unknown_names_are_refused(adapter):
+    with pytest.raises(ValueError, match="path, sandwich, independent, fixed, bits, got 'random'"):
+        schedule("random", adapter)
