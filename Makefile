@@ -18,7 +18,7 @@ help:
 	@echo "make install   environment in $(VENV)"
 	@echo "make demo      compress the cache of a small language model and show what it costs"
 	@echo "make demo-embed  make a small sentence encoder elastic and search with one of its sizes"
-	@echo "make test      the tests, offline (ARGS='tests/test_data.py -k gzip' narrows them)"
+	@echo "make test      the tests, offline (ARGS='tests/data/test_texts.py -k gzip' narrows them)"
 	@echo "make test-slow  the tests that take long: kills, mutated files, every family of models"
 	@echo "make test-all  both"
 	@echo "make test-versions  some of them with the oldest and the newest transformers and sentence-transformers"
@@ -60,8 +60,9 @@ test-all: install
 	$(PYTEST) $(SLOW) $(ARGS)
 
 # The ends of the ranges in pyproject.toml. The few packages that differ lie in a folder each, before the environment's.
-VERSION_TESTS := $(addprefix tests/,kv/test_attention.py kv/test_support.py kv/test_cache.py kv/test_adapter.py \
-	kv/test_moments.py embed/test_load.py embed/test_taps.py embed/test_export.py embed/test_train.py)
+VERSION_TESTS := $(addprefix tests/,kv/integration/test_attach.py kv/integration/test_support.py kv/cache/test_cache.py \
+	kv/test_adapter.py kv/calibration/test_moments.py embed/model/test_loading.py embed/model/test_taps.py \
+	embed/export/test_export.py embed/training/test_train.py)
 
 .versions/%/.installed: .ci/%.txt $(STAMP)
 	rm -rf $(@D)

@@ -19,7 +19,8 @@ from rich.console import Console
 from nestling import embed
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 RUN = ("command", "date", "commit", "seconds")  # of run_meta
 

@@ -28,7 +28,7 @@ from nestling.embed.model.fingerprint import checksum
 from nestling.embed.model.folder import ROTATIONS_FILE, read_rotations, write_rotations
 from nestling.embed.training.data import Examples, order
 from nestling.embed.training.trainer import CupTrainer
-from nestling.report.page import write_json
+from nestling.report.results import write_json
 
 TRAINED_LENGTH = 64  # tokens of a text; what is measured is longer
 

@@ -24,7 +24,8 @@ from nestling import embed
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.parts import Encoder
 from nestling.jobs.progress import progress_bar
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 SHAPES = ((1, 16), (32, 16), (1, 128), (32, 128))  # texts a batch, tokens a text
 VECTORS = 200_000  # of the index that is searched

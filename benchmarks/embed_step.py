@@ -23,7 +23,8 @@ from timing import medians
 from nestling import embed
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 
 def step(model, loss, columns: list[list[str]]) -> Callable[[], None]:

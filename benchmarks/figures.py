@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from tables import ROOT, load
 
-from nestling.report.page import curve
+from nestling.report.figures import curve
 
 MODEL = "e5-small"
 SHAPE = (32, 128)  # texts and tokens of the batch whose speed is shown

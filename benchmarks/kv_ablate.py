@@ -27,7 +27,8 @@ from nestling.kv.adapter_files import SIDES
 from nestling.kv.calibration.sensitivity import measure
 from nestling.kv.simulation import student
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 EXACT = {"sinks": 0, "window": 0}
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)

@@ -28,7 +28,8 @@ from nestling.errors import BudgetError
 from nestling.kv.evaluation.evaluate import Contender, Partial, compare
 from nestling.kv.integration import attach as attention
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 CALIBRATED = {"bits-balanced": "balanced-window", "bits-pca": "pca-window"}  # method: basis, as `fit` names it
 RIVALS = {

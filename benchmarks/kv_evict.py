@@ -18,7 +18,8 @@ from rich.console import Console
 from nestling import kv
 from nestling.kv.evaluation.evaluate import Contender, Partial, compare
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 SHARES = ((1.0, 0.5), (0.5, 1.0), (1.0, 0.25), (0.5, 0.5), (0.25, 1.0))  # of the tokens, of the elements of each
 

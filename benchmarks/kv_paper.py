@@ -25,7 +25,8 @@ from rich.console import Console
 from nestling import kv
 from nestling.kv.evaluation.evaluate import Contender, Partial, compare
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 PAPER = {"paper": True}
 METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options of adapter.cache

@@ -30,7 +30,8 @@ from nestling.data.windows import token_windows
 from nestling.kv.evaluation.evaluate import Contender, Partial, compare
 from nestling.kv.integration import attach as attention
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 SEED = 0
 METHODS: dict[

@@ -30,7 +30,8 @@ from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 from nestling.losses import IGNORED
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 ASKED = 25  # questions at a time
 PROMPT = "Question: {}\nAnswer:"

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from nestling import kv
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 CHANGES = {
     "bits": ((1.0, 0.25), (0.5, 0.25), (0.5, 0.45), (0.25, 0.125)),

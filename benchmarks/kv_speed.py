@@ -32,7 +32,8 @@ from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 FILL = 1024  # tokens that are filled in at once
 REFERENCE = "same-storage"

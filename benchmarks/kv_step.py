@@ -20,7 +20,8 @@ from nestling.kv.simulation.student import Student
 from nestling.kv.training.sampling import schedule
 from nestling.kv.training.train import RECIPES
 from nestling.models import load_model
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 
 def jobs(lm, adapter: kv.KVAdapter, ids: torch.Tensor) -> dict:

@@ -22,7 +22,7 @@ from nestling.data.texts import read_texts
 from nestling.data.windows import token_windows
 from nestling.kv.training.train import RECIPES, train
 from nestling.models import load_model
-from nestling.report.page import table
+from nestling.report.tables import table
 
 PIECE = 8192  # characters: of long documents, pieces from all over them are read
 HELD_OUT = "lm/wikitext103_valid.detok.txt.gz"

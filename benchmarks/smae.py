@@ -32,7 +32,8 @@ from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.folder import read
 from nestling.embed.model.parts import Encoder
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 SMAE: dict[str, dict[str, Any]] = {
     "smae": {},

@@ -32,7 +32,8 @@ from nestling.embed.pretraining.corpus import Batch, Position
 from nestling.embed.pretraining.families import vocabulary_of
 from nestling.embed.pretraining.masking import Masking, Window
 from nestling.jobs.progress import progress_bar
-from nestling.report.page import run_meta, table, write_json
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import table
 
 METHODS = {"naive": naive, "nestling": lambda smae, batch: smae(**batch)}
 CLOSE = 1e-5  # relative difference of the losses

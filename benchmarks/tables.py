@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from nestling.report.page import markdown_table
+from nestling.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from nestling.cli import app
 from nestling.cli.terminal import errors_as_messages, natural, not_negative, positive
 from nestling.errors import DataError, FileError, OptionError, TrainingError
-from nestling.report import page as report
+from nestling.report.page import Section, write_html
+from nestling.report.tables import markdown_table, table
 from nestling.visible import visible, visible_lines
 
 NAMES = {
@@ -78,18 +79,18 @@ def test_an_error_is_one_line_whatever_it_names(name, kind):
 def test_tables_titles_and_pages_show_names_as_text(name, tmp_path):
     rows = [{name: "column", "cell": name}]
     out = io.StringIO()
-    Console(file=out, width=300, force_terminal=True).print(report.table(rows, title=name))
+    Console(file=out, width=300, force_terminal=True).print(table(rows, title=name))
     assert out.getvalue().count(visible(name)) == 3
     assert not RAW.search(COLOURS.sub("", out.getvalue()))
-    report.write_html(tmp_path / "r.html", name, name, [report.Section(name, rows=rows, pre=name)], {name: name})
+    write_html(tmp_path / "r.html", name, name, [Section(name, rows=rows, pre=name)], {name: name})
     page = (tmp_path / "r.html").read_text("utf-8")
     assert not RAW.search(page)
-    assert not RAW.search(report.markdown_table(rows))
+    assert not RAW.search(markdown_table(rows))
 
 
 def test_markdown_cells_are_no_markup():
     rows = [{"m": "[x](http://y) `z` *b* <img src=q> a\\|b &lt;"}]
-    cell = report.markdown_table(rows).splitlines()[2]
+    cell = markdown_table(rows).splitlines()[2]
     assert cell == r"| \[x\](http://y) \`z\` \*b\* &lt;img src=q> a\\\|b &amp;lt; |"
 
 

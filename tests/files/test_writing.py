@@ -17,7 +17,9 @@ from nestling.errors import FileError, NestlingError
 from nestling.files import writing
 from nestling.files.writing import check_file, check_folder, check_result, write_file
 from nestling.jobs.results import Partial
-from nestling.report.page import write_html, write_json, write_png
+from nestling.report.figures import write_png
+from nestling.report.page import write_html
+from nestling.report.results import write_json
 
 GRID = [{"cup": "1x8", "mean_sts": 0.5, "model": "m"}, {"cup": "2x16", "mean_sts": 0.75, "model": "m"}]
 WRITERS = {

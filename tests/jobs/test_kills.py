@@ -23,7 +23,8 @@ from nestling.embed.training.teacher import write_table
 from nestling.jobs.results import Partial
 from nestling.kv.adapter_files import _default_card
 from nestling.kv.quantisation import cpu as kernels
-from nestling.report.page import write_html, write_json
+from nestling.report.page import write_html
+from nestling.report.results import write_json
 
 from ..embed.families import save_backbone, sentence_model, some_texts
 from ..kv.families import BASE, tiny_model

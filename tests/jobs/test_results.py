@@ -7,8 +7,7 @@ import pytest
 
 from nestling.errors import DataError, EvaluationError
 from nestling.jobs.results import Partial
-from nestling.report.page import write_json
-from nestling.report.results import read_rows
+from nestling.report.results import read_rows, write_json
 
 JOB = {"model": "tiny", "length": 64}
 

@@ -120,7 +120,7 @@ def idle(monkeypatch, fitted):
     """A model that must not be run."""
     case = fitted("llama-gqa")
     monkeypatch.setattr(type(case.model), "forward", lambda *_, **__: pytest.fail("the model was run"))
-    for module in ("calibrate", "search", "evaluate"):
+    for module in ("calibration.fit", "calibration.search", "evaluation.evaluate"):
         monkeypatch.setattr(
             sys.modules[f"nestling.kv.{module}"], "token_windows", lambda *_, **__: pytest.fail("text was read")
         )

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nestling.errors import FileError
-from nestling.report import page as report
-from nestling.report.page import Section, curve, heat_maps, markdown_table, run_meta, table, write_html, write_json
+from nestling.report.figures import curve, heat_maps
+from nestling.report.page import Section, write_html
+from nestling.report.results import _command, _commit, run_meta, write_json
+from nestling.report.tables import _grid, formatted, markdown_table, scalar, table
 
 HOSTILE = "$\\frac{$ --></pre><script src=http://x>1</script>\"' [b] |"
 ROWS = [
@@ -55,11 +57,11 @@ def test_meta_names_the_run_and_nothing_private(monkeypatch, tmp_path):
 
 
 def test_command_of_python_dash_m_and_of_lists():
-    assert report._command(["/a/b/nestling/__main__.py", "/c/d,/e/f/"]) == "nestling d,f"
+    assert _command(["/a/b/nestling/__main__.py", "/c/d,/e/f/"]) == "nestling d,f"
 
 
 def test_commit_is_none_outside_git(tmp_path):
-    assert report._commit(tmp_path / "report.py") is None
+    assert _commit(tmp_path / "report.py") is None
 
 
 # write_json
@@ -151,13 +153,13 @@ def test_files_get_ordinary_permissions(tmp_path):
     ],
 )
 def test_number_formatting(column, texts):
-    assert [line[0] for line in report._grid([{"v": v} for v in column], None)[2]] == texts
+    assert [line[0] for line in _grid([{"v": v} for v in column], None)[2]] == texts
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats() | st.integers() | st.none() | st.booleans(), min_size=1))
 def test_formatting_keeps_three_digits(column):
-    for value, text in zip(column, report._format([report._scalar(v) for v in column]), strict=True):
+    for value, text in zip(column, formatted([scalar(v) for v in column]), strict=True):
         if isinstance(value, float) and math.isfinite(value):
             assert float(text.replace(",", "")) == pytest.approx(value, rel=0.0051)
 

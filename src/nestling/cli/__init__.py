@@ -32,6 +32,7 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="Show the version; with -v, all that matters.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where errors come from.")] = False,
 ) -> None:
+    """One model, every size."""
     tracebacks.on = verbose
     if version:
         show_version(verbose)

@@ -64,6 +64,7 @@ def _those(columns: dict[str, str], known: Iterable[str]) -> dict[str, str]:
 
 
 def layout_of(lines: bool | None) -> Any:
+    """The layout of texts that ``--lines`` or ``--documents`` asks for."""
     return "auto" if lines is None else "lines" if lines else "documents"
 
 

@@ -28,6 +28,7 @@ from nestling.cli.data import (
     scored_from,
 )
 from nestling.cli.data import sentences_from as _sentences
+from nestling.cli.export import export, ladder_of
 from nestling.cli.pretrain import pretrain
 from nestling.cli.terminal import (
     Cups,
@@ -49,7 +50,7 @@ from nestling.cli.terminal import (
     write_results,
 )
 from nestling.data.told import Rows
-from nestling.errors import DataError, OptionError, TextTooShortError
+from nestling.errors import OptionError, TextTooShortError
 
 embed_app = typer.Typer(
     no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export."
@@ -82,7 +83,7 @@ def align(
     if len(texts) < 100:
         raise TextTooShortError(f"{text}: {len(texts)} sentences are too few, expected some thousands, 100 at least")
     encoder = loading(embed.load_encoder, model)
-    ladder, _ = _ladder(model, cups, encoder, rotated=False)
+    ladder, _ = ladder_of(model, cups, encoder, rotated=False)
     aligned = embed.align(encoder, read, ladder, folder=out, prompt=prompt)
     with console.status(f"comparing {len(held)} sentences"):
         rows = embed.agreement(encoder, held, ladder, rotations={}, prompt=prompt, method="cut")
@@ -156,7 +157,7 @@ def train(
     evaluator = evaluator_of(sts, retrieval, named)
     encoder = loading(embed.load_encoder, model)
     other = None if teacher is None else loading(embed.load_encoder, teacher)
-    ladder, found = _ladder(model, cups, encoder, rotated=rotation is None)
+    ladder, found = ladder_of(model, cups, encoder, rotated=rotation is None)
     start: Any = {depth: found[depth] for depth in ladder.layers if depth in found} or "auto"
     if rotation is not None:
         start = None if rotation == "none" else rotation
@@ -211,7 +212,7 @@ def evaluate(
     evaluator = evaluator_of(sts, retrieval, named, **options)
     texts = [] if evaluator is not None else _sentences(text, lines, named, language)[:1000]
     encoder = loading(embed.load_encoder, model)
-    ladder, found = _ladder(model, cups, encoder)
+    ladder, found = ladder_of(model, cups, encoder)
     rotations = found or None
     start = time.perf_counter()
     if evaluator is not None:
@@ -232,53 +233,6 @@ def evaluate(
 
         write_evaluation(html, rows, title=f"{model}: quality of every cup", grid=grid)
         console.print(f"Report: {html}")
-
-
-@embed_app.command()
-@errors_as_messages
-def export(
-    model: Encoder,
-    out: Annotated[Path, typer.Option(help="New folder, of the cup; of several, each gets its own within it.")],
-    cup: Annotated[
-        list[str] | None, typer.Option(help="Such as 6x128; may be repeated; default: all of the ladder.")
-    ] = None,
-    cups: Cups = None,
-    onnx: Annotated[bool, typer.Option(help="Also write an ONNX graph.")] = False,
-    int8: Annotated[bool, typer.Option(help="Also write an ONNX graph with int8 weights.")] = False,
-    results: Annotated[
-        Path | None, typer.Option(help="Results of `embed eval --json`, for the model card's table.")
-    ] = None,
-    json: Json = None,
-) -> None:
-    """Write cups of MODEL as models of their own, all or none, checked against it, which any server loads."""
-    from nestling import embed
-    from nestling.files.folders import write_folder
-
-    check_outputs(json, folder=out, new=True)
-    encoder = loading(embed.load_encoder, model)
-    ladder, rotations = _ladder(model, cups, encoder)
-    given = cups is not None or embed.load_ladder(model) is not None
-    sizes = list(ladder) if not cup else [ladder.cup(name) if given else embed.Cup.parse(name) for name in cup]
-    rows = [] if results is None else _rows(results, model, [size.name for size in sizes])
-
-    def write(size: Any, folder: Path) -> dict[str, Any]:
-        with console.status(f"writing {size}"):
-            found = embed.export(
-                encoder, size, folder, ladder=ladder, rotations=rotations, rows=rows,
-                onnx=onnx or int8, int8=int8,
-            )  # fmt: skip
-        checks = {name: getattr(found, name) for name in ("difference", "onnx_difference", "int8_cosine")}
-        row = {"model": model, "cup": size.name, "folder": folder.name, "MB": found.nbytes / 1e6}
-        return row | {"vector_bytes": 4 * size.dims} | {k: v for k, v in checks.items() if v is not None}
-
-    start = time.perf_counter()
-    if len(cup or ()) == 1:
-        written = [write(sizes[0], out)]
-    else:
-        written = write_folder(out, lambda new: [write(size, new / size.name) for size in sizes])
-    show(written, f"{model}: exported cups, and how far they are from it")
-    console.print(f"Saved to {out}")
-    write_results(json, written, time.perf_counter() - start)
 
 
 def _training_data(
@@ -308,20 +262,6 @@ def _training_data(
     return scored_from(scored, columns) if scored else _sentences(text, lines, columns, language)
 
 
-def _ladder(model: str, cups: str | None, encoder: Any, rotated: bool = True) -> tuple[Any, dict[int, Any]]:
-    """The cups asked for, or those the model was trained for, or some for its shape; and its rotations, if wanted."""
-    from nestling import embed
-    from nestling.embed.model.parts import Encoder as Parts
-
-    parts = Parts.of(encoder)
-    own = embed.load_ladder(model)
-    ladder = embed.Ladder.parse(cups) if cups else own or embed.Ladder.default(parts.depth, parts.dims)
-    rotations = embed.load_rotations(model) if rotated else {}
-    if own and rotations and (missing := sorted(set(ladder.layers) - set(own.layers))):
-        raise OptionError(f"{model} was trained with rotations for its own cups {own}, not for layers {missing}")
-    return ladder, rotations
-
-
 def _weight(item: str) -> tuple[str, float]:
     cup, _, number = item.partition("=")
     try:
@@ -337,25 +277,6 @@ def _prompt(item: str) -> tuple[str, str]:
     return use.strip(), prompt
 
 
-def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:
-    """The rows of a results file that are of this model and some of these cups."""
-    from nestling.report.results import read_rows
-
-    try:
-        rows = read_rows(path, DataError)
-        if not all(isinstance(row.get("cup"), str) for row in rows):
-            raise DataError("a row has no cup")
-    except DataError as error:
-        raise DataError(f"{path} holds no results of `embed eval --json` ({error})") from error
-    models = sorted({str(row.get("model")) for row in rows})
-    own = [row for row in rows if Path(str(row.get("model"))) == Path(model) and row["cup"] in cups]
-    if not own:
-        raise DataError(
-            f"{path} has no results of {model} at {', '.join(cups)}, it is of {', '.join(models)}: measure it first"
-        )
-    return own
-
-
 def _show_training(model: str, trained: Any) -> None:
     """A row a cup: its loss in the first and the last point of the curve, and what was measured at the one kept."""
     from nestling.embed.export.card import measured
@@ -368,3 +289,6 @@ def _show_training(model: str, trained: Any) -> None:
             row[f"{when} loss"] = sum(v for k, v in point.items() if k in (cup.name, f"kl_{cup.name}"))
         rows.append(row | found)
     show(rows, f"{model}: every cup, in training")
+
+
+embed_app.command()(export)

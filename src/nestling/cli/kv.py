@@ -309,7 +309,7 @@ def inspect(
     from nestling.kv.allocation.budget import read_share
     from nestling.kv.cache.factory import ranks_at
     from nestling.kv.demo import rank_maps, rank_rows, shade
-    from nestling.report.page import write_png
+    from nestling.report.figures import write_png
 
     check_outputs(json, png)
     wanted = read_share(budget, "--budget")

@@ -160,12 +160,14 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 
 
 def loading(load: Callable, model: str) -> Any:
+    """What ``load`` makes of a model's name, with a line that says what is going on."""
     with console.status(f"loading {model}"):
         return load(model)
 
 
 def show(rows: list[dict], title: str) -> None:
-    from nestling.report.page import table
+    """Print rows as a table; the model is in its title."""
+    from nestling.report.tables import table
 
     console.print(table([{k: v for k, v in r.items() if k != "model"} for r in rows], title=title))
 
@@ -204,8 +206,9 @@ def check_checkpoints(out: Path, resume: bool) -> None:
 
 
 def write_results(path: Path | None, rows: list[dict], seconds: float | None = None) -> None:
+    """Write the rows of ``--json``, if it was asked for, and say where."""
     if path is not None:
-        from nestling.report.page import run_meta, write_json
+        from nestling.report.results import run_meta, write_json
 
         write_json(path, rows, run_meta(seconds))
         console.print(f"Results: {path}")

@@ -17,10 +17,12 @@ EARLY = 4 * 2**20  # bytes up to which that is not looked at
 
 
 def check_file(name: str) -> None:
+    """Raise DataError unless there is a file to read."""
     check_regular(name, DataError)
 
 
 def not_empty(name: str, items: Iterator[Any], what: str = "entry") -> Iterator[Any]:
+    """The items; DataError if there are none."""
     empty = True
     for item in items:
         empty = False
@@ -86,18 +88,21 @@ def refuse(bad: DataError, cause: Exception | None, skip: Skip | None) -> None:
 
 
 def field_of(where: str, row: dict[str, Any], field: str) -> Any:
+    """The value of a field; DataError names those that there are."""
     if field not in row:
         raise DataError(f"{where}: no field '{field}'; it has {', '.join(map(repr, row)) or 'none'}")
     return row[field]
 
 
 def text_of(where: str, row: dict[str, Any], field: str) -> str:
+    """The text of a field; DataError if it is none."""
     value = field_of(where, row, field)
     check_text(where, field, value)
     return value
 
 
 def check_text(where: str, field: str, value: Any) -> None:
+    """Raise DataError unless a value is text that a tokenizer takes."""
     if not isinstance(value, str):
         raise DataError(f"{where}: '{field}' must be text, got {short(value)}")
     try:

@@ -134,6 +134,7 @@ def _check_columns(columns: Columns | None, known: tuple[str, ...]) -> None:
 
 
 def is_negative(column: Any) -> bool:
+    """Whether a column's name is one of negatives: ``negative``, ``negative_1``, ..."""
     return isinstance(column, str) and column.startswith("negative")
 
 

@@ -24,7 +24,7 @@ from nestling.embed.report import write_demo
 from nestling.embed.training.train import Trained, train
 from nestling.embed.training.trainer import without_bars
 from nestling.files.temporary import private_temporary_folder
-from nestling.report import page as report
+from nestling.report.tables import table
 
 LONGEST = 20  # words of a sentence; longer ones are cut
 BATCH, RATE = 48, 2e-4
@@ -61,10 +61,10 @@ def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, c
             small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
         costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, openings)
         by_cup = small.encode(openings), small.encode(list(QUERIES))
-    console.print(report.table(costs, title=f"{size} as a model of its own"))
+    console.print(table(costs, title=f"{size} as a model of its own"))
     titles = [page.splitlines()[0] for page in pages]
     answers = _answers({f"by {size}": by_cup, "by the full model": by_full}, titles)
-    console.print(report.table(answers, title="Search in the pages"))
+    console.print(table(answers, title="Search in the pages"))
     write_demo(out, rows, trained, costs, answers, title=f"nestling: {model} in {len(ladder)} sizes")
     console.print()
     console.print(f"Report: {out}" + ("" if keep is None else f"; models: {keep}"))
@@ -94,7 +94,7 @@ def _learn(
     with console.status("measuring"):
         rows += agreement(encoder, held_out, ladder, reference, rotations=trained.rotations, method="distilled")
     title = f"{name}: agreement of every cup with the full model, on {len(held_out)} held-out sentences"
-    console.print(report.table(rows, COLUMNS, title=title))
+    console.print(table(rows, COLUMNS, title=title))
     return rows, trained
 
 

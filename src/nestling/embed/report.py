@@ -10,7 +10,9 @@ from nestling.embed.evaluation.agreement import COLUMNS, NOTE
 from nestling.embed.evaluation.results import FLOPS, cost_figure, grid_figure
 from nestling.embed.ladder import Cup
 from nestling.embed.training.result import Trained
-from nestling.report import page as report
+from nestling.report.figures import curve
+from nestling.report.page import Section, write_html
+from nestling.report.results import run_meta
 
 Row = Mapping[str, Any]
 METHODS = "Cut: the model as it was; aligned: by a linear map, without training; distilled: after the training."
@@ -22,26 +24,24 @@ def write_evaluation(path: Path, rows: Sequence[Row], *, title: str, grid: bool)
     labelled = any(key in row for row in rows for key in ("mean_sts", "mean_ndcg"))
     column = None if labelled else "agreement"
     note = "Correlations, nDCG@10 and recall@100 as fractions. " if labelled else f"{NOTE} "
-    sections = [
-        report.Section("Quality of every cup", note + COSTS, rows=_shown(rows), figure=cost_figure(rows, column))
-    ]
+    sections = [Section("Quality of every cup", note + COSTS, rows=_shown(rows), figure=cost_figure(rows, column))]
     if grid:
         note = "Layers downwards, dims across; cells beside the ladder's cups were not trained."
-        sections.append(report.Section("Every depth at every width", note, figure=grid_figure(rows, column)))
+        sections.append(Section("Every depth at every width", note, figure=grid_figure(rows, column)))
     intro = "One encoder, measured at every size from one pass over the texts."
-    report.write_html(path, title, intro, sections, report.run_meta())
+    write_html(path, title, intro, sections, run_meta())
 
 
 def write_training(path: Path, trained: Trained, *, title: str) -> None:
     """The loss of every cup by step, what was measured on held-out data, and the settings."""
     settings = dict(trained.info)
-    report.write_html(
+    write_html(
         path, title, "An encoder, trained at every size at once.",
-        [*training_sections(trained.info), report.Section("Settings", rows=_settings(settings))], report.run_meta(),
+        [*training_sections(trained.info), Section("Settings", rows=_settings(settings))], run_meta(),
     )  # fmt: skip
 
 
-def training_sections(info: Mapping[str, Any]) -> list[report.Section]:
+def training_sections(info: Mapping[str, Any]) -> list[Section]:
     """The curves of a training: losses, and held-out means if there are any."""
     points = info["curve"]
     measured = [
@@ -57,22 +57,20 @@ def training_sections(info: Mapping[str, Any]) -> list[report.Section]:
         for name, value in p.items()
         if name not in ("step", "loss") and "mean" not in name and not name.startswith("eval_")
     ]
-    figure = report.curve(
-        losses, "step", "loss", "part", title="While training", xlabel="step", ylabel="loss", log_y=True
-    )
+    figure = curve(losses, "step", "loss", "part", title="While training", xlabel="step", ylabel="loss", log_y=True)
     note = "A batch's loss, and the KL to the teacher's rankings."
     if any(row["part"].startswith("mlm") for row in losses):
         note = "Nats per masked token: by the encoder (mlm), and by the decoder from the sentence vector (dec)."
-    sections = [report.Section("Loss of every cup", note, figure=figure)]
+    sections = [Section("Loss of every cup", note, figure=figure)]
     if measured:
         what = "mean Spearman or nDCG@10"
-        figure = report.curve(measured, "step", "value", "cup", title="Held-out data", xlabel="step", ylabel=what)
-        sections.append(report.Section("Quality while training", figure=figure))
+        figure = curve(measured, "step", "value", "cup", title="Held-out data", xlabel="step", ylabel=what)
+        sections.append(Section("Quality while training", figure=figure))
     stock = [
         {k.removeprefix("eval_"): v for k, v in p.items() if k == "step" or k.startswith("eval_")} for p in points
     ]
     if stock := [row for row in stock if len(row) > 1]:
-        sections.append(report.Section("Measured by stock evaluators", "On the full model.", rows=stock))
+        sections.append(Section("Measured by stock evaluators", "On the full model.", rows=stock))
     return sections
 
 
@@ -81,23 +79,23 @@ def write_demo(
 ) -> None:
     """The demo: agreement before and after, the training, what a cup costs and what it finds."""
     points = [{**row, "share": Cup.parse(row["cup"]).layers / trained.ladder.full.layers} for row in rows]
-    figure = report.curve(
+    figure = curve(
         points, "share", "agreement", "method", title="Agreement with the full model", xlabel=FLOPS,
         ylabel="mean Spearman on held-out sentences",
     )  # fmt: skip
     sections = [
-        report.Section("Before and after", f"{NOTE} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
+        Section("Before and after", f"{NOTE} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
                        figure=figure),
         *training_sections(trained.info),
-        report.Section("What a cup costs", "Encode times are medians of three rounds in turn, on this machine.",
+        Section("What a cup costs", "Encode times are medians of three rounds in turn, on this machine.",
                        rows=costs),
-        report.Section("Searching the pages", "The two nearest pages.", rows=answers),
+        Section("Searching the pages", "The two nearest pages.", rows=answers),
     ]  # fmt: skip
     intro = (
         "One encoder, made elastic by following itself: no labels, no other model. Every cup is cut out of the same "
         "weights, and its folder loads in stock sentence-transformers."
     )
-    report.write_html(path, title, intro, sections, report.run_meta())
+    write_html(path, title, intro, sections, run_meta())
 
 
 def _shown(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -18,7 +18,10 @@ from nestling.kv.calibration.fit import fit
 from nestling.kv.evaluation.evaluate import evaluate
 from nestling.kv.integration import attach as attention
 from nestling.models import load_model
-from nestling.report import page as report
+from nestling.report.figures import curve, heat_maps
+from nestling.report.page import Section, write_html
+from nestling.report.results import run_meta
+from nestling.report.tables import table
 from nestling.visible import visible_lines
 
 BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
@@ -97,7 +100,7 @@ def rank_rows(adapter: KVAdapter, ranks: RankTable) -> list[dict]:
 def rank_maps(adapter: KVAdapter, ranks: RankTable, title: str):
     """Heat maps of the ranks of keys and of values, layers downwards (a matplotlib Figure)."""
     panels = {"keys": ranks.keys, "values": ranks.values}
-    return report.heat_maps(panels, title=title, row_label="layer", col_label="KV head", vmax=adapter.shape[2])
+    return heat_maps(panels, title=title, row_label="layer", col_label="KV head", vmax=adapter.shape[2])
 
 
 def shade(share: float) -> str:
@@ -116,26 +119,26 @@ def write_report(
 ) -> None:
     """One HTML page: the table of budgets, KL against bytes, the answers if there are any, and the rank maps."""
     measured = [r for r in rows if r["method"] != "full"]
-    curve = report.curve(
+    figure = curve(
         measured, "bytes_share", "kl", "method", title="What a smaller cache costs", percent_x=True,
         xlabel="bytes held, share of the full bf16 cache", ylabel="KL to the full model (nats per token)",
     )  # fmt: skip
     sections = [
-        report.Section(
+        Section(
             "Quality against bytes",
             "KL (nats per token) is the distance of the predictions to those of the full cache, on text that was not "
             "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is "
             "the full model's. Bytes are those of the storage really held, beside a full cache in bf16; a model that "
             "computes in fp32 holds twice that by itself.",
-            rows=rows, columns=COLUMNS, figure=curve,
+            rows=rows, columns=COLUMNS, figure=figure,
         )
     ]  # fmt: skip
     for size, (answer, note) in (answers or {}).items():
-        sections.append(report.Section(f"The same prompt at {size}", note, pre=answer))
+        sections.append(Section(f"The same prompt at {size}", note, pre=answer))
     for budget in [b for b in budgets if b < 1 and b in (0.75, 0.5, 0.4, 0.25)]:
         ranks = adapter.ranks(budget * adapter.full_elements)
         sections.append(
-            report.Section(
+            Section(
                 f"Ranks at {budget:.0%}",
                 f"Coordinates kept of {adapter.shape[2]}, per layer and KV head. Where more are kept, dropping them "
                 "would cost more KL.",
@@ -147,7 +150,7 @@ def write_report(
         "how many is chosen per layer and head when a cache is made. "
         + ("Its bases were trained by distillation." if "training" in adapter.info else "Nothing was trained.")
     )
-    report.write_html(path, title, intro, sections, report.run_meta())
+    write_html(path, title, intro, sections, run_meta())
 
 
 def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None:
@@ -160,7 +163,7 @@ def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None
         for name in p
         if name.startswith("kl_")
     ]
-    figure = report.curve(
+    figure = curve(
         rows, "tokens", "kl", "share", title="Held-out text while training", xlabel="tokens trained on",
         ylabel="KL to the full model (nats per token)", log_y=True,
     )  # fmt: skip
@@ -169,10 +172,10 @@ def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None
         "every token reads its history as a decode would."
     )
     recipe = [{"setting": name, "value": str(value)} for name, value in training.items()]
-    sections = [report.Section("KL over tokens", note, rows=points, figure=figure)]
-    sections.append(report.Section("Recipe", "What this adapter was trained with.", rows=recipe))
-    report.write_html(path, title, "Rotations of nested bases, trained to follow the full model.", sections,
-                      report.run_meta())  # fmt: skip
+    sections = [Section("KL over tokens", note, rows=points, figure=figure)]
+    sections.append(Section("Recipe", "What this adapter was trained with.", rows=recipe))
+    write_html(path, title, "Rotations of nested bases, trained to follow the full model.", sections,
+                      run_meta())  # fmt: skip
 
 
 def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
@@ -195,7 +198,7 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
         console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
     measure = partial(evaluate, language_model, tokenizer, adapter, texts=held_out, windows=1, dtype=torch.bfloat16)
     rows = measure(BUDGETS) + measure(BITS, bits=True)[1:]
-    console.print(report.table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
+    console.print(table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
     console.print()
     console.print(f"Prompt, with a story before it: {PROMPT.splitlines()[-1]}")
     make = partial(adapter.cache, language_model, dtype=torch.bfloat16)

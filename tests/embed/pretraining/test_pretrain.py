@@ -14,8 +14,8 @@ from sentence_transformers import SentenceTransformer
 
 from nestling import embed
 from nestling.embed import Texts, load_ladder
-from nestling.embed.pretraining import pretrain
 from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
+from nestling.embed.pretraining.pretrain import pretrain
 from nestling.errors import DataError, LadderError, MaskingError, TrainingError, UnsupportedEncoderError
 from nestling.jobs.checkpoints import last_whole
 

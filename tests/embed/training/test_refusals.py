@@ -7,7 +7,7 @@ from sentence_transformers.sentence_transformer import evaluation, losses
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from nestling.embed import GridEvaluator
-from nestling.embed.pretraining import pretrain
+from nestling.embed.pretraining.pretrain import pretrain
 from nestling.errors import EvaluationError, NestlingError, OptionError
 
 from ..families import some_texts

@@ -21,8 +21,8 @@ from nestling.embed import GridEvaluator, StarbucksLoss, load_ladder, load_rotat
 from nestling.embed.model.encode import encode
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Rotation
-from nestling.embed.training import train
 from nestling.embed.training.teacher import shared_table
+from nestling.embed.training.train import train
 from nestling.errors import LadderError, TrainingError
 from nestling.jobs.checkpoints import last_whole
 

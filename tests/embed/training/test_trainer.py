@@ -10,8 +10,8 @@ from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallbac
 from transformers.trainer_callback import ExportableState
 
 from nestling.embed import GridEvaluator
-from nestling.embed.pretraining import pretrain
-from nestling.embed.training import train
+from nestling.embed.pretraining.pretrain import pretrain
+from nestling.embed.training.train import train
 from nestling.errors import TrainingError
 
 from ..families import some_texts

@@ -29,8 +29,7 @@ from nestling.files.writing import naming
 from nestling.jobs.progress import progress_bar
 from nestling.jobs.results import Partial
 from nestling.options import flag, shown, text, whole
-from nestling.report.page import run_meta, write_json
-from nestling.report.results import read_rows
+from nestling.report.results import read_rows, run_meta, write_json
 
 FileName = str | os.PathLike[str]
 Row = dict[str, Any]

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from nestling.embed.evaluation.metrics import BESIDE
 from nestling.embed.ladder import Cup
 from nestling.files.writing import check_folder, naming, write_file
-from nestling.report.page import curve, heat_maps, markdown_table, run_meta, write_json, write_png
+from nestling.report.figures import curve, heat_maps, write_png
+from nestling.report.results import run_meta, write_json
+from nestling.report.tables import markdown_table
 
 Row = Mapping[str, Any]
 MEANS = {"mean_sts": "STS, mean Spearman", "mean_ndcg": "retrieval, mean nDCG@10"}

@@ -82,10 +82,12 @@ def inputs(model: SentenceTransformer) -> list[str]:
 
 
 def read(path: Path) -> Any:
+    """The value of a JSON file of ours."""
     return json.loads(path.read_text("utf-8"))
 
 
 def write(path: Path, value: Any) -> None:
+    """Write a value as JSON, as sentence-transformers indents it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -30,7 +30,7 @@ from nestling.files.folders import Parts, read_sealed, sha256, waiting
 from nestling.files.reading import read_object, read_tensors, short, tensor_shapes
 from nestling.files.temporary import temporary_file
 from nestling.files.writing import check_folder, naming, sync
-from nestling.report.page import plain
+from nestling.report.results import plain
 
 LADDER_FILE, ROTATIONS_FILE, CARD_FILE = "nestling.json", "rotations.safetensors", "README.md"
 PARTS = Parts(LADDER_FILE, (ROTATIONS_FILE, CARD_FILE))

@@ -126,8 +126,10 @@ def _checkpointing(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def processes() -> int:
+    """How many processes train together, as the launcher says."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
+    """The number of this process among them, from 0 on."""
     return int(os.environ.get("RANK", 0))

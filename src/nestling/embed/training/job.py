@@ -154,6 +154,7 @@ def settings_of(loss: Any) -> Any:
 
 
 def ladder_of(encoder: Encoder, cups: Any) -> Ladder:
+    """The sizes that are asked for, or those that suit the model; checked against it."""
     found = Ladder.default(encoder.depth, encoder.dims) if cups is None else Ladder.parse(cups)
     return found.check(encoder.depth, encoder.dims)
 

@@ -246,6 +246,7 @@ def edges(width: int) -> list[int]:
 
 
 def single_heads(layers: int, heads: int) -> Units:
+    """The units of a model whose heads move by themselves."""
     return [[[head] for head in range(heads)] for _ in range(layers)]
 
 
