@@ -414,7 +414,7 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from tests.embed.families import sentence_model
-from tests.embed.test_train import TEXTS, pairs, run
+from tests.embed.training.test_train import TEXTS, pairs, run
 torch.set_num_threads(1)
 torch.manual_seed(0)
 data = TEXTS if {kind!r} == "texts" else pairs()
