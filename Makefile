@@ -49,6 +49,7 @@ demo-embed: install
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=1 \
 	--hypothesis-profile=ci
 SLOW := -o faulthandler_timeout=1800
+export NESTLING_SEED ?= 637080
 
 test: install
 	$(PYTEST) -m "not slow" $(ARGS)

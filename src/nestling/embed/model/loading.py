@@ -97,7 +97,8 @@ def _read(name: str, source: Path | str, pooling: str | None) -> SentenceTransfo
         with adapter_folder(source, layout, _located) as folder:
             model = _loaded(folder, local and layout.base is None, pooling if layout.plain else None)
         _check_kinds(name, model)
-        model.encode("a", show_progress_bar=False)  # what a wrong setting breaks is found now, not in a long job
+        # What a wrong setting breaks is found now, not in a long job: of texts of two lengths, one is padded.
+        model.encode(["a", "a a a"], show_progress_bar=False)
         if layout.base is None:
             missing = _missing(model, source, layout.transformer)
         else:
