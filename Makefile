@@ -45,10 +45,11 @@ demo-embed: install
 	$(BIN)/nestling demo embed
 
 # Property tests see the same examples every time here; a plain `pytest` looks for new ones. A process for each core,
-# each with one thread; a file's tests stay together, since they share models. A test that hangs is tried once more.
+# each with one thread; a file's tests stay together, since they share models. One test that hangs does not end the run.
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart=1 \
 	--hypothesis-profile=ci
 SLOW := -o faulthandler_timeout=1800
+# Of the mutated files.
 export NESTLING_SEED ?= 637080
 
 test: install

@@ -160,7 +160,7 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 
 
 def loading(load: Callable, model: str) -> Any:
-    """What ``load`` makes of a model's name, with a line that says what is going on."""
+    """Call ``load`` on a model's name while a status line is shown."""
     with console.status(f"loading {model}"):
         return load(model)
 

@@ -161,7 +161,7 @@ def label_of(row: dict[str, Any]) -> Any:
 
 
 def said(where: str, row: dict[str, Any], column: str) -> str:
-    """The text of a column, which says something."""
+    """The text of a column; DataError if it is missing or blank."""
     text = field_of(where, row, column)
     check_said(where, column, text)
     return str(text) if type(text) is not str else text

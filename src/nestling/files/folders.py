@@ -83,7 +83,7 @@ def _fill_old(folder: Path, place: Path, fill: Callable[[Path], T], over: Parts)
 
 
 def _finish(new: Path) -> None:
-    """Bring all to the disk, with the permissions of new files: safetensors makes some that only their owner reads."""
+    """Sync all files, with the permissions of any new file: safetensors makes some readable by their owner alone."""
     mode = stat.S_IMODE(new.stat().st_mode) & 0o666
     for path in new.rglob("*"):
         if path.is_file():

@@ -65,7 +65,7 @@ def merge(transformer: Transformer) -> None:
 
 
 def save_trained(model: SentenceTransformer, path: Path) -> None:
-    """Write what is trained of a model with adapters, by its own names; what PEFT saves needs its base to be read.
+    """Write the trained tensors of a model with adapters under the model's own names: PEFT's need the base model.
 
     Raises:
         FileError: it cannot be written.

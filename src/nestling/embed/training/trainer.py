@@ -106,7 +106,7 @@ class Averaged(TrainerCallback):
 
 
 class Cleared(TrainerCallback):
-    """No gradient is left after a step, those of rotations and of a loss's own weights included.
+    """Clears all gradients after each step, those of rotations and of a loss's own weights included.
 
     sentence-transformers 6.0 clears the model's alone: those of the loss would add up from step to step.
     """
