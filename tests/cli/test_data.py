@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nestling.cli import app
-from nestling.cli.data import columns_of, evaluator_of, pairs_from, sentences_from, texts_from
+from nestling.cli.data import TextSource, columns_of, evaluator_of, pairs_from, sentences_from, texts_from
 from nestling.data.pairs import KNOWN
 from nestling.errors import DataError, OptionError
 
@@ -135,6 +135,14 @@ def test_columns_are_those_that_a_reader_knows():
     for wrong in ("", "=", "anchor=", "=a", "anchor:a", "anchor=a,", "score=a"):
         with pytest.raises(OptionError, match="--columns"):
             columns_of(wrong, KNOWN)
+
+
+def test_a_source_reads_texts_and_sentences(place):
+    titles = TextSource(text=str(place / "titles.txt"), lines=True)
+    assert len(list(titles.read())) == 60 and titles.layout == "lines" and titles.named(KNOWN) == {}
+    assert list(TextSource(text=str(place / "pairs.csv"), columns="text=answer").read())[0] == PAIRS[0]["answer"]
+    with pytest.raises(OptionError, match="anchor is not read here"):
+        TextSource(columns="anchor=question").read()
 
 
 def test_files_of_pairs_with_other_columns_are_refused(place, tmp_path):

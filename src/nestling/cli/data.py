@@ -3,12 +3,14 @@
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nestling.cli.terminal import messages
+from nestling.config import Config, option
 from nestling.data.told import Rows, logger, tell_left_out
 from nestling.errors import DataError, OptionError
 
@@ -33,6 +35,36 @@ Retrieval = Annotated[
 ]
 
 TEXT, STS = ("text",), ("sentence1", "sentence2", "score", "subset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(Config):
+    """Which texts a command reads, and how: what ``@takes(source=TextSource)`` puts in its place."""
+
+    text: str | None = option(None, f".txt (or .gz), {KINDS}; default: built-in English pages.")
+    columns: str | None = option(None, "What columns are called there, such as anchor=question,positive=answer.")
+    lines: bool | None = option(None, AS, flags=("--lines/--documents",))
+
+    def named(self, *known: Iterable[str]) -> dict[str, str]:
+        """``--columns`` as a dictionary; see `columns_of`."""
+        return columns_of(self.columns, *known)
+
+    @property
+    def layout(self) -> Any:
+        """The layout that ``--lines`` or ``--documents`` asks for."""
+        return layout_of(self.lines)
+
+    def read(self) -> Any:
+        """The texts, as `nestling.data.texts.read_texts` reads them.
+
+        Raises:
+            OptionError: ``--columns`` names other columns than that of the texts.
+        """
+        return texts_from(self.text, self.lines, self.named(TEXT))
+
+    def sentences(self, language: str = "en") -> Rows:
+        """The sentences of the texts; see `sentences_from`."""
+        return sentences_from(self.text, self.lines, self.named(TEXT), language)
 
 
 def columns_of(given: str | None, *known: Iterable[str]) -> dict[str, str]:
