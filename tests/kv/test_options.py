@@ -1,6 +1,6 @@
 """Options of the cache wing that cannot be: refused before anything is computed, by an error that shows them."""
 
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def idle(monkeypatch, fitted):
     monkeypatch.setattr(type(case.model), "forward", lambda *_, **__: pytest.fail("the model was run"))
     for module in ("calibration.fit", "calibration.search", "evaluation.evaluate"):
         monkeypatch.setattr(
-            sys.modules[f"nestling.kv.{module}"], "token_windows", lambda *_, **__: pytest.fail("text was read")
+            import_module(f"nestling.kv.{module}"), "token_windows", lambda *_, **__: pytest.fail("text was read")
         )
     return case
 
@@ -148,7 +148,7 @@ def test_calibration(idle, ids, name, value):
 @pytest.mark.parametrize("options", [{"sensitivity_length": 40}, {"window": 50}, {"sinks": 46}, {"skip": 64}])
 def test_calibration_needs_more_than_the_exact_tokens(fitted, ids, monkeypatch, options):
     case = fitted("llama-gqa")
-    calibrate = sys.modules["nestling.kv.calibration.fit"]
+    calibrate = import_module("nestling.kv.calibration.fit")
     monkeypatch.setattr(calibrate, "collect_moments", lambda *_, **__: pytest.fail("it was calibrated"))
     name, value = next(iter(options.items()))
     with pytest.raises(OptionError, match=f"{name}={value}"):

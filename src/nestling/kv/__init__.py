@@ -1,4 +1,10 @@
-"""The cache wing: nested bases for keys and values, and a cache that stores their first coordinates."""
+"""The cache wing: nested bases for keys and values, and a cache that stores their first coordinates.
+
+Names are imported when they are asked for, so that the command line can read options without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from nestling.errors import (
     AdapterError,
@@ -9,14 +15,16 @@ from nestling.errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocation.ranks import RankTable
-from nestling.kv.cache.cache import NestedCache
-from nestling.kv.calibration.fit import fit
-from nestling.kv.calibration.search import search
-from nestling.kv.evaluation.evaluate import Contender, compare, evaluate
-from nestling.kv.integration.attach import attach, detach, supports
-from nestling.kv.training.train import train
+
+if TYPE_CHECKING:
+    from nestling.kv.adapter import KVAdapter
+    from nestling.kv.allocation.ranks import RankTable
+    from nestling.kv.cache.cache import NestedCache
+    from nestling.kv.calibration.fit import fit
+    from nestling.kv.calibration.search import search
+    from nestling.kv.evaluation.evaluate import Contender, compare, evaluate
+    from nestling.kv.integration.attach import attach, detach, supports
+    from nestling.kv.training.train import train
 
 __all__ = [
     "AdapterError",
@@ -39,3 +47,21 @@ __all__ = [
     "supports",
     "train",
 ]
+HOMES = {
+    "KVAdapter": "adapter",
+    "RankTable": "allocation.ranks",
+    "NestedCache": "cache.cache",
+    "fit": "calibration.fit",
+    "search": "calibration.search",
+    **dict.fromkeys(("Contender", "compare", "evaluate"), "evaluation.evaluate"),
+    **dict.fromkeys(("attach", "detach", "supports"), "integration.attach"),
+    "train": "training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    globals()[name] = value
+    return value
