@@ -1,219 +1,348 @@
-"""Puts the committed results into the README and docs/results.md, between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Writes the committed results into the README and docs/results, between `<!-- NAME -->` and `<!-- /NAME -->`.
 
 python benchmarks/tables.py [--check]
 """
 
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import typer
-
-from nestling.report.tables import markdown_table
+from names import CACHES, ENCODERS, MEASURES, MODELS, PRETRAININGS, TRAININGS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
-KINDS = {"mean_sts": "STS (Spearman)", "mean_ndcg": "retrieval (nDCG@10)", "mean_recall": "retrieval (recall@100)"}
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
+
+Row = Mapping[str, Any]
+Format = Callable[[Any], str]
+
+# The adapters and integers that the main table of kv_bits leaves out.
+VARIANTS = ("bits-131k", "bits-for-ranks", "bits-window-32", "ranks-131k", "ranks-for-ranks", "int3", "int2")
+VARIANTS += ("hadamard-int4", "hadamard-int3", "hadamard-int2", "quanto-int4", "quanto-int2", "hqq-int2")
 
 
 def load(name: str) -> list[dict]:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
 
 
-def by_budget(rows: list[dict], column: str) -> str:
-    """One column of the results at each budget, by method."""
-    nested = [r for r in rows if r["budget"] is not None and r.get(column) is not None]
-    methods = list(dict.fromkeys(r["method"] for r in nested))
-    found: dict[float, dict] = {}
-    for row in nested:
-        found.setdefault(row["budget"], {})[row["method"]] = row[column]
-    cells = [{"budget": f"{b:.1%}".replace(".0%", "%"), **found[b]} for b in sorted(found, reverse=True)]
-    return markdown_table(cells, {"budget": "budget", **{m: m for m in methods}})
+def digits(value: float) -> str:
+    """Three significant digits, never in scientific notation. Whole numbers stay as they are."""
+    return f"{value:,.0f}" if isinstance(value, int) or not value else f"{Decimal(f'{value:.2e}'):,f}"
 
 
-def kv_paper() -> str:
-    """KL at each budget of untrained and trained bases."""
-    return by_budget(load("kv_paper"), "kl")
+def percent(share: float) -> str:
+    return f"{digits(100 * share)} %"
+
+
+def whole_percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def budget_percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def times_100(value: float) -> str:
+    return digits(100 * value)
+
+
+def of_four(share: float) -> str:
+    return f"{4 * share:.0f} of 4"
+
+
+def millions(count: float) -> str:
+    return digits(count / 1e6)
+
+
+def table(rows: Iterable[Row], columns: Mapping[str, tuple[str, Format]]) -> str:
+    """Markdown. Every row must have a value in every column: split a table that would have empty cells."""
+    texts = [[form(row[key]) for key, (_, form) in columns.items()] for row in rows]
+    first, *others = [title for title, _ in columns.values()]
+    rules = [["---", *["---:"] * len(others)]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [[first, *others], *rules, *texts])
+
+
+def titled(tables: Mapping[str, str]) -> str:
+    return "\n".join(f"{title}:\n\n{body}" for title, body in tables.items())
+
+
+def unique(rows: Iterable[Row], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def pivot(rows: Iterable[Row], down: tuple[str, str, Format], across: tuple[str, Format], value: str, form: Format):
+    """A row for each value of one key, a column for each value of another."""
+    key, title, label = down
+    rows = list(rows)
+    lines: dict[Any, dict] = {}
+    for row in rows:
+        lines.setdefault(row[key], {key: row[key]})[row[across[0]]] = row[value]
+    columns = {column: (across[1](column), form) for column in unique(rows, across[0])}
+    return table(lines.values(), {key: (title, label), **columns})
+
+
+CACHE = {"method": ("cache", CACHES.__getitem__)}
+SHARE = {"bytes_share": ("share of bf16", percent)}
+LOSS = {"kl": ("KL", digits), "ppl": ("perplexity", digits), "top1": ("top-1 agreement", percent)}
+BUDGET = ("budget", budget_percent)
+
+
+def kv_short() -> str:
+    """Six rows for the README."""
+    rows = {(r["method"], r["budget"]): r for r in load("kv_bits") if r["model"] == "smollm2"}
+    shown = [("full", None), ("int8", None), ("kivi-int4", None), ("kivi-int2", None), ("bits", 0.25), ("bits", 0.125)]
+    columns = {**CACHE, "bytes_share": ("share of bf16", whole_percent), "kl": LOSS["kl"], "top1": LOSS["top1"]}
+    return table([rows[key] for key in shown], columns)
+
+
+def kv_by_budget(name: str) -> str:
+    rows = [row for row in load(name) if row["budget"] is not None and row.get("kl") is not None]
+    rows.sort(key=lambda row: -row["budget"])
+    return pivot(rows, ("budget", *BUDGET), ("method", CACHES.__getitem__), "kl", digits)
+
+
+def kv_quantised() -> str:
+    return table([row for row in load("kv_quality") if row["budget"] is None], {**CACHE, **SHARE, **LOSS})
+
+
+def kv_bits(model: str, variants: bool = False) -> str:
+    rows = [row for row in load("kv_bits") if row["model"] == model]
+    if model == "smollm2":
+        rows = [row for row in rows if (row["method"] in VARIANTS) == variants]
+    return table(rows, {**CACHE, **SHARE, **LOSS})
+
+
+def kv_answers() -> str:
+    """The six tasks and the passkeys of SmolLM2, for the caches that answered them."""
+    rows = [row for row in load("kv_bits") if row.get("above_chance") is not None]
+    passkeys = {f"passkey_{n}": (f"passkeys found in {n:,} tokens", of_four) for n in (500, 1000)}
+    return table(rows, {**CACHE, **SHARE, "above_chance": ("accuracy kept above chance", whole_percent), **passkeys})
+
+
+def kv_passkeys() -> str:
+    rows = [row for row in load("kv_bits") if row.get("passkey_8000") is not None]
+    return table(rows, {**CACHE, **SHARE, "passkey_8000": ("passkeys found in 8,000 tokens", of_four)})
 
 
 def kv_tasks() -> str:
-    """Accuracy on each task, their mean as the paper has it, and what is kept above chance."""
-    rows = [r for r in load("kv_paper") if r.get("above_chance") is not None]
-    tasks = [name for name in rows[0] if name.startswith("acc_")]
+    """Accuracy on each task, their mean as the paper has it, and the part above chance that is kept."""
+    rows = [row for row in load("kv_paper") if row.get("above_chance") is not None]
+    tasks = [key for key in rows[0] if key.startswith("acc_")]
     for row in rows:
-        row["mean"] = sum(row[name] for name in tasks) / len(tasks)
-    columns = {"method": "method", "budget": "budget", **{name: name[4:] for name in tasks}}
-    return markdown_table(rows, {**columns, "mean": "mean", "above_chance": "kept above chance"})
+        row |= {"budget": row["budget"] or 1.0, "mean": sum(row[task] for task in tasks) / len(tasks)}
+    columns = {task: (task[4:].replace("_", " "), whole_percent) for task in tasks} | {"mean": ("mean", percent)}
+    return table(
+        rows, {**CACHE, "budget": BUDGET, **columns, "above_chance": ("accuracy kept above chance", whole_percent)}
+    )
 
 
 def kv_ablate() -> str:
-    """KL at shares of the ranks after short trainings."""
     rows = load("kv_ablate")
-    shares = [name for name in rows[0] if name.startswith("kl_")]
-    return markdown_table(rows, {"arm": "training", **{name: f"{float(name[3:]):.1%}" for name in shares}})
-
-
-def kv_evict() -> str:
-    columns = {"method": "kept", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
-    return markdown_table(load("kv_evict"), columns)
-
-
-OURS = ("bits", "bits-balanced", "bits-pca", "ranks")
-MAIN = ("full", *OURS, "int8", "int4", "kivi-int4", "kivi-int3", "kivi-int2", "hqq-int4")
-
-
-def kv_bits(methods: tuple[str, ...] = MAIN) -> str:
-    """A table a model: what a cache of each size costs, and the questions that it still answers."""
-    columns = {
-        "method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1",
-        "above_chance": "kept above chance", **{f"passkey_{n}": f"passkeys in {n:,}" for n in (500, 1000, 8000)},
-    }  # fmt: skip
-    rows, parts = [row for row in load("kv_bits") if not methods or row["method"] in methods], []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        there = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in own)}
-        parts.append(f"{model}:\n\n{markdown_table(own, there)}")
-    return "\n".join(parts)
-
-
-def kv_bits_all() -> str:
-    return kv_bits(())
-
-
-def kv_sft() -> str:
-    columns = {"method": "trained", "budget": "budget", "answer_ppl": "perplexity", "acc_gsm8k": "exact match"}
-    return markdown_table(load("kv_sft"), columns)
+    shares = {key: (budget_percent(float(key[3:])), digits) for key in rows[0] if key.startswith("kl_")}
+    return table(rows, {"arm": ("training", TRAININGS.__getitem__), **shares})
 
 
 def kv_step() -> str:
-    columns = {"shape": "texts x tokens", "method": "step", "tokens_per_s": "tokens/s", "over_least": "over the least"}
-    return markdown_table(load("kv_step"), columns)
+    rows = load("kv_step")
+    columns = {"tokens_per_s": ("tokens/s", digits), "over_least": ("time over the least", digits)}
+    shapes = {shape: [row for row in rows if row["shape"] == shape] for shape in unique(rows, "shape")}
+    return titled({
+        "{} x {} tokens a step".format(*shape.split("x")):
+        table(own, {"method": ("training step", TRAININGS.__getitem__), **columns})
+        for shape, own in shapes.items()
+    })  # fmt: skip
 
 
-def kv_quality() -> str:
-    """KL at each budget, a column per method, and the quantised caches in a table of their own."""
-    rows = load("kv_quality")
-    others = [r for r in rows if r["budget"] is None]
-    columns = {"method": "cache", "bytes_share": "share of bf16", "kl": "KL", "ppl": "perplexity", "top1": "top-1"}
-    return by_budget(rows, "kl") + "\n" + markdown_table(others, columns)
+def kv_sft() -> str:
+    columns = {"budget": BUDGET, "answer_ppl": ("perplexity", digits), "acc_gsm8k": ("exact match", whole_percent)}
+    return table(load("kv_sft"), {"method": ("trained", TRAININGS.__getitem__), **columns})
 
 
-def kv_speed() -> str:
-    """Speed by context and cache; compression alone is over our own attention at (all but) full rank."""
-    columns = {
-        "context": "tokens", "method": "cache", "cache_mib": "MiB", "attention_ms": "attention ms",
-        "attention_gb_s": "GB/s", "attention_same_storage_over_this": "attention speed-up",
-        "alone": "compression alone", "decode_ms": "step ms", "decode_same_storage_over_this": "step speed-up",
-        "decode_dynamic_over_this": "step over DynamicCache",
-    }  # fmt: skip
-    rows = [r for r in load("kv_speed") if not r["method"].endswith("again")]
-    ours = {r["context"]: r["attention_ms"] for r in rows if r["method"] == "same-attention"}
+def kv_evict() -> str:
+    return table(load("kv_evict"), {"method": ("kept", CACHES.__getitem__), **SHARE, **LOSS})
+
+
+def kv_speed(value: str, nested_only: bool = False) -> str:
+    """One measure by cache and context; `alone` is the attention's gain from compression alone."""
+    rows = [row for row in load("kv_speed") if not row["method"].endswith("again")]
+    ours = {row["context"]: row["attention_ms"] for row in rows if row["method"] == "same-attention"}
     for row in rows:
-        row["alone"] = ours[row["context"]] / row["attention_ms"] if row["method"].startswith("nested") else None
-    return markdown_table(rows, columns)
+        row["alone"] = ours[row["context"]] / row["attention_ms"]
+    shown = [row for row in rows if not nested_only or row["method"].startswith("nested")]
+    down = ("method", "cache", CACHES.__getitem__)
+    return pivot(shown, down, ("context", lambda n: f"{n:,} tokens"), value, digits)
 
 
-def embed_quality(kinds: tuple[str, ...] = tuple(KINDS)) -> str:
-    """A table a model and measure: quality of every cup by method, x 100; minutes and peak memory of the training.
-
-    The largest of separately trained models is the one that was trained at full size.
-    """
-    rows, parts = load("embed_quality"), []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        parts += [f"{model}, {KINDS[kind]}:\n\n{_by_cup(own, kind)}" for kind in kinds]
-    return "\n".join(parts)
-
-
-def embed_sts() -> str:
-    return embed_quality(("mean_sts",))
+def kv_shrink() -> str:
+    lines: dict[tuple, dict] = {}
+    for row in load("kv_shrink"):
+        if row["method"].endswith("-shrink"):
+            line = lines.setdefault((row["method"], row["budget"], row["to"]), dict(row))
+            line |= {f"{key} {row['context']}": row[key] for key in ("stall_ms", "stall_in_steps")}
+    stalls = {
+        f"{key} {n}": (f"{title}, {n:,} tokens", digits)
+        for n in (2048, 8192)
+        for key, title in (("stall_ms", "stall in ms"), ("stall_in_steps", "stall in steps"))
+    }
+    return table(lines.values(), {**CACHE, "budget": ("from", budget_percent), "to": ("to", budget_percent), **stalls})
 
 
-def _by_cup(rows: list[dict], kind: str) -> str:
-    cups = sorted({row["cup"] for row in rows}, key=_depth)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = []
-    for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        if method == "separate":
-            own += [row for row in rows if row["method"] == "full-then-cut" and row["cup"] == cups[-1]]
-        line = {"method": method, **{row["cup"]: 100 * row[kind] for row in own}}
-        if len(own) == len(cups):
-            line["mean"] = sum(line[cup] for cup in cups) / len(cups)
-        peaks = [row["peak_mib"] for row in own if row["peak_mib"] is not None]
-        # Cups of one training tell its minutes each; models of their own are added up.
-        line["minutes"] = sum(dict.fromkeys(row["minutes"] for row in own)) or None
-        lines.append(line | {"GiB": max(peaks) / 1024 if peaks else None})
-    return markdown_table(lines, {name: name for name in ("method", *cups, "mean", "minutes", "GiB")})
+def encoder_rows(model: str) -> list[dict]:
+    """Quality by method and size. The largest of the separate models is the one that was fine-tuned at full size."""
+    rows = [row for row in load("embed_quality") if row["model"] == model]
+    largest = max((row["cup"] for row in rows), key=layers)
+    full = [row for row in rows if row["method"] == "full-then-cut" and row["cup"] == largest]
+    return rows + [row | {"method": "separate"} for row in full]
+
+
+def layers(size: str) -> int:
+    return int(size.split("x")[0])
+
+
+def by_size(lines: Mapping[Any, list[dict]], first: Mapping[str, tuple[str, Format]], kind: str) -> str:
+    """A row for each training, a column for each size, and their mean."""
+    sizes = sorted({row["cup"] for own in lines.values() for row in own}, key=layers)
+    rows = [
+        {**own[0], **{row["cup"]: row[kind] for row in own}, "mean": sum(row[kind] for row in own) / len(own)}
+        for own in lines.values()
+    ]
+    return table(rows, {**first, **{size: (size, times_100) for size in (*sizes, "mean")}})
+
+
+def embed_quality() -> str:
+    parts = {}
+    for model in ("e5-small", "mpnet"):
+        rows = [row for row in encoder_rows(model) if row["method"] != "student"]
+        lines = {method: [row for row in rows if row["method"] == method] for method in unique(rows, "method")}
+        for kind, measure in MEASURES.items():
+            parts[f"{MODELS[model]}, {measure}"] = by_size(lines, {"method": ("method", ENCODERS.__getitem__)}, kind)
+    return titled(parts)
+
+
+def embed_short() -> str:
+    """Six rows for the README: STS of each size by method, and its speed."""
+    speed = {row["model"]: row["over_full"] for row in load("embed_speed") if row["encoder"] == "mpnet"}
+    lines = {size: {"size": size, "speed": speed[size]} for size in speed if size != "minilm"}
+    for row in encoder_rows("mpnet"):
+        lines[row["cup"]][row["method"]] = row["mean_sts"]
+    methods = {method: (ENCODERS[method], times_100) for method in ("cut", "cut-aligned", "srl", "separate")}
+    return table(lines.values(), {"size": ("size", str), **methods, "speed": ("speed over full size", digits)})
+
+
+def embed_student() -> str:
+    rows = [row for row in encoder_rows("mpnet") if row["cup"] == "6x128"]
+    return table(rows, {"method": ("6x128", ENCODERS.__getitem__), **{k: (t, times_100) for k, t in MEASURES.items()}})
+
+
+def embed_minilm() -> str:
+    rows = [row for row in encoder_rows("mpnet") if row["method"] == "srl"] + load("embed_quality")[-1:]
+    for row in rows:
+        row["encoder"] = f"{MODELS[row['model']]}, {row['cup']}"
+    return table(rows, {"encoder": ("encoder", str), **{k: (t, times_100) for k, t in MEASURES.items()}})
+
+
+def embed_minutes() -> str:
+    """Minutes and peak memory of each training; those of separate models are added up."""
+    parts = {}
+    for model in ("e5-small", "mpnet"):
+        rows = [row for row in encoder_rows(model) if row["peak_mib"] is not None and row["method"] != "student"]
+        lines = []
+        for method in unique(rows, "method"):
+            own = [row for row in rows if row["method"] == method]
+            minutes = sum(dict.fromkeys(row["minutes"] for row in own))
+            lines.append({"method": method, "minutes": minutes, "gib": max(row["peak_mib"] for row in own) / 1024})
+        columns = {"minutes": ("minutes", digits), "gib": ("peak memory, GiB", digits)}
+        parts[MODELS[model]] = table(lines, {"method": ("training", ENCODERS.__getitem__), **columns})
+    return titled(parts)
 
 
 def embed_step() -> str:
-    columns = {"model": "model", "method": "step", "texts_per_s": "texts/s", "over_full": "over fine-tuning"}
-    return markdown_table(load("embed_step"), columns)
+    columns = {"texts_per_s": ("texts/s", digits), "over_full": ("time over full size", digits)}
+    return table(load("embed_step"), {"method": ("training step", ENCODERS.__getitem__), **columns})
 
 
 def embed_speed() -> str:
-    """A row a cup: texts/s at each shape of a batch, and the share of the k-layer ideal at the largest."""
-    rows, lines = load("embed_speed"), {}
-    shapes = {f"{row['batch']}x{row['tokens']}": f"{row['batch']} x {row['tokens']}" for row in rows}
-    for row in rows:
-        line = lines.setdefault((row["encoder"], row["model"]), dict(row))
-        line[f"{row['batch']}x{row['tokens']}"] = row["texts_per_s"]
-        line |= {key: row[key] for key in ("over_full", "of_ideal")}
+    """A row for each size: texts/s at each shape of a batch; the gain over the full model is that of the largest."""
+    rows, parts = load("embed_speed"), {}
+    shapes = {f"{row['batch']} x {row['tokens']}": None for row in rows}
     columns = {
-        "encoder": "encoder", "model": "cup", **shapes, "over_full": "over full", "of_ideal": "of ideal", "mib": "MiB",
-        "bytes_per_vector": "bytes a vector", "search_ms": "search ms",
+        "model": ("size", lambda size: MODELS.get(size, size)), **{shape: (shape, digits) for shape in shapes},
+        "over_full": ("speed over full size", digits), "mib": ("MiB", digits),
+        "bytes_per_vector": ("bytes a vector", digits), "search_ms": ("search ms", digits),
     }  # fmt: skip
-    return markdown_table(list(lines.values()), columns)
+    for encoder in unique(rows, "encoder"):
+        lines: dict[str, dict] = {}
+        for row in rows:
+            if row["encoder"] == encoder:
+                line = lines.setdefault(row["model"], dict(row))
+                line |= {f"{row['batch']} x {row['tokens']}": row["texts_per_s"], "over_full": row["over_full"]}
+        parts[MODELS[encoder]] = table(lines.values(), columns)
+    return titled(parts)
 
 
-def smae() -> str:
-    """A table a start and measure: quality of every cup, x 100, by arm and tokens of its pre-training, and minutes."""
-    rows, parts = load("smae"), []
+def embed_ideal() -> str:
+    """The share of layers / depth, the most that a cut model can gain, in batches of 32 texts of 128 tokens."""
+    rows = [row for row in load("embed_speed") if row["batch"] == 32 and row["tokens"] == 128]
+    rows = [row | {"layers": layers(row["model"])} for row in rows if row["model"] != "minilm"]
+    down = ("encoder", "encoder", MODELS.__getitem__)
+    return pivot(rows, down, ("layers", lambda n: f"{n} layers"), "of_ideal", percent)
+
+
+def smae(start: str) -> str:
+    """Quality of every size by pre-training; minutes of both phases."""
+    rows = [row for row in load("smae") if row["model"] == start]
+    lines: dict[tuple, list[dict]] = {}
     for row in rows:
-        row["arm"] = (row["model"], row["method"], row["seed"], row["pretrain_steps"])
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        for kind, title in KINDS.items():
-            lines = [_arm(own, arm, kind) for arm in dict.fromkeys(row["arm"] for row in own)]
-            names = ("arm", "seed", "tokens", *sorted({row["cup"] for row in own}, key=_depth), "mean")
-            columns = {name: name for name in (*names, "pre-training", "fine-tuning")}
-            parts.append(f"{model}, {title}:\n\n{markdown_table(lines, columns)}")
-    return "\n".join(parts)
-
-
-def _arm(rows: list[dict], arm: tuple, kind: str) -> dict:
-    own = [row for row in rows if row["arm"] == arm]
-    line = {"arm": arm[1], "seed": arm[2]}
-    line |= {"tokens": own[0].get("pretrain_tokens"), "pre-training": own[0].get("pretrain_minutes")}
-    line |= {row["cup"]: 100 * row[kind] for row in own}
-    line["mean"] = sum(100 * row[kind] for row in own) / len(own)
-    return line | {"fine-tuning": sum(dict.fromkeys(row["minutes"] for row in own))}
-
-
-def _depth(cup: str) -> int:
-    return int(cup.split("x")[0])
+        lines.setdefault((row["method"], row["pretrain_steps"]), []).append(row)
+    first = {"method": ("pre-training", PRETRAININGS.__getitem__), "tokens": ("million tokens", millions)}
+    for own in lines.values():
+        own[0] |= {"tokens": own[0].get("pretrain_tokens", 0), "before": own[0].get("pretrain_minutes", 0)}
+        own[0]["after"] = sum(dict.fromkeys(row["minutes"] for row in own))
+    minutes = {"before": ("minutes of pre-training", digits), "after": ("minutes of fine-tuning", digits)}
+    parts = {title: by_size(lines, first, kind) for kind, title in MEASURES.items()}
+    return titled({**parts, "Cost": table([own[0] for own in lines.values()], {**first, **minutes})})
 
 
 def smae_speed() -> str:
     columns = {
-        "model": "model", "cups": "cups", "vocabulary": "vocabulary", "method": "step", "tokens_per_s": "tokens/s",
-        "speed_over_naive": "over naive", "step_mib": "MiB", "memory_over_naive": "of naive's",
+        "tokens_per_s": ("tokens/s", digits), "speed_over_naive": ("speed-up", digits), "step_mib": ("MiB", digits),
+        "memory_over_naive": ("share of the memory", percent),
     }  # fmt: skip
-    return markdown_table(load("smae_speed"), columns)
+    return table(load("smae_speed"), {"method": ("training step", PRETRAININGS.__getitem__), **columns})
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "kv_short": kv_short, "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
+    "kv_bits": partial(kv_bits, "smollm2"), "kv_bits_variants": partial(kv_bits, "smollm2", True),
+    "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
+    "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
+    "kv_sft": kv_sft, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
+    "kv_speed_step": partial(kv_speed, "decode_ms"),
+    "kv_speed_step_gain": partial(kv_speed, "decode_dynamic_over_this"),
+    "kv_speed_attention": partial(kv_speed, "attention_ms"),
+    "kv_speed_attention_gain": partial(kv_speed, "attention_same_storage_over_this"),
+    "kv_speed_alone": partial(kv_speed, "alone", True),
+    "kv_speed_size": partial(kv_speed, "cache_mib"), "kv_speed_bandwidth": partial(kv_speed, "attention_gb_s"),
+    "embed_short": embed_short, "embed_quality": embed_quality,
+    "embed_student": embed_student, "embed_minilm": embed_minilm, "embed_minutes": embed_minutes,
+    "embed_step": embed_step, "embed_speed": embed_speed, "embed_ideal": embed_ideal,
+    "smae_500": partial(smae, "random-modernbert-6x256"), "smae_150": partial(smae, "random-modernbert-6x256-150"),
+    "smae_e5": partial(smae, "e5-small"), "smae_speed": smae_speed,
+}  # fmt: skip
 
 
 def main(check: bool = typer.Option(False, help="Only say whether the pages are up to date.")):
-    made = (kv_quality, kv_paper, kv_tasks, kv_ablate, kv_evict, kv_bits, kv_bits_all, kv_sft, kv_step, kv_speed)
-    made += (embed_sts, embed_quality, embed_step, embed_speed, smae, smae_speed)
-    tables = {f.__name__: f for f in made}
     for page in PAGES:
         text = old = page.read_text("utf-8")
         for name in re.findall(r"<!-- (\w+) -->", text):
-            table = tables[name]()
-            pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-            text = pattern.sub(lambda m, body=table: f"{m[1]}\n{body}\n{m[2]}", text)
+            block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+            body = TABLES[name]()
+            text = block.sub(lambda match, body=body: f"{match[1]}\n{body}\n{match[2]}", text)
         if check and text != old:
             raise SystemExit(f"{page.name} is out of date: run python benchmarks/tables.py")
         page.write_text(text, "utf-8")
