@@ -15,7 +15,7 @@ from nestling.errors import FileError
 from nestling.report.figures import curve, heat_maps
 from nestling.report.page import Section, write_html
 from nestling.report.results import _command, _commit, run_meta, write_json
-from nestling.report.tables import _grid, formatted, markdown_table, scalar, table
+from nestling.report.tables import formatted, grid, markdown_table, scalar, table
 
 HOSTILE = "$\\frac{$ --></pre><script src=http://x>1</script>\"' [b] |"
 ROWS = [
@@ -153,7 +153,7 @@ def test_files_get_ordinary_permissions(tmp_path):
     ],
 )
 def test_number_formatting(column, texts):
-    assert [line[0] for line in _grid([{"v": v} for v in column], None)[2]] == texts
+    assert [line[0] for line in grid([{"v": v} for v in column]).lines] == texts
 
 
 @settings(deadline=None)
@@ -171,7 +171,50 @@ def test_terminal_table_takes_text_literally():
         console.print(out)
     text = capture.get()
     assert HOSTILE in text and "[red]A" in text and "[blue]t" in text
-    assert [column.justify for column in out.columns] == ["left", "right"]
+    lines = text.splitlines()
+    assert lines[4].split("│")[2] == " 1.5 " and lines[5].split("│")[2] == "   - "
+
+
+def shown_at(width, rows, **options):
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(table(rows, **options))
+    return capture.get()
+
+
+def test_a_table_that_is_too_wide_drops_what_is_the_same_in_every_row():
+    same = {f"an option {i}": 64 + i for i in range(9)}
+    rows = [{"method": "a", **same, "kl": 0.125, "none": None}, {"method": "b", **same, "kl": 0.5, "none": None}]
+    wide = shown_at(200, rows, title="a title")
+    assert "In every row" not in wide and wide.splitlines()[2].count("│") == 0 and "an option 8" in wide
+    narrow = shown_at(80, rows, title="a title")
+    assert max(map(len, narrow.splitlines())) <= 80
+    caption = " ".join(narrow.partition("In every row: ")[2].split())
+    assert caption == ", ".join(f"{name} {value}" for name, value in same.items()) + ", none -"
+    assert re.findall(r"[\d.]+", narrow.partition("In every row")[0]) == ["0.125", "0.500"]
+
+
+def test_a_table_that_is_still_too_wide_is_continued_below():
+    rows = [{"size": f"{i}x128"} | {f"number{j}": i * 1000.5 + j for j in range(14)} for i in range(3)]
+    narrow = shown_at(80, rows)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert narrow.count("2x128") == narrow.count("size") >= 2
+    cells = [grid(rows).lines[i][j] for i in range(3) for j in range(1, 15)]
+    assert all(re.search(rf"(?<![\d.,]){re.escape(cell)}(?![\d.,])", narrow) for cell in cells)
+    assert max(map(len, shown_at(80, rows[:1]).splitlines())) <= 80
+
+
+def test_long_text_in_a_table_is_broken_between_words():
+    rows = [{"query": "a question of several words", "answer": "word " * 30, "score": 0.123}]
+    lines = shown_at(80, rows).splitlines()
+    assert max(map(len, lines)) <= 80 and sum("query" in line for line in lines) == 1
+    assert " ".join(lines).count("word ") >= 30 and "0.123" in " ".join(lines)
+
+
+def test_shares_are_percentages():
+    rows = [{"budget": 0.25, "bytes_share": 0.4031, "share": 1.0, "kl": 0.25}, {"budget": None, "bytes_share": 0.0625}]
+    assert grid(rows).lines == [["25%", "40.3%", "100%", "0.25"], ["-", "6.25%", "-", "-"]]
+    assert grid(rows).numeric == [True] * 4
 
 
 def test_markdown_table():
@@ -315,8 +358,8 @@ def test_page_figures_share_no_id(page):
 
 def test_page_content(page):
     assert "<p>one</p>\n<p>two</p>" in page
-    assert "<th class=n>KL</th>" in page and "<td class=n>2</td>" in page
-    assert "<dd>a 1, b -</dd>" in page
+    assert '<th class="n">KL</th>' in page and '<td class="n">2</td>' in page
+    assert "<dd>a 1</dd>" in page and "commit" not in page  # what is None is left out
     assert "prefers-color-scheme: dark" in page
 
 

@@ -51,7 +51,7 @@ def curve(
     for row in rows:
         if None not in (point := (scalar(row.get(x)), scalar(row.get(y)))):
             groups.setdefault(visible(str(row[series])), []).append(point)
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(groups.items()):
         if not any(isinstance(px, str) for px, _ in points):
@@ -76,7 +76,7 @@ def curve(
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if lines := [line for line in axes.lines if line.get_linestyle() != "None"]:
-        for entry in figure.legend(handles=lines, loc="outside right upper", frameon=False).get_texts():
+        for entry in figure.legend(handles=lines, loc="outside lower left", ncols=3, frameon=False).get_texts():
             entry.set_parse_math(False)
     return figure
 
@@ -139,4 +139,4 @@ def _dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(visible(title), loc="left", size=11, color=INK, parse_math=False)
     axes.set_xlabel(xlabel, color=INK, parse_math=False)
     axes.set_ylabel(ylabel, color=INK, parse_math=False)
-    axes.tick_params(colors=INK, labelsize=8.5, length=3)
+    axes.tick_params(colors=INK, labelsize=9.5, length=3)

@@ -2,38 +2,103 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
 from nestling.visible import visible
 
 Row = Mapping[str, Any]
+SHARES = ("share", "budget", "bytes_share")  # are shown as percentages
 
 
-def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, title: str | None = None) -> Table:
+@dataclass
+class Grid:
+    """A table as text: a header for each column, whether its cells are numbers, and the cells by line."""
+
+    headers: list[str]
+    numeric: list[bool]
+    lines: list[list[str]]
+
+
+class TerminalTable:
+    """A table that fits the console it is printed on.
+
+    Where it is too wide even with text on several lines, columns that are the same in every row go into the caption;
+    if that is not enough, it is continued below, where the first column is repeated.
+    """
+
+    def __init__(self, grid: Grid, title: str | None):
+        self.grid, self.title = grid, title
+        self.columns = [[visible(cell) for cell in column] for column in zip(grid.headers, *grid.lines, strict=True)]
+        self.wanted = [max(map(cell_len, column)) for column in self.columns]
+        self.needed = [self._least(column, right) for column, right in zip(self.columns, grid.numeric, strict=True)]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        columns, caption = list(range(len(self.columns))), ""
+        if self._width(columns) > options.max_width and len(self.grid.lines) > 1:
+            same = [i for i in columns[1:] if len(set(self.columns[i][1:])) == 1]
+            columns = [i for i in columns if i not in same]
+            caption = ", ".join(f"{self.columns[i][0]} {self.columns[i][1]}" for i in same)
+        parts = self._split(columns, options.max_width)
+        for part in parts:
+            out = self._table(part, options.max_width)
+            if part is parts[0] and self.title is not None:
+                out.title, out.title_justify = Text(visible(self.title)), "left"
+            if part is parts[-1] and caption:
+                out.caption, out.caption_justify = Text(f"In every row: {caption}"), "left"
+            yield out
+
+    @staticmethod
+    def _least(column: list[str], right: bool) -> int:
+        """The fewest characters that a column can be read in: whole numbers, and whole words up to 24 characters."""
+        texts = column[:1] if right else column
+        words = [min(cell_len(word), 24) for text in texts for word in text.split()]
+        return max([1, *words, *map(cell_len, column[1:] if right else ())])
+
+    def _width(self, columns: list[int]) -> int:
+        return 1 + sum(3 + self.needed[i] for i in columns)
+
+    def _split(self, columns: list[int], width: int) -> list[list[int]]:
+        parts = [columns[:1]]
+        for column in columns[1:]:
+            if len(parts[-1]) > 1 and self._width([*parts[-1], column]) > width:
+                parts.append(columns[:1])
+            parts[-1].append(column)
+        return parts
+
+    def _table(self, columns: list[int], width: int) -> Table:
+        left = width - self._width(columns)
+        lacking = {i: self.wanted[i] - self.needed[i] for i in columns}
+        share = min(1.0, max(0.0, left / (sum(lacking.values()) or 1)))
+        out = Table()
+        for i in columns:
+            right = "right" if self.grid.numeric[i] else "left"
+            out.add_column(Text(self.columns[i][0]), justify=right, width=self.needed[i] + int(share * lacking[i]))
+        for line in zip(*(self.columns[i][1:] for i in columns), strict=True):
+            out.add_row(*map(Text, line))
+        return out
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, title: str | None = None) -> TerminalTable:
     """A terminal table. `columns` maps row keys to headers; by default every key, in order of appearance.
 
-    Floats show 3-4 significant digits and missing cells "-"; no text is read as rich markup.
+    Floats show 3-4 significant digits, shares are percentages, missing cells are "-"; no text is read as rich markup.
     """
-    headers, numeric, lines = _grid(rows, columns)
-    out = Table(title=None if title is None else Text(visible(title)), title_justify="left")
-    for header, right in zip(headers, numeric, strict=True):
-        out.add_column(Text(visible(header)), justify="right" if right else "left")
-    for line in lines:
-        out.add_row(*(Text(visible(cell)) for cell in line))
-    return out
+    return TerminalTable(grid(rows, columns), title)
 
 
 def markdown_table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
     """The same table in Markdown, for READMEs and model cards."""
-    headers, numeric, lines = _grid(rows, columns)
-    clean = [[_in_markdown(t) for t in line] for line in (headers, *lines)]
-    clean.insert(1, ["---:" if right else "---" for right in numeric])
+    shown = grid(rows, columns)
+    clean = [[_in_markdown(t) for t in line] for line in (shown.headers, *shown.lines)]
+    clean.insert(1, ["---:" if right else "---" for right in shown.numeric])
     return "".join(f"| {' | '.join(line)} |\n" for line in clean)
 
 
@@ -43,36 +108,28 @@ def _in_markdown(text: str) -> str:
     return re.sub(r"([\\`*\[\]|])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")
 
 
-def in_html(text: str) -> str:
-    """Text that is not ours, as HTML."""
-    return escape(visible(" ".join(text.split())))
-
-
-def html_table(rows: Sequence[Row], columns: Mapping[str, str] | None) -> str:
-    """Rows as an HTML table."""
-    headers, numeric, lines = _grid(rows, columns)
-    starts = ["td class=n" if right else "td" for right in numeric]
-    body = [
-        [f"<{start}>{in_html(t)}</td>" for start, t in zip(starts, line, strict=True)] for line in (headers, *lines)
-    ]
-    body[0] = [cell.replace("<td", "<th").replace("</td>", "</th>") for cell in body[0]]
-    return "<div><table>\n" + "".join(f"<tr>{''.join(line)}</tr>\n" for line in body) + "</table></div>\n"
-
-
-def _grid(rows: Sequence[Row], columns: Mapping[str, str] | None) -> tuple[list[str], list[bool], list[list[str]]]:
-    """Headers, which columns are numeric, and the lines of formatted cells."""
+def grid(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> Grid:
+    """The rows as text; `columns` as for `table`."""
     columns = {key: key for row in rows for key in row} if columns is None else columns
-    values = [[scalar(row.get(key)) for row in rows] for key in columns]
-    numeric = [
-        all(v is None or (isinstance(v, Real) and not isinstance(v, bool)) for v in column) for column in values
-    ]
-    return list(columns.values()), numeric, [list(line) for line in zip(*map(formatted, values), strict=True)]
+    values = {key: [scalar(row.get(key)) for row in rows] for key in columns}
+    cells = [percentages(column) if key in SHARES else formatted(column) for key, column in values.items()]
+    numeric = [all(value is None or _is_number(value) for value in column) for column in values.values()]
+    return Grid(list(columns.values()), numeric, [list(line) for line in zip(*cells, strict=True)])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def scalar(value: Any) -> Any:
     """The number in a tensor or array of one, and everything else as it is."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def percentages(column: Sequence[Any]) -> list[str]:
+    """A column of shares as text, with 3 significant digits; what is no number stays as it is."""
+    return [f"{100 * value:.3g}%" if _is_number(value) else formatted([value])[0] for value in column]
 
 
 def formatted(column: Sequence[Any]) -> list[str]:
