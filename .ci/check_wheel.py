@@ -17,4 +17,4 @@ needed = {
 }
 if packed != needed:
     sys.exit(f"missing: {sorted(needed - packed)}\nnot ours: {sorted(packed - needed)}")
-print(f"{len(packed)} files")
+sys.stdout.write(f"{len(packed)} files\n")

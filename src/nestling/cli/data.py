@@ -113,8 +113,13 @@ def sentences_from(
 ) -> Rows:
     """Sentences of what ``--text`` names; texts that stand by themselves are taken as they are."""
     from nestling.data.sentences import sentences
+    from nestling.jobs.progress import progress_bar
 
-    found = sentences(texts_from(text, lines, columns), language=language)
+    texts = texts_from(text, lines, columns)
+    with progress_bar(os.environ.get("RANK", "0") == "0") as bar:
+        task = bar.add_task("splitting texts into sentences", total=None)
+        texts.on_text = lambda: bar.advance(task)
+        found = sentences(texts, language=language)
     tell_left_out(text or "the built-in pages", found.left_out)
     if not found:
         raise DataError(

@@ -28,11 +28,13 @@ class Reading(Iterator[str]):
 
     Attributes:
         left_out: how many texts were left out so far, by the reason.
+        on_text: called after each text; a progress bar may be moved by it.
     """
 
     def __init__(self, name: str, begin: Callable[["Reading"], tuple[Layout, Iterator[str]]], quiet: bool = False):
         """``begin`` opens the source and finds out its layout; a ``quiet`` reading logs nothing."""
         self.name, self.quiet, self.left_out = name, quiet, Counter[str]()
+        self.on_text: Callable[[], None] = lambda: None
         self._begin = begin
         self._begun: tuple[Layout, Iterator[str]] | None = None
 
@@ -51,6 +53,7 @@ class Reading(Iterator[str]):
                 tell_left_out(self.name, self.left_out)
             self.quiet = True
             raise StopIteration
+        self.on_text()
         return text
 
     def _open(self) -> tuple[Layout, Iterator[str]]:

@@ -46,11 +46,15 @@ class _Missing(Exception):
 
 def status() -> str:
     """Whether the kernels of this machine are on, and if not, why: one line for people."""
-    parts = [f"compiled C: {_state()}"]
-    if torch.cuda.is_available():
-        triton = "off (" + TURNED_OFF + ")" if _is_turned_off() else "off (no Triton)" if _triton() is None else "on"
-        parts.append(f"Triton: {triton}")
-    return "; ".join(parts)
+    return f"compiled C: {_state()}; Triton: {_triton_state()}"
+
+
+def _triton_state() -> str:
+    if not torch.cuda.is_available():
+        return "off (no CUDA device)"
+    if _is_turned_off():
+        return f"off ({TURNED_OFF})"
+    return "off (Triton is not installed)" if _triton() is None else "on"
 
 
 def _state() -> str:
