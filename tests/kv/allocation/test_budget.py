@@ -36,6 +36,12 @@ from ..cache.test_shrink import made
         ("100", 1.0),
         ("100%", 1.0),
         ("2.5e-1", 0.25),
+        (50, 0.5),
+        (37.5, 0.375),
+        (np.int64(100), 1.0),
+        ("2.5bits", 2.5 / 16),
+        ("1 bit", 1 / 16),
+        ("16 Bits", 1.0),
     ],
 )
 def test_shares(value, share):
@@ -61,8 +67,28 @@ def test_limits(value, limit):
 
 
 WRONG = [
-    *(0, -0.25, 1.01, 50, float("nan"), float("inf"), True, None, [0.5], b"25%", 1j, 10**400, torch.zeros(2)),
-    *("", "%", "a quarter", "0", "0%", "101", "150%", "-25%", "0,25", "25%%", "nan", "inf", "1e999", "0MiB", "-1MiB"),
+    *(0, -0.25, 1.01, 101, float("nan"), float("inf"), True, None, [0.5], b"25%", 1j, 10**400, torch.zeros(2)),
+    *(
+        "",
+        "%",
+        "a quarter",
+        "0",
+        "0%",
+        "101",
+        "1.5",
+        "17bits",
+        "0bits",
+        "2bit s",
+        "150%",
+        "-25%",
+        "0,25",
+        "25%%",
+        "nan",
+        "inf",
+        "1e999",
+        "0MiB",
+        "-1MiB",
+    ),
     *("MiB", "64 MiBs", "1e300GiB", "0.1B", "١٢", "[red]25%[/]"),
 ]
 
@@ -77,11 +103,11 @@ def test_what_is_no_budget_is_refused_as_it_was_given(value):
     assert len(str(caught.value)) < 300
 
 
-def test_percents_are_suggested_to_numbers_that_may_be_meant_as_such():
-    with pytest.raises(BudgetError, match="write '50%'") as caught:
-        read_budget(50)
-    assert "budget=50 " in str(caught.value)
-    assert read_budget("50%").share == 0.5
+def test_what_may_be_a_share_or_a_percentage_is_refused_with_what_to_write():
+    for value in (1.25, "1.25"):
+        with pytest.raises(BudgetError, match="write '1.25%'"):
+            read_budget(value)
+    assert read_budget("1.25%").share == 0.0125
     for value in (-50, 0, 1000):
         with pytest.raises(BudgetError) as caught:
             read_budget(value)
@@ -93,13 +119,16 @@ def test_a_share_is_read_alike_as_number_text_and_percentage(share):
     text = f"{share:.17g}"
     assert read_budget(text).share == read_budget(share).share == share
     assert read_budget(f"{share * 100:.17g}%").share == pytest.approx(share, rel=1e-15)
+    assert read_budget(f"{share * 16:.17g}bits").share == pytest.approx(share, rel=1e-15)
+    if share * 100 >= 2:
+        assert read_budget(share * 100).share == read_budget(f"{share * 100:.17g}").share
 
 
 def test_several():
     assert [b.share for b in read_shares("100%, 0.5,25")] == [1.0, 0.5, 0.25]
     assert [b.share for b in read_shares([0.5, "25%", read_budget(1)])] == [0.5, 0.25, 1.0]
     assert [b.given for b in read_shares("50%,25", "--budgets")] == ["--budgets='50%'", "--budgets='25'"]
-    for wrong in ("", [], "50%,64MiB", "50%,", "50%,0.5", 0.5, None, [0.5, 2]):
+    for wrong in ("", [], "50%,64MiB", "50%,", "50%,0.5", 0.5, None, [0.5, 200]):
         with pytest.raises(BudgetError, match="budgets"):
             read_shares(wrong)
 

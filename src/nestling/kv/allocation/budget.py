@@ -1,4 +1,4 @@
-"""Budgets as users write them: ``0.25``, ``"25%"``, ``"25"``, ``"64MiB"``. Library and command line read them here."""
+"""Budgets as users write them, in the library and on the command line: ``0.25``, ``25``, ``"2.5bits"``, ``"64MiB"``."""
 
 import math
 import re
@@ -10,12 +10,15 @@ from nestling.errors import BudgetError, OptionError
 from nestling.options import number, shown
 
 WRITTEN = re.compile(
-    r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*(%|[kmg]i?b|b)?\s*", re.ASCII | re.IGNORECASE
+    r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*(%|bits?|[kmg]i?b|b)?\s*", re.ASCII | re.IGNORECASE
 )
 POWERS = {"k": 1, "m": 2, "g": 3}
 UNITS = {"b": 1} | {f"{k}b": 1000**n for k, n in POWERS.items()} | {f"{k}ib": 1024**n for k, n in POWERS.items()}
-EXPECTED = "a share of the full cache above 0 and at most 1, a percentage such as '25%', or bytes such as '64MiB'"
-EXPECTED_SHARE = "a share of the full cache above 0 and at most 1, or a percentage such as '25%'"
+FULL_BITS = 16  # per number of a full cache
+EXPECTED_SHARE = (
+    "a share of the full cache above 0 and at most 1, a percentage such as '25%', or bits per number such as '2.5bits'"
+)
+EXPECTED = f"{EXPECTED_SHARE}, or a limit in bytes such as '64MiB'"
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ Budgets = str | Iterable[float | str | Budget]  # several, as `read_shares` take
 def read_budget(value: Any, name: str = "budget") -> Budget:
     """A budget as the user wrote it: a number, or text.
 
-    * A number is a share of the full cache, above 0 and at most 1.
-    * Text is a share (``"0.25"``, ``"1"``), a percentage (``"25%"``, or a number above 1: ``"25"``), or a limit in
-      bytes, with one of the units B, kB, MB, GB, KiB, MiB, GiB (``"64MiB"``).
+    * A number, also as text, is a share of the full cache (``0.25``, ``1``) or, from 2 on, a percentage (``25``).
+      Between 1 and 2 it may be meant as either, and is refused.
+    * ``"25%"`` is a percentage; ``"2.5bits"`` are bits per number of the cache, of which a full one has 16.
+    * ``"64MiB"`` is a limit in bytes, in one of the units B, kB, MB, GB, KiB, MiB, GiB.
 
     Args:
         value: what was given; a `Budget` is returned as it is.
@@ -64,7 +68,9 @@ def read_budget(value: Any, name: str = "budget") -> Budget:
         if not 1 <= amount * UNITS[unit] < 2**63:
             raise BudgetError(f"{given} is out of range: a limit is at least 1 byte, and below 2^63")
         return Budget(None, int(amount * UNITS[unit]), given)
-    return Budget(_share(amount / 100 if unit == "%" or amount > 1 else amount, given), None, given)
+    if unit:
+        return Budget(_in_range(amount / (100 if unit == "%" else FULL_BITS), given), None, given)
+    return Budget(_share(amount, given), None, given)
 
 
 def read_share(value: Any, name: str = "budget") -> Budget:
@@ -140,8 +146,13 @@ def _number(value: Any) -> float:
 
 
 def _share(value: Any, given: str) -> float:
-    share = _number(value)
-    if 0 < share <= 1:
-        return share
-    percent = f"; as a percentage, write '{share:g}%'" if 1 < share <= 100 else ""
-    raise BudgetError(f"{given} is out of range: expected {EXPECTED_SHARE}{percent}")
+    amount = _number(value)
+    if 1 < amount < 2:
+        raise BudgetError(f"{given} is out of range, more than the full cache: as a percentage, write '{amount:g}%'")
+    return _in_range(amount / 100 if amount >= 2 else amount, given)
+
+
+def _in_range(share: float, given: str) -> float:
+    if not 0 < share <= 1:
+        raise BudgetError(f"{given} is out of range: expected {EXPECTED_SHARE}")
+    return share
