@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from nestling.cli.embed import embed_app
+from nestling.cli.examples import add_examples
 from nestling.cli.kv import kv_app
 from nestling.cli.terminal import (
     Json,
@@ -83,3 +84,6 @@ def demo_embed(
     start = time.perf_counter()
     rows = run(model, out, steps, cup, keep, console)
     write_results(json, rows, time.perf_counter() - start)
+
+
+add_examples({"kv": kv_app, "embed": embed_app, "demo": demo_app})

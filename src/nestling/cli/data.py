@@ -17,7 +17,8 @@ from nestling.errors import DataError, OptionError
 KINDS = ".jsonl, .csv, .tsv (or .gz), .parquet, or a datasets name"
 Text = Annotated[str | None, typer.Option(help=f".txt (or .gz), {KINDS}; default: built-in English pages.")]
 Columns = Annotated[
-    str | None, typer.Option(help="What columns are called there, such as anchor=question,positive=answer.")
+    str | None,
+    typer.Option(help="Names of columns there, such as text=body; commas between several."),
 ]
 AS = "Texts are one a line, or stand between blank lines; default: as they look."
 Lines = Annotated[bool | None, typer.Option("--lines/--documents", help=AS)]
@@ -42,7 +43,7 @@ class TextSource(Config):
     """Which texts a command reads, and how: what ``@takes(source=TextSource)`` puts in its place."""
 
     text: str | None = option(None, f".txt (or .gz), {KINDS}; default: built-in English pages.")
-    columns: str | None = option(None, "What columns are called there, such as anchor=question,positive=answer.")
+    columns: str | None = option(None, "Names of columns there, such as text=body; commas between several.")
     lines: bool | None = option(None, AS, flags=("--lines/--documents",))
 
     def named(self, *known: Iterable[str]) -> dict[str, str]:

@@ -136,7 +136,9 @@ def train(
     ] = None,
     seed: Seed = 0,
     bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
-    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations: slower, less memory.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     json: Json = None,
     html: Html = None,

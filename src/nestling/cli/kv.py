@@ -102,7 +102,9 @@ def train(
         str | None, typer.Option(help="path, sandwich, independent, fixed or bits; default: the preset's.")
     ] = None,
     bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
-    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing: less memory, a third slower.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations: slower, less memory.")
+    ] = False,
     budgets: Budgets = "75,50,37.5,25",
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     json: Json = None,

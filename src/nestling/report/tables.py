@@ -73,14 +73,15 @@ class TerminalTable:
             parts[-1].append(column)
         return parts
 
-    def _table(self, columns: list[int], width: int) -> Table:
-        left = width - self._width(columns)
+    def _table(self, columns: list[int], max_width: int) -> Table:
+        spare = max_width - self._width(columns)
         lacking = {i: self.wanted[i] - self.needed[i] for i in columns}
-        share = min(1.0, max(0.0, left / (sum(lacking.values()) or 1)))
+        share = min(1.0, max(0.0, spare / (sum(lacking.values()) or 1)))
         out = Table()
         for i in columns:
-            right = "right" if self.grid.numeric[i] else "left"
-            out.add_column(Text(self.columns[i][0]), justify=right, width=self.needed[i] + int(share * lacking[i]))
+            width = self.needed[i] + int(share * lacking[i])
+            header = Text(self.columns[i][0])
+            out.add_column(header, justify="right" if self.grid.numeric[i] else "left", width=width)
         for line in zip(*(self.columns[i][1:] for i in columns), strict=True):
             out.add_row(*map(Text, line))
         return out

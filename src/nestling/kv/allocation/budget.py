@@ -1,4 +1,4 @@
-"""Budgets as users write them, in the library and on the command line: ``0.25``, ``25``, ``"2.5bits"``, ``"64MiB"``."""
+"""Budgets as users write them, in library and command line: ``0.25``, ``25``, ``"2.5bits"``, ``"64MiB"``."""
 
 import math
 import re

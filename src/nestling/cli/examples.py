@@ -1,0 +1,39 @@
+"""What stands below the options of every ``--help``: the words that it uses, and commands to try."""
+
+import typer
+
+KV_TERMS = (
+    "Words: a BUDGET is a share of the full cache's bytes (0.5, 50, 50% or 8bits, of the 16 that a number has there), "
+    "or a limit such as 64MiB. SINKS and WINDOW are the first and the last tokens, which stay exact. An ADAPTER holds "
+    "the bases that keys and values are stored in."
+)
+EMBED_TERMS = (
+    "Words: a SIZE, such as 2x64, is an encoder's first 2 layers and 64 numbers for each text. A LADDER is all of its "
+    "sizes. A PROJECTION is a matrix that turns what a layer says into the numbers of a size."
+)
+DEMO_TERMS = "A demo needs no network where its model is installed, and writes a page that any browser shows."
+TERMS = {"kv": KV_TERMS, "embed": EMBED_TERMS, "demo": DEMO_TERMS}
+
+EXAMPLES = {
+    "kv fit": ("nestling kv fit smollm2 --out adapter", "nestling kv fit smollm2 --out adapter --text book.txt"),
+    "kv train": ("nestling kv train smollm2 --out trained --text book.txt --tokens 200000",),
+    "kv search": ("nestling kv search smollm2 adapter --out searched",),
+    "kv eval": ("nestling kv eval smollm2 smollm2 --budgets 50%,25%,12.5% --json rows.json",),
+    "kv generate": ("nestling kv generate smollm2 smollm2 --prompt 'The lighthouse keeper' --budget 25%",),
+    "kv inspect": ("nestling kv inspect smollm2 --budget 25%",),
+    "embed align": ("nestling embed align minilm --out elastic --text documents.jsonl",),
+    "embed train": ("nestling embed train minilm --out elastic --pairs pairs.jsonl --sts dev.jsonl",),
+    "embed pretrain": ("nestling embed pretrain minilm --out pretrained --text documents.jsonl --steps 1000",),
+    "embed eval": ("nestling embed eval elastic --sts dev.jsonl --html sizes.html",),
+    "embed export": ("nestling embed export elastic --out small --cup 2x64",),
+    "demo kv": ("nestling demo kv --out report.html",),
+    "demo embed": ("nestling demo embed --keep models",),
+}
+
+
+def add_examples(wings: dict[str, typer.Typer]) -> None:
+    """Give every command of the wings its words and examples."""
+    for wing, app in wings.items():
+        for command in app.registered_commands:
+            name = command.name or getattr(command.callback, "__name__", "")
+            command.epilog = "\n\n".join([TERMS[wing], "Example:", *EXAMPLES.get(f"{wing} {name}", ())])

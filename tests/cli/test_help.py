@@ -1,0 +1,56 @@
+"""``--help`` of every command: fits 80 columns with nothing cut, says what its words mean, and shows what works."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from nestling.cli import app
+from nestling.cli.examples import EXAMPLES, TERMS
+
+ROOT = get_command(app)
+WINGS = {name: command for name, command in ROOT.commands.items() if hasattr(command, "commands")}
+COMMANDS = [f"{wing} {name}" for wing, group in WINGS.items() for name in group.commands]
+
+
+def shown(*words: str) -> str:
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.mark.parametrize("words", ["", *WINGS, *COMMANDS])
+def test_help_fits_and_cuts_nothing(words):
+    text = shown(*words.split())
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_defines_its_words_and_shows_examples_that_are_read(words):
+    text = " ".join(shown(*words.split()).split())
+    wing, name = words.split()
+    assert words in EXAMPLES, f"nestling.cli.examples has no example of nestling {words}"
+    assert TERMS[wing] in text
+    for example in EXAMPLES[words]:
+        assert example in text
+        program, *arguments = shlex.split(example)
+        assert program == "nestling" and arguments[:2] == [wing, name]
+        WINGS[wing].commands[name].make_context(name, arguments[2:])  # unknown and missing options are refused
+
+
+def test_there_are_no_examples_of_commands_that_went():
+    assert set(EXAMPLES) == set(COMMANDS)
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    code = (
+        "import sys; from nestling.cli import app; app({!r}, standalone_mode=False); sys.exit('torch' in sys.modules)"
+    )
+    for arguments in (["--version"], ["kv", "eval", "--help"], ["embed", "train", "--help"]):
+        result = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert re.search("nestling", result.stdout)
