@@ -5,6 +5,7 @@ import pytest
 import torch
 from sentence_transformers.base.modules import Dense
 
+from nestling.embed.model import projection
 from nestling.embed.model.encode import encode
 from nestling.embed.model.projection import Rotation, rotations
 from nestling.embed.model.taps import taps
@@ -158,3 +159,27 @@ def test_bad_input(encoder):
     same = rotations(model, ["w9"] * 3, [2, 4])  # one direction only: still a basis
     torch.testing.assert_close(same[4].encode.mT @ same[4].encode, torch.eye(HIDDEN), rtol=0, atol=1e-5)
     assert same[2].encode.isfinite().all()
+
+
+@pytest.mark.parametrize("flatten", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("width", [8, 100])
+def test_the_alignment_is_the_balanced_basis(flatten, width):
+    """Against the closed form of reduced-rank regression: the eigenvectors of what B predicts, B^T C B."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=generator, dtype=torch.float64)).Q
+    mix = torch.linspace(2, 0.3, HIDDEN, dtype=torch.float64)[:, None] * mix
+    vectors = torch.randn(400, HIDDEN, generator=generator, dtype=torch.float64) @ mix
+    target = torch.tanh(vectors @ torch.randn(HIDDEN, width, generator=generator, dtype=torch.float64) / 4)
+    encode, mean = projection._aligned(vectors, target, flatten, centred=True)
+    inputs, wanted = vectors - vectors.mean(0), target - target.mean(0)
+    own = inputs * (projection.OWN * (wanted.square().sum() / inputs.square().sum()).sqrt())
+    wanted = torch.cat((wanted, own), 1)
+    covariance = inputs.mT @ inputs / 400
+    ridge = projection.RIDGE * covariance.diagonal().mean() * torch.eye(HIDDEN, dtype=torch.float64)
+    predicts = torch.linalg.solve(covariance + ridge, inputs.mT @ wanted / 400)
+    power, components = torch.linalg.eigh(predicts.mT @ covariance @ predicts)
+    power, components = power.flip(0)[:HIDDEN], components.flip(1)[:, :HIDDEN]
+    expected = predicts @ components * power ** (-flatten / 2)
+    signs = (encode * expected).sum(0).sign()
+    torch.testing.assert_close(encode * signs, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mean, vectors.mean(0))

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from nestling.basis import pca
+from nestling.basis import balanced, pca
 from nestling.embed.model.encode import encode_prompted, strings_of
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.similarity import Similarity
@@ -172,22 +172,24 @@ def _components(vectors: Tensor, centred: bool) -> Rotation:
 
 
 def _aligned(vectors: Tensor, wanted: Tensor, flatten: float, centred: bool) -> tuple[Tensor, Tensor | None]:
-    """The principal components of the best linear prediction of ``wanted`` ``[n, D]``, and a mean: ``[H, H], [H]``.
+    """The balanced basis whose prefixes tell most of ``wanted`` ``[n, D]``, and a mean: ``[H, H], [H]``.
 
-    A little of the vectors themselves is wanted too, so that coordinates beyond what the target has are not empty.
+    With C the covariance of the vectors and B the ridge regression of ``wanted`` on them, dropping coordinates costs
+    ``balanced(C, B B^T)`` least: the error of a vector is weighed by what it changes in the prediction. Its coordinates
+    have spreads S^1/2, which are brought to S^(1 - flatten). A little of the vectors themselves is wanted too, so that
+    coordinates beyond what the target has are not empty.
     """
-    mean, width = vectors.mean(0) * centred, vectors.shape[1]
+    mean = vectors.mean(0) * centred
     inputs, wanted = vectors - mean, wanted - wanted.mean(0) * centred
     spread = [part.square().sum(-1).mean().sqrt() for part in (inputs, wanted)]
     wanted = torch.cat((wanted, inputs * (OWN * spread[1] / spread[0].clamp_min(1e-12))), 1)
     covariance = inputs.mT @ inputs / len(inputs)
     ridge = (RIDGE * covariance.diagonal().mean()).clamp_min(1e-12)
-    regularised = covariance + ridge * torch.eye(width, dtype=covariance.dtype)
+    regularised = covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
     predicts = torch.linalg.solve(regularised, inputs.mT @ wanted / len(inputs))
-    power, components = torch.linalg.eigh(predicts.mT @ covariance @ predicts)
-    power, components = power.flip(0)[:width], components.flip(1)[:, :width]
-    least = power[0].clamp_min(1e-12) * 1e-12
-    return predicts @ components * power.clamp_min(least) ** (-flatten / 2), mean if centred else None
+    basis = balanced(covariance, predicts @ predicts.mT, ridge=1e-12)
+    spreads = basis.energy.clamp_min(basis.energy[0].clamp_min(1e-12) * 1e-12).sqrt()
+    return basis.encode * spreads ** (0.5 - flatten), mean if centred else None
 
 
 def _scaled(encode: Tensor, mean: Tensor | None) -> Rotation:
