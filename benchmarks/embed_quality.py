@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 from embed_data import dev_set, held_out_sets, triplets
-from embed_rivals import WAYS, Job, Sized, apart, loaded, rotations_of
+from embed_rivals import WAYS, Job, Sized, apart, loaded, projections_of
 from rich.console import Console
 
 from nestling import embed
@@ -30,7 +30,7 @@ def measured(sized: Sized, way: str, job: Job, data: Path, name: str) -> list[di
     sets, model = held_out_sets(data), loaded(sized.folder, job.length)
     if job.bf16:
         model.bfloat16()  # its vectors are pooled, turned and compared in fp32
-    evaluator = embed.GridEvaluator(sized.ladder, **sets, rotations=rotations_of(sized), progress=True)
+    evaluator = embed.GridEvaluator(sized.ladder, **sets, projections=projections_of(sized), progress=True)
     partial = job.work / f"{way}-{sized.ladder.full}.partial.json"
     found = evaluator.rows(model, model_name=name, method=way, partial=partial)
     cost = {"minutes": sized.minutes, "peak_mib": sized.peak_mib}

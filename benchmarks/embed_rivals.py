@@ -25,7 +25,7 @@ from nestling import embed
 from nestling.data.pairs import Pair
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.fingerprint import checksum
-from nestling.embed.model.folder import ROTATIONS_FILE, read_rotations, write_rotations
+from nestling.embed.model.folder import PROJECTIONS_FILE, read_projections, write_projections
 from nestling.embed.training.data import Examples, order
 from nestling.embed.training.trainer import CupTrainer
 from nestling.report.results import write_json
@@ -88,7 +88,7 @@ class Sized:
     ladder: Ladder
     minutes: float = 0.0
     peak_mib: float | None = None
-    rotations: Path | None = None  # a file
+    projections: Path | None = None  # a file
 
 
 class Timed(embed.GridEvaluator):
@@ -125,12 +125,12 @@ def loaded(name: str | Path, length: int) -> SentenceTransformer:
     return model
 
 
-def cut(job: Job, rotation: str | None = None) -> list[Sized]:
-    """The model as it is, perhaps with start rotations."""
-    path = None if rotation is None else job.work / f"cut-{rotation}.safetensors"
+def cut(job: Job, projection: str | None = None) -> list[Sized]:
+    """The model as it is, perhaps with start projections."""
+    path = None if projection is None else job.work / f"cut-{projection}.safetensors"
     if path is not None and not path.is_file():
-        apart(_rotations, job, rotation, path)
-    return [Sized(job.model, job.ladder, rotations=path)]
+        apart(_projections, job, projection, path)
+    return [Sized(job.model, job.ladder, projections=path)]
 
 
 def full(job: Job) -> list[Sized]:
@@ -180,8 +180,10 @@ def _once(job: Job, name: str, measured: Ladder, train: Callable[..., float], *a
         shutil.rmtree(f"{folder}-checkpoints", ignore_errors=True)
         write_json(notes, [], apart(_trained, train, job, folder, *args))
         shutil.rmtree(f"{folder}-checkpoints", ignore_errors=True)
-    path = folder / ROTATIONS_FILE
-    return Sized(folder, measured, **json.loads(notes.read_text())["meta"], rotations=path if path.is_file() else None)
+    path = folder / PROJECTIONS_FILE
+    return Sized(
+        folder, measured, **json.loads(notes.read_text())["meta"], projections=path if path.is_file() else None
+    )
 
 
 def _trained(train: Callable[..., float], job: Job, folder: Path, *args: Any) -> dict[str, float]:
@@ -205,7 +207,7 @@ def _ours(
         guide.bfloat16()  # its cosines move by 1e-4, and it is much larger than its students
     options: dict[str, Any] = {} if guide is None else {"teacher": guide}
     if plain:
-        options |= {"rotation": None, "recipe": {"weights": {ladder.full.name: 1.0}}}
+        options |= {"projection": None, "recipe": {"weights": {ladder.full.name: 1.0}}}
     began = time.monotonic()
     embed.train(
         model, job.rows, ladder, folder=folder, steps=job.steps, batch_size=job.batch, seed=job.seed,
@@ -237,9 +239,9 @@ def _stock(job: Job, folder: Path, name: str) -> float:
     return (time.monotonic() - began - Timed.seconds) / 60
 
 
-def _rotations(job: Job, kind: Any, path: Path) -> None:
+def _projections(job: Job, kind: Any, path: Path) -> None:
     texts = list(dict.fromkeys(text for row in job.rows for text in row.values()))[:10_000]
-    write_rotations(path, embed.rotations(job.encoder(), texts, job.ladder.layers[:-1], kind=kind))
+    write_projections(path, embed.fit_projections(job.encoder(), texts, job.ladder.layers[:-1], kind=kind))
 
 
 def _small(job: Job, cup: Cup) -> Path:
@@ -254,17 +256,17 @@ def _export(job: Job, cup: Cup, folder: Path) -> None:
     embed.export(job.encoder(), cup, folder)
 
 
-def rotations_of(sized: Sized) -> dict | None:
+def projections_of(sized: Sized) -> dict | None:
     """What `GridEvaluator` applies, if there is something."""
-    return None if sized.rotations is None else read_rotations(sized.rotations)
+    return None if sized.projections is None else read_projections(sized.projections)
 
 
 STOCK = {"st-mrl": losses.MatryoshkaLoss, "st-2d": losses.Matryoshka2dLoss}
 WAYS: dict[str, Callable[[Job], list[Sized]]] = {
     "cut": cut,
-    "cut-pca": partial(cut, rotation="pca"),
-    "cut-centred": partial(cut, rotation="centred"),
-    "cut-aligned": partial(cut, rotation="aligned"),
+    "cut-pca": partial(cut, projection="pca"),
+    "cut-centred": partial(cut, projection="centred"),
+    "cut-aligned": partial(cut, projection="aligned"),
     "full-then-cut": full,
     "st-mrl": partial(stock, name="st-mrl"),
     "st-2d": partial(stock, name="st-2d"),

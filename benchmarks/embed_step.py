@@ -44,9 +44,9 @@ def losses_of(ladder: Ladder, texts: list[str]) -> dict[str, Callable]:
     """By name, the loss of a model around a base loss of it."""
 
     def srl(model, base):
-        turns = embed.rotations(model, texts, ladder.layers[:-1])
-        loss = embed.StarbucksLoss(model, base, ladder, rotations=turns)
-        loss.rotations.requires_grad_(True)
+        turns = embed.fit_projections(model, texts, ladder.layers[:-1])
+        loss = embed.StarbucksLoss(model, base, ladder, projections=turns)
+        loss.projections.requires_grad_(True)
         return loss
 
     dims = sorted({cup.dims for cup in ladder}, reverse=True)

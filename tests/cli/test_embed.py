@@ -62,7 +62,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "set" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\t13\t1\n")
     result = run(
         "embed", "train", folder / "model", "--out", folder / "trained", "--text", folder / "text.txt", "--cups",
-        "1x8,2x16,4x32", "--steps", 20, "--batch-size", 16, "--learning-rate", 3e-4, "--rotation", "pca", "--sts",
+        "1x8,2x16,4x32", "--steps", 20, "--batch-size", 16, "--learning-rate", 3e-4, "--projection", "pca", "--sts",
         folder / "sts.jsonl", "--json", folder / "train.json", "--html", folder / "train.html",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -170,20 +170,20 @@ def test_several_cups_are_all_exported_or_none(place):
     assert again.exit_code == 1 and "several exists: choose another folder" in flat(again)
 
 
-def test_training_goes_on_with_the_rotations_of_a_folder(place):
+def test_training_goes_on_with_the_projections_of_a_folder(place):
     arguments = ("embed", "train", place / "trained", "--text", place / "text.txt", "--steps", 2, "--batch-size", 8,
-                 "--rotation-rate", 0)  # fmt: skip
-    old = embed.load_rotations(place / "trained")
+                 "--projection-rate", 0)  # fmt: skip
+    old = embed.load_projections(place / "trained")
     assert run(*arguments, "--out", place / "further").exit_code == 0
     assert run(*arguments, "--out", place / "fewer", "--cups", "2x16,4x32").exit_code == 0
-    result = run(*arguments, "--out", place / "centred", "--rotation", "centred")
+    result = run(*arguments, "--out", place / "centred", "--projection", "centred")
     assert result.exit_code == 0, result.output
-    further, fewer, other = (embed.load_rotations(place / name) for name in ("further", "fewer", "centred"))
+    further, fewer, other = (embed.load_projections(place / name) for name in ("further", "fewer", "centred"))
     assert list(further) == [1, 2] and list(fewer) == [2] and other[1].mean is not None
-    for depth, rotation in further.items():
-        torch.testing.assert_close(rotation.encode, old[depth].encode, rtol=0, atol=0)
-    assert run(*arguments, "--out", place / "none", "--rotation", "none").exit_code == 0
-    assert not embed.load_rotations(place / "none")
+    for depth, projection in further.items():
+        torch.testing.assert_close(projection.encode, old[depth].encode, rtol=0, atol=0)
+    assert run(*arguments, "--out", place / "none", "--projection", "none").exit_code == 0
+    assert not embed.load_projections(place / "none")
 
 
 def test_prompts_of_a_training_by_column(place):
@@ -251,7 +251,7 @@ def test_the_demo_on_a_tiny_model(place):
         (("train", "model", "--out", "new", "--steps", "4", "--epochs", "2"), "--steps 4 and --epochs 2: both say"),
         (("train", "model", "--out", "new", "--pairs", "pairs.jsonl", "--prompt", "query: "), "a name and a text"),
         (("train", "model", "--out", "new", "--pairs", "pairs.jsonl", "--prompt", "text=a"), "no columns ['text']"),
-        (("train", "trained", "--out", "new", "--cups", "1x8,3x8,4x32"), "trained with rotations for its own cups"),
+        (("train", "trained", "--out", "new", "--cups", "1x8,3x8,4x32"), "trained with projections for its own cups"),
         (("eval", "model", "--sts", "sts.jsonl", "--text", "text.txt"), "--text is what is measured on where"),
         (("eval", "model", "--sts", "sts.jsonl", "--prompt", "query=a"), "--prompt query: nothing that is measured"),
         (("eval", "model", "--text", "text.txt", "--prompt", "passage=a"), "expected sts"),
@@ -260,7 +260,7 @@ def test_the_demo_on_a_tiny_model(place):
         (("eval", "model", "--retrieval", "nothing"), "nothing: no such folder"),
         (("eval", "model", "--sts", "sts.jsonl", "--prompt", "query"), "expected a name and a text"),
         (("eval", "model", "--sts", "sts.jsonl", "--cups", "5x8"), "5x8 is deeper than the model"),
-        (("eval", "trained", "--sts", "sts.jsonl", "--cups", "3x8"), "trained with rotations for its own cups"),
+        (("eval", "trained", "--sts", "sts.jsonl", "--cups", "3x8"), "trained with projections for its own cups"),
         (("export", "trained", "--out", "new", "--cup", "3x8"), "3x8 is not in the ladder"),
         (("export", "model", "--out", "pairs.jsonl", "--cup", "1x8"), "exists"),
         (("export", "model", "--out", "new", "--results", "pairs.jsonl"), "holds no results"),

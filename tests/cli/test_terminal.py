@@ -237,7 +237,7 @@ BAD_NUMBERS = [
     ("kv generate m a --prompt x", ("--temperature", "--limit-mib"), ("-1", "nan", "inf")),
     ("embed train m --out new", ("--steps", "--batch-size", "--mini-batch-size"), ("-5", "0")),
     ("embed train m --out new", ("--learning-rate", "--epochs"), ("-1", "0", "nan", "inf")),
-    ("embed train m --out new", ("--warmup", "--rotation-rate"), ("-1", "nan", "inf")),
+    ("embed train m --out new", ("--warmup", "--projection-rate"), ("-1", "nan", "inf")),
     ("embed train m --out new", ("--seed",), ("-1",)),
     ("embed pretrain m --out new --steps 3", ("--batch-size", "--length", "--save-steps"), ("-5", "0")),
     ("embed pretrain m --out new --steps 3", ("--cups-per-step",), ("-5", "0")),

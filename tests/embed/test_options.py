@@ -27,7 +27,7 @@ def test_batches_of_no_size(encoder, tmp_path, value):
         lambda: embed.GridEvaluator(sts=STS, batch_size=value),
         lambda: embed.agreement(model, TEXTS, CUPS, batch_size=value),
         lambda: embed.agreement(model, TEXTS, CUPS, torch.ones(len(TEXTS), 32), batch_size=value),
-        lambda: embed.rotations(model, TEXTS, [1], batch_size=value),
+        lambda: embed.fit_projections(model, TEXTS, [1], batch_size=value),
         lambda: encode(model, TEXTS, {1: 8}, batch_size=value),
         lambda: embed.pretrain(model, TEXTS, CUPS, folder=tmp_path / "out", steps=1, batch_size=value),
     ):
@@ -120,7 +120,7 @@ def test_texts_that_are_none(encoder, tmp_path, texts):
     for call in (
         lambda: embed.align(model, texts, CUPS, folder=tmp_path / "out", progress=False),
         lambda: embed.agreement(model, texts, CUPS),
-        lambda: embed.rotations(model, texts, [1]),
+        lambda: embed.fit_projections(model, texts, [1]),
     ):
         with pytest.raises(NestlingError):
             call()
@@ -131,14 +131,14 @@ def test_one_string_is_no_list_of_texts(encoder):
     with pytest.raises(EvaluationError, match="some words"):
         encode(encoder(), "some words", {1: 8})
     with pytest.raises(EvaluationError, match="2"):
-        embed.rotations(encoder(), ["some words", 5], [1])
+        embed.fit_projections(encoder(), ["some words", 5], [1])
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"prompts": "query: "}, {"prompts": {"query": 5}}, {"prompts": {"nobody": "x"}}, {"sts": "file"}, {"sts": 5},
-        {"retrieval": ["x"]}, {"rotations": [1]}, {"name": None}, {"name": 5}, {},
+        {"retrieval": ["x"]}, {"projections": [1]}, {"name": None}, {"name": 5}, {},
     ],
     ids=str,
 )  # fmt: skip
@@ -148,9 +148,9 @@ def test_evaluators(options):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "x", None, [1]], ids=repr)
-def test_numbers_of_rotations(encoder, value):
+def test_numbers_of_projections(encoder, value):
     with pytest.raises(OptionError, match="flatten"):
-        embed.rotations(encoder(), TEXTS, [1], flatten=value)
+        embed.fit_projections(encoder(), TEXTS, [1], flatten=value)
 
 
 def test_references_of_other_texts(encoder):

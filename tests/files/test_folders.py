@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nestling.embed.model.folder import write_rotations
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.folder import write_projections
+from nestling.embed.model.projection import Projection
 from nestling.errors import FileError
 from nestling.files import temporary
 from nestling.files.folders import Parts, read_sealed, sha256, waiting, write_folder
@@ -236,7 +236,7 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path):
         for _ in ("a new folder", "an old one"):
             write_folder(tmp_path / "out", fill, over=PARTS)
             assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o644}
-        write_rotations(tmp_path / "x", {1: Rotation(torch.eye(2))})
+        write_projections(tmp_path / "x", {1: Projection(torch.eye(2))})
         assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
     finally:
         os.umask(before)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nestling import embed, kv, models
-from nestling.embed.model.folder import read_rotations, write_rotations
+from nestling.embed.model.folder import read_projections, write_projections
 from nestling.embed.training.result import Trained, save
 from nestling.embed.training.teacher import write_table
 from nestling.jobs.results import Partial
@@ -78,7 +78,7 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def turns(encoder):
     texts = list(dict.fromkeys(some_texts(100, seed=3)))
-    return [embed.rotations(encoder, texts[::step], [1, 2]) for step in (1, 2)]
+    return [embed.fit_projections(encoder, texts[::step], [1, 2]) for step in (1, 2)]
 
 
 class Adapter(Kind):
@@ -130,7 +130,7 @@ class Aligned(Kind):
         if not place.exists():
             return None
         embed.load_encoder(place)
-        found = embed.load_rotations(place)
+        found = embed.load_projections(place)
         return [torch.equal(turns[1].encode, found[1].encode) for turns in self.turns].index(True)
 
 
@@ -196,10 +196,10 @@ class Turns(Kind):
         self.turns = turns
 
     def write(self, place, version):
-        write_rotations(place, self.turns[version])
+        write_projections(place, self.turns[version])
 
     def read(self, place):
-        found = read_rotations(place)
+        found = read_projections(place)
         return [torch.equal(turns[1].encode, found[1].encode) for turns in self.turns].index(True)
 
 

@@ -59,7 +59,7 @@ def of_embed(folder: Path, resume: bool) -> list[torch.Tensor]:
     teacher = sentence_model(folder.parent / "bert", "cls")
     rows = [{"anchor": text, "positive": f"{text} w9"} for text in TEXTS]
     found = embed.train(model, rows, "1x8,4x32", folder=folder, teacher=teacher, resume=resume, dropout=True, **QUICK)
-    return [*model.state_dict().values(), *(turn.encode for turn in found.rotations.values())]
+    return [*model.state_dict().values(), *(turn.encode for turn in found.projections.values())]
 
 
 def of_pretrain(folder: Path, resume: bool) -> list[torch.Tensor]:
@@ -118,9 +118,9 @@ def test_an_earlier_checkpoint_is_taken(kind, tmp_path, name, damage):
     assert (place / kind.folder.name / "checkpoint-6" / "checksums.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["teacher.npy", "rotations.safetensors"])
+@pytest.mark.parametrize("name", ["teacher.npy", "projections.safetensors"])
 def test_what_is_kept_beside_the_checkpoints(tmp_path, name):
-    """The teacher's table is made again; the rotations that were started from cannot be."""
+    """The teacher's table is made again; the projections that were started from cannot be."""
     save_backbone("bert", tmp_path / "bert")
     result = of_embed(tmp_path / "out", False)
     shutil.rmtree(tmp_path / "out")
@@ -129,7 +129,7 @@ def test_what_is_kept_beside_the_checkpoints(tmp_path, name):
     if name == "teacher.npy":
         assert all(one.equal(two) for one, two in zip(of_embed(tmp_path / "out", True), result, strict=True))
         return
-    with pytest.raises(TrainingError, match="rotations.safetensors is damaged"):
+    with pytest.raises(TrainingError, match="projections.safetensors is damaged"):
         of_embed(tmp_path / "out", True)
 
 

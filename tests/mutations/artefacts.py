@@ -124,7 +124,14 @@ def _checkpoints(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefa
     return found
 
 
-_UNREAD = ("training_args.bin", "README.md", "checksums.json", "training.json", "teacher.npy", "rotations.safetensors")
+_UNREAD = (
+    "training_args.bin",
+    "README.md",
+    "checksums.json",
+    "training.json",
+    "teacher.npy",
+    "projections.safetensors",
+)
 
 
 def _newest(folder: Path) -> str:
@@ -135,11 +142,11 @@ def _encoders(place: Path) -> dict[str, Artefact]:
     texts = some_texts(30, longest=9)
     encoder = sentence_model(place / "bert")
     aligned = embed.align(encoder, texts, "1x8,2x16,4x32", folder=place / "aligned", progress=False)
-    embed.export(encoder, "2x16", place / "cup", ladder=aligned.ladder, rotations=aligned.rotations)
+    embed.export(encoder, "2x16", place / "cup", ladder=aligned.ladder, projections=aligned.projections)
 
     def read(folder: Path) -> Any:
         found = embed.load_encoder(folder)
-        ladder, turns = embed.load_ladder(folder), embed.load_rotations(folder)
+        ladder, turns = embed.load_ladder(folder), embed.load_projections(folder)
         vectors = torch.as_tensor(found.encode(texts[:2], show_progress_bar=False))
         return [vectors, *(turn.encode for turn in turns.values()), str(ladder)]
 

@@ -83,11 +83,13 @@ def align(
     if len(texts) < 100:
         raise TextTooShortError(f"{text}: {len(texts)} sentences are too few, expected some thousands, 100 at least")
     encoder = loading(embed.load_encoder, model)
-    ladder, _ = ladder_of(model, cups, encoder, rotated=False)
+    ladder, _ = ladder_of(model, cups, encoder, projected=False)
     aligned = embed.align(encoder, read, ladder, folder=out, prompt=prompt)
     with console.status(f"comparing {len(held)} sentences"):
-        rows = embed.agreement(encoder, held, ladder, rotations={}, prompt=prompt, method="cut")
-        rows += embed.agreement(encoder, held, ladder, rotations=aligned.rotations, prompt=prompt, method="aligned")
+        rows = embed.agreement(encoder, held, ladder, projections={}, prompt=prompt, method="cut")
+        rows += embed.agreement(
+            encoder, held, ladder, projections=aligned.projections, prompt=prompt, method="aligned"
+        )
     show(rows, f"{model}: agreement of cups with the full model on {len(held)} held-out sentences")
     console.print(f"{aligned.info['texts']:,} sentences in {aligned.info['seconds']} s. Saved to {out}")
     write_results(json, [{"model": model, **row} for row in rows], aligned.info["seconds"])
@@ -110,12 +112,12 @@ def train(
     language: Language = "en",
     cups: Cups = None,
     teacher: Annotated[str | None, typer.Option(help="Another encoder that all cups follow.")] = None,
-    rotation: Annotated[
+    projection: Annotated[
         str | None,
         typer.Option(help="Of small cups: aligned, centred, pca or none; default: MODEL's, if any, else aligned."),
     ] = None,
-    rotation_rate: Annotated[
-        float, typer.Option(help="Learning rate of the rotations; 0: they stay as they are."), not_negative
+    projection_rate: Annotated[
+        float, typer.Option(help="Learning rate of the projections; 0: they stay as they are."), not_negative
     ] = 5e-3,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser; default: by --epochs."), positive] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1."), above_zero] = None,
@@ -159,13 +161,13 @@ def train(
     evaluator = evaluator_of(sts, retrieval, named)
     encoder = loading(embed.load_encoder, model)
     other = None if teacher is None else loading(embed.load_encoder, teacher)
-    ladder, found = ladder_of(model, cups, encoder, rotated=rotation is None)
+    ladder, found = ladder_of(model, cups, encoder, projected=projection is None)
     start: Any = {depth: found[depth] for depth in ladder.layers if depth in found} or "auto"
-    if rotation is not None:
-        start = None if rotation == "none" else rotation
+    if projection is not None:
+        start = None if projection == "none" else projection
     more: dict[str, Any] = {"gradient_checkpointing": True} if checkpointing else {}
     trained = embed.train(
-        encoder, data, ladder, folder=out, teacher=other, rotation=start, rotation_rate=rotation_rate or None,
+        encoder, data, ladder, folder=out, teacher=other, projection=start, projection_rate=projection_rate or None,
         steps=steps, epochs=1.0 if epochs is None else epochs, batch_size=batch_size, mini_batch_size=mini_batch_size,
         learning_rate=learning_rate, warmup=warmup, seed=seed, evaluator=evaluator, prompts=prompts or None,
         recipe={"weights": weights} if weights else None, resume=resume, bf16=bf16, **more,
@@ -215,17 +217,17 @@ def evaluate(
     texts = [] if evaluator is not None else _sentences(text, lines, named, language)[:1000]
     encoder = loading(embed.load_encoder, model)
     ladder, found = ladder_of(model, cups, encoder)
-    rotations = found or None
+    projections = found or None
     start = time.perf_counter()
     if evaluator is not None:
-        evaluator.ladder, evaluator.rotations = ladder, rotations
+        evaluator.ladder, evaluator.projections = ladder, projections
         rows = evaluator.rows(encoder, model_name=model)
     else:
         dims = sorted({cup.dims for cup in ladder})
         sizes = Ladder((layers, width) for layers in ladder.layers for width in dims) if grid else ladder
         with console.status(f"comparing {len(texts)} sentences"):
             rows = embed.agreement(
-                encoder, texts, sizes, rotations=rotations, prompt=prompts.get("sts"), batch_size=batch_size
+                encoder, texts, sizes, projections=projections, prompt=prompts.get("sts"), batch_size=batch_size
             )
         rows = [{"model": model, **row} for row in rows]
     show([{k: v for k, v in row.items() if k != "method"} for row in rows], f"{model}: quality of every cup")

@@ -41,7 +41,7 @@ def export(
 
     check_outputs(json, folder=out, new=True)
     encoder = loading(embed.load_encoder, model)
-    ladder, rotations = ladder_of(model, cups, encoder)
+    ladder, projections = ladder_of(model, cups, encoder)
     given = cups is not None or embed.load_ladder(model) is not None
     sizes = list(ladder) if not cup else [ladder.cup(name) if given else embed.Cup.parse(name) for name in cup]
     rows = [] if results is None else _rows(results, model, [size.name for size in sizes])
@@ -49,7 +49,7 @@ def export(
     def write(size: Any, folder: Path) -> dict[str, Any]:
         with console.status(f"writing {size}"):
             found = embed.export(
-                encoder, size, folder, ladder=ladder, rotations=rotations, rows=rows,
+                encoder, size, folder, ladder=ladder, projections=projections, rows=rows,
                 onnx=onnx or int8, int8=int8,
             )  # fmt: skip
         checks = {name: getattr(found, name) for name in ("difference", "onnx_difference", "int8_cosine")}
@@ -66,18 +66,18 @@ def export(
     write_results(json, written, time.perf_counter() - start)
 
 
-def ladder_of(model: str, cups: str | None, encoder: Any, rotated: bool = True) -> tuple[Any, dict[int, Any]]:
-    """The cups asked for, or those the model was trained for, or some for its shape; and its rotations, if wanted."""
+def ladder_of(model: str, cups: str | None, encoder: Any, projected: bool = True) -> tuple[Any, dict[int, Any]]:
+    """The cups asked for, or those the model was trained for, or some for its shape; and its projections."""
     from nestling import embed
     from nestling.embed.model.parts import Encoder as Parts
 
     parts = Parts.of(encoder)
     own = embed.load_ladder(model)
     ladder = embed.Ladder.parse(cups) if cups else own or embed.Ladder.default(parts.depth, parts.dims)
-    rotations = embed.load_rotations(model) if rotated else {}
-    if own and rotations and (missing := sorted(set(ladder.layers) - set(own.layers))):
-        raise OptionError(f"{model} was trained with rotations for its own cups {own}, not for layers {missing}")
-    return ladder, rotations
+    projections = embed.load_projections(model) if projected else {}
+    if own and projections and (missing := sorted(set(ladder.layers) - set(own.layers))):
+        raise OptionError(f"{model} was trained with projections for its own cups {own}, not for layers {missing}")
+    return ladder, projections
 
 
 def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:

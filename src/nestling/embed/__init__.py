@@ -14,9 +14,9 @@ from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.evaluation.results import save_results
 from nestling.embed.export.export import Exported, export
 from nestling.embed.ladder import Cup, Ladder
-from nestling.embed.model.folder import load_ladder, load_rotations
+from nestling.embed.model.folder import load_ladder, load_projections
 from nestling.embed.model.loading import load_encoder
-from nestling.embed.model.projection import Rotation, rotations
+from nestling.embed.model.projection import Projection, fit_projections
 from nestling.embed.model.taps import taps
 from nestling.embed.pretraining.corpus import Texts
 from nestling.embed.pretraining.pretrain import pretrain
@@ -43,7 +43,7 @@ __all__ = [
     "Ladder",
     "LadderError",
     "MaskingError",
-    "Rotation",
+    "Projection",
     "StarbucksLoss",
     "Texts",
     "Trained",
@@ -54,9 +54,9 @@ __all__ = [
     "export",
     "load_encoder",
     "load_ladder",
-    "load_rotations",
+    "load_projections",
     "pretrain",
-    "rotations",
+    "fit_projections",
     "save_results",
     "taps",
     "train",

@@ -19,7 +19,7 @@ from nestling.embed.ladder import Ladder
 from nestling.embed.model.folder import check_place
 from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import rotations
+from nestling.embed.model.projection import fit_projections
 from nestling.embed.report import write_demo
 from nestling.embed.training.train import Trained, train
 from nestling.embed.training.trainer import without_bars
@@ -56,7 +56,7 @@ def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, c
         folder = thrown_away if keep is None else keep
         by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
         rows, trained = _learn(encoder, ladder, pages, folder / "elastic", steps, model, console)
-        exported = export(encoder, size, folder / size.name, ladder=ladder, rotations=trained.rotations)
+        exported = export(encoder, size, folder / size.name, ladder=ladder, projections=trained.projections)
         with without_bars():
             small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
         costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, openings)
@@ -80,19 +80,21 @@ def _learn(
     texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
     with console.status("measuring"):
         reference = full_vectors(encoder, held_out)
-        start = rotations(encoder, texts[::3], ladder.layers[:-1], flatten=0.0)  # a thousand are enough for a start
-        rows = agreement(encoder, held_out, ladder, reference, rotations={}, method="cut")
-        rows += agreement(encoder, held_out, ladder, reference, rotations=start, method="aligned")
+        start = fit_projections(
+            encoder, texts[::3], ladder.layers[:-1], flatten=0.0
+        )  # a thousand are enough for a start
+        rows = agreement(encoder, held_out, ladder, reference, projections={}, method="cut")
+        rows += agreement(encoder, held_out, ladder, reference, projections=start, method="aligned")
     began = time.perf_counter()
     trained = train(
-        encoder, texts, ladder, folder=folder, rotation=start, steps=steps, batch_size=BATCH, learning_rate=RATE,
+        encoder, texts, ladder, folder=folder, projection=start, steps=steps, batch_size=BATCH, learning_rate=RATE,
     )  # fmt: skip
     console.print(
         f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
         f"{time.perf_counter() - began:.0f} s; no labels."
     )
     with console.status("measuring"):
-        rows += agreement(encoder, held_out, ladder, reference, rotations=trained.rotations, method="distilled")
+        rows += agreement(encoder, held_out, ladder, reference, projections=trained.projections, method="distilled")
     title = f"{name}: agreement of every cup with the full model, on {len(held_out)} held-out sentences"
     console.print(table(rows, COLUMNS, title=title))
     return rows, trained

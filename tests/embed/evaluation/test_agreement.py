@@ -8,7 +8,7 @@ from nestling.embed.evaluation.agreement import agreement, full_vectors
 from nestling.embed.evaluation.metrics import spearman
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import encode
-from nestling.embed.model.projection import rotations
+from nestling.embed.model.projection import fit_projections
 from nestling.errors import EvaluationError
 
 from ..families import some_texts
@@ -38,10 +38,10 @@ def test_rows_are_those_of_a_loop_over_texts(encoder):
     assert row["overlap"] == pytest.approx(sum(shared) / len(TEXTS))
 
 
-def test_rotations_and_references_of_another_model(encoder, backbones):
+def test_projections_and_references_of_another_model(encoder, backbones):
     model = encoder()
-    turns = rotations(model, TEXTS, LADDER.layers, kind="pca")  # without centring the full cup's cosines stay
-    rows = agreement(model, TEXTS, LADDER, rotations=turns)
+    turns = fit_projections(model, TEXTS, LADDER.layers, kind="pca")  # without centring the full cup's cosines stay
+    rows = agreement(model, TEXTS, LADDER, projections=turns)
     assert rows[-1]["agreement"] > 0.999 and rows[0] != agreement(model, TEXTS, LADDER)[0]
     other = full_vectors(encoder("distilbert"), TEXTS)
     assert agreement(model, TEXTS, LADDER, other)[-1]["agreement"] < 0.9

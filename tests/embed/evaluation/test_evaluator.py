@@ -115,10 +115,10 @@ def test_prompts_are_those_that_are_named(encoder):
     assert other["s"] != row["s"]
 
 
-def test_rotations_are_applied_before_the_cut(encoder):
+def test_projections_are_applied_before_the_cut(encoder):
     model, rows = encoder(), scored()
     flip = {layer: lambda x: x.flip(-1) for layer in (2, 4)}
-    turned = GridEvaluator("2x8,4x32", sts={"s": rows}, rotations=flip).rows(model)
+    turned = GridEvaluator("2x8,4x32", sts={"s": rows}, projections=flip).rows(model)
     texts = [row[key] for key in ("sentence1", "sentence2") for row in rows]
     last = encode(model, texts, {2: 32})[2][:, -8:]
     assert turned[0]["s"] == pytest.approx(spearman(last[:40], last[40:], [row["score"] for row in rows]), abs=1e-4)

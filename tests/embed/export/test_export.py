@@ -17,7 +17,7 @@ from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.export.export import export
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.encode import encode
-from nestling.embed.model.projection import Rotation, rotations
+from nestling.embed.model.projection import Projection, fit_projections
 from nestling.errors import ExportError, LadderError
 
 from ..families import FAMILIES, HIDDEN, LAYERS, cut_folder, sentence_model, some_texts
@@ -95,17 +95,17 @@ def test_only_the_weights_of_kept_layers_are_written(backbones, tmp_path, family
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("cup", ["2x8", "4x32"])
-def test_a_rotation_is_folded_into_the_dense(encoder, tmp_path, family, centred, cup):
+def test_a_projection_is_folded_into_the_dense(encoder, tmp_path, family, centred, cup):
     model, size = encoder(family), Cup.parse(cup)
-    turn = rotations(model, some_texts(60), [size.layers], kind="centred" if centred else "pca")[size.layers]
-    folder = export(model, cup, tmp_path / "cup", rotations={size.layers: turn}).folder
+    turn = fit_projections(model, some_texts(60), [size.layers], kind="centred" if centred else "pca")[size.layers]
+    folder = export(model, cup, tmp_path / "cup", projections={size.layers: turn}).folder
     loaded = SentenceTransformer(str(folder), device="cpu")
     pooled = encode(model, TEXTS, {size.layers: HIDDEN})[size.layers]
     centre = turn.mean if centred else torch.zeros(HIDDEN)
     close(loaded.encode(TEXTS), unit((pooled - centre) @ turn.encode[:, : size.dims]))
     dense = next(part for part in loaded if isinstance(part, Dense))
     assert (dense.linear.bias is not None) == centred
-    assert json.loads((folder / "nestling.json").read_text())["rotated"] is True
+    assert json.loads((folder / "nestling.json").read_text())["projected"] is True
 
 
 def test_the_full_cup_needs_no_dense(encoder, tmp_path):
@@ -126,11 +126,11 @@ def with_dense(model, *layers):
 @pytest.mark.parametrize("turned", [False, True])
 def test_linear_maps_of_the_model_become_one(encoder, tmp_path, turned):
     model = with_dense(encoder(), (48, True, None), (20, False, None))
-    turns = rotations(model, some_texts(60), [2]) if turned else None
-    loaded = SentenceTransformer(str(export(model, "2x8", tmp_path / "cup", rotations=turns).folder), device="cpu")
+    turns = fit_projections(model, some_texts(60), [2]) if turned else None
+    loaded = SentenceTransformer(str(export(model, "2x8", tmp_path / "cup", projections=turns).folder), device="cpu")
     assert [type(part).__name__ for part in loaded] == ["Transformer", "Pooling", "Dense", "Normalize"]
     assert loaded[2].linear.weight.shape == (8, HIDDEN) and loaded[2].linear.bias is not None
-    close(loaded.encode(TEXTS), unit(encode(model, TEXTS, {2: 8}, rotations=turns)[2]))
+    close(loaded.encode(TEXTS), unit(encode(model, TEXTS, {2: 8}, projections=turns)[2]))
 
 
 def test_maps_with_an_activation_stay(encoder, tmp_path):
@@ -206,13 +206,15 @@ def test_the_card_explains_what_was_measured(encoder, tmp_path):
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layers=st.integers(1, LAYERS), dims=st.integers(1, HIDDEN), seed=st.integers(0, 99))
-def test_any_cup_with_any_rotation(encoder, tmp_path, layers, dims, seed):
+def test_any_cup_with_any_projection(encoder, tmp_path, layers, dims, seed):
     model = encoder("distilbert")
     rng = torch.Generator().manual_seed(seed)
-    turn = Rotation(torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=rng))[0], torch.randn(HIDDEN, generator=rng))
+    turn = Projection(
+        torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=rng))[0], torch.randn(HIDDEN, generator=rng)
+    )
     folder = tmp_path / "cup"
     shutil.rmtree(folder, ignore_errors=True)
-    assert export(model, Cup(layers, dims), folder, rotations={layers: turn}).difference <= 1e-5
+    assert export(model, Cup(layers, dims), folder, projections={layers: turn}).difference <= 1e-5
     vectors = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
     assert vectors.shape == (17, dims)
     close((vectors**2).sum(1), torch.ones(17))
@@ -233,15 +235,15 @@ def test_any_cup_with_any_rotation(encoder, tmp_path, layers, dims, seed):
         ("2x8", {"ladder": "2x8,large"}, LadderError, "'large' is no cup"),
         (
             "2x8",
-            {"rotations": {2: Rotation(torch.eye(8))}},
+            {"projections": {2: Projection(torch.eye(8))}},
             ExportError,
-            "rotation is of width 8, the embeddings of 32",
+            "projection is of width 8, the embeddings of 32",
         ),
         (
             "2x8",
-            {"rotations": {1: Rotation(torch.eye(32))}},
+            {"projections": {1: Projection(torch.eye(32))}},
             ExportError,
-            r"no rotation for 2x8, only for layers \[1\]",
+            r"no projection for 2x8, only for layers \[1\]",
         ),
     ],
 )

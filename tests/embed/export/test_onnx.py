@@ -20,7 +20,7 @@ from nestling.embed.export.export import export
 from nestling.embed.export.probe import LENGTHS, probe_texts
 from nestling.embed.model.encode import encode
 from nestling.embed.model.loading import load_encoder
-from nestling.embed.model.projection import rotations
+from nestling.embed.model.projection import fit_projections
 from nestling.errors import ExportError, LoadError
 
 from ..families import FAMILIES, save_backbone, sentence_model, some_texts, tokenizer
@@ -39,11 +39,11 @@ def run(folder, model, texts, name="model.onnx"):
 
 @pytest.fixture(scope="module")
 def made(backbones, tmp_path_factory):
-    """A rotated cup of a BERT with both graphs: the result and the model that stock code loads."""
+    """A projected cup of a BERT with both graphs: the result and the model that stock code loads."""
     model = sentence_model(backbones("bert"))
-    turns = rotations(model, some_texts(60), [2])
+    turns = fit_projections(model, some_texts(60), [2])
     folder = tmp_path_factory.mktemp("onnx") / "cup"
-    result = export(model, "2x8", folder, rotations=turns, onnx=True, int8=True)
+    result = export(model, "2x8", folder, projections=turns, onnx=True, int8=True)
     return result, SentenceTransformer(str(folder), device="cpu")
 
 
@@ -247,8 +247,8 @@ def test_transformers_js_gives_the_vectors_of_the_cup(encoder, tmp_path, cup, tu
         pytest.skip("there is no node, or no @huggingface/transformers")
     library = Path(place).resolve() / "node_modules/@huggingface/transformers/dist/transformers.node.mjs"
     model, texts = encoder(), [*some_texts(7), "W9 w9", "w9"]
-    turns = rotations(model, some_texts(60), [2]) if turned else None
-    export(model, cup, tmp_path / "cup", rotations=turns, onnx=True, int8=True)
+    turns = fit_projections(model, some_texts(60), [2]) if turned else None
+    export(model, cup, tmp_path / "cup", projections=turns, onnx=True, int8=True)
     (tmp_path / "run.mjs").write_text(JAVASCRIPT)
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     command = [node, "run.mjs", library.as_uri(), str(tmp_path), "texts.json", "out.json"]

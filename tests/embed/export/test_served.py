@@ -1,4 +1,4 @@
-"""What is served is what was trained: prompts, similarities, widths and rotations of the model, by stock readers."""
+"""What is served is what was trained: prompts, similarities, widths and projections of the model, by stock readers."""
 
 import json
 
@@ -19,11 +19,11 @@ from nestling import embed
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.export.export import export
 from nestling.embed.model.encode import encode, stored_prompts
-from nestling.embed.model.folder import load_rotations
+from nestling.embed.model.folder import load_projections
 from nestling.embed.model.loading import load_encoder
-from nestling.embed.model.own import own_rotations
+from nestling.embed.model.own import own_projections
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import Rotation, rotations
+from nestling.embed.model.projection import Projection, fit_projections
 from nestling.embed.model.similarity import Similarity
 from nestling.embed.model.taps import taps
 from nestling.errors import ExportError, NestlingError, OptionError, UnsupportedEncoderError
@@ -95,7 +95,7 @@ def rows(*columns):
 def test_prompts_of_a_training_become_the_models_own(encoder, tmp_path, columns, asked, uses):
     model = encoder()
     model.prompts = dict(E5)
-    options = dict(steps=1, progress=False, save_strategy="no", rotation=None)
+    options = dict(steps=1, progress=False, save_strategy="no", projection=None)
     trained = embed.train(model, rows(*columns), "2x8,4x32", folder=tmp_path / "out", prompts=asked, **options)
     assert stored_prompts(model) == uses
     whole = SentenceTransformer(str(trained.folder), device="cpu")
@@ -133,7 +133,7 @@ def test_alignment_leaves_prompts_out_where_pooling_does(backbones, tmp_path):
     model = sentence_model(backbones("bert"), include_prompt=False)
     found = embed.align(
         model, TEXTS, "2x8,4x32", folder=tmp_path / "out", prompt="w11 w12 ", progress=False
-    ).rotations[2]
+    ).projections[2]
     vectors = encode(model, TEXTS, {2: 32, 4: 32}, prompt="w11 w12 ")
     close(found.mean, vectors[2].mean(0))
     assert (vectors[2].mean(0) - encode(model, [f"w11 w12 {t}" for t in TEXTS], {2: 32})[2].mean(0)).abs().max() > 1e-3
@@ -198,12 +198,12 @@ def test_a_model_is_measured_by_its_own_similarity(backbones, name):
 
 
 @pytest.mark.parametrize("name, kind", [("dot", "aligned"), ("dot", "pca"), ("euclidean", "aligned")])
-def test_rotations_keep_what_counts(backbones, name, kind):
+def test_projections_keep_what_counts(backbones, name, kind):
     """Dot products or distances of aligned cups are near the full model's; plain cuts' are not."""
     model = measured(name)(backbones)
     texts = some_texts(300, seed=2)
     found = encode(model, texts, {3: 32, 4: 32})
-    turns, similarity = rotations(model, texts, [3, 4], kind=kind), Similarity.of(model)
+    turns, similarity = fit_projections(model, texts, [3, 4], kind=kind), Similarity.of(model)
     wanted = similarity.scores(found[4], found[4])
     close(similarity.scores(turns[4](found[4]), turns[4](found[4])), wanted, 2e-2)  # at full size nothing changes
     if kind == "aligned":
@@ -212,11 +212,11 @@ def test_rotations_keep_what_counts(backbones, name, kind):
     assert (turns[3].mean is None) == (name == "dot")
 
 
-def test_rotations_that_would_change_it_are_refused(backbones, tmp_path):
+def test_projections_that_would_change_it_are_refused(backbones, tmp_path):
     with pytest.raises(UnsupportedEncoderError, match="Manhattan distance"):
         embed.align(measured("manhattan")(backbones), TEXTS, "2x8,4x32", folder=tmp_path / "out", progress=False)
     with pytest.raises(OptionError, match="centred"):
-        rotations(measured("dot")(backbones), TEXTS, [2], kind="centred")
+        fit_projections(measured("dot")(backbones), TEXTS, [2], kind="centred")
     assert not list(tmp_path.iterdir())
 
 
@@ -241,7 +241,7 @@ def test_training_by_dot_products_with_a_loss_of_them(backbones, tmp_path):
     trained = embed.train(model, scored(), "2x8,4x32", folder=tmp_path / "out", loss=loss, **options)
     cup = served(load_encoder(trained.folder), "2x8", tmp_path / "cup")
     assert cup.similarity_fn_name == "dot"
-    wanted = encode(model, TEXTS, {2: 8}, rotations=trained.rotations)[2]
+    wanted = encode(model, TEXTS, {2: 8}, projections=trained.projections)[2]
     close(cup.encode(TEXTS), wanted, 1e-4 * float(wanted.abs().max()))
 
 
@@ -258,10 +258,10 @@ def test_the_width_of_a_model_is_its_truncate_dim(backbones, tmp_path, tail):
     aligned = embed.align(model, TEXTS, "2x8,4x16", folder=tmp_path / "out", progress=False)
     loaded = load_encoder(aligned.folder).cpu()
     assert loaded.truncate_dim == 16 and loaded.encode(TEXTS).shape == (17, 16)
-    for size, turns in (("2x8", aligned.rotations), ("4x16", aligned.rotations), ("2x16", {})):
-        cup = served(loaded, size, tmp_path / f"{size}-{len(turns)}", rotations=turns)
+    for size, turns in (("2x8", aligned.projections), ("4x16", aligned.projections), ("2x16", {})):
+        cup = served(loaded, size, tmp_path / f"{size}-{len(turns)}", projections=turns)
         layers, dims = embed.Cup.parse(size).layers, embed.Cup.parse(size).dims
-        wanted = encode(model, TEXTS, {layers: dims}, rotations=turns)[layers]
+        wanted = encode(model, TEXTS, {layers: dims}, projections=turns)[layers]
         close(cup.encode(TEXTS), normalize(wanted, dim=-1))
         assert cup.truncate_dim is None and cup.get_embedding_dimension() == dims
     with pytest.raises(NestlingError, match="4x24 is wider than the model, which is 4x16"):
@@ -281,7 +281,7 @@ def test_widths_that_cannot_be(encoder, backbones):
         Similarity.of(turned)
 
 
-# Rotations
+# Projections
 
 
 @pytest.fixture
@@ -289,61 +289,61 @@ def aligned(encoder, tmp_path):
     return embed.align(encoder(), some_texts(60), "2x8,4x32", folder=tmp_path / "aligned", progress=False)
 
 
-def test_a_loaded_model_remembers_its_rotations(aligned, tmp_path):
-    model, turns = load_encoder(aligned.folder).cpu(), load_rotations(aligned.folder)
-    wanted = normalize(encode(model, TEXTS, {2: 8}, rotations=turns)[2], dim=-1)
+def test_a_loaded_model_remembers_its_projections(aligned, tmp_path):
+    model, turns = load_encoder(aligned.folder).cpu(), load_projections(aligned.folder)
+    wanted = normalize(encode(model, TEXTS, {2: 8}, projections=turns)[2], dim=-1)
     close(served(model, "2x8", tmp_path / "cup").encode(TEXTS), wanted)
-    plain = served(model, "2x8", tmp_path / "plain", rotations={}).encode(TEXTS)
+    plain = served(model, "2x8", tmp_path / "plain", projections={}).encode(TEXTS)
     close(plain, normalize(encode(model, TEXTS, {2: 8})[2], dim=-1))
     assert np.abs(plain - np.asarray(wanted)).max() > 0.1
     sets = {"sts": {"s": scored()}}
     for own, given in ((None, turns), ({}, {})):
-        found = GridEvaluator("2x8", **sets, rotations=own).rows(model)
-        assert found == GridEvaluator("2x8", **sets, rotations=given).rows(model)
+        found = GridEvaluator("2x8", **sets, projections=own).rows(model)
+        assert found == GridEvaluator("2x8", **sets, projections=given).rows(model)
     cups = embed.Ladder.parse("2x8")
-    assert embed.agreement(model, TEXTS, cups) == embed.agreement(model, TEXTS, cups, rotations=turns)
-    assert embed.agreement(model, TEXTS, cups) != embed.agreement(model, TEXTS, cups, rotations={})
+    assert embed.agreement(model, TEXTS, cups) == embed.agreement(model, TEXTS, cups, projections=turns)
+    assert embed.agreement(model, TEXTS, cups) != embed.agreement(model, TEXTS, cups, projections={})
 
 
 def test_stock_code_does_not_know_them_and_is_told(aligned, tmp_path):
     model = SentenceTransformer(str(aligned.folder), device="cpu")
-    with pytest.warns(UserWarning, match="whose cups were trained with rotations: they are used"):
+    with pytest.warns(UserWarning, match="whose cups were trained with projections: they are used"):
         cup = served(model, "2x8", tmp_path / "cup")
     close(cup.encode(TEXTS), served(load_encoder(aligned.folder).cpu(), "2x8", tmp_path / "again").encode(TEXTS))
 
 
-def test_a_trained_model_remembers_the_rotations_it_was_trained_with(aligned, tmp_path):
+def test_a_trained_model_remembers_the_projections_it_was_trained_with(aligned, tmp_path):
     """Those that it had are where a training starts, and are forgotten for what it is trained with."""
     options = dict(steps=1, progress=False, save_strategy="no", learning_rate=1e-9)
-    for name, rotation, rate in (("own", "auto", None), ("none", None, 5e-3), ("pca", "pca", None)):
+    for name, projection, rate in (("own", "auto", None), ("none", None, 5e-3), ("pca", "pca", None)):
         model = load_encoder(aligned.folder).cpu()
         trained = embed.train(
-            model, TEXTS, "2x8,4x32", folder=tmp_path / name, rotation=rotation, rotation_rate=rate, **options
+            model, TEXTS, "2x8,4x32", folder=tmp_path / name, projection=projection, projection_rate=rate, **options
         )
-        assert own_rotations(model).keys() == trained.rotations.keys() == ({2} if rotation else set())
+        assert own_projections(model).keys() == trained.projections.keys() == ({2} if projection else set())
         if name == "own":
-            close(trained.rotations[2].encode, aligned.rotations[2].encode)
-        wanted = encode(model, TEXTS, {2: 8}, rotations=trained.rotations)[2]
+            close(trained.projections[2].encode, aligned.projections[2].encode)
+        wanted = encode(model, TEXTS, {2: 8}, projections=trained.projections)[2]
         close(served(model, "2x8", tmp_path / f"{name}-cup").encode(TEXTS), normalize(wanted, dim=-1))
 
 
-def test_rotations_of_another_ladder_are_not_a_start(aligned, tmp_path):
+def test_projections_of_another_ladder_are_not_a_start(aligned, tmp_path):
     model = load_encoder(aligned.folder).cpu()
-    options = dict(steps=1, progress=False, save_strategy="no", learning_rate=1e-9, rotation_rate=None)
+    options = dict(steps=1, progress=False, save_strategy="no", learning_rate=1e-9, projection_rate=None)
     trained = embed.train(model, TEXTS, "1x8,2x8,4x32", folder=tmp_path / "out", **options)
-    assert trained.rotations.keys() == {1, 2}
-    assert (trained.rotations[2].encode - aligned.rotations[2].encode).abs().max() > 0.01
+    assert trained.projections.keys() == {1, 2}
+    assert (trained.projections[2].encode - aligned.projections[2].encode).abs().max() > 0.01
 
 
-def test_damaged_rotations_are_told_when_the_model_is_loaded(aligned):
-    (aligned.folder / "rotations.safetensors").unlink()
-    with pytest.raises(NestlingError, match="rotations.safetensors"):
+def test_damaged_projections_are_told_when_the_model_is_loaded(aligned):
+    (aligned.folder / "projections.safetensors").unlink()
+    with pytest.raises(NestlingError, match="projections.safetensors"):
         load_encoder(aligned.folder)
 
 
 def test_exports_have_none_of_their_own(aligned, tmp_path):
     cup = export(load_encoder(aligned.folder).cpu(), "2x8", tmp_path / "cup").folder
-    assert own_rotations(load_encoder(cup)) == {}
+    assert own_projections(load_encoder(cup)) == {}
     close(served(load_encoder(cup).cpu(), "1x4", tmp_path / "again").encode(TEXTS)[:, 0] ** 2 >= 0, True)
 
 
@@ -421,8 +421,8 @@ def test_modules_between_transformer_and_pooling_are_refused(encoder):
         taps(model, model.preprocess(TEXTS), [2])
 
 
-def test_a_rotation_of_another_width_than_truncate_dim(encoder, tmp_path):
+def test_a_projection_of_another_width_than_truncate_dim(encoder, tmp_path):
     model = encoder()
     model.truncate_dim = 16
-    with pytest.raises(ExportError, match="rotation is of width 32, the embeddings of 16"):
-        export(model, "2x8", tmp_path / "cup", rotations={2: Rotation(torch.eye(32))})
+    with pytest.raises(ExportError, match="projection is of width 32, the embeddings of 16"):
+        export(model, "2x8", tmp_path / "cup", projections={2: Projection(torch.eye(32))})

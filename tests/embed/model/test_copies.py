@@ -15,7 +15,7 @@ from nestling.embed.export.export import export
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import encode
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import rotations
+from nestling.embed.model.projection import fit_projections
 from nestling.embed.model.taps import taps, token_taps
 from nestling.embed.training.teacher import write_table
 from nestling.errors import UnsupportedEncoderError
@@ -28,7 +28,7 @@ USES = {
     "the first tap, with its probe": lambda model, folder: taps(model, model.preprocess(TEXTS), [1, 2]),
     "token_taps": lambda model, folder: token_taps(model, model.preprocess(TEXTS), [2]),
     "encode": lambda model, folder: encode(model, TEXTS, {1: 8, 3: 16}),
-    "rotations": lambda model, folder: rotations(model, TEXTS, [1, 2]),
+    "projections": lambda model, folder: fit_projections(model, TEXTS, [1, 2]),
     "agreement": lambda model, folder: agreement(model, TEXTS, Ladder.parse("1x8,2x8")),
     "measuring": lambda model, folder: GridEvaluator("1x8,2x8", sts={"s": scored()}).rows(model),
     "export": lambda model, folder: export(model, "2x8", folder / "cup"),

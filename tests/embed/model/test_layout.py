@@ -182,7 +182,7 @@ def test_an_adapter_is_exported_merged(encoder, tmp_path, wrapped, off):
 
 def test_training_an_adapter_gives_a_folder_that_loads(encoder, tmp_path):
     model = adapted(encoder(), False)
-    options = dict(steps=1, learning_rate=0.1, progress=False, save_strategy="no", rotation=None)
+    options = dict(steps=1, learning_rate=0.1, progress=False, save_strategy="no", projection=None)
     embed.train(model, TEXTS, "1x8,4x32", folder=tmp_path / "out", **options)
     wanted = model.eval().encode(TEXTS)
     close(SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS), wanted)

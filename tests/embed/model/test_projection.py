@@ -5,9 +5,9 @@ import pytest
 import torch
 from sentence_transformers.base.modules import Dense
 
-from nestling.embed.model import projection
+from nestling.embed.model import projection as room
 from nestling.embed.model.encode import encode
-from nestling.embed.model.projection import Rotation, rotations
+from nestling.embed.model.projection import Projection, fit_projections
 from nestling.embed.model.taps import taps
 from nestling.errors import LadderError
 
@@ -24,32 +24,32 @@ def embedded(model, depth: int) -> torch.Tensor:
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_components_are_those_of_numpy(centred, encoder):
     model = encoder("modernbert")
-    found = rotations(model, iter(TEXTS), [4, 2], kind="centred" if centred else "pca", batch_size=7)
+    found = fit_projections(model, iter(TEXTS), [4, 2], kind="centred" if centred else "pca", batch_size=7)
     assert list(found) == [2, 4]
-    for depth, rotation in found.items():
+    for depth, projection in found.items():
         vectors = embedded(model, depth).double()
         moved = (vectors - vectors.mean(0) * centred).numpy()
         _, singular, right = np.linalg.svd(moved, full_matrices=False)
-        agreement = np.abs((right * rotation.encode.double().numpy().T).sum(1))  # up to sign, where values differ
+        agreement = np.abs((right * projection.encode.double().numpy().T).sum(1))  # up to sign, where values differ
         apart = singular[:-1] / singular[1:] > 1.05
         assert (agreement[:-1][apart][:5] > 0.999).all()
         with torch.no_grad():
-            coordinates = rotation(vectors.float())
+            coordinates = projection(vectors.float())
         energy = coordinates.double().square().sum(0)
         np.testing.assert_allclose(energy.sqrt().numpy()[:8], singular[:8], rtol=1e-3)
-        torch.testing.assert_close(rotation.encode.mT @ rotation.encode, torch.eye(HIDDEN), rtol=0, atol=1e-5)
+        torch.testing.assert_close(projection.encode.mT @ projection.encode, torch.eye(HIDDEN), rtol=0, atol=1e-5)
 
 
 def test_no_cut_keeps_more_than_components(encoder):
     """Similarities of cut vectors are nearer to the whole ones than with the first coordinates as they come."""
     model = encoder("bert")
-    rotation = rotations(model, TEXTS, [4], kind="pca")[4]
+    projection = fit_projections(model, TEXTS, [4], kind="pca")[4]
     vectors = embedded(model, 4)
     whole = vectors @ vectors.mT
     for dims in (2, 4, 8, 16):
-        errors = [(cut[:, :dims] @ cut[:, :dims].mT - whole).norm() for cut in (rotation(vectors), vectors)]
+        errors = [(cut[:, :dims] @ cut[:, :dims].mT - whole).norm() for cut in (projection(vectors), vectors)]
         assert errors[0] < 0.7 * errors[1]
-    torch.testing.assert_close(rotation(vectors) @ rotation(vectors).mT, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(projection(vectors) @ projection(vectors).mT, whole, rtol=1e-4, atol=1e-4)
 
 
 def predicted(coordinates, target) -> float:
@@ -73,13 +73,13 @@ def best_of_rank(vectors, target, dims: int) -> float:
 def test_aligned_prefixes_tell_most_of_the_full_model(family, flatten, encoder, monkeypatch):
     """Each prefix is the best that linear maps of its size can do, and better than as many principal components."""
     monkeypatch.setattr("nestling.embed.model.projection.RIDGE", 1e-6)
-    monkeypatch.setattr("nestling.embed.model.projection.OWN", 1e-3)
+    monkeypatch.setattr("nestling.embed.model.room.OWN", 1e-3)
     model = encoder(family)
     texts = list(dict.fromkeys(some_texts(400)))
     vectors = encode(model, texts, {2: HIDDEN, 4: HIDDEN})
     full = torch.nn.functional.normalize(vectors[4], dim=-1)
-    turned = rotations(model, texts, [2], flatten=flatten)[2](vectors[2])
-    components = rotations(model, texts, [2], kind="centred")[2](vectors[2])
+    turned = fit_projections(model, texts, [2], flatten=flatten)[2](vectors[2])
+    components = fit_projections(model, texts, [2], kind="centred")[2](vectors[2])
     for dims in (1, 2, 4, 8, 16):
         told = predicted(turned[:, :dims], full)
         assert told == pytest.approx(best_of_rank(vectors[2], full, dims), rel=5e-3), dims
@@ -97,7 +97,7 @@ def test_aligned_similarities_are_nearer_to_the_full_models(encoder):
 
     wanted, errors = cosines(vectors[4] - vectors[4].mean(0)), {}
     for kind in ("aligned", "centred"):
-        turned = rotations(model, texts[:300], [2], kind=kind, flatten=0.0)[2](vectors[2])
+        turned = fit_projections(model, texts[:300], [2], kind=kind, flatten=0.0)[2](vectors[2])
         errors[kind] = (cosines(turned[:, :8]) - wanted).abs().mean()
     assert errors["aligned"] < 0.95 * errors["centred"], errors
 
@@ -108,25 +108,25 @@ def test_a_target_of_any_width(width, encoder):
     model, texts = encoder("bert"), list(dict.fromkeys(some_texts(200)))
     vectors = encode(model, texts, {2: HIDDEN, 4: HIDDEN})
     teacher = torch.tanh(vectors[2] @ torch.randn(HIDDEN, width, generator=torch.Generator().manual_seed(0)) / 8)
-    found = rotations(model, texts, [2, 4], target=teacher)
+    found = fit_projections(model, texts, [2, 4], target=teacher)
     turned = found[2](vectors[2])
     assert predicted(turned[:, :8], teacher) > 0.95 * best_of_rank(vectors[2], teacher, 8)
     assert torch.linalg.matrix_rank(found[2].encode.double()) == HIDDEN and turned.std(0).min() > 0
     assert found[2].encode.norm() == pytest.approx(HIDDEN**0.5, rel=1e-4)
-    expected = rotations(model, texts, [4], kind="centred")[4].encode
+    expected = fit_projections(model, texts, [4], kind="centred")[4].encode
     torch.testing.assert_close(found[4].encode, expected)
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_a_rotation_is_a_dense(centred, encoder):
+def test_a_projection_is_a_dense(centred, encoder):
     """What an export folds into its linear map: weight and bias give the same first coordinates."""
     model = encoder("bert")
-    rotation = rotations(model, TEXTS, [2], kind="centred" if centred else "pca")[2]
+    projection = fit_projections(model, TEXTS, [2], kind="centred" if centred else "pca")[2]
     features = model.preprocess(TEXTS[:5])
     with torch.no_grad():
         plain = taps(model, features, [2, 4])
-        turned = taps(model, features, [2, 4], {2: rotation})
-    weight, bias = rotation.weight(8), rotation.bias(8)
+        turned = taps(model, features, [2, 4], {2: projection})
+    weight, bias = projection.weight(8), projection.bias(8)
     assert (bias is not None) == centred
     options = dict(activation_function=None, bias=centred, init_weight=weight, init_bias=bias)
     dense = Dense(HIDDEN, 8, **options)
@@ -138,25 +138,25 @@ def test_a_rotation_is_a_dense(centred, encoder):
 def test_the_model_is_left_as_it_was(encoder):
     """Dropout is off while components are taken, and on again after."""
     model = encoder("bert").train()
-    found = rotations(model, TEXTS, [4])[4]
+    found = fit_projections(model, TEXTS, [4])[4]
     assert model.training
-    torch.testing.assert_close(found.encode.abs(), rotations(model.eval(), TEXTS, [4])[4].encode.abs())
+    torch.testing.assert_close(found.encode.abs(), fit_projections(model.eval(), TEXTS, [4])[4].encode.abs())
 
 
 def test_bad_input(encoder):
     model = encoder("bert")
-    with pytest.raises(ValueError, match="expected texts to take rotations from, got none"):
-        rotations(model, [], [4])
+    with pytest.raises(ValueError, match="expected texts to take projections from, got none"):
+        fit_projections(model, [], [4])
     with pytest.raises(ValueError, match="kind must be aligned, centred or pca, got 'random'"):
-        rotations(model, TEXTS, [2], kind="random")
+        fit_projections(model, TEXTS, [2], kind="random")
     with pytest.raises(ValueError, match=r"the target's embeddings of 90 texts, got \[89, 4\]"):
-        rotations(model, TEXTS, [2], target=torch.ones(89, 4))
+        fit_projections(model, TEXTS, [2], target=torch.ones(89, 4))
     with pytest.raises(LadderError, match="expected some of 1 to 4"):
-        rotations(model, TEXTS, [5])
+        fit_projections(model, TEXTS, [5])
     for turn, mean in ((torch.eye(3, 4), None), (torch.ones(4), None), (torch.eye(4), torch.ones(3))):
         with pytest.raises(ValueError, match=r"expected encode \[H, H\] and mean \[H\]"):
-            Rotation(turn, mean)
-    same = rotations(model, ["w9"] * 3, [2, 4])  # one direction only: still a basis
+            Projection(turn, mean)
+    same = fit_projections(model, ["w9"] * 3, [2, 4])  # one direction only: still a basis
     torch.testing.assert_close(same[4].encode.mT @ same[4].encode, torch.eye(HIDDEN), rtol=0, atol=1e-5)
     assert same[2].encode.isfinite().all()
 
@@ -170,12 +170,12 @@ def test_the_alignment_is_the_balanced_basis(flatten, width):
     mix = torch.linspace(2, 0.3, HIDDEN, dtype=torch.float64)[:, None] * mix
     vectors = torch.randn(400, HIDDEN, generator=generator, dtype=torch.float64) @ mix
     target = torch.tanh(vectors @ torch.randn(HIDDEN, width, generator=generator, dtype=torch.float64) / 4)
-    encode, mean = projection._aligned(vectors, target, flatten, centred=True)
+    encode, mean = room._aligned(vectors, target, flatten, centred=True)
     inputs, wanted = vectors - vectors.mean(0), target - target.mean(0)
-    own = inputs * (projection.OWN * (wanted.square().sum() / inputs.square().sum()).sqrt())
+    own = inputs * (room.OWN * (wanted.square().sum() / inputs.square().sum()).sqrt())
     wanted = torch.cat((wanted, own), 1)
     covariance = inputs.mT @ inputs / 400
-    ridge = projection.RIDGE * covariance.diagonal().mean() * torch.eye(HIDDEN, dtype=torch.float64)
+    ridge = room.RIDGE * covariance.diagonal().mean() * torch.eye(HIDDEN, dtype=torch.float64)
     predicts = torch.linalg.solve(covariance + ridge, inputs.mT @ wanted / 400)
     power, components = torch.linalg.eigh(predicts.mT @ covariance @ predicts)
     power, components = power.flip(0)[:HIDDEN], components.flip(1)[:, :HIDDEN]

@@ -65,7 +65,7 @@ def test_the_result_is_a_start_for_train(encoder, tmp_path):
     trained = run(model, tmp_path / "out")
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)  # a stock one
     torch.testing.assert_close(loaded.encode(WORDS[:5]), model.encode(WORDS[:5]))
-    assert load_ladder(tmp_path / "out") == trained.ladder and not trained.rotations
+    assert load_ladder(tmp_path / "out") == trained.ladder and not trained.projections
     info = json.loads((tmp_path / "out" / "nestling.json").read_text())["pretraining"]
     assert info["tokens"] == trained.info["tokens"] > 12 * 8 * 4 and info["decoder"] == "plain"
     assert info["passes"] == 1 and {"mlm_1x8", "dec_4x32"} < set(info["curve"][0])

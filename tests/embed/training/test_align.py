@@ -1,4 +1,4 @@
-"""Aligned folders: the rotations of `rotations` beside an unchanged model, which exports and measurements take."""
+"""Aligned folders: projections in closed form beside an unchanged model, which exports and measurements take."""
 
 import json
 import sys
@@ -18,17 +18,17 @@ CUPS = "1x8,2x16,4x32"
 LADDER = embed.Ladder.parse(CUPS)
 
 
-def test_the_folder_is_the_model_with_rotations(encoder, tmp_path):
+def test_the_folder_is_the_model_with_projections(encoder, tmp_path):
     model = encoder("modernbert")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = embed.align(model, iter(TEXTS), CUPS, folder=tmp_path / "out", progress=False)
     assert str(found.ladder) == CUPS and found.info["texts"] == len(TEXTS) and found.info["curve"] == []
-    expected = embed.rotations(model, TEXTS, [1, 2])
-    read = embed.load_rotations(tmp_path / "out")
-    assert list(read) == list(found.rotations) == [1, 2]
-    for depth, rotation in read.items():
-        torch.testing.assert_close(rotation.encode, expected[depth].encode, rtol=0, atol=0)
-        torch.testing.assert_close(rotation.mean, expected[depth].mean, rtol=0, atol=0)
+    expected = embed.fit_projections(model, TEXTS, [1, 2])
+    read = embed.load_projections(tmp_path / "out")
+    assert list(read) == list(found.projections) == [1, 2]
+    for depth, projection in read.items():
+        torch.testing.assert_close(projection.encode, expected[depth].encode, rtol=0, atol=0)
+        torch.testing.assert_close(projection.mean, expected[depth].mean, rtol=0, atol=0)
     again = embed.load_encoder(tmp_path / "out")
     for name, tensor in again.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
@@ -38,7 +38,7 @@ def test_the_folder_is_the_model_with_rotations(encoder, tmp_path):
 def test_cups_agree_more_than_cut_ones_and_the_full_one_stays(encoder, tmp_path):
     model, new = encoder("bert"), list(dict.fromkeys(some_texts(120, seed=11)))
     found = embed.align(model, TEXTS, CUPS, folder=tmp_path / "out", progress=False)
-    plain, aligned = agreement(model, new, LADDER), agreement(model, new, LADDER, rotations=found.rotations)
+    plain, aligned = agreement(model, new, LADDER), agreement(model, new, LADDER, projections=found.projections)
     assert aligned[-1] == plain[-1]
     assert all(a["agreement"] > p["agreement"] + 0.05 for a, p in zip(aligned[:-1], plain[:-1], strict=True))
 
@@ -47,21 +47,21 @@ def test_exports_are_its_cups(encoder, tmp_path):
     model = encoder("bert")
     embed.align(model, TEXTS, CUPS, folder=tmp_path / "out", progress=False)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "No weights were trained" in card and "rotations=embed.load_rotations(folder)" in card
+    assert "No weights were trained" in card and "projections=embed.load_projections(folder)" in card
     folder = tmp_path / "out"
-    options = {"ladder": embed.load_ladder(folder), "rotations": embed.load_rotations(folder)}
+    options = {"ladder": embed.load_ladder(folder), "projections": embed.load_projections(folder)}
     made = embed.export(embed.load_encoder(folder), "2x16", tmp_path / "small", **options)
     assert made.difference < 1e-5
     small = embed.load_encoder(tmp_path / "small")
     served = torch.tensor(small.encode(TEXTS[:9]))
-    own = encode(model, TEXTS[:9], {2: 16}, rotations=options["rotations"])[2]
+    own = encode(model, TEXTS[:9], {2: 16}, projections=options["projections"])[2]
     torch.testing.assert_close(served, torch.nn.functional.normalize(own, dim=-1), rtol=0, atol=1e-5)
 
 
 def test_some_texts_from_all_over_with_their_prompt(encoder, tmp_path, monkeypatch):
     seen, module = [], sys.modules["nestling.embed.training.align"]  # the package has the function under that name
     monkeypatch.setattr(module, "SAMPLE", 100)
-    monkeypatch.setattr(module, "rotations", lambda model, texts, *a, **k: seen.extend(texts) or {})
+    monkeypatch.setattr(module, "fit_projections", lambda model, texts, *a, **k: seen.extend(texts) or {})
     model = encoder("bert")
     model.prompts, model.default_prompt_name = {"query": "w7 "}, "query"
     info = embed.align(model, TEXTS, CUPS, folder=tmp_path / "out", progress=False).info
@@ -73,7 +73,7 @@ def test_some_texts_from_all_over_with_their_prompt(encoder, tmp_path, monkeypat
 def test_narrow_cups_of_the_full_depth(encoder, tmp_path):
     """They share a centred basis with the full cup, and the card says that it has to be exported too."""
     embed.align(encoder("bert"), TEXTS, "2x16,4x8,4x32", folder=tmp_path / "out", progress=False)
-    assert list(embed.load_rotations(tmp_path / "out")) == [2, 4]
+    assert list(embed.load_projections(tmp_path / "out")) == [2, 4]
     assert "the full cup 4x32 has to be exported too" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -116,7 +116,7 @@ def test_broken_weights_are_named(encoder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "rotations.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "projections.safetensors"])
 def test_a_bit_that_changed_is_told(encoder, tmp_path, name):
     """Numbers that are a little wrong load without an error: the checksum of ``nestling.json`` tells."""
     embed.align(encoder("bert"), TEXTS, CUPS, folder=tmp_path / "out", progress=False)
@@ -126,12 +126,12 @@ def test_a_bit_that_changed_is_told(encoder, tmp_path, name):
     path.write_bytes(content)
     with pytest.raises((LoadError, LadderError), match=f"{name} is not what was saved"):
         embed.load_encoder(tmp_path / "out")
-        embed.load_rotations(tmp_path / "out")
+        embed.load_projections(tmp_path / "out")
     ladder = json.loads((tmp_path / "out" / "nestling.json").read_text())
-    assert set(ladder.pop("sha256")) == {"model.safetensors", "rotations.safetensors"}
+    assert set(ladder.pop("sha256")) == {"model.safetensors", "projections.safetensors"}
     (tmp_path / "out" / "nestling.json").write_text(json.dumps(ladder))  # as older releases wrote it
     embed.load_encoder(tmp_path / "out")
-    assert list(embed.load_rotations(tmp_path / "out")) == [1, 2]
+    assert list(embed.load_projections(tmp_path / "out")) == [1, 2]
 
 
 def test_a_resumed_training_takes_no_foreign_folder(encoder, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, normalize
 
 from nestling.embed.ladder import Ladder
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.training.loss import StarbucksLoss
 from nestling.errors import LadderError
 
@@ -457,32 +457,32 @@ def test_losses_that_embed_by_themselves(encoder):
     for base in (guided, losses.MegaBatchMarginLoss(model, use_mini_batched_version=False), nn.MSELoss()):
         with pytest.raises(ValueError, match=f"{type(base).__name__} embeds texts by itself"):
             StarbucksLoss(model, base, CUPS)
-    rotated = {4: Rotation(torch.eye(HIDDEN))}
-    with pytest.raises(ValueError, match="use no rotations"):
-        StarbucksLoss(model, losses.EmbedDistillLoss(model), CUPS, rotations=rotated)
+    projected = {4: Projection(torch.eye(HIDDEN))}
+    with pytest.raises(ValueError, match="use no projections"):
+        StarbucksLoss(model, losses.EmbedDistillLoss(model), CUPS, projections=projected)
 
 
-def test_rotations_come_before_the_cut(encoder):
+def test_projections_come_before_the_cut(encoder):
     model = encoder("bert")
     features = columns(model, 2)
     turn = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2)))[0]
     shift = torch.linspace(-1, 1, HIDDEN)
-    rotated = {2: Rotation(turn, shift), 4: Rotation(turn)}
-    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, rotations=rotated)
+    projected = {2: Projection(turn, shift), 4: Projection(turn)}
+    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, projections=projected)
     parts, plain = loss(features), StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
     by_depth = vectors(model, features)
     torch.testing.assert_close(parts["2x16"], info_nce([((v - shift) @ turn)[:, :16] for v in by_depth[2]]))
     torch.testing.assert_close(parts["1x8"], plain["1x8"])
     torch.testing.assert_close(parts["4x32"], plain["4x32"], rtol=1e-4, atol=1e-5)  # nothing changes at full width
-    assert not [name for name, p in loss.named_parameters() if "rotation" in name and p.requires_grad]
-    assert loss.get_config_dict()["rotated_layers"] == [2, 4]
+    assert not [name for name, p in loss.named_parameters() if "projection" in name and p.requires_grad]
+    assert loss.get_config_dict()["projected_layers"] == [2, 4]
 
 
-@pytest.mark.parametrize("rotation", [{3: Rotation(torch.eye(HIDDEN))}, {4: Rotation(torch.eye(8))}])
-def test_rotations_that_no_cup_takes(rotation, encoder):
+@pytest.mark.parametrize("projection", [{3: Projection(torch.eye(HIDDEN))}, {4: Projection(torch.eye(8))}])
+def test_projections_that_no_cup_takes(projection, encoder):
     model = encoder("bert")
-    with pytest.raises(ValueError, match=r"no cup of 1x8,2x16,4x32 takes a rotation of (32|8) coordinates at depth"):
-        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, rotations=rotation)
+    with pytest.raises(ValueError, match=r"no cup of 1x8,2x16,4x32 takes a projection of (32|8) coordinates at depth"):
+        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, projections=projection)
 
 
 def test_a_teacher_in_a_file(encoder, tmp_path):

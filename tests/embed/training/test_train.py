@@ -17,10 +17,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
 from nestling import embed
-from nestling.embed import GridEvaluator, StarbucksLoss, load_ladder, load_rotations
+from nestling.embed import GridEvaluator, StarbucksLoss, load_ladder, load_projections
 from nestling.embed.model.encode import encode
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.training.teacher import shared_table
 from nestling.embed.training.train import train
 from nestling.errors import LadderError, TrainingError
@@ -72,8 +72,8 @@ def losses_of(point: dict, name: str) -> float:
         (pairs(), {"mini_batch_size": 3}),
         (scored(), {}),
         (TEXTS, {}),
-        (TEXTS, {"rotation": "centred", "rotation_rate": None}),
-        (pairs(), {"rotation": None}),
+        (TEXTS, {"projection": "centred", "projection_rate": None}),
+        (pairs(), {"projection": None}),
     ],
     ids=["pairs", "triplets", "cached", "scored", "texts", "texts-centred", "pairs-as-they-are"],
 )
@@ -89,57 +89,57 @@ def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options)
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)  # a stock one
     torch.testing.assert_close(loaded.encode(TEXTS[:5]), model.encode(TEXTS[:5]))
     assert load_ladder(tmp_path / "out") == trained.ladder
-    assert sorted(load_rotations(tmp_path / "out")) == ([] if options.get("rotation", "") is None else [1, 2])
+    assert sorted(load_projections(tmp_path / "out")) == ([] if options.get("projection", "") is None else [1, 2])
 
 
-def test_rotations_are_trained_like_the_model(encoder, tmp_path):
+def test_projections_are_trained_like_the_model(encoder, tmp_path):
     """They start as they would be otherwise, with a rate of their own, and are what exports and measurements use."""
-    results = {rate: run(encoder(), pairs(), tmp_path / str(rate), rotation="centred", rotation_rate=rate)
+    results = {rate: run(encoder(), pairs(), tmp_path / str(rate), projection="centred", projection_rate=rate)
                for rate in (None, 1e-9, 0.01)}  # fmt: skip
-    for depth, still in results[None].rotations.items():
-        torch.testing.assert_close(results[1e-9].rotations[depth].encode, still.encode, rtol=0, atol=1e-6)
-        trained = results[0.01].rotations[depth]
+    for depth, still in results[None].projections.items():
+        torch.testing.assert_close(results[1e-9].projections[depth].encode, still.encode, rtol=0, atol=1e-6)
+        trained = results[0.01].projections[depth]
         assert (trained.encode - still.encode).abs().max() > 0.05 and (trained.mean - still.mean).abs().max() > 0.05
         assert not trained.encode.requires_grad
-        torch.testing.assert_close(load_rotations(tmp_path / "0.01")[depth].encode, trained.encode)
+        torch.testing.assert_close(load_projections(tmp_path / "0.01")[depth].encode, trained.encode)
     assert results[0.01].info["curve"][-1]["loss"] < results[None].info["curve"][-1]["loss"]
 
 
-def test_rotations_are_aligned_with_who_teaches(encoder, tmp_path):
+def test_projections_are_aligned_with_who_teaches(encoder, tmp_path):
     """The full model, or another one whose embeddings of the same texts are followed."""
     teacher = encoder("roberta")
     prompted = [row[column] for column in ("anchor", "positive") for row in pairs()]
     texts = list(dict.fromkeys(prompted))
     for name, given, target in (("own", None, None), ("other", teacher, torch.tensor(teacher.encode(texts)))):
         model = encoder()
-        wanted = embed.rotations(model, texts, [1, 2], target=target)
-        trained = run(model, pairs(), tmp_path / name, steps=1, teacher=given, rotation_rate=None)
-        for depth, rotation in trained.rotations.items():
-            torch.testing.assert_close(rotation.encode.abs(), wanted[depth].encode.abs(), rtol=1e-3, atol=1e-3)
+        wanted = embed.fit_projections(model, texts, [1, 2], target=target)
+        trained = run(model, pairs(), tmp_path / name, steps=1, teacher=given, projection_rate=None)
+        for depth, projection in trained.projections.items():
+            torch.testing.assert_close(projection.encode.abs(), wanted[depth].encode.abs(), rtol=1e-3, atol=1e-3)
 
 
-def test_which_depths_have_rotations(encoder, tmp_path):
+def test_which_depths_have_projections(encoder, tmp_path):
     """The full model's only if the user gives one, or narrower cups share it."""
-    given = {4: Rotation(torch.eye(32))}
-    for name, cups, rotation, depths in (
+    given = {4: Projection(torch.eye(32))}
+    for name, cups, projection, depths in (
         ("alone", "4x32", "auto", []),
         ("given", "4x32", given, [4]),
         ("shared", "2x8,4x8,4x32", "auto", [2, 4]),
     ):
-        run(encoder(), pairs(), tmp_path / name, cups, steps=1, rotation=rotation)
-        assert list(load_rotations(tmp_path / name)) == depths
+        run(encoder(), pairs(), tmp_path / name, cups, steps=1, projection=projection)
+        assert list(load_projections(tmp_path / name)) == depths
     assert torch.equal(given[4].encode, torch.eye(32))  # a copy was trained
 
 
-def test_rotations_of_the_best_checkpoint_are_kept(encoder, tmp_path):
+def test_projections_of_the_best_checkpoint_are_kept(encoder, tmp_path):
     """They are read back with the weights that they were trained with."""
     measure = GridEvaluator(CUPS, sts={"dev": scored()})
     model = encoder()
-    trained = run(model, pairs(), tmp_path / "out", evaluator=measure, rotation="pca", rotation_rate=0.05,
+    trained = run(model, pairs(), tmp_path / "out", evaluator=measure, projection="pca", projection_rate=0.05,
                   learning_rate=0.02, save_steps=6)  # fmt: skip
     curve = {point["step"]: point["mean"] for point in trained.info["curve"] if "mean" in point}
     assert curve[trained.info["best_step"]] == max(curve.values()) > curve[max(curve)]
-    again = GridEvaluator(CUPS, sts={"dev": scored()}, rotations=trained.rotations)
+    again = GridEvaluator(CUPS, sts={"dev": scored()}, projections=trained.projections)
     assert again(model)["mean"] == pytest.approx(trained.info["best"], abs=1e-6)
 
 
@@ -149,9 +149,9 @@ def test_texts_follow_the_model_as_it_was(encoder, tmp_path):
     trained = run(model, TEXTS, tmp_path / "out", steps=80, batch_size=32, learning_rate=3e-4)
 
     def agreement(model, layers, dims):
-        turns = trained.rotations if model is not old else None
+        turns = trained.projections if model is not old else None
         wanted, found = (
-            torch.nn.functional.normalize(encode(m, TEXTS, {depth: width}, rotations=turn)[depth], dim=-1)
+            torch.nn.functional.normalize(encode(m, TEXTS, {depth: width}, projections=turn)[depth], dim=-1)
             for m, depth, width, turn in ((old, 4, 32, None), (model, layers, dims, turns))
         )
         rows = torch.stack([(vectors @ vectors.mT).flatten() for vectors in (wanted, found)])
@@ -223,7 +223,7 @@ def test_queries_and_passages_have_the_models_prompts(encoder, tmp_path, monkeyp
         return preprocess(texts, prompt=prompt, **options)
 
     monkeypatch.setattr(model, "preprocess", spied)
-    options = {"steps": 1, "rotation": None, "save_strategy": "no"}  # rotations embed what has its prompt already
+    options = {"steps": 1, "projection": None, "save_strategy": "no"}  # projections embed what has its prompt already
     trained = run(model, rows, tmp_path / "out", prompts=asked, teacher=teacher, **options)
     assert trained.info["prompts"] == expected
     assert trained.info["teacher_prompts"] == ({"query": "w60 "} if "query" in columns else {})
@@ -233,13 +233,13 @@ def test_queries_and_passages_have_the_models_prompts(encoder, tmp_path, monkeyp
 def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
     model, measure = encoder(), GridEvaluator(sts={"dev": scored()})
     trained = run(
-        model, pairs(), tmp_path / "out", evaluator=measure, rotation="pca", learning_rate=0.02, save_steps=6
+        model, pairs(), tmp_path / "out", evaluator=measure, projection="pca", learning_rate=0.02, save_steps=6
     )
     points = {p["step"]: p["mean"] for p in trained.info["curve"] if "mean" in p}
     assert list(points) == [0, 6, 12, 18, 24, 30]
     best = max((step for step in points if step), key=lambda step: points[step])
     assert trained.info["best_step"] == best
-    measure = GridEvaluator(CUPS, sts={"dev": scored()}, rotations=trained.rotations)
+    measure = GridEvaluator(CUPS, sts={"dev": scored()}, projections=trained.projections)
     assert measure(model)["mean"] == pytest.approx(points[best])
     card = (tmp_path / "out" / "README.md").read_text()
     (row,) = [line.split("|")[2:4] for line in card.splitlines() if line.startswith("| 1x8 |")]
@@ -259,7 +259,7 @@ def test_an_exported_cup_is_trained_on(encoder, tmp_path):
     trained = run(small, pairs(), tmp_path / "out", save_steps=6, **options)
     points = {p["step"]: p["mean"] for p in trained.info["curve"] if "mean" in p}
     assert trained.info["best_step"] != 30, "choose another learning rate: the best is the last"
-    measure = GridEvaluator("1x8,2x16", sts={"dev": scored()}, rotations=trained.rotations)
+    measure = GridEvaluator("1x8,2x16", sts={"dev": scored()}, projections=trained.projections)
     assert measure(small)["mean"] == pytest.approx(points[trained.info["best_step"]])
     again = embed.load_encoder(tmp_path / "cup")
     shutil.rmtree(tmp_path / "out")
@@ -273,12 +273,12 @@ def test_losses_of_the_users_own(encoder, tmp_path):
     base = losses.CosineSimilarityLoss(model)
     assert run(model, scored(), tmp_path / "base", loss=base).info["loss"] == "CosineSimilarityLoss"
     assert run(model, scored(), tmp_path / "made", loss=losses.AnglELoss).info["loss"] == "AnglELoss"
-    turns = {2: Rotation(torch.eye(32).flip(0))}
-    whole = StarbucksLoss(model, losses.CoSENTLoss(model), "2x16,4x32", kl=None, rotations=turns)
-    dev = GridEvaluator(sts={"dev": scored()})  # depths without a rotation are measured as they are
+    turns = {2: Projection(torch.eye(32).flip(0))}
+    whole = StarbucksLoss(model, losses.CoSENTLoss(model), "2x16,4x32", kl=None, projections=turns)
+    dev = GridEvaluator(sts={"dev": scored()})  # depths without a projection are measured as they are
     trained = run(model, scored(), tmp_path / "whole", cups=None, loss=whole, evaluator=dev)
     assert str(trained.ladder) == "2x16,4x32" and "kl_2x16" not in trained.info["curve"][0]
-    torch.testing.assert_close(load_rotations(tmp_path / "whole")[2].encode, turns[2].encode)
+    torch.testing.assert_close(load_projections(tmp_path / "whole")[2].encode, turns[2].encode)
 
 
 def test_gradient_checkpointing_and_bf16_change_little(encoder, tmp_path):
@@ -312,7 +312,7 @@ def test_what_is_written_names_no_folders(encoder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cups, rotation, rate, whole",
+    "cups, projection, rate, whole",
     [
         (CUPS, None, None, True),
         (CUPS, "centred", 1e-3, True),  # the full model's depth has none
@@ -321,18 +321,18 @@ def test_what_is_written_names_no_folders(encoder, tmp_path):
         ("1x8,4x16,4x32", "centred", None, False),
     ],
 )
-def test_the_card_says_how_cups_are_exported(encoder, tmp_path, monkeypatch, cups, rotation, rate, whole):
+def test_the_card_says_how_cups_are_exported(encoder, tmp_path, monkeypatch, cups, projection, rate, whole):
     """Its code is run: it gives the vectors that the cup had in training."""
     model = encoder()
-    trained = run(model, TEXTS, tmp_path / "out", cups, steps=2, rotation=rotation, rotation_rate=rate)
+    trained = run(model, TEXTS, tmp_path / "out", cups, steps=2, projection=projection, projection_rate=rate)
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("the full cup 4x32 has to be exported too" in card) != whole
     assert ("it is the full model" in card) == whole
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("this folder", "out"), {})
-    given = {1: trained.rotations[1].cpu()} if rotation else None
-    wanted = torch.nn.functional.normalize(encode(model, TEXTS[:4], {1: 8}, rotations=given)[1], dim=-1)
+    given = {1: trained.projections[1].cpu()} if projection else None
+    wanted = torch.nn.functional.normalize(encode(model, TEXTS[:4], {1: 8}, projections=given)[1], dim=-1)
     found = SentenceTransformer(str(tmp_path / "small"), device="cpu").encode(TEXTS[:4])
     torch.testing.assert_close(torch.tensor(found), wanted, rtol=0, atol=1e-5)
     assert load_ladder("small") == embed.Ladder.parse("1x8")
@@ -347,12 +347,12 @@ def test_before_is_what_was_measured_before(encoder, tmp_path):
 
 def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
     model = encoder()
-    trained = run(model, TEXTS, tmp_path / "out", rotation="centred")
+    trained = run(model, TEXTS, tmp_path / "out", projection="centred")
     folder = tmp_path / "out"
-    turns = load_rotations(folder)
-    embed.export(embed.load_encoder(folder), "2x16", tmp_path / "cup", ladder=load_ladder(folder), rotations=turns)
+    turns = load_projections(folder)
+    embed.export(embed.load_encoder(folder), "2x16", tmp_path / "cup", ladder=load_ladder(folder), projections=turns)
     small = SentenceTransformer(str(tmp_path / "cup"), device="cpu")
-    wanted = encode(model, TEXTS[:4], {2: 16}, rotations={2: trained.rotations[2].cpu()})[2]
+    wanted = encode(model, TEXTS[:4], {2: 16}, projections={2: trained.projections[2].cpu()})[2]
     wanted = torch.nn.functional.normalize(wanted, dim=-1)
     torch.testing.assert_close(torch.tensor(small.encode(TEXTS[:4])), wanted, rtol=0, atol=1e-5)
     assert str(load_ladder(tmp_path / "cup")) == "2x16"
@@ -360,9 +360,14 @@ def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pairs", "texts"])
 def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch, kind):
-    options = {"save_steps": 3, "steps": 12, "rotation": "centred", "evaluator": GridEvaluator(sts={"dev": scored()})}
+    options = {
+        "save_steps": 3,
+        "steps": 12,
+        "projection": "centred",
+        "evaluator": GridEvaluator(sts={"dev": scored()}),
+    }
     if kind == "pairs":
-        options["rotation_rate"] = 0.01
+        options["projection_rate"] = 0.01
     data = pairs() if kind == "pairs" else TEXTS
     whole, part = encoder(), encoder()
     expected = run(whole, data, tmp_path / "whole", **options)
@@ -382,8 +387,8 @@ def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkey
     part = encoder()
     found = run(part, data, tmp_path / "part", resume=True, **options)
     same(whole, part)
-    for depth, rotation in expected.rotations.items():
-        same(rotation, found.rotations[depth])
+    for depth, projection in expected.projections.items():
+        same(projection, found.projections[depth])
     assert found.info["curve"] == expected.info["curve"] and found.info["best"] == expected.info["best"]
 
 
@@ -418,8 +423,8 @@ from tests.embed.training.test_train import TEXTS, pairs, run
 torch.set_num_threads(1)
 torch.manual_seed(0)
 data = TEXTS if {kind!r} == "texts" else pairs()
-run(sentence_model({backbone!r}), data, sys.argv[1], steps={steps}, use_cpu=True, save_steps=1, rotation="centred",
-    rotation_rate=1e-3, dropout={dropout}, resume=len(sys.argv) > 2, adam_epsilon=1e-4)
+run(sentence_model({backbone!r}), data, sys.argv[1], steps={steps}, use_cpu=True, save_steps=1, projection="centred",
+    projection_rate=1e-3, dropout={dropout}, resume=len(sys.argv) > 2, adam_epsilon=1e-4)
 """
 
 
@@ -463,7 +468,7 @@ def test_a_killed_process_goes_on_to_the_same_result(tmp_path, script):
         output = finished.communicate()[0].decode()
         assert finished.returncode == 0, output
     same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
-    turns = [load_rotations(tmp_path / name) for name in ("whole", "part")]
+    turns = [load_projections(tmp_path / name) for name in ("whole", "part")]
     assert all(torch.equal(turn.encode, turns[1][depth].encode) for depth, turn in turns[0].items())
 
 
@@ -481,7 +486,7 @@ def test_two_processes_are_as_good_as_one(tmp_path, script, kind):
     for finished in (one, two):
         output = finished.communicate()[0].decode()
         assert finished.returncode == 0, output
-    turns = [load_rotations(tmp_path / name) for name in ("one", "two")]
+    turns = [load_projections(tmp_path / name) for name in ("one", "two")]
     for depth, turn in turns[0].items():
         assert (turn.encode.T @ turn.encode - torch.eye(32)).abs().max() > 1e-4  # it was trained
         torch.testing.assert_close(turn.encode, turns[1][depth].encode, rtol=1e-3, atol=1e-3)
@@ -592,8 +597,8 @@ def test_folders_are_checked(encoder, tmp_path):
         (pairs(), {"steps": 0}, ValueError, "steps=0"),
         (pairs(), {"learning_rate": float("nan")}, ValueError, "learning_rate=nan"),
         (pairs(), {"warmup": 1.5}, ValueError, "warmup=1.5"),
-        (pairs(), {"rotation": "spin"}, ValueError, "rotation must be auto, aligned, centred, pca.* got 'spin'"),
-        (pairs(), {"rotation": "pca", "rotation_rate": -1.0}, ValueError, "rotation_rate=-1.0"),
+        (pairs(), {"projection": "spin"}, ValueError, "projection must be auto, aligned, centred, pca.* got 'spin'"),
+        (pairs(), {"projection": "pca", "projection_rate": -1.0}, ValueError, "projection_rate=-1.0"),
         (pairs(), {"recipe": {"klweight": 1}}, ValueError, "recipe has no .*klweight"),
         (pairs(), {"recipe": {"kl": "words"}}, ValueError, "kl='words'"),
         (pairs(), {"max_steps": 9}, ValueError, "max_steps=9 is no option of this training: use steps"),

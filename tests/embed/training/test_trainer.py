@@ -285,8 +285,8 @@ def test_an_interrupted_training_goes_on_with_the_same_objects(encoder, tmp_path
     assert "forward" not in vars(live)
     resumed = run(live, tmp_path / "out", data, save_steps=3, resume=True)
     same(live, whole)
-    for depth, rotation in expected.rotations.items():
-        same(resumed.rotations[depth], rotation)
+    for depth, projection in expected.projections.items():
+        same(resumed.projections[depth], projection)
 
 
 def test_a_pretraining_goes_on_with_the_same_objects(encoder, tmp_path):

@@ -41,7 +41,7 @@ def agreement(
     cups: Ladder | Iterable[Cup],
     reference: Tensor | None = None,
     *,
-    rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    projections: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     prompt: str | None = None,
     method: str = "",
     batch_size: int = 32,
@@ -55,7 +55,7 @@ def agreement(
         texts: strings, or rows with a column ``text``, in a list, a data frame, a data set or any iterable.
         reference: unit vectors ``[n, D]`` of the texts, compared by cosine; by default the vectors of this model at
             full size, which like its cups are compared by its own similarity.
-        rotations: by depth, as the cups were trained with; by default the model's own, if it was trained with any.
+        projections: by depth, as the cups were trained with; by default the model's own, if it was trained with any.
         prompt: in front of texts; by default the model's own.
         method: what the rows say in that column.
         batch_size: texts in a forward.
@@ -79,8 +79,8 @@ def agreement(
         wanted = _rows(reference, COSINE)
     ranks, nearest = _ranks(wanted), wanted.topk(NEIGHBOURS).indices
     used = _prompt(model, prompt)
-    turned = chosen(rotations, model)
-    found = encode(model, texts, widths(sizes), prompt=used, rotations=turned, batch_size=batch_size)
+    turned = chosen(projections, model)
+    found = encode(model, texts, widths(sizes), prompt=used, projections=turned, batch_size=batch_size)
     rows = []
     for cup in sizes:
         similar = _rows(similarity.finished(found[cup.layers][:, : cup.dims]), similarity)

@@ -21,7 +21,7 @@ from nestling.embed.evaluation.metrics import BESIDE, ranking, spearman
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.encode import TASKS, encode, stored_prompts, widths
 from nestling.embed.model.fingerprint import checksum, reading
-from nestling.embed.model.own import Rotations, chosen
+from nestling.embed.model.own import Projections, chosen
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.similarity import COSINE, Similarity
 from nestling.errors import DataError, EvaluationError, OptionError
@@ -66,7 +66,7 @@ class GridEvaluator(BaseEvaluator):
         grid: measure all of the ladder's depths in all of its widths instead of its cups alone.
         prompts: what is put in front of texts by their use, ``sts``, ``query`` or ``passage``. For those left out, the
             prompts that the model was saved with, see `stored_prompts`; ``""`` turns one off. `prompts_for` tells.
-        rotations: by depth, what is applied before vectors are cut, as a training has it; depths without one are
+        projections: by depth, what is applied before vectors are cut, as a training has it; depths without one are
             measured as they are. By default those that the model was trained with, if there are any; ``{}`` for none.
         batch_size: texts in a forward.
         name: of the evaluator, in front of its metrics and in its file's name.
@@ -90,16 +90,16 @@ class GridEvaluator(BaseEvaluator):
         retrieval: Mapping[str, FileName | Retrieval | tuple[Any, Any, Any]] | None = None,
         grid: bool = False,
         prompts: Mapping[str, str] | None = None,
-        rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+        projections: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         batch_size: int = 32,
         name: str = "",
         progress: bool = False,
     ):
         super().__init__()
         self.ladder = None if ladder is None else Ladder.parse(ladder)
-        self.grid, self.rotations, self.batch_size = flag("grid", grid), rotations, whole("batch_size", batch_size)
+        self.grid, self.projections, self.batch_size = flag("grid", grid), projections, whole("batch_size", batch_size)
         self.name, self.progress = text("name", name), flag("progress", progress)
-        named = {"sts": sts, "retrieval": retrieval, "prompts": prompts, "rotations": rotations}
+        named = {"sts": sts, "retrieval": retrieval, "prompts": prompts, "projections": projections}
         for option, value in named.items():
             if value is not None and not isinstance(value, Mapping):
                 raise OptionError(f"{option}={shown(value)}: expected a dict, by name")
@@ -180,9 +180,9 @@ class GridEvaluator(BaseEvaluator):
             EvaluationError: an embedding is not finite, or ``partial`` is damaged or of another measurement.
             LadderError, UnsupportedEncoderError: the model does not have those cups.
         """
-        cups, prompts, rotations = self.cups(model), self.prompts_for(model), chosen(self.rotations, model)
+        cups, prompts, projections = self.cups(model), self.prompts_for(model), chosen(self.projections, model)
         similarity = Similarity.of(Encoder.of(model).model)
-        kept = Partial(partial, {} if partial is None else self._job(model, cups, prompts, rotations))
+        kept = Partial(partial, {} if partial is None else self._job(model, cups, prompts, projections))
         parts: dict[str, Callable[[_Encode], dict[Cup, Row]]] = {}
         if self.sts:
             parts["sts"] = bind(self._measure_sts, cups, similarity)
@@ -193,7 +193,7 @@ class GridEvaluator(BaseEvaluator):
             def vectors(texts: Sequence[str], use: str) -> dict[int, Tensor]:
                 return encode(
                     model, texts, widths(cups), prompt=prompts[use], batch_size=self.batch_size,
-                    rotations=rotations, advance=lambda count: bar.advance(task, count), task=TASKS.get(use),
+                    projections=projections, advance=lambda count: bar.advance(task, count), task=TASKS.get(use),
                 )  # fmt: skip
 
             for part, measure in parts.items():
@@ -216,16 +216,18 @@ class GridEvaluator(BaseEvaluator):
         data = self.retrieval[part.removeprefix("retrieval ")]
         return len(data.corpus) + len(data.queries)
 
-    def _job(self, model: nn.Module, cups: list[Cup], prompts: dict[str, str], rotations: Rotations) -> dict[str, Any]:
+    def _job(
+        self, model: nn.Module, cups: list[Cup], prompts: dict[str, str], projections: Projections
+    ) -> dict[str, Any]:
         """What the numbers depend on."""
-        modules = {depth: module for depth, module in rotations.items() if isinstance(module, nn.Module)}
+        modules = {depth: module for depth, module in projections.items() if isinstance(module, nn.Module)}
         inner = Encoder.of(model).model
         similarity = Similarity.of(inner)
         sts = [[data.first.tolist(), data.second.tolist(), data.scores] for data in self.sts.values()]
         return {
             "weights": checksum(inner),
             **reading(inner),
-            "rotations": {str(depth): checksum(module) for depth, module in modules.items()},
+            "projections": {str(depth): checksum(module) for depth, module in modules.items()},
             "cups": [cup.name for cup in cups],
             "prompts": prompts,
             **({} if similarity == COSINE else {"similarity": [similarity.name, similarity.unit]}),

@@ -12,7 +12,7 @@ from nestling.embed.export.compatibility import inputs, longest
 from nestling.embed.export.origin import Origin, origin_of
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.encode import stored_prompts
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
 
 
@@ -49,7 +49,7 @@ def card(
 
 
 def trained_card(
-    model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any], rotations: Mapping[int, Rotation]
+    model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any], projections: Mapping[int, Projection]
 ) -> str:
     """The card of a model whose cups were trained: what they are, how they were trained, how one is handed out."""
     origin = origin_of(model)
@@ -60,7 +60,7 @@ def trained_card(
         f"the cups (layers x dims) {', '.join(cup.name for cup in ladder)}. Vectors are compared by "
         f"{Similarity.of(model).words} at every size."
     )
-    parts = [_front(origin, "cups"), f"# {origin.title}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
+    parts = [_front(origin, "cups"), f"# {origin.title}, {len(ladder)} cups", facts, _cut_out(ladder, projections)]
     rows = measured(ladder, training)
     if len(rows[0]) > 1:
         parts.append(f"## Measured\n\nOn held-out data, x 100.\n\n{markdown(rows)}".rstrip())
@@ -68,7 +68,7 @@ def trained_card(
 
 
 def aligned_card(
-    model: SentenceTransformer, ladder: Ladder, info: Mapping[str, Any], rotations: Mapping[int, Rotation]
+    model: SentenceTransformer, ladder: Ladder, info: Mapping[str, Any], projections: Mapping[int, Projection]
 ) -> str:
     """The card of a model whose small cups were aligned with it and not trained."""
     origin = origin_of(model)
@@ -77,7 +77,7 @@ def aligned_card(
         f"{', '.join(cup.name for cup in ladder)}, aligned with it by nestling on {info['texts']:,} texts: a linear "
         "map of each depth's vectors, in closed form. No weights were trained."
     )
-    parts = [_front(origin, "cups"), f"# {origin.title}, {len(ladder)} cups", facts, _cut_out(ladder, rotations)]
+    parts = [_front(origin, "cups"), f"# {origin.title}, {len(ladder)} cups", facts, _cut_out(ladder, projections)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -121,16 +121,16 @@ def _front(origin: Origin, what: str, usable: bool = True) -> str:
     return f"---\n{yaml_dump(head, sort_keys=False)}---"
 
 
-def _cut_out(ladder: Ladder, rotations: Mapping[int, Rotation]) -> str:
+def _cut_out(ladder: Ladder, projections: Mapping[int, Projection]) -> str:
     """How a cup is handed out."""
     small, full = ladder.cups[0], ladder.full
     whole = "Loaded as it is, it is the full model. A smaller cup is cut out as a model of its own"
-    if full.layers in rotations and not rotations[full.layers].keeps_similarities:
+    if full.layers in projections and not projections[full.layers].keeps_similarities:
         whole = (
             "Behind its pooling a linear map was trained with it, or its vectors were centred, which the folder as it "
             f"is does not apply: the full cup {full} has to be exported too. A cup is cut out as a model of its own"
         )
-    turned = ", rotations=embed.load_rotations(folder)" if rotations else ""
+    turned = ", projections=embed.load_projections(folder)" if projections else ""
     return (
         "## Use\n\n"
         f"{whole}:\n\n```python\nfrom nestling import embed\n\n"

@@ -1,7 +1,7 @@
 """A cup as a model of its own: a sentence-transformers folder of stock modules, which any server loads.
 
 The folder holds the first k layers and, as a Dense without activation, the map from the pooled vector to its first d
-coordinates (of the start rotation, if there is one), then a Normalize. So depth and width are visible to every
+coordinates (of the start projection, if there is one), then a Normalize. So depth and width are visible to every
 runtime, and nobody has to be told to cut anything: ``truncate_dim`` would be read by sentence-transformers alone, and
 applied behind the Normalize.
 """
@@ -27,9 +27,9 @@ from nestling.embed.model.encode import served_prompts
 from nestling.embed.model.folder import write_ladder
 from nestling.embed.model.layers import fit_length
 from nestling.embed.model.lora import has_adapters, merge
-from nestling.embed.model.own import own_rotations
+from nestling.embed.model.own import own_projections
 from nestling.embed.model.parts import Encoder, truncated_config
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
 from nestling.errors import ExportError, ExportFileError, FileError, OptionError, UnsupportedEncoderError
 from nestling.files.folders import write_folder
@@ -67,7 +67,7 @@ def export(
     folder: str | Path,
     *,
     ladder: Ladder | str | Iterable[Any] | None = None,
-    rotations: Mapping[int, Rotation] | None = None,
+    projections: Mapping[int, Projection] | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
     onnx: bool = False,
     int8: bool = False,
@@ -89,7 +89,7 @@ def export(
         ladder: the cups that the model was trained for, as `Ladder.parse` takes them, kept in ``nestling.json``. Those
             of this depth that are not wider than the cup are declared as widths that a server may cut to. By default
             the cup alone.
-        rotations: by depth, those that the model was trained with (``Trained.rotations``, `load_rotations`). By
+        projections: by depth, those that the model was trained with (``Trained.projections``, `load_projections`). By
             default those that it remembers, from its training or from its folder; ``{}`` for none.
         rows: measured rows (`GridEvaluator.rows`) for the model card; those of the cup are shown.
         onnx: also write ``onnx/model.onnx``: ids and mask to embeddings, any batch and length.
@@ -99,7 +99,7 @@ def export(
     Raises:
         ExportFileError: the folder cannot be made or written to, or the disk is full.
         ExportError: the folder exists, weights are not fp32, ``int8`` without ``onnx``, a package is missing, the
-            rotation is of another width, there are some but none for a depth below the model's, an adapter cannot be
+            projection is of another width, there are some but none for a depth below the model's, an adapter cannot be
             merged, a graph cannot leave prompts out of the pooling as the model does, or the result does not give the
             same vectors: those of int8 weights must have a mean cosine of 0.9.
         LadderError: the model does not have that cup, or one of the ladder's.
@@ -108,12 +108,14 @@ def export(
     folder, onnx, int8 = path("folder", folder), flag("onnx", onnx), flag("int8", int8)
     encoder = Encoder.of(model)
     size = Ladder.parse([cup]).full
-    if rotations is not None and not isinstance(rotations, Mapping):
-        raise OptionError(f"rotations={shown(rotations)}: expected rotations by depth, as load_rotations gives them")
+    if projections is not None and not isinstance(projections, Mapping):
+        raise OptionError(
+            f"projections={shown(projections)}: expected projections by depth, as load_projections gives them"
+        )
     ladder = Ladder([size]) if ladder is None else Ladder.parse(ladder)
-    rotation = _rotation(encoder, size, own_rotations(model) if rotations is None else rotations)
+    projection = _projection(encoder, size, own_projections(model) if projections is None else projections)
     Similarity.of(encoder.model)
-    _check(encoder, size, ladder, folder, rotation)
+    _check(encoder, size, ladder, folder, projection)
     if int8 and not onnx:
         raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
     if onnx:
@@ -122,9 +124,9 @@ def export(
 
     def fill(new: Path) -> Exported:
         with quiet():
-            _write(encoder, size, new, ladder, rotation)
+            _write(encoder, size, new, ladder, projection)
             served = _loaded(new, str(encoder.model.device))
-            differs = difference(encoder, size, rotation, served)
+            differs = difference(encoder, size, projection, served)
             measured = graph.write(served.cpu(), new / "onnx", int8) if onnx else (None, None)
         (new / "README.md").write_text(card(encoder.model, served, size, ladder, rows, onnx), "utf-8")
         nbytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
@@ -137,24 +139,24 @@ def export(
         raise ExportFileError(str(error)) from error
 
 
-def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, rotation: Rotation | None) -> None:
+def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, projection: Projection | None) -> None:
     Ladder({cup, *ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
     _check_new(folder)
     dtypes = {parameter.dtype for parameter in encoder.model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ExportError(f"the weights are {found}: load the model in float32, its vectors are compared to 1e-5")
-    if rotation is not None and rotation.encode.shape[0] != encoder.dims:
-        raise ExportError(f"the rotation is of width {rotation.encode.shape[0]}, the embeddings of {encoder.dims}")
+    if projection is not None and projection.encode.shape[0] != encoder.dims:
+        raise ExportError(f"the projection is of width {projection.encode.shape[0]}, the embeddings of {encoder.dims}")
 
 
-def _rotation(encoder: Encoder, cup: Cup, rotations: Mapping[int, Rotation]) -> Rotation | None:
+def _projection(encoder: Encoder, cup: Cup, projections: Mapping[int, Projection]) -> Projection | None:
     """The one of the cup's depth. The full model's may have none."""
-    if rotations and cup.layers not in rotations and cup.layers < encoder.depth:
+    if projections and cup.layers not in projections and cup.layers < encoder.depth:
         raise ExportError(
-            f"there is no rotation for {cup}, only for layers {sorted(rotations)}: choose a cup of those"
+            f"there is no projection for {cup}, only for layers {sorted(projections)}: choose a cup of those"
         )
-    return rotations.get(cup.layers)
+    return projections.get(cup.layers)
 
 
 def _check_new(folder: Path) -> None:
@@ -166,7 +168,7 @@ def _check_new(folder: Path) -> None:
         raise ExportFileError(str(error)) from error
 
 
-def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: Rotation | None) -> None:
+def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, projection: Projection | None) -> None:
     transformer = copy.deepcopy(encoder.shortened(cup.layers)).cpu()
     if has_adapters(transformer):
         try:
@@ -182,7 +184,7 @@ def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: R
     head = [copy.deepcopy(module).cpu() for module in encoder.head]
     similarity = Similarity.of(encoder.model)
     small = SentenceTransformer(
-        modules=[transformer, *_narrowed(head, encoder, cup.dims, rotation), *[Normalize()] * similarity.unit],
+        modules=[transformer, *_narrowed(head, encoder, cup.dims, projection), *[Normalize()] * similarity.unit],
         prompts=served_prompts(encoder.model),
         default_prompt_name=encoder.model.default_prompt_name,
         similarity_fn_name=similarity.name,  # type: ignore[arg-type]
@@ -191,7 +193,7 @@ def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, rotation: R
     small.save_pretrained(str(folder), create_model_card=False)
     dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
     rewrite(folder, small, dims)
-    write_ladder(folder, ladder.to_json() | {"cup": cup.name, "rotated": rotation is not None})
+    write_ladder(folder, ladder.to_json() | {"cup": cup.name, "projected": projection is not None})
 
 
 def _loaded(folder: Path, device: str) -> SentenceTransformer:
@@ -201,14 +203,14 @@ def _loaded(folder: Path, device: str) -> SentenceTransformer:
         raise ExportError(f"the export cannot be loaded again [{reason(error)}]") from error
 
 
-def _narrowed(head: list[nn.Module], encoder: Encoder, dims: int, rotation: Rotation | None) -> list[nn.Module]:
+def _narrowed(head: list[nn.Module], encoder: Encoder, dims: int, projection: Projection | None) -> list[nn.Module]:
     """The head with a linear map to the first ``dims`` coordinates behind it; linear maps in a row become one."""
-    if rotation is None and dims == encoder.width:
+    if projection is None and dims == encoder.width:
         return head
     weight, bias = torch.eye(dims, encoder.width), None
-    if rotation is not None:  # of the coordinates that the model keeps
-        weight = pad(rotation.weight(dims).cpu(), (0, encoder.width - encoder.dims))
-        bias = rotation.bias(dims)
+    if projection is not None:  # of the coordinates that the model keeps
+        weight = pad(projection.weight(dims).cpu(), (0, encoder.width - encoder.dims))
+        bias = projection.bias(dims)
     while isinstance(head[-1], Dense) and _is_linear(head[-1]):
         inner: Any = head.pop().linear
         if inner.bias is not None:

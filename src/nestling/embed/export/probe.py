@@ -14,7 +14,7 @@ from nestling.embed.ladder import Cup
 from nestling.embed.model.encode import TASKS, encode, stored_prompts
 from nestling.embed.model.layers import positions_of
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
 from nestling.errors import ExportError
 
@@ -51,7 +51,7 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: SentenceTransformer) -> float:
+def difference(encoder: Encoder, cup: Cup, projection: Projection | None, served: SentenceTransformer) -> float:
     """How far a cup's folder, as stock code loads it, is from the taps.
 
     Without a prompt, and by each stock method with the prompt that training and measuring use for it.
@@ -60,16 +60,16 @@ def difference(encoder: Encoder, cup: Cup, rotation: Rotation | None, served: Se
         ExportError: more than the tolerance, or the folder gives vectors of another width.
     """
     texts, similarity = probe_texts(encoder.model), Similarity.of(encoder.model)
-    rotations = None if rotation is None else {cup.layers: rotation}
+    projections = None if projection is None else {cup.layers: projection}
     served.eval()
     methods: dict[str, Any] = {"sts": served.encode, "query": served.encode_query, "passage": served.encode_document}
     calls: list[Any] = [("", None, partial(served.encode, prompt=""))]
     calls += [(prompt, TASKS.get(use), methods[use]) for use, prompt in stored_prompts(encoder.model).items()]
     worst = 0.0
     for prompt, task, method in calls:
-        pooled = encode(encoder.model, texts, {cup.layers: cup.dims}, prompt=prompt, rotations=rotations, task=task)[
-            cup.layers
-        ]
+        pooled = encode(
+            encoder.model, texts, {cup.layers: cup.dims}, prompt=prompt, projections=projections, task=task
+        )[cup.layers]
         wanted, found = similarity.finished(pooled), torch.as_tensor(method(texts, show_progress_bar=False))
         if found.shape != wanted.shape:
             raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {cup.dims}")

@@ -36,7 +36,7 @@ def encode(
     *,
     prompt: str = "",
     batch_size: int = 32,
-    rotations: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    projections: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
     advance: Callable[[int], None] = lambda count: None,
     task: str | None = None,
 ) -> dict[int, Tensor]:
@@ -49,7 +49,7 @@ def encode(
         texts: strings; a blank one is embedded too, as its special tokens.
         layers: for each depth, how many of the first coordinates are kept.
         prompt: put in front of every text; the model's stored prompts are not used.
-        rotations: by depth, what is applied to the pooled vectors ``[B, dims]`` before they are cut; at depths that
+        projections: by depth, what is applied to the pooled vectors ``[B, dims]`` before they are cut; at depths that
             have none, nothing is.
         advance: told how many texts are done, after each batch.
         task: what the model's preprocessing is told that texts are, as by ``encode_query`` ("query") and
@@ -74,8 +74,8 @@ def encode(
         features = batch_to_device(features, encoder.model.device)
         for layer, pooled in pooled_taps(encoder, features, layers, {}).items():
             pooled = pooled.float()
-            if rotations is not None and layer in rotations:
-                pooled = rotations[layer](pooled)
+            if projections is not None and layer in projections:
+                pooled = projections[layer](pooled)
             cut = pooled[:, : layers[layer]].cpu()
             _check_finite(cut, [texts[i] for i in places], layer)
             found[layer][places] = cut

@@ -1,9 +1,9 @@
-"""What a trained encoder's folder holds beside a stock sentence-transformers model: its ladder and rotations.
+"""What a trained encoder's folder holds beside a stock sentence-transformers model: its ladder and projections.
 
 ``nestling.json`` has the cups (`Ladder.to_json`), how they were trained, in the folder of an export which cup it is,
-and, under ``sha256``, checksums of the folder's safetensors files by name. ``rotations.safetensors`` has
-``DEPTH.encode`` ``[H, H]`` and perhaps ``DEPTH.mean`` ``[H]``, fp32, where training started from a rotation, and
-perhaps trained it; it is applied to pooled vectors before they are cut. Stock readers ignore both files.
+and, under ``sha256``, checksums of the folder's safetensors files by name. ``projections.safetensors`` has
+``DEPTH.encode`` ``[H, H]`` and perhaps ``DEPTH.mean`` ``[H]``, fp32, for each depth whose pooled vectors are projected
+before they are cut. Stock readers ignore both files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.hub import find_file
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.errors import LadderError, LoadError, TrainingError, UnreachableError
 from nestling.files.fields import Fields
 from nestling.files.folders import Parts, read_sealed, sha256, waiting
@@ -32,8 +32,9 @@ from nestling.files.temporary import temporary_file
 from nestling.files.writing import check_folder, naming, sync
 from nestling.report.results import plain
 
-LADDER_FILE, ROTATIONS_FILE, CARD_FILE = "nestling.json", "rotations.safetensors", "README.md"
-PARTS = Parts(LADDER_FILE, (ROTATIONS_FILE, CARD_FILE))
+LADDER_FILE, PROJECTIONS_FILE, CARD_FILE = "nestling.json", "projections.safetensors", "README.md"
+FORMER_FILE = "rotations.safetensors"  # as earlier releases called it, under "rotations" in nestling.json
+PARTS = Parts(LADDER_FILE, (PROJECTIONS_FILE, CARD_FILE))
 
 
 def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
@@ -52,25 +53,26 @@ def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
     return Ladder([Cup.parse(str(found["cup"]))]) if "cup" in found else Ladder.from_json(found)
 
 
-def load_rotations(name: str | os.PathLike[str]) -> dict[int, Rotation]:
-    """The rotation of each depth that an encoder was trained with; empty if there were none.
+def load_projections(name: str | os.PathLike[str]) -> dict[int, Projection]:
+    """The projection of each depth that an encoder was trained with; empty if there were none.
 
     Args:
         name: a folder or a hub id, as for `load_encoder`.
 
     Raises:
-        LadderError: a file is damaged, or the rotations that ``nestling.json`` speaks of are missing.
+        LadderError: a file is damaged, or the projections that ``nestling.json`` speaks of are missing.
         LoadError: there is no such model.
     """
     found = read(name)
-    if found is None or not found.get("rotations"):
+    file = (found or {}).get("projections") or (found or {}).get("rotations")
+    if found is None or not file:
         return {}
-    path, checksum = find_file(name, ROTATIONS_FILE), checksums(found).get(ROTATIONS_FILE)
+    path, checksum = find_file(name, file), checksums(found).get(file)
     if path is None and checksum is not None:
-        path = waiting(Path(name, ROTATIONS_FILE), checksum)
+        path = waiting(Path(name, file), checksum)
     if path is None or not path.is_file():
-        raise LadderError(f"{name}: {ROTATIONS_FILE} is missing, and {LADDER_FILE} says that the cups need it")
-    return read_rotations(path, checksum)
+        raise LadderError(f"{name}: {file} is missing, and {LADDER_FILE} says that the cups need it")
+    return read_projections(path, checksum)
 
 
 def check_weights(folder: Path) -> None:
@@ -82,7 +84,7 @@ def check_weights(folder: Path) -> None:
     found = read(folder)
     for name, checksum in checksums(found or {}).items():
         path = folder / name
-        if name == ROTATIONS_FILE or not path.is_file():
+        if name in (PROJECTIONS_FILE, FORMER_FILE) or not path.is_file():
             continue
         tensor_shapes(path, LoadError)  # before all of a file is read that has no end
         if sha256(path) != checksum:
@@ -138,8 +140,10 @@ def _check(found: Fields) -> None:
     """Whether the values of ``nestling.json`` beside the cups are of their types."""
     if (cup := found.text("cup", default=None)) is not None:
         Cup.parse(cup)
-    found.text("rotations", (ROTATIONS_FILE,), default=None)
-    found.flag("rotated", default=None)
+    found.text("projections", (PROJECTIONS_FILE,), default=None)
+    found.text("rotations", (FORMER_FILE,), default=None)
+    for name in ("projected", "rotated"):
+        found.flag(name, default=None)
     for name in ("training", "pretraining", "alignment"):
         found.object(name, default=None)
     if (sums := found.object("sha256", default=None)) is not None:
@@ -149,8 +153,8 @@ def _check(found: Fields) -> None:
                 raise LadderError(f"{sums.where} must be checksums of files in the folder, got {short(name)}")
 
 
-def read_rotations(path: Path, checksum: str | None = None) -> dict[int, Rotation]:
-    """The rotations of a file, by depth.
+def read_projections(path: Path, checksum: str | None = None) -> dict[int, Projection]:
+    """The projections of a file, by depth.
 
     Args:
         checksum: the file's, where it is known.
@@ -170,8 +174,8 @@ def read_rotations(path: Path, checksum: str | None = None) -> dict[int, Rotatio
     return turns
 
 
-def _turns(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[int, Rotation]:
-    """Raises ValueError for tensors that are no rotations."""
+def _turns(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> dict[int, Projection]:
+    """Raises ValueError for tensors that are no projections."""
     for name, tensor in tensors.items():
         if not re.fullmatch(r"[1-9]\d{0,8}\.(encode|mean)", name, re.ASCII):
             raise ValueError(f"unknown tensor {short(name)}")
@@ -181,20 +185,20 @@ def _turns(tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> di
     if missing := [depth for depth in depths if f"{depth}.encode" not in tensors]:
         raise ValueError(f"{missing[0]}.encode is missing")
     if len({shapes[f"{depth}.encode"][0] for depth in depths if shapes[f"{depth}.encode"]}) > 1:
-        raise ValueError("rotations of several widths")
-    return {depth: Rotation(tensors[f"{depth}.encode"], tensors.get(f"{depth}.mean")) for depth in depths}
+        raise ValueError("projections of several widths")
+    return {depth: Projection(tensors[f"{depth}.encode"], tensors.get(f"{depth}.mean")) for depth in depths}
 
 
-def write_rotations(path: Path, rotations: Mapping[int, Rotation]) -> None:
-    """The file that `read_rotations` reads, written whole or not at all.
+def write_projections(path: Path, projections: Mapping[int, Projection]) -> None:
+    """The file that `read_projections` reads, written whole or not at all.
 
     Raises:
         FileError: it cannot be written.
     """
     tensors = {
         f"{depth}.{name}": tensor.cpu().contiguous()
-        for depth, rotation in rotations.items()
-        for name, tensor in rotation.state_dict().items()
+        for depth, projection in projections.items()
+        for name, tensor in projection.state_dict().items()
     }
     with naming(path), temporary_file(path.parent) as new:
         mode = stat.S_IMODE(new.stat().st_mode)

@@ -11,13 +11,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from nestling.embed.model.folder import LADDER_FILE, check_weights, load_rotations
+from nestling.embed.model.folder import LADDER_FILE, check_weights, load_projections
 from nestling.embed.model.hub import find_file
 from nestling.embed.model.layers import fit_length
 from nestling.embed.model.layout import adapter_folder, layout_of
 from nestling.embed.model.lora import merge
 from nestling.embed.model.own import remember
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.errors import LoadError, UnreachableError
 from nestling.files.models import check_model_folder
 from nestling.files.reading import is_failure, reason
@@ -30,7 +30,7 @@ def load_encoder(name: str | os.PathLike[str], pooling: str | None = None) -> Se
     Only safetensors weights are read, in float32, and code that comes with a checkpoint is never run. A folder or an
     alias is loaded without asking any hub, but for the base model of an adapter (LoRA), which is merged into it. The
     name that the model carries, into model cards for instance, is ``name`` itself and not a folder of this machine. It
-    also carries the rotations that its cups were trained with, if there are any, for exports and measurements. Texts
+    also carries the projections that its cups were trained with, if there are any, for exports and measurements. Texts
     are cut to the positions that the model has, if it was saved with a greater length.
 
     Args:
@@ -60,7 +60,7 @@ def load_encoder(name: str | os.PathLike[str], pooling: str | None = None) -> Se
     backbone.name_or_path = backbone.config.name_or_path = name
     model.model_card_data.base_model = name
     fit_length(model[0])  # type: ignore[arg-type]
-    remember(model, _rotations(source))
+    remember(model, _projections(source))
     return model.eval()
 
 
@@ -172,10 +172,10 @@ def _stored(source: Path | str, folder: str, prefix: str) -> set[str]:
     return {name.removeprefix(f"{prefix}.") for name in names}
 
 
-def _rotations(source: Path | str) -> dict[int, Rotation]:
+def _projections(source: Path | str) -> dict[int, Projection]:
     """Those of the folder; none where a hub cannot be asked and there is no ``nestling.json`` in its cache."""
     try:
-        return load_rotations(source) if find_file(source, LADDER_FILE) is not None else {}
+        return load_projections(source) if find_file(source, LADDER_FILE) is not None else {}
     except UnreachableError:
         return {}
 

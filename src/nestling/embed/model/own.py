@@ -1,4 +1,4 @@
-"""The rotations that belong to a model: those it was trained with, remembered so that nobody can forget them."""
+"""The projections that belong to a model: those it was trained with, remembered so that nobody can forget them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from nestling.embed.model.folder import LADDER_FILE, load_rotations
+from nestling.embed.model.folder import LADDER_FILE, load_projections
 from nestling.embed.model.parts import unwrapped
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 
-NAME = "nestling_rotations"  # of a model's attribute
-Rotations = Mapping[int, Callable[[Tensor], Tensor]]
-
-
-def remember(model: SentenceTransformer, rotations: Mapping[int, Rotation]) -> None:
-    """Let a model know its rotations, by depth; an empty mapping: it has none, whatever its folder says."""
-    setattr(model, NAME, dict(rotations))
+NAME = "nestling_projections"  # of a model's attribute
+Projections = Mapping[int, Callable[[Tensor], Tensor]]
 
 
-def own_rotations(model: nn.Module) -> dict[int, Rotation]:
-    """The rotations of a model that `load_encoder` has loaded or `embed.train` trained; empty if it has none.
+def remember(model: SentenceTransformer, projections: Mapping[int, Projection]) -> None:
+    """Let a model know its projections, by depth; an empty mapping: it has none, whatever its folder says."""
+    setattr(model, NAME, dict(projections))
+
+
+def own_projections(model: nn.Module) -> dict[int, Projection]:
+    """The projections of a model that `load_encoder` has loaded or `embed.train` trained; empty if it has none.
 
     A model that stock code has loaded from such a folder has those of the folder, with a warning.
 
@@ -37,16 +37,16 @@ def own_rotations(model: nn.Module) -> dict[int, Rotation]:
     folder = str(getattr(getattr(inner[0], "model", None), "name_or_path", "") or "")
     if not folder or not (Path(folder) / LADDER_FILE).is_file():
         return {}
-    found = load_rotations(folder)
+    found = load_projections(folder)
     if found:
         warnings.warn(
-            f"the model was loaded from {folder}, whose cups were trained with rotations: they are used; load it with "
-            "embed.load_encoder, or give rotations={} to leave them out",
+            f"the model was loaded from {folder}, whose cups were trained with projections: they are used; load it "
+            "with embed.load_encoder, or give projections={} to leave them out",
             stacklevel=3,
         )
     return found
 
 
-def chosen(rotations: Rotations | None, model: nn.Module) -> Rotations:
-    """The rotations that were given, if any were, else the model's own."""
-    return own_rotations(model) if rotations is None else rotations
+def chosen(projections: Projections | None, model: nn.Module) -> Projections:
+    """The projections that were given, if any were, else the model's own."""
+    return own_projections(model) if projections is None else projections

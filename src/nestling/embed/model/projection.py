@@ -2,7 +2,7 @@
 
 Principal components say how a depth's vectors vary. What a small cup is for is to tell what the full model, or a
 teacher, would: a regression of their embeddings on the depth's vectors finds that in closed form, before any training.
-Trained with the encoder, a rotation stays any linear map: what a depth's vectors are for the layers above and what
+Trained with the encoder, a projection stays any linear map: what a depth's vectors are for the layers above and what
 they are as embeddings need not be the same coordinates. It can be folded into the linear map that cuts an exported
 model to its width.
 """
@@ -28,7 +28,7 @@ RIDGE = 0.03  # of the regression, in mean variances of the vectors
 OWN = 0.03  # how much of a depth's own vectors is aligned to beside the target, in spreads of the target
 
 
-class Rotation(nn.Module):
+class Projection(nn.Module):
     """``x -> (x - mean) @ encode`` for vectors of one depth.
 
     Both are parameters that no gradient is taken of, unless ``requires_grad_`` says so.
@@ -74,7 +74,7 @@ class Rotation(nn.Module):
         return -(self.mean.detach().double() @ self.encode.detach()[:, :dims].double()).float()
 
 
-def rotations(
+def fit_projections(
     model: nn.Module,
     texts: Iterable[str],
     layers: Iterable[int],
@@ -85,8 +85,8 @@ def rotations(
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
     prompts: Sequence[str] | None = None,
-) -> dict[int, Rotation]:
-    """Start rotations of the pooled vectors at each depth, from one pass over texts.
+) -> dict[int, Projection]:
+    """Start projections of the pooled vectors at each depth, from one pass over texts.
 
     Where the model compares by something in which lengths count, they keep them: vectors of the full model are
     predicted as they are, not as unit vectors, nothing is flattened, and for dot products nothing is centred.
@@ -109,12 +109,12 @@ def rotations(
             (``include_prompt=False``) has to know.
 
     Returns:
-        ``{depth: Rotation}``.
+        ``{depth: Projection}``.
 
     Raises:
         ValueError: there are no texts, the kind is none of these, the target is of other texts, or an embedding is not
             finite.
-        UnsupportedEncoderError: the model compares by the Manhattan distance, which no rotation keeps; or as `taps`.
+        UnsupportedEncoderError: the model compares by the Manhattan distance, which no projection keeps; or as `taps`.
         LadderError: as `taps`.
     """
     whole("batch_size", batch_size)
@@ -123,7 +123,7 @@ def rotations(
     similarity = Similarity.of(parts.model)
     check_turns(similarity, kind)
     if not given:
-        raise ExampleError("expected texts to take rotations from, got none")
+        raise ExampleError("expected texts to take projections from, got none")
     if kind not in KINDS:
         raise OptionError(f"kind must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
     if target is not None and (target.ndim != 2 or len(target) != len(given)):
@@ -145,12 +145,12 @@ def rotations(
             turned[depth] = _components(vectors[depth], centred)
             continue
         encode, mean = _aligned(vectors[depth], wanted, flatten if similarity.unit else 0.0, centred)
-        turned[depth] = _scaled(encode, mean) if similarity.unit else Rotation(encode, mean)
+        turned[depth] = _scaled(encode, mean) if similarity.unit else Projection(encode, mean)
     return turned
 
 
 def check_turns(similarity: Similarity, kind: str = "aligned") -> None:
-    """Whether a model of that similarity can have rotations of that kind.
+    """Whether a model of that similarity can have projections of that kind.
 
     Raises:
         UnsupportedEncoderError: none.
@@ -158,25 +158,25 @@ def check_turns(similarity: Similarity, kind: str = "aligned") -> None:
     """
     if not similarity.unit and similarity.name == "manhattan":
         raise UnsupportedEncoderError(
-            "the model compares by the Manhattan distance of its coordinates, which no rotation of them keeps: cut "
+            "the model compares by the Manhattan distance of its coordinates, which no projection of them keeps: cut "
             'its cups out as they are, or set model.similarity_fn_name = "cosine" if that is how it was trained'
         )
     if not similarity.unit and similarity.name == "dot" and kind == "centred":
         raise OptionError('kind="centred" changes dot products, by which the model compares: take aligned or pca')
 
 
-def _components(vectors: Tensor, centred: bool) -> Rotation:
+def _components(vectors: Tensor, centred: bool) -> Projection:
     mean = vectors.mean(0)
     covariance = vectors.mT @ vectors / len(vectors) - torch.outer(mean, mean) * centred
-    return Rotation(pca(covariance).encode, mean if centred else None)
+    return Projection(pca(covariance).encode, mean if centred else None)
 
 
 def _aligned(vectors: Tensor, wanted: Tensor, flatten: float, centred: bool) -> tuple[Tensor, Tensor | None]:
     """The balanced basis whose prefixes tell most of ``wanted`` ``[n, D]``, and a mean: ``[H, H], [H]``.
 
     With C the covariance of the vectors and B the ridge regression of ``wanted`` on them, dropping coordinates costs
-    ``balanced(C, B B^T)`` least: the error of a vector is weighed by what it changes in the prediction. Its coordinates
-    have spreads S^1/2, which are brought to S^(1 - flatten). A little of the vectors themselves is wanted too, so that
+    ``balanced(C, B B^T)`` least: the error of a vector is weighed by what it changes in the prediction. The variances
+    S of its coordinates are brought to S^(2 - 2 flatten). A little of the vectors themselves is wanted too, so that
     coordinates beyond what the target has are not empty.
     """
     mean = vectors.mean(0) * centred
@@ -192,9 +192,9 @@ def _aligned(vectors: Tensor, wanted: Tensor, flatten: float, centred: bool) -> 
     return basis.encode * spreads ** (0.5 - flatten), mean if centred else None
 
 
-def _scaled(encode: Tensor, mean: Tensor | None) -> Rotation:
+def _scaled(encode: Tensor, mean: Tensor | None) -> Projection:
     """As large as an orthogonal matrix, since learning rates are for entries of that size."""
-    return Rotation(encode * (len(encode) ** 0.5 / encode.norm().clamp_min(1e-12)), mean)
+    return Projection(encode * (len(encode) ** 0.5 / encode.norm().clamp_min(1e-12)), mean)
 
 
 def _shape(tensor: Tensor | None) -> list[int] | None:

@@ -15,7 +15,7 @@ def taps(
     model: nn.Module,
     features: Mapping[str, Any],
     layers: Iterable[int],
-    rotations: Mapping[int, nn.Module] | None = None,
+    projections: Mapping[int, nn.Module] | None = None,
 ) -> dict[int, Tensor]:
     """The pooled vector at each depth, equal to what the model of the first k layers computes.
 
@@ -32,7 +32,7 @@ def taps(
             here).
         features: one batch of texts as ``model.preprocess`` makes it; it is not changed.
         layers: depths from 1 to the model's, in any order.
-        rotations: by depth, applied to the pooled vectors.
+        projections: by depth, applied to the pooled vectors.
 
     Returns:
         ``{depth: [B, dims]}``, not normalised, shallow first.
@@ -42,15 +42,15 @@ def taps(
         LadderError: no depths, or one that the model does not have.
         OptionError: the model's ``max_seq_length`` lets texts through that it has no positions for.
     """
-    return pooled_taps(Encoder.of(model), features, layers, rotations or {})
+    return pooled_taps(Encoder.of(model), features, layers, projections or {})
 
 
 def pooled_taps(
-    encoder: Encoder, features: Mapping[str, Any], layers: Iterable[int], rotations: Mapping[int, Any]
+    encoder: Encoder, features: Mapping[str, Any], layers: Iterable[int], projections: Mapping[int, Any]
 ) -> dict[int, Tensor]:
     """`taps` of an encoder whose parts are known."""
     pooled = {number: encoder.pool(features, states) for number, states in _states(encoder, features, layers).items()}
-    return {number: rotations[number](x) if number in rotations else x for number, x in pooled.items()}
+    return {number: projections[number](x) if number in projections else x for number, x in pooled.items()}
 
 
 def token_taps(model: nn.Module, features: Mapping[str, Any], layers: Iterable[int]) -> dict[int, Tensor]:

@@ -14,7 +14,7 @@ from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.folder import check_place
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import check_turns, rotations
+from nestling.embed.model.projection import check_turns, fit_projections
 from nestling.embed.model.similarity import Similarity
 from nestling.embed.training.data import Examples
 from nestling.embed.training.job import ladder_of
@@ -37,9 +37,9 @@ def align(
 ) -> Trained:
     """Save a model whose small cups are aligned with it in closed form, from one pass over texts without labels.
 
-    What it writes is what `train` writes, with the rotations that a training would start from (see `rotations`):
-    exports and measurements take it as they do a trained one. The weights stay as they are, and so does the full cup,
-    unless narrower ones share its depth: then its vectors are centred like theirs.
+    What it writes is what `train` writes, with the projections that a training would start from (see
+    `fit_projections`): exports and measurements take it as they do a trained one. The weights stay as they are, and so
+    does the full cup, unless narrower ones share its depth: then its vectors are centred like theirs.
 
     Args:
         model: a SentenceTransformer.
@@ -79,7 +79,7 @@ def align(
     used = stored_prompts(model)["sts"] if prompt is None else prompt
     with progress_bar(progress) as bar:
         task = bar.add_task("reading texts", total=len(few))
-        turns = rotations(
+        turns = fit_projections(
             model, [used + said for said in few], depths, batch_size=batch_size,
             advance=lambda count: bar.advance(task, count), prompts=[used] * len(few),
         )  # fmt: skip

@@ -40,13 +40,13 @@ NUMBERS: dict[str, Callable[[str, Any], Any]] = {
     "length": whole,
     "cups_per_step": whole,
     "learning_rate": partial(number, above=0),
-    "rotation_rate": partial(number, above=0),
+    "projection_rate": partial(number, above=0),
     "warmup": partial(number, minimum=0, below=1),
     "encoder_ratio": share,
     "decoder_ratio": share,
     "seed": partial(whole, minimum=0, maximum=2**32 - 1),
 }
-OPTIONAL = ("steps", "batch_size", "mini_batch_size", "length", "cups_per_step", "rotation_rate")  # may be None
+OPTIONAL = ("steps", "batch_size", "mini_batch_size", "length", "cups_per_step", "projection_rate")  # may be None
 # Changes that leave the result as it is, so that a training can be resumed with others.
 FREE = ("logging", "dataloader", "ddp", "report_to", "run_name", "log_level", "use_cpu", "save_total_limit",
         "gradient_checkpointing", "activation_checkpointing")  # fmt: skip

@@ -17,7 +17,7 @@ from nestling.embed.ladder import Ladder
 from nestling.embed.model.fingerprint import checksum, reading
 from nestling.embed.model.modes import in_eval_mode
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import KINDS, Rotation, check_turns
+from nestling.embed.model.projection import KINDS, Projection, check_turns
 from nestling.embed.model.similarity import Similarity
 from nestling.embed.training.arguments import check_changes, processes, relevant
 from nestling.embed.training.data import Examples
@@ -44,23 +44,27 @@ class Plan:
             self.teacher is not None or self.examples.kind == "texts"
         )
 
-    def check(self, cups, recipe, rotation, mini_batch_size, arguments) -> None:
+    def check(self, cups, recipe, projection, mini_batch_size, arguments) -> None:
         """Options that do not go together, and labels that the loss cannot use."""
         name, model = type(self.given).__name__, self.encoder.model
         if self.teacher is not None and not isinstance(self.teacher, SentenceTransformer):
             raise OptionError(
                 f"teacher={shown(self.teacher)}: expected a SentenceTransformer, as load_encoder makes one"
             )
-        turns = list(rotation.values()) if isinstance(rotation, Mapping) else []
-        if not isinstance(rotation, str | Mapping | None) or not all(isinstance(turn, Rotation) for turn in turns):
-            raise OptionError(f"rotation={shown(rotation)}: expected auto, {', '.join(KINDS)}, or rotations by depth")
-        if isinstance(rotation, str) and rotation not in ("auto", *KINDS):
-            raise OptionError(f"rotation must be auto, {', '.join(KINDS)}, or rotations by depth, got {rotation!r}")
+        turns = list(projection.values()) if isinstance(projection, Mapping) else []
+        if not isinstance(projection, str | Mapping | None) or not all(isinstance(turn, Projection) for turn in turns):
+            raise OptionError(
+                f"projection={shown(projection)}: expected auto, {', '.join(KINDS)}, or projections by depth"
+            )
+        if isinstance(projection, str) and projection not in ("auto", *KINDS):
+            raise OptionError(
+                f"projection must be auto, {', '.join(KINDS)}, or projections by depth, got {projection!r}"
+            )
         if self.given is not None and getattr(self.given, "model", model) is not model:
             raise OptionError(f"the {name} is of another model: make it of the one that is trained")
         if isinstance(self.given, StarbucksLoss):
-            asked = None if rotation == "auto" else rotation
-            also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "rotation": asked}
+            asked = None if projection == "auto" else projection
+            also = {"cups": cups, "teacher": self.teacher, "recipe": recipe, "projection": asked}
             if wrong := [key for key, value in also.items() if value is not None]:
                 raise OptionError(f"a StarbucksLoss has its own {', '.join(wrong)}: give those to it, or a base loss")
         if mini_batch_size is not None and (self.given is not None or self.examples.kind != "pairs"):
@@ -72,9 +76,9 @@ class Plan:
             raise OptionError("a teacher takes the place of labels: give pairs or texts, or leave the teacher out")
         check_labels(self.given, self.examples.labels)
         check_changes(arguments)
-        self._check_similarity(recipe, "aligned" if rotation == "auto" else rotation)
+        self._check_similarity(recipe, "aligned" if projection == "auto" else projection)
 
-    def _check_similarity(self, recipe: Mapping[str, Any] | None, rotation: Any) -> None:
+    def _check_similarity(self, recipe: Mapping[str, Any] | None, projection: Any) -> None:
         """Our losses, and teachers, are of cosines: a model of dot products or distances would become one of them."""
         similarity = Similarity.of(self.encoder.model)
         if similarity.unit:
@@ -88,17 +92,17 @@ class Plan:
                 "loss of that similarity with recipe={'normalize': False} and no teacher, or set "
                 'model.similarity_fn_name = "cosine" to train it for cosines'
             )
-        if isinstance(rotation, str):
-            check_turns(similarity, rotation)
+        if isinstance(projection, str):
+            check_turns(similarity, projection)
 
     def job(
-        self, ladder, steps, batch, learning_rate, warmup, seed, prompts, teacher_prompts, recipe, rotation,
+        self, ladder, steps, batch, learning_rate, warmup, seed, prompts, teacher_prompts, recipe, projection,
         mini_batch_size, arguments,
     ) -> dict[str, Any]:  # fmt: skip
         """What a resumed training must agree on: plain JSON values."""
         data = [self.examples.kind, self.examples.columns, self.examples.labels]
-        if isinstance(rotation, Mapping):
-            rotation = {str(depth): checksum(module) for depth, module in rotation.items()}
+        if isinstance(projection, Mapping):
+            projection = {str(depth): checksum(module) for depth, module in projection.items()}
         base, taught = self.base(mini_batch_size), self.teacher
         weights = {str(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
         recipe = {**(recipe or {}), **({"weights": weights} if weights else {})}
@@ -107,7 +111,7 @@ class Plan:
             "kind": self.examples.kind, "rows": len(self.examples), "data": checksum(data),
             "loss": None if base is None else type(base).__name__, "loss_settings": settings_of(base),
             "teacher": None if taught is None else {"model": checksum(taught), **reading(taught)},
-            "rotation": rotation, "recipe": recipe, "prompts": prompts, "teacher_prompts": teacher_prompts,
+            "projection": projection, "recipe": recipe, "prompts": prompts, "teacher_prompts": teacher_prompts,
             "steps": steps, "batch_size": batch, "learning_rate": learning_rate, "warmup": warmup, "seed": seed,
             "arguments": relevant(arguments),
         }  # fmt: skip
@@ -123,7 +127,7 @@ class Plan:
             return losses.MultipleNegativesRankingLoss(model)
         return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
 
-    def loss(self, ladder: Ladder, recipe, mini_batch_size, rotations, table) -> StarbucksLoss:
+    def loss(self, ladder: Ladder, recipe, mini_batch_size, projections, table) -> StarbucksLoss:
         """The loss of all cups."""
         if isinstance(self.given, StarbucksLoss):
             return self.given
@@ -132,7 +136,7 @@ class Plan:
         asked = {ladder.cup(cup): weight for cup, weight in ((recipe or {}).get("weights") or {}).items()}
         weights = {ladder.full: max(1.0, len(ladder) - 1.0)} | asked
         return StarbucksLoss(
-            self.encoder.model, base, ladder, rotations=rotations, teacher=table,
+            self.encoder.model, base, ladder, projections=projections, teacher=table,
             gather_across_devices=gathers, **{**(recipe or {}), "weights": weights},
         )  # fmt: skip
 

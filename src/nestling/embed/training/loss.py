@@ -15,7 +15,7 @@ from torch.nn.functional import normalize as unit
 
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.model.taps import taps
 from nestling.embed.training.base_losses import Batches, cached_value, caches_gradients, value
 from nestling.embed.training.cached import CachedRepresentation
@@ -92,7 +92,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
             loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
             distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
             both see vectors as they are, for dot products.
-        rotations: ``{depth: Rotation}``, applied to pooled vectors before they are cut; parameters of the loss.
+        projections: ``{depth: Projection}``, applied to pooled vectors before they are cut; parameters of the loss.
         teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
             from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
             numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
@@ -134,7 +134,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         cascade: bool = False,
         detach_teacher: bool = True,
         normalize: bool = True,
-        rotations: Mapping[int, Rotation] | None = None,
+        projections: Mapping[int, Projection] | None = None,
         teacher: Tensor | np.ndarray | None = None,
         gather_across_devices: bool = False,
     ):
@@ -164,7 +164,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         self.teacher_temperature = given["teacher_temperature"] or self.temperature
         named = {self.cups.cup(name): weight for name, weight in (given["weights"] or {}).items()}
         self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
-        self.rotations = nn.ModuleDict({str(depth): rotation for depth, rotation in (rotations or {}).items()})
+        self.projections = nn.ModuleDict({str(depth): projection for depth, projection in (projections or {}).items()})
         # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
         self.teacher = None if teacher is None else checked_teacher(teacher)
         self._check()
@@ -173,12 +173,12 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         self.widths = {depth: max(c.dims for c in self.cups if c.layers == depth) for depth in self.cups.layers}
 
     def _check(self) -> None:
-        if self.rotations and isinstance(self.loss, EmbedDistillLoss):
-            raise OptionError("EmbedDistillLoss compares coordinates with those of another model: use no rotations")
-        for depth, rotation in self.rotations.items():
-            size = len(rotation.get_parameter("encode"))
+        if self.projections and isinstance(self.loss, EmbedDistillLoss):
+            raise OptionError("EmbedDistillLoss compares coordinates with those of another model: use no projections")
+        for depth, projection in self.projections.items():
+            size = len(projection.get_parameter("encode"))
             if int(depth) not in self.cups.layers or size != self.cups.full.dims:
-                raise OptionError(f"no cup of {self.cups} takes a rotation of {size} coordinates at depth {depth}")
+                raise OptionError(f"no cup of {self.cups} takes a projection of {size} coordinates at depth {depth}")
         if self.teacher is not None and self.kl != "similarity":
             raise OptionError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
         if self.loss is None and self.teacher is None:
@@ -212,8 +212,8 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     def represent(self, features: dict[str, Any]) -> dict[str, Tensor]:
         """The vectors of all depths side by side ``[B, S]``, where losses expect the embedding."""
-        rotations = {int(depth): rotation for depth, rotation in self.rotations.items()}
-        vectors = taps(self.model, features, self.widths, rotations)
+        projections = {int(depth): projection for depth, projection in self.projections.items()}
+        vectors = taps(self.model, features, self.widths, projections)
         cut = [vectors[depth][:, :width] for depth, width in self.widths.items()]
         return {"sentence_embedding": torch.cat(cut, 1)}
 
@@ -288,7 +288,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
             names = ("kl_weight", "temperature", "teacher_temperature", "cascade", "detach_teacher")
             config |= {name: getattr(self, name) for name in names}
         config["weights"] = {cup.name: weight for cup, weight in self.weights.items() if weight != 1.0}
-        config["rotated_layers"] = sorted(int(depth) for depth in self.rotations)
+        config["projected_layers"] = sorted(int(depth) for depth in self.projections)
         return config | {"normalize": self.normalize, "external_teacher": self.teacher is not None}
 
     @property

@@ -13,7 +13,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvalu
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.modes import in_eval_mode
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.errors import EvaluationError, NestlingError, OptionError
 from nestling.options import shown
 
@@ -83,20 +83,20 @@ class Measures:
             if changes.get("greater_is_better") is None:
                 options.greater_is_better = bool(getattr(self.evaluator, "greater_is_better", True))
 
-    def during(self, rotations: dict[int, Rotation]) -> BaseEvaluator:
-        """The evaluator for the training: grids with its cups and rotations, where they have none of their own."""
-        return self._during(self.evaluator, rotations)
+    def during(self, projections: dict[int, Projection]) -> BaseEvaluator:
+        """The evaluator for the training: grids with its cups and projections, where they have none of their own."""
+        return self._during(self.evaluator, projections)
 
-    def _during(self, evaluator: Any, rotations: dict[int, Rotation]) -> BaseEvaluator:
+    def _during(self, evaluator: Any, projections: dict[int, Projection]) -> BaseEvaluator:
         if isinstance(evaluator, SequentialEvaluator):
             several = copy(evaluator)
-            several.evaluators = [self._during(part, rotations) for part in evaluator.evaluators]
+            several.evaluators = [self._during(part, projections) for part in evaluator.evaluators]
             return several
         if not isinstance(evaluator, GridEvaluator):
             return _Measured(evaluator, self.first[id(evaluator)])
         grid = _with_ladder(evaluator, self.ladder)
-        if evaluator.rotations is None:
-            grid.rotations = rotations
+        if evaluator.projections is None:
+            grid.projections = projections
         return grid
 
 

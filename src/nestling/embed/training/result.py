@@ -15,15 +15,15 @@ from nestling.embed.model.encode import served_prompts
 from nestling.embed.model.folder import (
     CARD_FILE,
     PARTS,
-    ROTATIONS_FILE,
+    PROJECTIONS_FILE,
     check_place,
     may_have_card,
     write_ladder,
-    write_rotations,
+    write_projections,
 )
 from nestling.embed.model.lora import merged
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.training.trainer import without_bars
 from nestling.errors import TrainingError
 from nestling.files.folders import sha256, write_folder
@@ -37,14 +37,14 @@ class Trained:
     Attributes:
         folder: a sentence-transformers folder, with ``nestling.json``.
         ladder: the cups that were trained.
-        rotations: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
+        projections: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
         info: settings, seconds (of all runs), and ``curve``, the losses and measurements by step; as in
             ``nestling.json``.
     """
 
     folder: Path
     ladder: Ladder
-    rotations: dict[int, Rotation] = field(default_factory=dict)
+    projections: dict[int, Projection] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,9 +88,9 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
         served.prompts = dict(served_prompts(served))
         with without_bars():
             served.save_pretrained(str(new), create_model_card=False)
-        named = {"rotations": ROTATIONS_FILE} if trained.rotations else {}
-        if trained.rotations:
-            write_rotations(new / ROTATIONS_FILE, trained.rotations)
+        named = {"projections": PROJECTIONS_FILE} if trained.projections else {}
+        if trained.projections:
+            write_projections(new / PROJECTIONS_FILE, trained.projections)
         if may_have_card(trained.folder):
             (new / CARD_FILE).write_text(card, "utf-8")
         write_ladder(new, trained.ladder.to_json() | named | {name: trained.info})

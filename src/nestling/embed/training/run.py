@@ -16,19 +16,19 @@ from transformers import TrainerCallback
 from nestling.embed.export.card import trained_card
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.dropout import without_dropout
-from nestling.embed.model.folder import ROTATIONS_FILE, read_rotations
+from nestling.embed.model.folder import PROJECTIONS_FILE, read_projections
 from nestling.embed.model.modes import checkpointed, forward_kept, modes_kept
 from nestling.embed.model.own import remember
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.training.arguments import processes, rank
 from nestling.embed.training.data import Examples
 from nestling.embed.training.job import Plan
 from nestling.embed.training.loss import StarbucksLoss
 from nestling.embed.training.measures import Measures
 from nestling.embed.training.result import Trained, save
-from nestling.embed.training.start import start_rotations, turned_depths
+from nestling.embed.training.start import start_projections, turned_depths
 from nestling.embed.training.teacher import TEACHER_FILE, numbered, remove_stale, shared_table, tables_in
-from nestling.embed.training.trainer import Averaged, Cleared, CupTrainer, Watch, trained_rotations, without_bars
+from nestling.embed.training.trainer import Averaged, Cleared, CupTrainer, Watch, trained_projections, without_bars
 from nestling.errors import TrainingError
 from nestling.files.checksums import damaged, write_manifest
 from nestling.jobs.arguments import remove_printer, stopped
@@ -53,8 +53,8 @@ class Job:
     plan: Plan
     ladder: Ladder
     recipe: Mapping[str, Any] | None
-    rotation: str | Mapping[int, Rotation] | None
-    rotation_rate: float | None
+    projection: str | Mapping[int, Projection] | None
+    projection_rate: float | None
     mini_batch_size: int | None
     out: Path
     work: Path
@@ -76,7 +76,7 @@ class Job:
         """
         watch = Watch(self.ladder, self.options.max_steps, self.progress)
         with withdrawn(self.work, unless=lambda: watch.started or bool(tables_in(self.work))):
-            checkpoint = begin(self.work, self.identity, resume, self._check_rotations)
+            checkpoint = begin(self.work, self.identity, resume, self._check_projections)
             restore(self.callbacks, checkpoint)
             loss, numbers = self._start(resume)
             undo = Undo(loss)
@@ -90,44 +90,44 @@ class Job:
                 watch.bar.stop()
 
     def _start(self, resume: bool) -> tuple[StarbucksLoss, Tensor | None]:
-        """The loss with its start rotations and the teacher's table, and which of its rows each example has."""
+        """The loss with its start projections and the teacher's table, and which of its rows each example has."""
         examples, options = self.plan.examples, self.options
         with options.main_process_first(local=False, desc="clean"):
             if rank() == 0:
                 remove_stale(self.work, resume)
-                if resume and ROTATIONS_FILE in damaged(self.work, TrainingError):
-                    raise TrainingError(f"{self.work / ROTATIONS_FILE} is damaged: start again in another folder")
+                if resume and PROJECTIONS_FILE in damaged(self.work, TrainingError):
+                    raise TrainingError(f"{self.work / PROJECTIONS_FILE} is damaged: start again in another folder")
         table = taught = numbers = None
         if self.plan.distils:
             entries, numbers = numbered(examples.columns, self.teacher_prompts)
             table = _table(self.work / TEACHER_FILE, self.plan.teacher or self.model, entries, self.progress)
             taught = torch.from_numpy(table)
         with options.main_process_first(local=False, desc="start"):
-            kept, written = self.work / ROTATIONS_FILE, resume or rank() > 0  # the first process writes them
-            start = start_rotations(
-                self.model, self.rotation, self.ladder, examples, self.prompts, kept, written, taught, numbers
+            kept, written = self.work / PROJECTIONS_FILE, resume or rank() > 0  # the first process writes them
+            start = start_projections(
+                self.model, self.projection, self.ladder, examples, self.prompts, kept, written, taught, numbers
             )
         if rank() == 0:
             write_manifest(
-                self.work, [name for name in (TEACHER_FILE, ROTATIONS_FILE) if (self.work / name).is_file()]
+                self.work, [name for name in (TEACHER_FILE, PROJECTIONS_FILE) if (self.work / name).is_file()]
             )
         for module in start.values():  # copies: those of a user's own loss are as the user left them
-            module.requires_grad_(self.rotation_rate is not None)
+            module.requires_grad_(self.projection_rate is not None)
         return self.plan.loss(self.ladder, self.recipe, self.mini_batch_size, start, table), numbers
 
-    def _check_rotations(self, checkpoint: Path) -> None:
-        """Whether a checkpoint has the rotations that are trained, if there are any."""
-        if self.rotation and self.rotation_rate is not None:
-            path, kind = checkpoint / ROTATIONS_FILE, self.rotation
+    def _check_projections(self, checkpoint: Path) -> None:
+        """Whether a checkpoint has the projections that are trained, if there are any."""
+        if self.projection and self.projection_rate is not None:
+            path, kind = checkpoint / PROJECTIONS_FILE, self.projection
             needed = turned_depths(self.ladder) if isinstance(kind, str) else kind
-            if missing := set(needed) - set(read_rotations(path)):
-                raise TrainingError(f"{path} lacks the rotations of depths {sorted(missing)}")
+            if missing := set(needed) - set(read_projections(path)):
+                raise TrainingError(f"{path} lacks the projections of depths {sorted(missing)}")
 
     def _train(
         self, loss: StarbucksLoss, numbers: Tensor | None, watch: Watch, checkpoint: Path | None, resume: bool
     ) -> Trained:
         model, options, rows = self.model, self.options, self.rows
-        turns: dict[int, Any] = {int(depth): module for depth, module in loss.rotations.items()}
+        turns: dict[int, Any] = {int(depth): module for depth, module in loss.projections.items()}
         if checkpoint is not None and have_stopped(self.callbacks):  # there is no step left
             batch = len(rows) // options.max_steps
             options.max_steps = int(checkpoint.name.rsplit("-", 1)[-1])
@@ -135,7 +135,7 @@ class Job:
         trainer = CupTrainer(
             model, options, train_dataset=dataset(self.plan.examples, numbers, rows), loss=loss,
             evaluator=None if self.measures is None else self.measures.during(turns),
-            callbacks=[watch, Averaged(trained_rotations(loss)), Cleared(), *self.callbacks],
+            callbacks=[watch, Averaged(trained_projections(loss)), Cleared(), *self.callbacks],
         )  # fmt: skip
         remove_printer(trainer)
         with (
@@ -143,7 +143,7 @@ class Job:
             checkpointed(self.plan.encoder.backbone, options),
         ):  # fmt: skip
             seconds = run(trainer, self.work, checkpoint)
-        loss.rotations.requires_grad_(False)
+        loss.projections.requires_grad_(False)
         info = _info(self.identity, trainer, watch, seconds) | {"left_out": self.plan.examples.left_out}
         trained = Trained(self.out, self.ladder, turns, info)
         remember(model, turns)

@@ -23,7 +23,7 @@ from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import prompts_adopted, stored_prompts
 from nestling.embed.model.layers import fit_length
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
 from nestling.embed.training.arguments import checked, training_arguments
 from nestling.embed.training.base_losses import made
@@ -53,8 +53,8 @@ def train(
     folder: str | Path,
     loss: Loss | None = None,
     teacher: SentenceTransformer | None = None,
-    rotation: str | Mapping[int, Rotation] | None = "auto",
-    rotation_rate: float | None = 5e-3,
+    projection: str | Mapping[int, Projection] | None = "auto",
+    projection_rate: float | None = 5e-3,
     steps: int | None = None,
     epochs: float = 1.0,
     batch_size: int | None = None,
@@ -98,14 +98,14 @@ def train(
             or a whole `StarbucksLoss`.
         teacher: another sentence encoder, of any kind and width, that all cups follow, beside the loss if there are
             pairs. Its embeddings are computed once.
-        rotation: what is done to the pooled vectors of the depths below the full model's before they are cut (of that
-            one too, if the ladder has narrower cups of it): by default they are those that the model was trained with
-            before, or ``"aligned"`` with the embeddings of the teacher, or of the full model; ``"centred"`` and
-            ``"pca"`` are their own principal components (see `rotations`); or rotations by depth; None for nothing.
-            They are saved beside the model, which remembers them: exports and measurements use them. A whole
-            `StarbucksLoss` has its own.
-        rotation_rate: learning rate of the rotations, which are trained like the model, as any linear maps; None: they
-            stay as they are.
+        projection: what is done to the pooled vectors of the depths below the full model's before they are cut
+            (of that one too, if the ladder has narrower cups of it): by default they are those that the model was
+            trained with before, or ``"aligned"`` with the embeddings of the teacher, or of the full model;
+            ``"centred"`` and ``"pca"`` are their own principal components (see `fit_projections`); or projections by
+            depth; None for none. They are saved beside the model, which remembers them: exports and measurements use
+            them. A whole `StarbucksLoss` has its own.
+        projection_rate: learning rate of the projections, which are trained like the model, as any linear maps; None:
+            they stay as they are.
         steps: of the optimiser; None for ``epochs`` passes over the data.
         batch_size: rows a step, over all processes and accumulation steps; by default 64, or all rows if there are
             fewer. No text comes twice in a batch where that can be had.
@@ -113,7 +113,7 @@ def train(
             memory.
         learning_rate, warmup: of AdamW; it falls to zero linearly, after a rise over that share of the steps.
         evaluator: measures on held-out data before, ten times during and after the training; the checkpoint with the
-            best mean over the cups is kept. If it has no ladder, or no rotations, it is given those of the training.
+            best mean over the cups is kept. If it has no ladder, or no projections, it is given those of the training.
             Evaluators of sentence-transformers measure the full model; of a list the last one counts.
         prompts: in front of texts, for all columns or by column. Columns that are left out have the model's own: in
             rows of ``query, passage`` its prompts for queries and for passages (`stored_prompts`), as of the E5
@@ -151,8 +151,8 @@ def train(
     steps, epochs, batch_size, mini_batch_size = checked(
         steps=steps, epochs=epochs, batch_size=batch_size, mini_batch_size=mini_batch_size
     )
-    learning_rate, rotation_rate, warmup, seed = checked(
-        learning_rate=learning_rate, rotation_rate=rotation_rate, warmup=warmup, seed=seed
+    learning_rate, projection_rate, warmup, seed = checked(
+        learning_rate=learning_rate, projection_rate=projection_rate, warmup=warmup, seed=seed
     )
     for name, value in {"resume": resume, "progress": progress, "dropout": dropout or False}.items():
         flag(name, value)
@@ -161,14 +161,14 @@ def train(
     fit_length(encoder.transformer)
     inner, recipe = made(loss, model), None if recipe is None else checked_recipe(recipe)
     plan = Plan(encoder, Examples.of(data, own_loss=inner is not None), inner, teacher)
-    plan.check(cups, recipe, rotation, mini_batch_size, arguments)
+    plan.check(cups, recipe, projection, mini_batch_size, arguments)
     ladder = inner.cups if isinstance(inner, StarbucksLoss) else ladder_of(encoder, cups)
-    if rotation == "auto":
-        rotation = own_start(model, ladder) or "aligned"
-    if isinstance(rotation, str) and not turned_depths(ladder):
-        rotation = None
+    if projection == "auto":
+        projection = own_start(model, ladder) or "aligned"
+    if isinstance(projection, str) and not turned_depths(ladder):
+        projection = None
     if isinstance(inner, StarbucksLoss):
-        rotation = {int(depth): module for depth, module in inner.rotations.items()}  # type: ignore[misc]
+        projection = {int(depth): module for depth, module in inner.projections.items()}  # type: ignore[misc]
     if not (inner.normalize if isinstance(inner, StarbucksLoss) else (recipe or {}).get("normalize", True)):
         if Similarity.of(encoder.model).unit:
             warnings.warn("normalize=False trains for dot products, and exports give unit vectors", stacklevel=2)
@@ -191,17 +191,17 @@ def train(
     rates = arguments.get("learning_rate_mapping") or {}
     if not isinstance(rates, Mapping):
         raise OptionError(f"learning_rate_mapping={shown(rates)}: expected rates by pattern of a parameter's name")
-    if rotation and rotation_rate is not None:
-        changes["learning_rate_mapping"] = {**rates, r"^rotations\.": rotation_rate}
+    if projection and projection_rate is not None:
+        changes["learning_rate_mapping"] = {**rates, r"^projections\.": projection_rate}
     options = training_arguments(work, steps, batch, learning_rate, warmup, seed, texts, changes)
     noisy = plan.examples.kind != "texts" if dropout is None else dropout
     job = plan.job(
-        ladder, steps, batch, learning_rate, warmup, seed, texts, by, recipe, rotation, mini_batch_size, arguments
+        ladder, steps, batch, learning_rate, warmup, seed, texts, by, recipe, projection, mini_batch_size, arguments
     )
-    job |= {"dropout": noisy, "rotation_rate": rotation_rate}
+    job |= {"dropout": noisy, "projection_rate": projection_rate}
     # What needs no disk is tried first, on a few rows.
     table = np.zeros((4 * len(plan.examples.columns), 2), np.float32) if plan.distils else None
-    tried = plan.loss(ladder, recipe, mini_batch_size, blank(rotation, ladder, rotation_rate is not None), table)
+    tried = plan.loss(ladder, recipe, mini_batch_size, blank(projection, ladder, projection_rate is not None), table)
     attempt(tried, plan.examples, plan.distils, texts)
     rehearse(model, options, dataset(plan.examples, None, torch.arange(min(4, rows))), tried)
     with prompts_adopted(model, {name: texts.get(name, "") for name in plan.examples.columns}):
@@ -210,8 +210,8 @@ def train(
             measures = Measures(evaluator, model, ladder)
             measures.choose(options, changes)
         return Job(
-            model=model, plan=plan, ladder=ladder, recipe=recipe, rotation=rotation, rotation_rate=rotation_rate,
-            mini_batch_size=mini_batch_size, out=out, work=work, options=options,
-            rows=order(plan.examples, batch, steps, seed), prompts=texts, teacher_prompts=by, dropout=noisy,
-            callbacks=own, measures=measures, identity=job, progress=progress,
+            model=model, plan=plan, ladder=ladder, recipe=recipe,
+            projection=projection, projection_rate=projection_rate, mini_batch_size=mini_batch_size, out=out,
+            work=work, options=options, rows=order(plan.examples, batch, steps, seed), prompts=texts,
+            teacher_prompts=by, dropout=noisy, callbacks=own, measures=measures, identity=job, progress=progress,
         ).run(resume)  # fmt: skip

@@ -21,11 +21,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from nestling.embed.ladder import Ladder
-from nestling.embed.model.folder import ROTATIONS_FILE, read_rotations, write_rotations
+from nestling.embed.model.folder import PROJECTIONS_FILE, read_projections, write_projections
 from nestling.embed.model.lora import TRAINED_FILE, has_adapters, load_trained, save_trained
 from nestling.embed.model.modes import forward_kept
 from nestling.embed.model.parts import unwrapped
-from nestling.embed.model.projection import Rotation
+from nestling.embed.model.projection import Projection
 from nestling.errors import TrainingError
 from nestling.jobs.arguments import rehearsed
 from nestling.jobs.progress import progress_bar
@@ -45,8 +45,8 @@ class CupTrainer(SentenceTransformerTrainer):
         folder, model = Path(cast(str, output_dir or self.args.output_dir)), unwrapped(self.model)
         if has_adapters(cast(Transformer, model[0])):
             save_trained(model, folder / TRAINED_FILE)
-        if trained := trained_rotations(self.loss):
-            write_rotations(folder / ROTATIONS_FILE, trained)
+        if trained := trained_projections(self.loss):
+            write_projections(folder / PROJECTIONS_FILE, trained)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         """Into the model as it is: read back from its folder, a BERT has a pooler even if the trained one has none."""
@@ -56,10 +56,10 @@ class CupTrainer(SentenceTransformerTrainer):
         else:
             read = SentenceTransformer(checkpoint_path, trust_remote_code=bool(model.trust_remote_code)).state_dict()
             model.load_state_dict({name: value for name, value in read.items() if name in model.state_dict()})
-        if trained := trained_rotations(self.loss):
-            found = read_rotations(Path(checkpoint_path) / ROTATIONS_FILE)
-            for depth, rotation in trained.items():
-                rotation.load_state_dict(found[depth].state_dict())
+        if trained := trained_projections(self.loss):
+            found = read_projections(Path(checkpoint_path) / PROJECTIONS_FILE)
+            for depth, projection in trained.items():
+                projection.load_state_dict(found[depth].state_dict())
 
     def _load_best_model(self) -> None:
         """The stock one logs it if that fails, and goes on with the last weights. The folder may have been moved."""
@@ -83,30 +83,30 @@ def rehearse(
         CupTrainer(model, tried, train_dataset=rows, loss=loss).create_optimizer_and_scheduler(options.max_steps)
 
 
-def trained_rotations(loss: Any) -> dict[int, Rotation]:
-    """The rotations of a `StarbucksLoss` that are trained, by depth."""
-    found = getattr(loss, "rotations", {})
+def trained_projections(loss: Any) -> dict[int, Projection]:
+    """The projections of a `StarbucksLoss` that are trained, by depth."""
+    found = getattr(loss, "projections", {})
     return {int(depth): turn for depth, turn in found.items() if turn.encode.requires_grad}
 
 
 class Averaged(TrainerCallback):
-    """Gradients of trained rotations are averaged over processes; DistributedDataParallel does the model's alone."""
+    """Gradients of trained projections are averaged over processes; DistributedDataParallel does the model's alone."""
 
-    def __init__(self, rotations: dict[int, Rotation]):
-        self.rotations = rotations
+    def __init__(self, projections: dict[int, Projection]):
+        self.projections = projections
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        for rotation in self.rotations.values():
-            for parameter in rotation.parameters():
+        for projection in self.projections.values():
+            for parameter in projection.parameters():
                 gradient = cast(Tensor, parameter.grad)
                 distributed.all_reduce(gradient)
                 gradient /= distributed.get_world_size()
 
 
 class Cleared(TrainerCallback):
-    """Clears all gradients after each step, those of rotations and of a loss's own weights included.
+    """Clears all gradients after each step, those of projections and of a loss's own weights included.
 
     sentence-transformers 6.0 clears the model's alone: those of the loss would add up from step to step.
     """
