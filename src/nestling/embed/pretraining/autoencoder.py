@@ -16,7 +16,7 @@ from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.taps import token_taps
 from nestling.embed.pretraining.families import Decoder, check, masked_head
-from nestling.vocabulary import cross_entropies
+from nestling.losses import cross_entropies
 
 DecoderKind = Literal["plain", "enhanced"]
 

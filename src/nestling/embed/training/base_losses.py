@@ -1,4 +1,4 @@
-"""The losses that can be taken at several sizes of one embedding, and how each is asked for its value."""
+"""The losses that can be taken at several sizes of one embedding, how each gives its value, and if it reads labels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
 
 from nestling.errors import ExampleError, OptionError
 from nestling.options import shown
 
 Value = Tensor | dict[str, Tensor]  # some losses return named parts
+BLIND = (
+    losses.MultipleNegativesRankingLoss,
+    losses.CachedMultipleNegativesRankingLoss,
+    losses.MultipleNegativesSymmetricRankingLoss,
+    losses.CachedMultipleNegativesSymmetricRankingLoss,
+    losses.TripletLoss,
+    losses.GlobalOrthogonalRegularizationLoss,
+)  # losses without labels
 Batches = list[list[Tensor]]  # for each column of texts, vectors [b, d] of its mini-batches
 
 
@@ -63,6 +70,11 @@ def caches_gradients(loss: nn.Module) -> bool:
     Raises:
         ValueError: it can only be taken of embeddings that it makes itself.
     """
+    if isinstance(loss, losses.EmbedDistillLoss):
+        raise OptionError(
+            "EmbedDistillLoss compares coordinates with those of another model, which small sizes do not have: give "
+            "train that model as its teacher"
+        )
     cached = uses_gradient_cache(loss)
     if cached and isinstance(loss, CachedLossMixin):
         return True
@@ -83,8 +95,6 @@ def value(loss: Any, embeddings: Sequence[Tensor], labels: Tensor | None) -> Val
     """
     if labels is not None and labels.shape[:1] != embeddings[0].shape[:1]:
         raise ExampleError(f"expected labels for {len(embeddings[0])} texts, got labels {list(labels.shape)}")
-    if isinstance(loss, EmbedDistillLoss):
-        return loss.compute_loss_from_embeddings(list(embeddings), _targets(labels, embeddings))
     try:
         return loss.compute_loss_from_embeddings(list(embeddings), labels)
     except (AttributeError, TypeError) as error:
@@ -114,11 +124,22 @@ def cached_value(loss: Any, batches: Batches, labels: Tensor | None, weight: flo
     return found
 
 
-def _targets(labels: Tensor | None, embeddings: Sequence[Tensor]) -> list[Tensor]:
-    """Embeddings given as labels, ``[B, D]`` for all columns or ``[B, columns, D]``, cut to the width in question."""
-    dims = embeddings[0].shape[1]
-    if labels is None or labels.ndim not in (2, 3) or labels.shape[-1] < dims:
-        got = "none" if labels is None else list(labels.shape)
-        raise ExampleError(f"expected labels [B, D] or [B, columns, D] with D from {dims} on, got {got}")
-    rows = labels if labels.ndim == 3 else labels[:, None].expand(-1, len(embeddings), -1)
-    return list(rows[..., :dims].unbind(1))
+def check_labels(loss: Any, labels: list[Any] | None) -> None:
+    """Whether a loss reads the labels that there are: most of those that do not say nothing of it.
+
+    Args:
+        loss: a base loss, or one that is wrapped, as in a `StarbucksLoss`, whose teacher's rows are its labels.
+        labels: one for each row; None if there are none.
+
+    Raises:
+        ExampleError: the innermost loss reads no labels.
+    """
+    while isinstance(getattr(loss, "loss", None), nn.Module):
+        if getattr(loss, "teacher", None) is not None:
+            return
+        loss = loss.loss
+    if labels is not None and isinstance(loss, BLIND):
+        raise ExampleError(
+            f"{type(loss).__name__} takes every row as a good one and reads no labels, and these rows have some, such "
+            f"as {labels[0]!r}: use CoSENTLoss for scores, or leave the labels out"
+        )

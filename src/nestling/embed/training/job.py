@@ -20,8 +20,8 @@ from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import KINDS, Projection, check_turns
 from nestling.embed.model.similarity import Similarity
 from nestling.embed.training.arguments import check_changes, processes, relevant
+from nestling.embed.training.base_losses import check_labels
 from nestling.embed.training.data import Examples
-from nestling.embed.training.labels import check_labels
 from nestling.embed.training.loss import StarbucksLoss
 from nestling.embed.training.trainer import check_finite
 from nestling.errors import ExampleError, OptionError, TrainingError

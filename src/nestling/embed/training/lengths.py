@@ -1,4 +1,6 @@
-"""One embedding of all columns of a batch, in parts of texts of like length, so that little of it is padding."""
+"""The texts of a batch: embedded at once, in parts of like length, so that little of it is padding; and those of all
+processes in each of them, so that a loss over a batch is the one of the global batch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from sentence_transformers.base.losses.gradcache import _create_minibatch
 from sentence_transformers.base.losses.merged_forward import embed_columns, merge_feature_batches
 from torch import Tensor
@@ -51,3 +54,19 @@ def _is_rows_of_tokens(features: Features) -> bool:
 def _has_rows(key: str, value: Any) -> bool:
     """All tensors have a row a text, but for the one that says how long a prompt is."""
     return isinstance(value, Tensor) and value.ndim > 0 and key != "prompt_length"
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Rows ``[B, ...]`` of every process, ``[processes * B, ...]`` in the order of ranks; the same B everywhere.
+
+    Only a process's own rows carry a gradient, times the number of processes: every process computes the same loss of
+    all rows, and DistributedDataParallel averages what the processes find. So nothing is sent in the backward pass.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    count = dist.get_world_size()
+    found = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(count)]
+    dist.all_gather(found, rows.detach().contiguous())
+    if rows.requires_grad:
+        found[dist.get_rank()] = rows + (count - 1) * (rows - rows.detach())
+    return torch.cat(found)

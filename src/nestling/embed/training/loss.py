@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext, _create_minibatch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
@@ -18,16 +19,13 @@ from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.taps import taps
 from nestling.embed.training.base_losses import Batches, cached_value, caches_gradients, value
-from nestling.embed.training.cached import CachedRepresentation
-from nestling.embed.training.gather import gathered
-from nestling.embed.training.lengths import embed_by_length
+from nestling.embed.training.lengths import embed_by_length, gathered
 from nestling.embed.training.teacher import checked_teacher, rows_of
 from nestling.errors import OptionError
-from nestling.losses import coordinate_kl, similarity_kl
-from nestling.options import choice, flag, number, shown
+from nestling.losses import similarity_kl
+from nestling.options import flag, number, shown
 
 Parts = dict[str, Tensor]
-TEMPERATURE = {"similarity": 0.05, "coordinate": 1.0}
 
 
 def _weights(name: str, value: Any) -> dict[Any, float]:
@@ -36,14 +34,9 @@ def _weights(name: str, value: Any) -> dict[Any, float]:
     return {cup: number(f"{name}[{cup}]", weight, above=0) for cup, weight in value.items()}
 
 
-def _kind(name: str, value: Any) -> str:
-    return choice(name, value, tuple(TEMPERATURE))
-
-
-ABOVE_ZERO = partial(number, above=0)
 RECIPE: dict[str, Callable[[str, Any], Any]] = {
-    "kl": _kind, "kl_weight": ABOVE_ZERO, "temperature": ABOVE_ZERO, "teacher_temperature": ABOVE_ZERO,
-    "weights": _weights, "cascade": flag, "detach_teacher": flag, "normalize": flag,
+    "kl_weight": partial(number, minimum=0), "temperature": partial(number, above=0), "weights": _weights,
+    "cascade": flag, "normalize": flag,
 }  # fmt: skip
 
 
@@ -57,14 +50,10 @@ def checked_recipe(options: Mapping[str, Any]) -> dict[str, Any]:
         raise OptionError(f"recipe={shown(options)}: expected options by name, some of {', '.join(RECIPE)}")
     if unknown := [str(name) for name in options if name not in RECIPE]:
         raise OptionError(f"recipe has no {', '.join(unknown)}: expected some of {', '.join(RECIPE)}")
-    may_be_none = ("kl", "temperature", "teacher_temperature", "weights")
-    return {
-        name: None if value is None and name in may_be_none else RECIPE[name](name, value)
-        for name, value in options.items()
-    }
+    return {name: RECIPE[name](name, value) for name, value in options.items()}
 
 
-class StarbucksLoss(CachedRepresentation, nn.Module):
+class StarbucksLoss(CachedLossMixin, nn.Module):
     """A sentence-transformers loss at every cup of a ladder, on every step, from one embedding of each text.
 
     At each cup the pooled vectors of its depth are cut to its first dims, normalised, and given to ``loss``; a KL
@@ -79,15 +68,11 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
             ``CachedLossMixin`` (CachedMultipleNegativesRankingLoss): the embeddings of all cups are cached together.
             None, with a teacher: the cups follow it and nothing else.
         cups: a `Ladder`, or what `Ladder.parse` takes; the full model must be in it.
-        kl: ``"similarity"``: between softmaxes of each query's similarities to all other columns of the batch;
-            ``"coordinate"``: between softmaxes over coordinates, of vectors that are not normalised, for comparison;
-            None: no distillation.
-        kl_weight: of the KL against the loss.
-        temperature: similarities, or coordinates, are divided by it; by default 0.05 (cosines) and 1.
-        teacher_temperature: the same for the teacher, by default the student's.
+        kl_weight: of the KL, between softmaxes of each query's similarities to all other columns of the batch, against
+            the loss; 0: no distillation.
+        temperature: similarities are divided by it, those of the teacher too.
         weights: of cups, by name, as in ``{"12x768": 3.0}``; 1 for those that are not named.
         cascade: the teacher of each cup is the next larger one (no narrower than it), and not the full one.
-        detach_teacher: no gradient goes to the teacher.
         normalize: vectors are normalised after they were cut, as by an export that ends in Normalize, so that the
             loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
             distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
@@ -111,9 +96,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         ValueError: an option is out of range, or the loss cannot be taken at several sizes. From ``forward``, if
             labels do not suit the loss or the teacher.
 
-    The released STS code is ``StarbucksLoss(..., kl="coordinate", kl_weight=0.3, detach_teacher=False)``: what it
-    calls a temperature of 0.3 multiplies the KL and divides nothing. Its retrieval code is ``kl="similarity",
-    temperature=1, normalize=False`` around a loss of dot products.
+    The released retrieval code of the paper is ``temperature=1, normalize=False`` around a loss of dot products.
     """
 
     loss: Any
@@ -126,28 +109,25 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         loss: nn.Module | None,
         cups: Ladder | str | Iterable[Any],
         *,
-        kl: Literal["similarity", "coordinate"] | None = "similarity",
         kl_weight: float = 1.0,
-        temperature: float | None = None,
-        teacher_temperature: float | None = None,
+        temperature: float = 0.05,
         weights: Mapping[str, float] | None = None,
         cascade: bool = False,
-        detach_teacher: bool = True,
         normalize: bool = True,
         projections: Mapping[int, Projection] | None = None,
         teacher: Tensor | np.ndarray | None = None,
         gather_across_devices: bool = False,
     ):
         super().__init__()
-        options = {
-            "kl": kl,
-            "kl_weight": kl_weight,
-            "temperature": temperature,
-            "weights": weights,
-            "cascade": cascade,
-        }
-        more = {"teacher_temperature": teacher_temperature, "detach_teacher": detach_teacher, "normalize": normalize}
-        given = checked_recipe({**options, **more})
+        given = checked_recipe(
+            {
+                "kl_weight": kl_weight,
+                "temperature": temperature,
+                "weights": weights or {},
+                "cascade": cascade,
+                "normalize": normalize,
+            }  # fmt: skip
+        )
         encoder = Encoder.of(model)
         self.cups = Ladder.parse(cups).check(encoder.depth, encoder.dims)
         self.uses_gradient_cache = loss is not None and caches_gradients(loss)
@@ -158,11 +138,9 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
                 self.loss.mini_batch_size,
                 self.loss.mini_batch_num_tokens,
             )
-        self.kl, self.cascade, self.detach_teacher, self.normalize = kl, cascade, detach_teacher, normalize
-        self.kl_weight = given["kl_weight"]
-        self.temperature = given["temperature"] or TEMPERATURE.get(kl or "", 1.0)
-        self.teacher_temperature = given["teacher_temperature"] or self.temperature
-        named = {self.cups.cup(name): weight for name, weight in (given["weights"] or {}).items()}
+        self.cascade, self.normalize = cascade, normalize
+        self.kl_weight, self.temperature = given["kl_weight"], given["temperature"]
+        named = {self.cups.cup(name): weight for name, weight in given["weights"].items()}
         self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
         self.projections = nn.ModuleDict({str(depth): projection for depth, projection in (projections or {}).items()})
         # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
@@ -173,14 +151,12 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         self.widths = {depth: max(c.dims for c in self.cups if c.layers == depth) for depth in self.cups.layers}
 
     def _check(self) -> None:
-        if self.projections and isinstance(self.loss, EmbedDistillLoss):
-            raise OptionError("EmbedDistillLoss compares coordinates with those of another model: use no projections")
         for depth, projection in self.projections.items():
             size = len(projection.get_parameter("encode"))
             if int(depth) not in self.cups.layers or size != self.cups.full.dims:
                 raise OptionError(f"no cup of {self.cups} takes a projection of {size} coordinates at depth {depth}")
-        if self.teacher is not None and self.kl != "similarity":
-            raise OptionError(f"a teacher of any width can only be followed with kl='similarity', not kl={self.kl!r}")
+        if self.teacher is not None and not self.kl_weight:
+            raise OptionError("kl_weight=0 with a teacher: nothing follows it, leave it out or give a weight above 0")
         if self.loss is None and self.teacher is None:
             raise OptionError("without a loss nothing holds the full cup where it is: give a loss, or a teacher")
         if self.gather_across_devices and getattr(self.loss, "gather_across_devices", False):
@@ -188,7 +164,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     def _who_teaches(self) -> dict[Cup, Cup | None]:
         """The teacher of each cup that has one; None is the external one."""
-        if self.kl is None:
+        if not self.kl_weight:
             return {}
         *small, full = self.cups
         external = self.teacher is not None
@@ -216,6 +192,23 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         vectors = taps(self.model, features, self.widths, projections)
         cut = [vectors[depth][:, :width] for depth, width in self.widths.items()]
         return {"sentence_embedding": torch.cat(cut, 1)}
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Any],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
+        """Texts ``begin`` to ``end`` of a column, the second time with the random state of the first (dropout): what
+        sentence-transformers calls to cache gradients (arXiv 2101.06983), of all depths in place of one embedding.
+        """
+        features = _create_minibatch(sentence_feature, begin, end)
+        with random_state or nullcontext(), nullcontext() if with_grad else torch.no_grad():
+            state = RandContext(*features.values()) if copy_random_state else None
+            return self.represent(features)["sentence_embedding"], state
 
     def calculate_loss(self, reps: Batches, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
         """The whole loss of a batch from representations; with ``with_backward``, their gradients are set already."""
@@ -251,7 +244,7 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
         """The base loss at a cup, with its weight."""
         if self.loss is None:
             return {}
-        vectors = [[self._coordinates(rep, cup, self.normalize) for rep in batches] for batches in reps]
+        vectors = [[self._coordinates(rep, cup) for rep in batches] for batches in reps]
         weight = self.weights[cup]
         if self.uses_gradient_cache:
             return {cup.name: weight * cached_value(self.loss, vectors, labels, weight, with_backward)}
@@ -261,32 +254,26 @@ class StarbucksLoss(CachedRepresentation, nn.Module):
 
     def _divergence(self, cup: Cup, columns: list[Tensor], labels: Tensor | None) -> Tensor:
         """KL of a cup to its teacher."""
-        normalize = self.normalize and self.kl == "similarity"
-        student = [self._coordinates(column, cup, normalize) for column in columns]
+        student = [self._coordinates(column, cup) for column in columns]
         by = self.teachers[cup]
         if by is not None:
-            teacher = [self._coordinates(column, by, normalize) for column in columns]
+            teacher = [self._coordinates(column, by).detach() for column in columns]
         else:
             teacher = rows_of(cast(Tensor, self.teacher), labels, student)
-        if self.detach_teacher:
-            teacher = [vectors.detach() for vectors in teacher]
-        if self.kl == "coordinate":
-            return coordinate_kl(teacher, student, self.temperature)
-        return similarity_kl(teacher, student, self.temperature, self.teacher_temperature)
+        return similarity_kl(teacher, student, self.temperature)
 
-    def _coordinates(self, representation: Tensor, cup: Cup, normalize: bool) -> Tensor:
+    def _coordinates(self, representation: Tensor, cup: Cup) -> Tensor:
         """A cup's vectors ``[B, d]`` out of representations ``[B, S]``, in fp32 or wider."""
         start = sum(width for depth, width in self.widths.items() if depth < cup.layers)
         vectors = representation[:, start : start + cup.dims]
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        return unit(vectors, dim=-1) if normalize else vectors
+        return unit(vectors, dim=-1) if self.normalize else vectors
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of this loss."""
-        config: dict[str, Any] = {"loss": self.loss, "cups": str(self.cups), "kl": self.kl}
-        if self.kl is not None:
-            names = ("kl_weight", "temperature", "teacher_temperature", "cascade", "detach_teacher")
-            config |= {name: getattr(self, name) for name in names}
+        config: dict[str, Any] = {"loss": self.loss, "cups": str(self.cups), "kl_weight": self.kl_weight}
+        if self.kl_weight:
+            config |= {"temperature": self.temperature, "cascade": self.cascade}
         config["weights"] = {cup.name: weight for cup, weight in self.weights.items() if weight != 1.0}
         config["projected_layers"] = sorted(int(depth) for depth in self.projections)
         return config | {"normalize": self.normalize, "external_teacher": self.teacher is not None}

@@ -120,7 +120,7 @@ def train(
             family; in others the one that ``encode`` uses by itself. ``""`` turns one off. They become the model's
             own: of queries and passages, or of ``encode``, so that it is measured and served with them.
         teacher_prompts: the same for ``teacher``.
-        recipe: options of `StarbucksLoss`: ``kl, kl_weight, temperature, weights, cascade, normalize, ...``. The full
+        recipe: options of `StarbucksLoss`: ``kl_weight, temperature, weights, cascade, normalize, ...``. The full
             cup weighs as much as all others together, unless ``weights`` names it. Exports of a model that compares by
             cosine end in a Normalize, whatever ``normalize`` was; models of dot products or distances need a loss of
             your own, and ``normalize=False``.
