@@ -71,7 +71,7 @@ def test_eval_measures_the_budgets(place):
     result = run(
         "kv", "eval", place / "lm", place / "adapter", "--text", place / "text.txt", "--budgets", "100,75%,0.6",
         "--windows", 2, "--length", 256, "--json", place / "eval.json", "--html", place / "eval.html",
-        "--cache-dtype", "float32", "--window", 8,
+        "--dtype", "float32", "--window", 8,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads((place / "eval.json").read_text())["rows"]
@@ -185,11 +185,14 @@ def test_inspect_shows_the_ranks(place):
         (("kv", "inspect", "lm"), "nestling_adapter.json is missing"),
         (("kv", "eval", "lm", "adapter", "--budgets", "half"), "--budgets='half'"),
         (("kv", "eval", "lm", "adapter", "--json", "no/where.json"), "does not exist"),
-        (("kv", "eval", "lm", "adapter", "--cache-dtype", "int3"), "int3"),
+        (("kv", "eval", "lm", "adapter", "--dtype", "int3"), "int3"),
         (("kv", "generate", "lm", "adapter", "--prompt", "", "--budget", 0.8), "the prompt is empty"),
         (("kv", "fit", "lm", "--out", "new", "--text", "missing.txt"), "missing.txt"),
         (("kv", "fit", "lm", "--out", "new", "--text", "short.txt"), "shorter than one window"),
-        (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--preset", "best"), "preset must be one of"),
+        (
+            ("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--preset", "best"),
+            "--preset='best' is unknown",
+        ),
         (("kv", "train", "lm", "--out", "new", "--text", "short.txt", "--budgets", 75), "shorter than one window"),
         (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--budgets", "75,7.5%"), "--budgets='7.5%'"),
         (("kv", "eval", "lm", "adapter", "--budgets", "75,7.5%"), "--budgets='7.5%'"),

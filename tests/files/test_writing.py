@@ -16,7 +16,7 @@ from nestling.embed.evaluation.results import save_results
 from nestling.errors import FileError, NestlingError
 from nestling.files import writing
 from nestling.files.writing import check_file, check_folder, check_result, write_file
-from nestling.jobs.results import Partial
+from nestling.jobs.results import ResultStore
 from nestling.report.figures import write_png
 from nestling.report.page import write_html
 from nestling.report.results import write_json
@@ -28,7 +28,7 @@ WRITERS = {
     "json": lambda path: write_json(path, [{"a": 1}], {}),
     "html": lambda path: write_html(path, "title", "intro", [], {}),
     "png": lambda path: write_png(path, Figure()),
-    "partial": lambda path: Partial(path).save(),
+    "partial": lambda path: ResultStore(path).save(),
 }
 FOLDERS = {"results": lambda path: save_results(path, GRID, {})}
 

@@ -20,14 +20,14 @@ from nestling import embed, kv, models
 from nestling.embed.model.folder import read_projections, write_projections
 from nestling.embed.training.result import Trained, save
 from nestling.embed.training.teacher import write_table
-from nestling.jobs.results import Partial
+from nestling.jobs.results import ResultStore
 from nestling.kv.adapter_files import _default_card
 from nestling.kv.quantisation import cpu as kernels
 from nestling.report.page import write_html
 from nestling.report.results import write_json
 
 from ..embed.families import save_backbone, sentence_model, some_texts
-from ..kv.families import BASE, tiny_model
+from ..kv.families import BASE, tiny_fit, tiny_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,7 +63,7 @@ class Kind:
 def adapters():
     model = tiny_model("llama-gqa")
     ids = torch.randint(3, BASE["vocab_size"], (8, 64), generator=torch.Generator().manual_seed(0))
-    made = kv.fit(model, None, ids, length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False)
+    made = tiny_fit(model, ids)
     mean = {side: 2 * tensor for side, tensor in made.mean.items()}
     return [made, replace(made, mean=mean, card="another card")]
 
@@ -183,12 +183,12 @@ class Page(Kind):
 
 class Measured(Kind):
     def write(self, place, version):
-        partial = Partial(place, {})
+        partial = ResultStore(place, {})
         partial.done = {"version": version}
         partial.save()
 
     def read(self, place):
-        return Partial(place, {}).done["version"]
+        return ResultStore(place, {}).done["version"]
 
 
 class Turns(Kind):

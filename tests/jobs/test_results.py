@@ -6,7 +6,7 @@ import os
 import pytest
 
 from nestling.errors import DataError, EvaluationError
-from nestling.jobs.results import Partial
+from nestling.jobs.results import ResultStore
 from nestling.report.results import read_rows, write_json
 
 JOB = {"model": "tiny", "length": 64}
@@ -14,21 +14,21 @@ JOB = {"model": "tiny", "length": 64}
 
 @pytest.fixture
 def file(tmp_path):
-    kept = Partial(tmp_path / "kept.json", JOB)
+    kept = ResultStore(tmp_path / "kept.json", JOB)
     kept.done = {"sums": [0.5, 2.0], "sets": {"1x8": {"a": 0.25, "b": float("nan")}}}
     kept.save()
     return tmp_path / "kept.json"
 
 
 def test_what_was_measured_is_read(file):
-    again = Partial(file, JOB)
+    again = ResultStore(file, JOB)
     assert again.numbers("sums", 2) == [0.5, 2.0] and again.columns("sets", ["1x8"])["1x8"]["a"] == 0.25
 
 
 def test_a_digit_that_was_changed(file):
     file.write_text(file.read_text().replace("0.25", "0.35"))
     with pytest.raises(EvaluationError, match="kept.json is damaged"):
-        Partial(file, JOB)
+        ResultStore(file, JOB)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_numbers_that_are_none(file, done):
     stored = json.loads(file.read_text())
     del stored["sha256"]
     file.write_text(json.dumps(stored | {"done": stored["done"] | done}))
-    kept = Partial(file, JOB)
+    kept = ResultStore(file, JOB)
     with pytest.raises(EvaluationError, match="kept.json is damaged"):
         kept.numbers("sums", 2), kept.columns("sets", ["1x8"])
 
@@ -60,13 +60,13 @@ def test_numbers_that_are_none(file, done):
 def test_a_file_of_another_form(file, text):
     file.write_text(text)
     with pytest.raises(EvaluationError, match="kept.json"):
-        Partial(file, JOB)
+        ResultStore(file, JOB)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "kept.json")
     with pytest.raises(EvaluationError, match="kept.json"):
-        Partial(tmp_path / "kept.json", JOB)
+        ResultStore(tmp_path / "kept.json", JOB)
 
 
 def test_rows_of_results(tmp_path):

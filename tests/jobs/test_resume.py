@@ -14,7 +14,7 @@ from nestling import embed, kv
 from nestling.errors import TrainingError
 
 from ..embed.families import save_backbone, sentence_model, some_texts
-from ..kv.families import BASE, tiny_model
+from ..kv.families import BASE, tiny_fit, tiny_model
 
 QUICK = dict(steps=6, save_steps=2, save_total_limit=9, batch_size=4, progress=False, use_cpu=True)
 TEXTS = list(dict.fromkeys(some_texts(24, longest=9)))
@@ -45,12 +45,12 @@ def kind(request, tmp_path_factory) -> Kind:
 def of_kv(folder: Path, resume: bool) -> list[torch.Tensor]:
     ids = torch.randint(3, BASE["vocab_size"], (8, 32), generator=torch.Generator().manual_seed(0))
     model = tiny_model("llama-gqa")
-    start = kv.fit(model, None, ids, length=32, sinks=2, window=4, sensitivity_windows=2, progress=False)
-    size = dict(tokens=6 * 4 * 32, length=32, batch_size=4, save_steps=2, save_total_limit=9, progress=False)
-    recipe = dict(sinks=2, window=4)
-    trained = kv.train(
-        model, None, ids, start, folder=folder, resume=resume, recipe=recipe, eval_budgets=[0.75], **size
-    )
+    start = tiny_fit(model, ids, length=32, sinks=2, window=4, sensitivity_windows=2)
+    config = kv.TrainConfig(
+        tokens=6 * 4 * 32, length=32, batch_size=4, sinks=2, window=4, budgets=[0.75], output_dir=folder,
+        resume=resume, arguments={"save_steps": 2, "save_total_limit": 9}, progress=False,
+    )  # fmt: skip
+    trained = kv.train(model, None, ids, start, config)
     return list(trained.encode.values())
 
 

@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nestling import kv
-
-from .families import BASE, tiny_model
+from .families import BASE, tiny_fit, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +22,7 @@ def fitted(ids):
     @cache
     def make(family: str) -> SimpleNamespace:
         model = tiny_model(family)
-        options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, window=0, progress=False)
-        return SimpleNamespace(model=model, stock=tiny_model(family), adapter=kv.fit(model, None, ids, **options))
+        adapter = tiny_fit(model, ids, sensitivity_windows=8)
+        return SimpleNamespace(model=model, stock=tiny_model(family), adapter=adapter)
 
     return make

@@ -3,6 +3,8 @@
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from nestling import kv
+
 BASE = dict(
     vocab_size=97,
     hidden_size=64,
@@ -56,3 +58,9 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     config = CONFIG_MAPPING[kind](**{**BASE, **extra, **overrides})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def tiny_fit(model, ids: torch.Tensor, **options):
+    """An adapter for a tiny model, calibrated on ids ``[n, 64]`` for caches that compress all but the sinks."""
+    given = {"length": 64, "sensitivity_windows": 4, "sensitivity_length": 32, "window": 0, **options}
+    return kv.fit(model, None, ids, kv.FitConfig(**given), progress=False)

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from nestling import kv
 from nestling.kv.adapter_files import SIDES
+from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import evaluate, held_bytes
 from nestling.kv.integration.attach import cached
 from nestling.kv.quantisation import cpu as kernels
@@ -14,7 +14,7 @@ from nestling.kv.quantisation.packing import pack
 
 from .cache.test_cache import run
 from .cache.test_quantised_cache import some_table
-from .families import FAMILIES, tiny_model
+from .families import FAMILIES, tiny_fit, tiny_model
 from .training.test_train import run as train
 
 
@@ -105,14 +105,15 @@ def test_an_offloaded_cache_shrinks_as_others_do(fitted, ids, start):
 def test_calibration_and_quality_are_those_of_the_cpu(fitted, ids):
     made = fitted("llama-gqa")
     model = copy.deepcopy(made.model).cuda()
-    options = {"length": 64, "sensitivity_windows": 8, "sensitivity_length": 32, "window": 0, "progress": False}
-    adapter = kv.fit(model, None, ids, **options)
+    adapter = tiny_fit(model, ids, sensitivity_windows=8)
     for side in SIDES:
         torch.testing.assert_close(adapter.mean[side], made.adapter.mean[side], rtol=1e-4, atol=1e-4)
         found, expected = (a.energy[side].log().mean() for a in (adapter, made.adapter))
         assert abs(float(found - expected)) < 0.5, "labels are drawn by another generator"
     measured = [
-        evaluate(m, None, made.adapter, texts=ids, length=64, windows=4, budgets=[0.75], window=4, progress=False)
+        evaluate(
+            m, None, ids, made.adapter, EvalConfig(length=64, windows=4, budgets=[0.75], window=4), progress=False
+        )
         for m in (made.model, model)
     ]
     for one, other in zip(*measured, strict=True):

@@ -8,7 +8,7 @@ import torch
 from nestling import kv
 from nestling.errors import BudgetError, NestlingError, OptionError
 from nestling.kv.allocation.bits import BitTable
-from nestling.kv.evaluation.tasks import line_prompts, passkey_prompts
+from nestling.kv.evaluation.tasks import passkey_prompts
 from nestling.options import shown
 
 NAN, INF = float("nan"), float("inf")
@@ -135,24 +135,31 @@ def idle(monkeypatch, fitted):
             (*NOT_POSITIVE, *NOT_WHOLE[:-1]),
         ),
         **dict.fromkeys(("sinks", "window"), (-1, *NOT_WHOLE[:-1])),
-        skip=(-1, *NOT_WHOLE),
         seed=(-1, 2**32, *NOT_WHOLE),
         progress=NOT_FLAGS,
         basis=("best", "PCA", None, 3, b"pca"),
     ),
 )
 def test_calibration(idle, ids, name, value):
-    refused(name, value, lambda: kv.fit(idle.model, None, ids, **{"length": 64, "window": 0, "skip": 4, name: value}))
+    progress = value if name == "progress" else False
+    changes = {} if name == "progress" else {name: value}
+    refused(
+        name,
+        value,
+        lambda: kv.fit(
+            idle.model, None, ids, kv.FitConfig(**{"length": 64, "window": 0, **changes}), progress=progress
+        ),
+    )
 
 
-@pytest.mark.parametrize("options", [{"sensitivity_length": 40}, {"window": 50}, {"sinks": 46}, {"skip": 64}])
+@pytest.mark.parametrize("options", [{"sensitivity_length": 40}, {"window": 50}, {"sinks": 46}, {"length": 29}])
 def test_calibration_needs_more_than_the_exact_tokens(fitted, ids, monkeypatch, options):
     case = fitted("llama-gqa")
     calibrate = import_module("nestling.kv.calibration.fit")
     monkeypatch.setattr(calibrate, "collect_moments", lambda *_, **__: pytest.fail("it was calibrated"))
     name, value = next(iter(options.items()))
     with pytest.raises(OptionError, match=f"{name}={value}"):
-        kv.fit(case.model, None, ids, length=64, **{"window": 25, "sinks": 4, **options})
+        kv.fit(case.model, None, ids, kv.FitConfig(**{"length": 64, "window": 25, "sinks": 4, **options}))
 
 
 @pytest.mark.parametrize(
@@ -166,40 +173,45 @@ def test_calibration_needs_more_than_the_exact_tokens(fitted, ids, monkeypatch, 
     ),
 )
 def test_searching(idle, ids, name, value):
-    options = {"length": 64, "window": 0, name: value}
-    refused(name, value, lambda: kv.search(idle.model, None, idle.adapter, ids, **options))
+    def search():
+        progress = value if name == "progress" else False
+        changes = {} if name == "progress" else {name: value}
+        config = kv.SearchConfig(**{"length": 64, "window": 0, **changes})
+        kv.search(idle.model, None, ids, idle.adapter, config, progress=progress)
+
+    refused(name, value, search)
 
 
 MEASURING = {
     "windows": (-1, *NOT_WHOLE[:-1]),
     **dict.fromkeys(("length", "chunk"), (*NOT_POSITIVE, *NOT_WHOLE[:-1])),
-    **dict.fromkeys(("passkey", "lines"), (5, None, "100", [0], [-1], [2.5], [True], ["100"])),
+    "passkey": (5, None, "100", [0], [-1], [2.5], [True], ["100"]),
     "progress": NOT_FLAGS,
 }
 
 
 @pytest.mark.parametrize("name, value", cases(**MEASURING))
 def test_measuring(idle, ids, name, value):
-    shown_value = value[0] if isinstance(value, list) and name in ("passkey", "lines") else value
-    options = {"texts": ids, "length": 64, name: value}
-    refused(name, shown_value, lambda: kv.compare(idle.model, None, [], **options))
-    refused(name, shown_value, lambda: kv.evaluate(idle.model, None, idle.adapter, [0.9], **options, window=0))
+    shown_value = value[0] if isinstance(value, list) and name == "passkey" else value
+    progress = value if name == "progress" else False
+    changes = {} if name == "progress" else {name: value}
+
+    def config():
+        return kv.EvalConfig(**{"length": 64, "budgets": [0.9], "window": 0, **changes})
+
+    refused(name, shown_value, lambda: kv.compare(idle.model, None, ids, [], config(), progress=progress))
+    refused(name, shown_value, lambda: kv.evaluate(idle.model, None, ids, idle.adapter, config(), progress=progress))
 
 
 @pytest.mark.parametrize("budgets", [[], 0.5, [0], [0.5, 2], ["x"], [NAN], "50%,64MiB", [0.5, "50%"], None, [None]])
 def test_measuring_at_budgets(idle, ids, budgets):
     with pytest.raises(BudgetError):
-        kv.evaluate(idle.model, None, idle.adapter, budgets, texts=ids, length=64, window=0)
+        kv.evaluate(idle.model, None, ids, idle.adapter, kv.EvalConfig(budgets=budgets, length=64, window=0))
 
 
 @pytest.mark.parametrize("value", [*NOT_POSITIVE, *NOT_WHOLE[:-1]])
 def test_prompts(value):
     refused("passkey", value, lambda: passkey_prompts(None, value))
-    refused("lines", value, lambda: line_prompts(None, value))
-
-
-def test_there_are_no_more_lines_than_numbers():
-    refused("lines", 360_001, lambda: line_prompts(None, 360_001))
 
 
 def test_numbers_of_other_kinds_are_numbers(fitted, ids):
@@ -218,14 +230,13 @@ def test_numbers_of_other_kinds_are_numbers(fitted, ids):
 @pytest.mark.parametrize("length", [1, 40, 83])
 def test_windows_no_longer_than_the_exact_tokens_are_refused_by_their_own_name(idle, ids, length):
     with pytest.raises(OptionError, match=f"length={length} .* 83 exact tokens"):
-        kv.evaluate(idle.model, None, idle.adapter, [0.9], texts=ids, length=length)
+        kv.evaluate(idle.model, None, ids, idle.adapter, kv.EvalConfig(budgets=[0.9], length=length))
 
 
 @pytest.mark.parametrize("given", [0.001, "0.1%", "3%"])
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_training_at_budgets_out_of_reach(idle, ids, tmp_path, given, calibrated):
-    with pytest.raises(BudgetError, match=f"eval_budgets={given!r} is below the smallest possible, 0.5"):
+    with pytest.raises(BudgetError, match=f"budgets={given!r} is below the smallest possible, 0.5"):
         adapter = idle.adapter if calibrated else None
-        kv.train(
-            idle.model, None, ids, adapter, folder=tmp_path / "out", eval_budgets=[0.9, given], recipe={"window": 0}
-        )
+        config = kv.TrainConfig(output_dir=tmp_path / "out", budgets=[0.9, given], window=0)
+        kv.train(idle.model, None, ids, adapter, config)

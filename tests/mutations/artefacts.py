@@ -23,12 +23,12 @@ from nestling.errors import AdapterError, BudgetError, EvaluationError
 from nestling.files.gguf import check_gguf
 from nestling.files.reading import read_object
 from nestling.jobs.checkpoints import begin
-from nestling.jobs.results import Partial
+from nestling.jobs.results import ResultStore
 from nestling.models import load_model
 from nestling.report.results import read_rows
 
 from ..embed.families import save_backbone, sentence_model, some_texts
-from ..kv.families import BASE, tiny_model
+from ..kv.families import BASE, tiny_fit, tiny_model
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def artefacts(place: Path) -> dict[str, Artefact]:
 
 
 def _adapters(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]:
-    options = dict(length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False)
-    fitted = kv.search(model, None, kv.fit(model, None, ids, **options), ids, windows=1, length=64, sinks=2, window=4,
-                       progress=False)  # fmt: skip
+    config = kv.SearchConfig(windows=1, length=64, sinks=2, window=4)
+    fitted = kv.search(model, None, ids, tiny_fit(model, ids), config, progress=False)
     curve = [{"step": 0, "tokens": 0, "kl_0.5": 0.2}, {"step": 4, "tokens": 64, "kl_0.5": 0.1}]
     said = dict(preset="default", sampling="path", allocation="energy", sinks=4, window=64, tokens=64, seconds=3)
     fitted.info["training"] = {**said, "learning_rate": 0.002, "curve": curve}
@@ -97,8 +96,11 @@ def _adapters(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]
 
 def _checkpoints(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]:
     adapter = kv.KVAdapter.from_pretrained(place / "adapter")
-    quick = dict(tokens=8 * 2 * 64, length=64, batch_size=2, save_steps=4, progress=False, eval_budgets=[0.75])
-    kv.train(model, None, ids, adapter, folder=place / "training", recipe=dict(sinks=2, window=4), **quick)
+    config = kv.TrainConfig(
+        tokens=8 * 2 * 64, length=64, batch_size=2, sinks=2, window=4, budgets=[0.75], progress=False,
+        output_dir=place / "training", arguments={"save_steps": 4},
+    )  # fmt: skip
+    kv.train(model, None, ids, adapter, config)
     encoder = sentence_model(save_backbone("bert", place / "bert"))
     quick = dict(steps=4, save_steps=2, batch_size=4, progress=False, use_cpu=True)
     embed.pretrain(encoder, some_texts(20, longest=9), "1x8,4x32", folder=place / "pre", length=16, **quick)
@@ -208,7 +210,7 @@ def _results(place: Path) -> dict[str, Artefact]:
     job = {"model": "tiny", "length": 64, "prompts": {"query": "q: "}}
     folder = place / "partial"
     folder.mkdir()
-    kept = Partial(folder / "kept.json", job)
+    kept = ResultStore(folder / "kept.json", job)
     kept.done = {"sums": [0.5, 1.5, 2.0, 3.0, 4.0], "sts": {"1x8": {"a": 0.25, "b": float("nan")}, "4x32": {"a": 1.0}}}
     kept.save()
 
@@ -216,7 +218,7 @@ def _results(place: Path) -> dict[str, Artefact]:
         path = folder / "kept.json"
         if not path.is_file() and not path.is_symlink() and not path.exists():
             raise EvaluationError(f"{path} is gone, and everything is measured again")
-        found = Partial(path, job)
+        found = ResultStore(path, job)
         if not found.done.keys() >= {"sums", "sts"}:
             return []  # what is missing is measured again
         return [*found.numbers("sums", 5), str(found.columns("sts", ("1x8", "4x32")))]

@@ -22,7 +22,6 @@ Columns = Annotated[
 ]
 AS = "Texts are one a line, or stand between blank lines; default: as they look."
 Lines = Annotated[bool | None, typer.Option("--lines/--documents", help=AS)]
-TextLines = Annotated[bool | None, typer.Option("--text-lines/--documents", help=AS)]  # --lines is a test of `kv eval`
 Language = Annotated[str, typer.Option(help="Of documents, whose abbreviations end no sentence, such as de.")]
 Pairs = Annotated[list[str] | None, typer.Option(help=f"Pairs or triplets to train on: {KINDS}; may be repeated.")]
 PositiveLabel = Annotated[

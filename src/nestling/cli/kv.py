@@ -5,12 +5,14 @@ Commands only parse, call the library and print. Heavy imports happen inside the
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nestling.cli.data import TEXT, Columns, Lines, Text, TextLines, columns_of, texts_from
+from nestling.cli.data import TextSource
+from nestling.cli.options import takes
 from nestling.cli.terminal import (
     Json,
     Model,
@@ -22,12 +24,14 @@ from nestling.cli.terminal import (
     console,
     errors_as_messages,
     loading,
-    natural,
     not_negative,
     positive,
     show,
     write_results,
 )
+from nestling.kv.calibration.config import FitConfig, SearchConfig
+from nestling.kv.evaluation.config import EvalConfig
+from nestling.kv.training.config import TrainConfig
 from nestling.options import choice
 
 kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, inspect.")
@@ -45,17 +49,12 @@ CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bf
 
 @kv_app.command()
 @errors_as_messages
+@takes(source=TextSource, config=FitConfig)
 def fit(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    text: Text = None,
-    columns: Columns = None,
-    lines: Lines = None,
-    basis: Annotated[str, typer.Option(help="balanced, or pca (the paper's baseline).")] = "balanced",
-    tokens: Annotated[int, typer.Option(help="Tokens to calibrate on."), positive] = 65536,
-    length: Annotated[int, typer.Option(help="Tokens per window."), positive] = 1024,
-    sinks: Annotated[int, typer.Option(help="Leading tokens that the caches will keep exact."), natural] = 4,
-    window: Annotated[int, typer.Option(help="Recent tokens that they will keep exact, at least."), natural] = 64,
+    source: TextSource,
+    config: FitConfig,
     json: Json = None,
 ) -> None:
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
@@ -65,11 +64,11 @@ def fit(
 
     check_outputs(json, folder=out)
     check_place(out)
-    texts = texts_from(text, lines, columns_of(columns, TEXT))
+    texts = source.read()
     language_model, tokenizer = loading(load_model, model)
     check_place(out, expected_bytes(language_model))
     start = time.perf_counter()
-    adapter = kv.fit(language_model, tokenizer, texts, basis, tokens=tokens, length=length, sinks=sinks, window=window)
+    adapter = kv.fit(language_model, tokenizer, texts, config)
     seconds = time.perf_counter() - start
     adapter.save_pretrained(out)
     layers, heads, width = adapter.shape
@@ -83,58 +82,37 @@ def fit(
 
 @kv_app.command()
 @errors_as_messages
+@takes(source=TextSource, config=TrainConfig)
 def train(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the adapter; checkpoints go beside it.")],
+    source: TextSource,
+    config: TrainConfig,
     adapter: Annotated[str | None, typer.Option(help="Adapter to start from; default: calibrate first.")] = None,
-    text: Text = None,
-    columns: Columns = None,
-    lines: Lines = None,
     eval_text: Annotated[
         str | None, typer.Option(help="Held-out text; default: one in twenty of the texts that are trained on.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="default, or paper (as MatryoshkaKV was published).")] = "default",
-    tokens: Annotated[int, typer.Option(help="Tokens to train on."), positive] = 2**19,
-    length: Annotated[int, typer.Option(help="Tokens per text."), positive] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Texts per step, over all processes."), positive] = 4,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: the preset's."), above_zero] = None,
-    sampling: Annotated[
-        str | None, typer.Option(help="path, sandwich, independent, fixed or bits; default: the preset's.")
-    ] = None,
-    bf16: Annotated[bool, typer.Option(help="Autocast to bf16; fast where the processor has it.")] = False,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations: slower, less memory.")
-    ] = False,
-    budgets: Budgets = "75,50,37.5,25",
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     json: Json = None,
     html: Annotated[Path | None, typer.Option(help="Write the training curve to this page.")] = None,
 ) -> None:
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
     from nestling.kv.adapter_files import check_place, expected_bytes, shares_of
-    from nestling.kv.allocation.budget import read_shares
     from nestling.models import load_model
 
     check_outputs(json, html, folder=out)
     check_place(out)
-    check_checkpoints(out, resume)
-    named = columns_of(columns, TEXT)
-    texts = list(texts_from(text, lines, named))
+    check_checkpoints(out, config.resume)
+    texts = list(source.read())
     if eval_text is not None:
-        held_out = list(texts_from(eval_text, lines, named))
+        held_out = list(replace(source, text=eval_text).read())
     else:
         held_out, texts = texts[::20], [t for i, t in enumerate(texts) if i % 20] or texts
-    shares = read_shares(budgets, "--budgets")
     start = None if adapter is None else kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
     check_place(out, expected_bytes(language_model))
-    changes = {"learning_rate": learning_rate, "sampling": sampling}
-    trained = kv.train(
-        language_model, tokenizer, texts, start, preset, folder=out.with_name(f"{out.name}-checkpoints"),
-        tokens=tokens, length=length, batch_size=batch_size, eval_texts=held_out, eval_budgets=shares, resume=resume,
-        bf16=bf16, gradient_checkpointing=checkpointing, recipe={k: v for k, v in changes.items() if v is not None},
-    )  # fmt: skip
+    config = replace(config, output_dir=out.with_name(f"{out.name}-checkpoints"))
+    trained = kv.train(language_model, tokenizer, texts, start, config, eval_texts=held_out)
     trained.save_pretrained(out)
     measured = trained.info["training"]
     rows = [p for p in measured["curve"] if any(name.startswith("kl") for name in p)]
@@ -150,21 +128,13 @@ def train(
 
 @kv_app.command()
 @errors_as_messages
+@takes(source=TextSource, config=SearchConfig)
 def search(
     model: Model,
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="Folder for the adapter with what was found.")],
-    method: Annotated[str, typer.Option(help="blend (quick), or greedy (Algorithm 1 of the paper).")] = "blend",
-    text: Text = None,
-    columns: Columns = None,
-    lines: Lines = None,
-    windows: Annotated[int, typer.Option(help="Texts to measure on."), positive] = 4,
-    length: Annotated[int, typer.Option(help="Tokens per text."), positive] = 512,
-    sinks: Sinks = 4,
-    window: Window = 64,
-    per_sweep: Annotated[
-        int, typer.Option(help="Ranks that greedy lowers at a time; 1 is the paper's."), positive
-    ] = 16,
+    source: TextSource,
+    config: SearchConfig,
     budgets: Budgets = "75,50,37.5,25",
     json: Json = None,
 ) -> None:
@@ -181,79 +151,54 @@ def search(
     nested = kv.KVAdapter.from_pretrained(adapter)
     for share in shares:
         ranks_at(nested, share)  # a budget out of reach is said before the search
-    texts = texts_from(text, lines, columns_of(columns, TEXT))
+    texts = source.read()
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
-    found = kv.search(
-        language_model, tokenizer, nested, texts, method, windows=windows, length=length, sinks=sinks, window=window,
-        per_sweep=per_sweep,
-    )  # fmt: skip
+    searched = kv.search(language_model, tokenizer, texts, nested, config)
     seconds = time.perf_counter() - start
-    found.save_pretrained(out)
-    console.print(f"{found.info['search']['forwards']:,} forward passes in {seconds:.0f} s. Saved to {out}")
+    searched.save_pretrained(out)
+    console.print(f"{searched.info['search']['forwards']:,} forward passes in {seconds:.0f} s. Saved to {out}")
     rows = []
     for share in shares:
-        ranks = ranks_at(found, share)
-        kept = {side: int(getattr(ranks, side).sum()) * 2 / found.full_elements for side in ("keys", "values")}
-        rows.append({"model": model, "method": method, "budget": share.share, **kept})
-    show(rows, f"share of keys and values kept, allocation={method}")
+        ranks = ranks_at(searched, share)
+        kept = {side: int(getattr(ranks, side).sum()) * 2 / searched.full_elements for side in ("keys", "values")}
+        rows.append({"model": model, "method": config.method, "budget": share.share, **kept})
+    show(rows, f"share of keys and values kept, allocation={config.method}")
     write_results(json, rows, seconds)
 
 
 @kv_app.command("eval")
 @errors_as_messages
+@takes(source=TextSource, config=EvalConfig)
 def evaluate(
     model: Model,
     adapter: Adapter,
-    budgets: Budgets = "100,75,50,40",
-    allocation: Allocation = None,
-    text: Text = None,
-    columns: Columns = None,
-    text_lines: TextLines = None,
-    windows: Annotated[int, typer.Option(help="Windows of text to read."), positive] = 8,
-    length: Annotated[int, typer.Option(help="Tokens per window."), positive] = 1024,
-    chunk: Annotated[int, typer.Option(help="Tokens that go through the cache at once."), positive] = 64,
+    source: TextSource,
+    config: EvalConfig,
     task: Annotated[list[Path] | None, typer.Option(help="Multiple-choice .jsonl; may be repeated.")] = None,
     rows: Annotated[int | None, typer.Option(help="Questions per task."), positive] = None,
-    passkey: Annotated[
-        list[int] | None, typer.Option(help="Prompt length of a passkey test; may be repeated."), positive
-    ] = None,
-    lines: Annotated[
-        list[int] | None,
-        typer.Option(help="The same for a record of numbered lines, of which one is asked for."),
-        positive,
-    ] = None,
-    sinks: Sinks = 4,
-    window: Window = 64,
-    bits: Bits = False,
-    cache_dtype: CacheDtype = "bfloat16",
     json: Json = None,
     html: Annotated[Path | None, typer.Option(help="Write a report page to this file.")] = None,
 ) -> None:
     """Measure what budgets cost: KL to the full model, perplexity, top-1 agreement, tasks, bytes."""
     from nestling import kv
     from nestling.data.texts import read_multiple_choice
-    from nestling.kv.allocation.budget import read_shares
     from nestling.models import load_model
 
-    shares, dtype = read_shares(budgets, "--budgets"), _dtype(cache_dtype)
     check_outputs(json, html)
     nested = kv.KVAdapter.from_pretrained(adapter)
     tasks = {path.name.split(".")[0]: read_multiple_choice(path)[:rows] for path in task or []}
-    texts = texts_from(text, text_lines, columns_of(columns, TEXT))
+    texts = source.read()
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
-    result = kv.evaluate(
-        language_model, tokenizer, nested, shares, allocation=allocation, texts=texts, windows=windows, length=length,
-        chunk=chunk, tasks=tasks, passkey=passkey or (), lines=lines or (), sinks=sinks, window=window,
-        dtype=dtype, bits=bits,
-    )  # fmt: skip
-    show(result, f"{model}, {windows} windows of {length} tokens")
+    result = kv.evaluate(language_model, tokenizer, texts, nested, replace(config, tasks=tasks))
+    show(result, f"{model}, {config.windows} windows of {config.length} tokens")
     write_results(json, result, time.perf_counter() - start)
     if html is not None:
         from nestling.kv.demo import write_report
 
-        write_report(html, nested, result, [share.share for share in shares], title=f"{model}: quality and bytes")
+        shares = [budget.share for budget in config.budgets]
+        write_report(html, nested, result, shares, title=f"{model}: quality and bytes")
         console.print(f"Report: {html}")
 
 

@@ -13,7 +13,7 @@ from nestling.files.reading import read_object, short
 from nestling.files.writing import check_file, write_file
 
 
-class Partial:
+class ResultStore:
     """Results by a text key that says what was measured on what: ``done``. With a file, a killed job goes on.
 
     Args:

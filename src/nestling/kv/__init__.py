@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
     from nestling.kv.allocation.ranks import RankTable
     from nestling.kv.cache.cache import NestedCache
+    from nestling.kv.calibration.config import FitConfig, SearchConfig
     from nestling.kv.calibration.fit import fit
     from nestling.kv.calibration.search import search
-    from nestling.kv.evaluation.evaluate import Contender, compare, evaluate
+    from nestling.kv.evaluation.config import EvalConfig
+    from nestling.kv.evaluation.evaluate import Candidate, compare, evaluate
     from nestling.kv.integration.attach import attach, detach, supports
+    from nestling.kv.training.config import TrainConfig
     from nestling.kv.training.train import train
 
 __all__ = [
@@ -31,11 +34,15 @@ __all__ = [
     "BudgetError",
     "CacheMismatchError",
     "CalibrationError",
-    "Contender",
+    "Candidate",
+    "EvalConfig",
+    "FitConfig",
     "GradientError",
     "KVAdapter",
     "NestedCache",
     "RankTable",
+    "SearchConfig",
+    "TrainConfig",
     "TrainingError",
     "UnsupportedModelError",
     "attach",
@@ -51,10 +58,13 @@ HOMES = {
     "KVAdapter": "adapter",
     "RankTable": "allocation.ranks",
     "NestedCache": "cache.cache",
+    **dict.fromkeys(("FitConfig", "SearchConfig"), "calibration.config"),
     "fit": "calibration.fit",
     "search": "calibration.search",
-    **dict.fromkeys(("Contender", "compare", "evaluate"), "evaluation.evaluate"),
+    **dict.fromkeys(("Candidate", "compare", "evaluate"), "evaluation.evaluate"),
     **dict.fromkeys(("attach", "detach", "supports"), "integration.attach"),
+    "EvalConfig": "evaluation.config",
+    "TrainConfig": "training.config",
     "train": "training.train",
 }
 

@@ -15,7 +15,7 @@ from nestling.kv.adapter_files import SIDES, path_names, read, write
 from nestling.kv.adapter_hub import push
 from nestling.kv.allocation import ranks as allocate
 from nestling.kv.allocation.bits import BitTable, bit_table_of
-from nestling.kv.allocation.budget import Budget, read_request
+from nestling.kv.allocation.budget import SINKS, WINDOW, Budget, read_request
 from nestling.kv.allocation.ranks import CONTEXT, RankTable
 from nestling.kv.cache.cache import CHUNK, NestedCache, make_cache
 from nestling.kv.cache.exact import capacity
@@ -26,7 +26,6 @@ from nestling.options import choice, flag, number, share, whole
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
 DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a cache can store
-SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
 
 
 @dataclass

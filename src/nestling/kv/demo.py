@@ -14,7 +14,9 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import built_in
 from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.cache.cache import NestedCache
+from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
+from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import evaluate
 from nestling.kv.integration import attach as attention
 from nestling.models import load_model
@@ -171,9 +173,9 @@ def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None
         "Each line is a share of the ranks, exact tokens not counted. Keys and values are cut by masks here, and "
         "every token reads its history as a decode would."
     )
-    recipe = [{"setting": name, "value": str(value)} for name, value in training.items()]
+    options = [{"setting": name, "value": str(value)} for name, value in training.items()]
     sections = [Section("KL over tokens", note, rows=points, figure=figure)]
-    sections.append(Section("Recipe", "What this adapter was trained with.", rows=recipe))
+    sections.append(Section("Options", "What this adapter was trained with.", rows=options))
     write_html(path, title, "Rotations of nested bases, trained to follow the full model.", sections,
                       run_meta())  # fmt: skip
 
@@ -194,10 +196,12 @@ def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
     else:
         start = time.perf_counter()
         rest = [t for i, t in enumerate(texts) if i % 8]
-        adapter = fit(language_model, tokenizer, rest, tokens=tokens or TOKENS)
+        adapter = fit(language_model, tokenizer, rest, FitConfig(tokens=tokens or TOKENS))
         console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
-    measure = partial(evaluate, language_model, tokenizer, adapter, texts=held_out, windows=1, dtype=torch.bfloat16)
-    rows = measure(BUDGETS) + measure(BITS, bits=True)[1:]
+    measured = partial(EvalConfig, windows=1, dtype="bfloat16")
+    rows: list[dict] = []
+    for config in (measured(budgets=BUDGETS), measured(budgets=BITS, bits=True)):
+        rows += evaluate(language_model, tokenizer, held_out, adapter, config)[bool(rows) :]
     console.print(table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
     console.print()
     console.print(f"Prompt, with a story before it: {PROMPT.splitlines()[-1]}")

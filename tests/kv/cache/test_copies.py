@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from nestling import kv
 
-from ..families import tiny_model
+from ..families import tiny_fit, tiny_model
 
 CACHES = {
     "full": dict(budget=1.0),
@@ -163,9 +163,7 @@ def test_a_reloaded_model_goes_on_with_a_cache(fitted, ids, tmp_path):
 
 def test_a_cache_outlives_its_model(ids):
     model = tiny_model("llama-gqa")
-    adapter = kv.fit(
-        model, None, ids, length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False
-    )
+    adapter = tiny_fit(model, ids)
     cache = adapter.cache(model, 0.6, sinks=2, window=6, context=256)
     with torch.no_grad():
         model(input_ids=ids[:1, :30], past_key_values=cache)

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nestling import kv
 from nestling.kv.cache.exact import BLOCK, capacity
 from nestling.kv.cache.layer import RECORDED
 
-from ..families import tiny_model
+from ..families import tiny_fit, tiny_model
 
 WINDOW, SINKS = 8, 2
 CACHES = {
@@ -49,8 +48,7 @@ def same_state(one, other) -> None:
 def single(ids):
     """A model of one layer: behind it, states that differ by a rounding error fall into other cells."""
     model = tiny_model("llama-gqa", num_hidden_layers=1)
-    options = dict(length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False)
-    return SimpleNamespace(model=model, adapter=kv.fit(model, None, ids, **options))
+    return SimpleNamespace(model=model, adapter=tiny_fit(model, ids))
 
 
 @pytest.mark.parametrize("rejected", [0, 5, 15, 30])

@@ -9,7 +9,7 @@ from nestling.kv.cache import eviction as evict
 from nestling.kv.cache.eviction import HeavyHitters, attention_mass
 from nestling.kv.integration.attach import cached
 
-from ..families import tiny_model
+from ..families import tiny_fit, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def single(ids):
     stock.set_attn_implementation("eager")
     return (
         model,
-        kv.fit(model, None, ids, length=64, sensitivity_windows=8, sensitivity_length=32, window=0, progress=False),
+        tiny_fit(model, ids, sensitivity_windows=8),
         stock,
     )
 

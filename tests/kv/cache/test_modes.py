@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from nestling import kv
 from nestling.errors import GradientError
 
-from ..families import tiny_model
+from ..families import tiny_fit, tiny_model
 
 MODES = {
     "grad": torch.enable_grad,
@@ -122,9 +122,7 @@ def test_what_comes_in_full_precision_after_autocast_is_stored_in_it(fitted, ids
 
 def test_a_model_may_change_its_precision(ids):
     model = tiny_model("llama-gqa")
-    adapter = kv.fit(
-        model, None, ids, length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False
-    )
+    adapter = tiny_fit(model, ids)
     for budget in (1.0, 0.6):
         cache = adapter.cache(model, budget, sinks=2, window=6, context=256)
         with torch.no_grad():
@@ -153,12 +151,10 @@ def test_calibration_search_and_evaluation_are_the_same_in_every_mode(ids, mode)
     for within in (nullcontext, context):
         with within():
             text = ids.clone()
-            options = dict(length=64, sensitivity_windows=4, sensitivity_length=32, sinks=2, window=6, progress=False)
-            adapter = kv.fit(model, None, text, **options)
-            searched = kv.search(
-                model, None, adapter, text, windows=4, length=64, sinks=2, window=6, method="blend", progress=False
-            )
-            rows = kv.evaluate(model, None, adapter, [0.9], texts=text, length=64, sinks=2, window=6, progress=False)
+            exact = dict(length=64, sinks=2, window=6)
+            adapter = tiny_fit(model, text, **exact)
+            searched = kv.search(model, None, text, adapter, kv.SearchConfig(**exact), progress=False)
+            rows = kv.evaluate(model, None, text, adapter, kv.EvalConfig(budgets=[0.9], **exact), progress=False)
         found.append((adapter, searched, [{k: v for k, v in row.items() if "ms" not in k} for row in rows]))
     assert adapters_equal(found[0][0], found[1][0])
     assert all(torch.equal(found[0][1].paths[name], path) for name, path in found[1][1].paths.items())
@@ -175,21 +171,12 @@ def test_training_is_the_same_in_every_mode(ids, tmp_path, mode):
     for within in (nullcontext, context):
         model = tiny_model("llama-gqa")
         with within():
-            adapter = kv.fit(
-                model,
-                None,
-                ids.clone(),
-                length=64,
-                sensitivity_windows=4,
-                sensitivity_length=32,
-                sinks=2,
-                window=6,
-                progress=False,
-            )
-            trained = kv.train(
-                model, None, ids.clone(), adapter, recipe=dict(sinks=2, window=6), tokens=128,
-                length=64, batch_size=1, eval_budgets=(0.75, 0.5), folder=tmp_path / str(len(found)), progress=False,
+            adapter = tiny_fit(model, ids.clone(), sinks=2, window=6)
+            config = kv.TrainConfig(
+                sinks=2, window=6, tokens=128, length=64, batch_size=1, budgets=(0.75, 0.5), progress=False,
+                output_dir=tmp_path / str(len(found)),
             )  # fmt: skip
+            trained = kv.train(model, None, ids.clone(), adapter, config)
         found.append(trained)
     assert adapters_equal(*found)
 
@@ -198,7 +185,7 @@ def test_weights_of_inference_mode_are_refused_by_name(ids):
     with torch.inference_mode():
         model = tiny_model("llama-gqa")
     with pytest.raises(kv.UnsupportedModelError, match="LlamaForCausalLM was loaded under torch.inference_mode"):
-        kv.fit(model, None, ids, length=64, progress=False)
+        tiny_fit(model, ids)
 
 
 def test_an_adapter_that_was_read_in_inference_mode_serves_in_all(fitted, ids, tmp_path):
@@ -264,9 +251,7 @@ def test_gradients_pass_through_compressed_states(fitted, ids, window):
 def test_storage_may_grow_before_the_backward_pass(ids, name):
     """Only queries are in the graph: it must not hold on to storage that later calls write to."""
     model = tiny_model("llama-gqa", num_hidden_layers=1)
-    adapter = kv.fit(
-        model, None, ids, length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False
-    )
+    adapter = tiny_fit(model, ids)
     weight, found = model.model.layers[0].self_attn.q_proj.weight, []
     model.requires_grad_(False)
     weight.requires_grad_()

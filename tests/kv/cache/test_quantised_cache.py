@@ -18,7 +18,7 @@ from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration.attach import cached
 from nestling.kv.quantisation import cpu as kernels
 
-from ..families import FAMILIES, tiny_model
+from ..families import FAMILIES, tiny_fit, tiny_model
 from .test_cache import recent_after, run
 
 CELLS = {1: 8, 2: 4, 3: 2, 4: 1, 8: 1 / 8}  # the description of the format, once more
@@ -66,8 +66,7 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
     """Of one layer: behind it, states that differ by a rounding error fall into other cells."""
     one = {"num_hidden_layers": 1} | ({"layer_types": ["full_attention"]} if family == "gemma3" else {})
     model = tiny_model(family, **one)
-    options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, window=0, progress=False)
-    adapter = kv.fit(model, None, ids, **options)
+    adapter = tiny_fit(model, ids, sensitivity_windows=8)
     table = some_table(adapter)
     cache = adapter.cache(model, allocation=table, sinks=sinks, window=window, exact_prompt=False)
     rows = {layer: row for row, layer in enumerate(adapter.fingerprint["layers"])}
@@ -267,10 +266,10 @@ def test_adapters_without_noise_say_so_and_fall_back_to_ranks(fitted, ids, tmp_p
         for held in (cache, same):
             made.model(input_ids=ids, **cached(made.model, held))
     assert cache.nbytes == same.nbytes
-    options = dict(texts=ids, windows=1, length=40, sinks=0, window=0, bits=True, progress=False)
+    config = kv.EvalConfig(budgets=[0.8], windows=1, length=40, sinks=0, window=0, bits=True)
     with pytest.warns(UserWarning, match="ranks alone"):
-        assert not kv.evaluate(made.model, None, old, [0.8], **options)[1]["method"].endswith("bits")
-    assert kv.evaluate(made.model, None, made.adapter, [0.8], **options)[1]["method"].endswith("-bits")
+        assert not kv.evaluate(made.model, None, ids, old, config, progress=False)[1]["method"].endswith("bits")
+    assert kv.evaluate(made.model, None, ids, made.adapter, config, progress=False)[1]["method"].endswith("-bits")
     old.save_pretrained(tmp_path / "old")
     assert not kv.KVAdapter.from_pretrained(tmp_path / "old").quantises
     made.adapter.save_pretrained(tmp_path / "new")

@@ -17,7 +17,7 @@ from nestling.kv.calibration.sensitivity import measure, sensitivity, spread
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 
-from ..families import FAMILIES, tiny_model
+from ..families import FAMILIES, tiny_fit, tiny_model
 
 RECORDED = ["llama-gqa", "llama-mha", "qwen3", "gemma3", "partial-rotary"]
 
@@ -217,7 +217,7 @@ def test_broken_weights_are_named(ids, layer, name, said, bad):
     model = tiny_model("llama-gqa")
     getattr(model.model.layers[layer].self_attn, name).weight.data[3, 3] = bad
     with pytest.raises(kv.CalibrationError, match=f"{said} hold NaN or infinity"):
-        kv.fit(model, None, ids, length=64, window=16, progress=False)
+        tiny_fit(model, ids, sensitivity_length=64, window=16)
 
 
 # Bases
@@ -324,8 +324,7 @@ def small():
     """An fp64 model, an adapter and eight rows of 24 tokens."""
     model = tiny_model("llama-gqa", dtype=torch.float64, num_hidden_layers=2, vocab_size=31)
     ids = torch.randint(3, 31, (8, 24), generator=torch.Generator().manual_seed(1))
-    options = dict(length=24, sensitivity_windows=8, sinks=1, window=2, progress=False)
-    return model, kv.fit(model, None, ids, **options), ids
+    return model, tiny_fit(model, ids, length=24, sensitivity_windows=8, sinks=1, window=2), ids
 
 
 EXACT = [(0, 0), (4, 0), (1, 2)]
@@ -385,7 +384,7 @@ def test_sensitivity_predicts_the_kl_of_a_small_change(small, sinks, window):
 
 def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
     model = tiny_model("llama-gqa")
-    adapter = kv.fit(model, None, ids, length=64, sensitivity_windows=2, sinks=0, window=0, progress=False)
+    adapter = tiny_fit(model, ids, sensitivity_windows=2, sinks=0)
     live = sensitivity(model, adapter, [ids[:2, :16]], sinks=0, window=0)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     frozen = sensitivity(model.requires_grad_(False), adapter, [ids[:2, :16]], sinks=0, window=0)
@@ -396,11 +395,11 @@ def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
 
 def test_what_only_near_tokens_read_is_worth_nothing(ids):
     model = tiny_model("llama-gqa")
-    adapter = kv.fit(model, None, ids, length=64, sensitivity_windows=2, sinks=0, window=0, progress=False)
+    adapter = tiny_fit(model, ids, sensitivity_windows=2, sinks=0)
     energy = sensitivity(model, adapter, [ids[:2, :19]], sinks=1, window=3)  # up to 18 recent ones are exact
     assert all(float(e.abs().max()) == 0 for e in energy.values())
     with pytest.raises(ValueError, match="pieces of 19 tokens hold nothing beyond the 19 exact ones"):
-        measure(model, adapter, ids[:, :19], sinks=1, window=3)
+        measure(model, adapter, ids[:, :19], kv.FitConfig(sinks=1, window=3))
 
 
 def test_pieces_are_from_all_over_the_windows():
@@ -419,18 +418,7 @@ def test_pieces_are_from_all_over_the_windows():
 def test_every_family_fits(ids, family, basis):
     model = tiny_model(family)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    adapter = kv.fit(
-        model,
-        None,
-        ids,
-        basis,
-        length=32,
-        tokens=256,
-        sensitivity_windows=4,
-        sensitivity_length=16,
-        window=0,
-        progress=False,
-    )
+    adapter = tiny_fit(model, ids, basis=basis, length=32, tokens=256, sensitivity_length=16)
     layers, heads, width = adapter.shape
     assert (heads, width) == attention.head_shape(model.config)[1:]
     for side in ("key", "value"):
@@ -450,8 +438,7 @@ def test_every_family_fits(ids, family, basis):
 def test_fit_is_the_sum_of_its_parts(ids, basis):
     """And orders the balanced coordinates by what they were measured to be worth; PCA keeps the paper's order."""
     exact = dict(sinks=2, window=4)
-    options = dict(length=64, sensitivity_windows=8, sensitivity_length=32, seed=5, progress=False)
-    adapter = kv.fit(tiny_model("qwen3"), None, ids, basis, **options, **exact)
+    adapter = tiny_fit(tiny_model("qwen3"), ids, basis=basis, sensitivity_windows=8, seed=5, **exact)
     model = tiny_model("qwen3")  # heads of width 24: energies are measured again at 16
     moments = collect_moments(model, [ids])
     bases, means = make_bases(model, moments, basis), {i: m.means(basis) for i, m in moments.items()}
@@ -482,30 +469,31 @@ def test_ids_and_strings_are_the_same_text(ids):
             return {"input_ids": [int(i) for i in text.split()]}
 
     texts = [" ".join(map(str, row)) for row in ids.tolist()]
-    options = dict(length=64, sensitivity_windows=2, sensitivity_length=16, window=0, progress=False)
-    one, other = (kv.fit(tiny_model("llama-gqa"), t, x, **options) for t, x in ((None, ids), (Numbers(), texts)))
+    config = kv.FitConfig(length=64, sensitivity_windows=2, sensitivity_length=16, window=0)
+    one, other = (
+        kv.fit(tiny_model("llama-gqa"), t, x, config, progress=False) for t, x in ((None, ids), (Numbers(), texts))
+    )
     assert torch.equal(one.encode["key"], other.encode["key"]) and torch.equal(one.energy["key"], other.energy["key"])
     with pytest.raises(ValueError, match="a tokenizer is needed"):
-        kv.fit(tiny_model("llama-gqa"), None, texts, **options)
+        kv.fit(tiny_model("llama-gqa"), None, texts, config, progress=False)
 
 
 def test_too_little_text_and_wrong_ids_are_refused(ids):
     model = tiny_model("llama-gqa")
     with pytest.raises(TextTooShortError, match="shorter than one window of 65 tokens"):
-        kv.fit(model, None, ids, length=65, progress=False)
+        tiny_fit(model, ids, length=65, sensitivity_length=65)
     with pytest.raises(ValueError, match="integer tensor"):
-        kv.fit(model, None, ids.float(), length=32, progress=False)
+        tiny_fit(model, ids.float(), length=32)
 
 
 def test_windows_are_no_longer_than_the_model(ids):
     model = tiny_model("llama-gqa", max_position_embeddings=32)
-    assert kv.fit(model, None, ids, sensitivity_windows=2, window=0, progress=False).info["length"] == 32
+    assert tiny_fit(model, ids, length=1024, sensitivity_length=512, sensitivity_windows=2).info["length"] == 32
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_model_is_restored(ids, training):
     model = tiny_model("llama-gqa", attention_dropout=0.5).train(training)
-    options = dict(length=32, sensitivity_windows=2, sensitivity_length=16, window=0, progress=False)
-    one, other = (kv.fit(model, None, ids, **options) for _ in range(2))
+    one, other = (tiny_fit(model, ids, length=32, sensitivity_windows=2, sensitivity_length=16) for _ in range(2))
     assert model.training is training
     assert torch.equal(one.encode["key"], other.encode["key"])  # no dropout in it

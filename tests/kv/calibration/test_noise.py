@@ -5,6 +5,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nestling.kv.adapter_files import SIDES
+from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.moments import SKIP
 from nestling.kv.calibration.noise import EVERY, Noise
 from nestling.kv.calibration.sensitivity import measure, sensitivity
@@ -61,7 +62,8 @@ def test_noise_is_the_sum_over_tokens_of_squared_gradients(fitted, ids, family):
 @torch.no_grad()
 def test_noise_predicts_the_kl_of_noise_that_is_added(fitted, ids):
     made = fitted("llama-gqa")
-    adapter = measure(made.model, made.adapter, ids, pieces=16, length=64, sinks=0, window=0, progress=False)
+    config = FitConfig(sensitivity_windows=16, sensitivity_length=64, sinks=0, window=0)
+    adapter = measure(made.model, made.adapter, ids, config, progress=False)
     layers, heads, width = adapter.shape
     clean = made.stock(input_ids=ids).logits.flatten(0, 1)
     rng, share = torch.Generator().manual_seed(0), 0.05

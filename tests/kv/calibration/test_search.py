@@ -13,7 +13,7 @@ from nestling.kv.calibration.search import SHARES, KLMeter, search
 from nestling.kv.integration.attach import cached
 from nestling.losses import kl_divergence
 
-OPTIONS = dict(windows=2, length=24, window=0, progress=False)
+OPTIONS = dict(windows=2, length=24, window=0)
 WHOLE = {**OPTIONS, "sinks": 0, "window": 0}
 
 
@@ -26,6 +26,10 @@ def measured(case, ranks, texts) -> float:
         read = case.model(input_ids=text[None], **cached(case.model, cache)).logits[0]
         total += float(kl_divergence(case.stock(input_ids=text[None]).logits[0], read).mean())
     return total / len(texts)
+
+
+def searched_by(case, texts, **options):
+    return search(case.model, None, texts, case.adapter, kv.SearchConfig(**options), progress=False)
 
 
 def stacked(table: kv.RankTable) -> torch.Tensor:
@@ -45,7 +49,7 @@ def test_greedy_is_algorithm_1(fitted, ids):
             found.append((measured(case, lowered, texts), lowered))
         ranks = min(found, key=lambda pair: pair[0])[1]
         visited.append(ranks)
-    searched = search(case.model, None, case.adapter, texts, "greedy", per_sweep=1, lowest=0.4, **WHOLE)
+    searched = searched_by(case, texts, method="greedy", per_sweep=1, lowest=0.4, **WHOLE)
     for expected in visited:
         table = searched.ranks(int(expected.sum()), "greedy")
         assert torch.equal(stacked(table), expected)
@@ -56,8 +60,8 @@ def test_greedy_is_algorithm_1(fitted, ids):
 
 def test_greedy_by_many_lands_on_every_budget(fitted, ids):
     case = fitted("llama-gqa")
-    searched = search(case.model, None, case.adapter, ids, "greedy", per_sweep=4, lowest=0.6, **OPTIONS)
-    one = search(case.model, None, case.adapter, ids, "greedy", per_sweep=1, lowest=0.6, **OPTIONS)
+    searched = searched_by(case, ids, method="greedy", per_sweep=4, lowest=0.6, **OPTIONS)
+    one = searched_by(case, ids, method="greedy", per_sweep=1, lowest=0.6, **OPTIONS)
     assert searched.info["search"]["forwards"] < 0.5 * one.info["search"]["forwards"]
     full = searched.full_elements
     for share in (1.0, 0.9, 0.75, 0.6, 0.55, 0.5):  # below 0.6 by energy
@@ -79,7 +83,7 @@ def test_the_meter_reads_what_a_cache_reads(fitted, ids):
 def test_a_blend_is_the_best_one_that_was_measured(fitted, ids, monkeypatch):
     case, texts = fitted("qwen3"), ids[:2, :24]
     monkeypatch.setattr(sys.modules["nestling.kv.calibration.search"], "BUDGETS", (0.7, 0.45))
-    searched = search(case.model, None, case.adapter, texts, **WHOLE)
+    searched = searched_by(case, texts, **WHOLE)
     info, full = searched.info["search"], case.adapter.full_elements
     assert info["forwards"] == 2 * 2 * len(SHARES) and info["method"] == "blend" and info["equal"] in SHARES
     gains = energy_gains(case.adapter.energy["key"], case.adapter.energy["value"])
@@ -96,7 +100,7 @@ def test_a_blend_is_the_best_one_that_was_measured(fitted, ids, monkeypatch):
 
 def test_what_was_searched_is_saved(tmp_path, fitted, ids):
     case = fitted("llama-gqa")
-    searched = search(case.model, None, case.adapter, ids, "greedy", per_sweep=6, lowest=0.6, **OPTIONS)
+    searched = searched_by(case, ids, method="greedy", per_sweep=6, lowest=0.6, **OPTIONS)
     searched.save_pretrained(tmp_path / "adapter")
     read = kv.KVAdapter.from_pretrained(tmp_path / "adapter")
     assert read.info["search"] == searched.info["search"] and list(read.paths) == ["greedy"]
@@ -108,12 +112,12 @@ def test_what_was_searched_is_saved(tmp_path, fitted, ids):
 def test_bad_input_is_refused(fitted, ids):
     case = fitted("llama-gqa")
     with pytest.raises(ValueError, match="method='random'.*blend, greedy"):
-        search(case.model, None, case.adapter, ids, "random")
+        searched_by(case, ids, method="random")
     with pytest.raises(ValueError, match="length=83 must be longer than the 83 exact tokens"):
-        search(case.model, None, case.adapter, ids, length=83)
+        searched_by(case, ids, length=83)
     with pytest.raises(TextTooShortError):
-        search(case.model, None, case.adapter, ids, length=65, window=0)
+        searched_by(case, ids, length=65, window=0)
     with pytest.raises(kv.AdapterError, match="made for another model"):
-        search(case.model, None, fitted("qwen3").adapter, ids, **WHOLE)
+        search(case.model, None, ids, fitted("qwen3").adapter, kv.SearchConfig(**WHOLE))
     with pytest.raises(kv.BudgetError, match="allocation must be 'energy', 'uniform' or a rank table, got 'greedy'"):
         case.adapter.cache(case.model, 0.75, allocation="greedy")

@@ -2,33 +2,30 @@
 
 import json
 import math
-import re
 import string
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, QuantizedCache
 
 from nestling import kv
 from nestling.errors import BudgetError, EvaluationError, TextTooShortError
 from nestling.kv.cache.cache import make_cache
-from nestling.kv.evaluation.evaluate import Contender, Partial, compare, evaluate
+from nestling.kv.evaluation.config import EvalConfig
+from nestling.kv.evaluation.evaluate import Candidate, ResultStore, compare, evaluate
 from nestling.kv.evaluation.tasks import (
     DEPTHS,
     choice_pairs,
     choice_scores,
     encode_question,
     held_bytes,
-    line_prompts,
     passkey_prompts,
 )
 from nestling.kv.integration.attach import cached
 
-from ..families import tiny_model
+from ..families import tiny_fit, tiny_model
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 VOCABULARY = 128
@@ -75,12 +72,13 @@ def stock():
 
 @pytest.fixture(scope="module")
 def adapter(model, ids):
-    return kv.fit(model, None, ids, length=96, sensitivity_windows=4, sensitivity_length=48, window=0, progress=False)
+    return tiny_fit(model, ids, length=96, sensitivity_length=48)
 
 
 def run(model, adapter, ids=None, budgets=(1.0,), **options):
-    options = {"windows": 3, "length": 48, "chunk": 16, "progress": False, **options}
-    return evaluate(model, options.pop("tokenizer", None), adapter, budgets, texts=ids, **{"window": 0, **options})
+    tokenizer, store = options.pop("tokenizer", None), options.pop("store", None)
+    config = EvalConfig(**{"windows": 3, "length": 48, "chunk": 16, "window": 0, "budgets": budgets, **options})
+    return evaluate(model, tokenizer, ids, adapter, config, progress=False, store=store)
 
 
 def test_the_full_budget_is_the_full_model(model, adapter, stock, ids):
@@ -136,9 +134,7 @@ def test_prompts_are_read_compressed(model, adapter, ids):
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "moe"])
 def test_other_families(family, ids):
     model = tiny_model(family)
-    adapter = kv.fit(
-        model, None, ids, length=96, sensitivity_windows=2, sensitivity_length=48, window=0, progress=False
-    )
+    adapter = tiny_fit(model, ids, length=96, sensitivity_windows=2, sensitivity_length=48)
     full, ours = run(model, adapter, ids, windows=2)
     assert abs(ours["kl"]) < 1e-5 and ours["top1"] == 1
 
@@ -165,9 +161,7 @@ def test_bytes_are_those_of_storage(model, adapter, ids):
 
 def test_bytes_agree_on_sliding_layers(ids):
     model = tiny_model("gemma3")
-    adapter = kv.fit(
-        model, None, ids, length=96, sensitivity_windows=2, sensitivity_length=48, window=0, progress=False
-    )
+    adapter = tiny_fit(model, ids, length=96, sensitivity_windows=2, sensitivity_length=48)
     cache = adapter.cache(model, 0.6)
     with torch.no_grad():
         model(input_ids=ids[:2, :80], **cached(model, cache))
@@ -188,8 +182,7 @@ def test_byte_columns(model, adapter, ids):
 def test_byte_columns_leave_layers_out_that_do_not_grow(ids):
     """Of the three layers of this model two have a window, and are in fp32 with any cache."""
     model = tiny_model("gemma3")
-    options = dict(length=96, sensitivity_windows=2, sensitivity_length=48, window=0, progress=False)
-    adapter = kv.fit(model, None, ids, **options)
+    adapter = tiny_fit(model, ids, length=96, sensitivity_windows=2, sensitivity_length=48)
     full, ours = run(model, adapter, ids, [0.6], paper=True, dtype=torch.bfloat16)
     assert full["bytes_per_token"] == 2 * 2 * 2 * 24 * 2 and full["bytes_share"] == 2
     cache = adapter.cache(model, 0.6, paper=True, dtype=torch.bfloat16)
@@ -328,25 +321,10 @@ def test_passkey_prompts(tokenizer):
         passkey_prompts(tokenizer, 50)
 
 
-@given(n=st.integers(260, 600))
-def test_line_prompts(tokenizer, n):
-    """The last line of a prompt asks for one of the record's, whose number comes once."""
-    prompts = line_prompts(tokenizer, n)
-    assert len(prompts) == len(DEPTHS)
-    for (ids, digits), (again, _) in zip(prompts, line_prompts(tokenizer, n), strict=True):
-        text = tokenizer.decode(ids)
-        assert len(ids) <= n and torch.equal(ids, again)
-        asked = re.fullmatch(r".*Line (\d+):", text.splitlines()[-1])[1]
-        assert f"\nLine {asked}: {digits}\n" in text and text.count(digits) == 1
-    with pytest.raises(EvaluationError, match="room for [0-7] lines"):
-        line_prompts(tokenizer, 60)
-
-
 def test_passkey_answers(model, adapter, tokenizer, monkeypatch):
     """A model that copies the key is right, a random one is not; both are read greedily."""
-    full, ours = run(model, adapter, windows=0, passkey=[200], lines=[300], tokenizer=tokenizer)
-    assert full["passkey_200"] == ours["passkey_200"] == full["lines_300"] == ours["lines_300"] == 0
     full, ours = run(model, adapter, windows=0, passkey=[200], tokenizer=tokenizer)
+    assert full["passkey_200"] == ours["passkey_200"] == 0
     assert ours["bytes_share"] == pytest.approx(full["bytes_share"] * 256 / 200), "storage grows by 256 tokens"
 
     answers = [list(tokenizer(f" {key}.")["input_ids"]) for _, key in passkey_prompts(tokenizer, 200)] * 2
@@ -363,15 +341,16 @@ def test_passkey_answers(model, adapter, tokenizer, monkeypatch):
 
     monkeypatch.setattr("nestling.kv.evaluation.tasks.read", scripted(lambda *a: torch.zeros(1, VOCABULARY)))
     monkeypatch.setattr("nestling.kv.evaluation.tasks.forward", scripted(lambda *a: torch.zeros(1, 1, VOCABULARY)))
-    contender = Contender("copy", None, lambda: DynamicCache(config=model.config))
-    rows = compare(model, tokenizer, [contender], windows=0, passkey=[200], progress=False, partial=_known_bytes())
+    candidate = Candidate("copy", None, lambda: DynamicCache(config=model.config))
+    config = EvalConfig(windows=0, passkey=[200])
+    rows = compare(model, tokenizer, None, [candidate], config, progress=False, store=_known_bytes())
     assert [row["passkey_200"] for row in rows] == [1, 1]
 
 
 def _known_bytes():
-    partial = Partial()
-    partial.done["stock cache of 200 tokens"] = [1.0, 1.0]
-    return partial
+    store = ResultStore()
+    store.done["stock cache of 200 tokens"] = [1.0, 1.0]
+    return store
 
 
 def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
@@ -387,11 +366,11 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
             raise KeyboardInterrupt
         return adapter.cache(model, 0.6, window=0, exact_prompt=False, context=48)
 
-    setting = dict(texts=ids, windows=3, length=48, chunk=16, progress=False)
+    config = EvalConfig(windows=3, length=48, chunk=16)
     with pytest.raises(KeyboardInterrupt):
-        compare(model, None, [Contender("balanced-energy", 0.6, dying)], **setting, partial=Partial(file, job))
+        compare(model, None, ids, [Candidate("balanced-energy", 0.6, dying)], config, store=ResultStore(file, job))
     done = json.loads(file.read_text())["done"]
-    assert sum("text" in key for key in done) == 4, "two windows of two contenders"
+    assert sum("text" in key for key in done) == 4, "two windows of two candidates"
 
     calls = 0
 
@@ -400,22 +379,22 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
         calls += 1
         return adapter.cache(model, 0.6, window=0, exact_prompt=False, context=48)
 
-    contender = Contender("balanced-energy", 0.6, counting)
-    resumed = compare(model, None, [contender], **setting, partial=Partial(file, job))
+    candidate = Candidate("balanced-energy", 0.6, counting)
+    resumed = compare(model, None, ids, [candidate], config, progress=False, store=ResultStore(file, job))
     assert calls == 2, "once to try the budget, once for the third window"
     columns = ("kl", "ppl", "top1")
     assert [[r[c] for c in columns] for r in resumed] == [[r[c] for c in columns] for r in expected]
 
-    partial = Partial(file, job)
-    assert run(model, adapter, ids, [0.6], **options, partial=partial) == expected
-    before = dict(partial.done)
-    assert run(model, adapter, ids, [0.6], **options, partial=Partial(file, job)) == expected
-    assert Partial(file, job).done == before
+    store = ResultStore(file, job)
+    assert run(model, adapter, ids, [0.6], **options, store=store) == expected
+    before = dict(store.done)
+    assert run(model, adapter, ids, [0.6], **options, store=ResultStore(file, job)) == expected
+    assert ResultStore(file, job).done == before
     with pytest.raises(EvaluationError, match="another job"):
-        Partial(file, {"model": "other"})
+        ResultStore(file, {"model": "other"})
     file.write_text('{"job"')
     with pytest.raises(EvaluationError, match="damaged"):
-        Partial(file, job)
+        ResultStore(file, job)
 
 
 def test_errors(model, adapter, ids, tokenizer):
@@ -429,7 +408,7 @@ def test_errors(model, adapter, ids, tokenizer):
     with pytest.raises(BudgetError):
         run(model, adapter, ids, [1.0, 0.001])
     with pytest.raises(EvaluationError, match="repeated: .*'same'"):
-        compare(model, None, [Contender("same", None, stock_cache)] * 2, texts=ids, progress=False)
+        compare(model, None, ids, [Candidate("same", None, stock_cache)] * 2, progress=False)
     with pytest.raises(EvaluationError, match="tokenizer"):
         run(model, adapter, ids, passkey=[200])
     with pytest.raises(EvaluationError, match="task empty has no questions"):
@@ -438,7 +417,7 @@ def test_errors(model, adapter, ids, tokenizer):
         run(tiny_model("llama-mha"), adapter, ids)
 
 
-def test_logits_that_are_not_finite_name_the_contender(model, adapter, ids, tokenizer):
+def test_logits_that_are_not_finite_name_the_candidate(model, adapter, ids, tokenizer):
     bases = {i: adapter._layer_bases(i) for i in range(3)}
     bases[1] = bases[1] | {"value_decode": torch.full_like(bases[1]["value_decode"], torch.nan)}
     ranks = adapter.ranks(96, "uniform")
@@ -446,15 +425,14 @@ def test_logits_that_are_not_finite_name_the_contender(model, adapter, ids, toke
     def broken():
         return make_cache(bases, ranks, model.config, device=model.device, exact_prompt=False)
 
-    contender = Contender("broken", 0.5, broken)
+    candidate = Candidate("broken", 0.5, broken)
     for options, where in (
-        (dict(texts=ids, windows=1, length=48), "window 1, tokens 0 to 47"),
+        (dict(windows=1, length=48), "window 1, tokens 0 to 47"),
         (dict(windows=0, tasks={"toy": ROWS}), "toy, question 1"),
         (dict(windows=0, passkey=[200]), "passkey_200"),
-        (dict(windows=0, lines=[300]), "lines_300"),
     ):
         with pytest.raises(EvaluationError, match=f"broken at 0.5: .*not finite.* in {where}"):
-            compare(model, tokenizer, [contender], **options, progress=False)
+            compare(model, tokenizer, ids, [candidate], EvalConfig(**options), progress=False)
 
 
 def test_the_model_keeps_its_mode_and_no_gradients_are_made(model, adapter, ids):
@@ -471,7 +449,8 @@ def test_rank_tables_and_defaults(model, adapter, ids, tokenizer):
     table = adapter.ranks(96, "uniform")
     rows = run(model, adapter, ids, allocation=table)
     assert [(r["method"], r["budget"]) for r in rows] == [("full", None), ("balanced-ranks", None)]
-    built_in = evaluate(model, tokenizer, adapter, [0.6], windows=1, length=64, window=0, progress=False)
+    config = EvalConfig(budgets=[0.6], windows=1, length=64, window=0)
+    built_in = evaluate(model, tokenizer, None, adapter, config, progress=False)
     assert built_in[1]["kl"] > 0
 
 

@@ -10,7 +10,7 @@ from nestling import kv
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 
-from ..families import BASE, FAMILIES, tiny_model
+from ..families import BASE, FAMILIES, tiny_fit, tiny_model
 
 MLA = dict(kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 REFUSED = {
@@ -68,7 +68,7 @@ def test_fit_refuses_before_it_touches_the_model(kind, ids):
     model = other_model(kind, **REFUSED[kind][0])
     before = model.config._attn_implementation
     with pytest.raises(kv.UnsupportedModelError, match=REFUSED[kind][1]):
-        kv.fit(model, None, ids, length=16, progress=False)
+        tiny_fit(model, ids, length=16)
     assert model.config._attn_implementation == before
 
 
@@ -107,9 +107,7 @@ def test_sliding_and_linear_layers_keep_their_stock_cache(fitted):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_families_generate_the_stock_tokens_at_full_budget(kind, ids):
     model, stock = (other_model(kind, **OTHERS[kind]) for _ in range(2))
-    adapter = kv.fit(
-        model, None, ids, length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False
-    )
+    adapter = tiny_fit(model, ids)
     mask = (torch.arange(20) >= torch.tensor([0, 7])[:, None]).long()
     options = dict(attention_mask=mask, min_new_tokens=10, max_new_tokens=10, do_sample=False)
     expected = stock.generate(ids[:2, :20] * mask, **options)

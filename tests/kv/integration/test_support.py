@@ -15,10 +15,8 @@ from nestling import kv
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 
-from ..families import tiny_model
+from ..families import tiny_fit, tiny_model
 from .test_attach import other_model
-
-FIT = dict(length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False)
 
 
 def weak(family: str = "llama-gqa", implementation: str = "sdpa"):
@@ -139,7 +137,7 @@ def test_what_a_layer_does_is_seen(change, ids):
         kv.attach(model)
     assert str(error.value) == reason
     with pytest.raises(kv.UnsupportedModelError):
-        kv.fit(model, None, ids, **FIT)
+        tiny_fit(model, ids)
     assert model.config._attn_implementation == before
 
 
@@ -184,7 +182,7 @@ def test_prefixes_of_peft_are_refused_and_lora_is_served(kind, ids):
     classes = {"PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig}
     model = peft.get_peft_model(tiny_model("llama-gqa"), classes.get(kind, peft.PromptEncoderConfig)(**options))
     assert kind in kv.supports(model)
-    adapter = kv.fit(model.get_base_model(), None, ids, **FIT)  # the prefix is not part of it
+    adapter = tiny_fit(model.get_base_model(), ids)  # the prefix is not part of it
     with pytest.raises(kv.UnsupportedModelError, match=kind):
         adapter.cache(model, 0.75)
     lora = peft.get_peft_model(tiny_model("llama-gqa"), peft.LoraConfig(task_type="CAUSAL_LM"))
@@ -212,22 +210,22 @@ def test_detach_puts_back_what_was(family, implementation, ids):
 
 def test_everything_that_measures_leaves_the_model_as_it_was(tmp_path, ids):
     model = weak(implementation="eager").train()
-    adapter = kv.fit(model, None, ids, **FIT)
-    searched = dict(windows=1, length=64, window=0, progress=False)
-    trained = dict(
-        folder=tmp_path, tokens=64, length=32, batch_size=1, progress=False, eval_budgets=[0.75],
-        recipe={"window": 0, "sinks": 0},
-    )  # fmt: skip
+    adapter = tiny_fit(model, ids)
+    searched = kv.SearchConfig(windows=1, length=64, window=0)
+    measured = kv.EvalConfig(budgets=[0.75], windows=1, length=64, window=0)
+    trained = kv.TrainConfig(
+        output_dir=tmp_path, tokens=64, length=32, batch_size=1, progress=False, budgets=[0.75], window=0, sinks=0
+    )
     for run in (
-        lambda: kv.search(model, None, adapter, ids, **searched),
-        lambda: kv.evaluate(model, None, adapter, [0.75], texts=ids, windows=1, length=64, window=0, progress=False),
-        lambda: kv.train(model, None, ids, adapter, **trained),
-        lambda: pytest.raises(kv.CalibrationError, kv.fit, _broken(model), None, ids, **FIT),
+        lambda: kv.search(model, None, ids, adapter, searched, progress=False),
+        lambda: kv.evaluate(model, None, ids, adapter, measured, progress=False),
+        lambda: kv.train(model, None, ids, adapter, trained),
+        lambda: pytest.raises(kv.CalibrationError, tiny_fit, _broken(model), ids),
     ):
         run()
         assert model.config._attn_implementation == "eager" and all(m.training for m in model.modules())
     kv.attach(model)
-    kv.search(model, None, adapter, ids, **searched)
+    kv.search(model, None, ids, adapter, searched, progress=False)
     assert model.config._attn_implementation == attention.NAME
 
 
@@ -238,7 +236,7 @@ def _broken(model):
 
 def test_attention_weights_are_there_with_plain_caches_and_missed_with_nested_ones(ids):
     model, stock = weak(), weak(implementation="eager")
-    adapter = kv.fit(model, None, ids, **FIT)
+    adapter = tiny_fit(model, ids)
     cache = adapter.cache(model, 0.75)
     mask = (torch.arange(64) >= torch.tensor([0, 7])[:, None]).long()
     inputs = dict(input_ids=ids[:2] * mask, attention_mask=mask, output_attentions=True)
@@ -314,7 +312,7 @@ def test_long_rope_warns_of_what_generate_does_to_the_cache(start, when, ids):
     rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[2.0] * 8)
     rope["original_max_position_embeddings"] = 16
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
-    adapter = kv.fit(model, None, ids, **FIT)
+    adapter = tiny_fit(model, ids)
     with pytest.warns(UserWarning, match="16 tokens"):
         cache = adapter.cache(model, 0.75)
     with warnings.catch_warnings(record=True) as seen:

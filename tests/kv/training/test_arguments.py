@@ -1,16 +1,15 @@
 """A training of bases and the stock trainer's words: callbacks, interrupts, intervals; what cannot be is refused."""
 
-import sys
+from importlib import import_module
 
 import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from nestling.errors import NestlingError
-from nestling.kv.training.train import train
 
 from ..families import tiny_model
-from .test_train import OPTIONS, run, same
+from .test_train import run, same
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +67,13 @@ REFUSED = [
     *({name: value} for name in ("tokens", "length", "batch_size", "eval_windows") for value in (0, -1, 2.5, None)),
     *({"seed": value} for value in (-1, 2**32, "x")),
     *({"resume": value} for value in (1, "x")),
-    *({"eval_budgets": value} for value in ((0,), (2,), ("x",), 5, (float("nan"),), ())),
+    *({"budgets": value} for value in ((0,), (2,), ("x",), 5, (float("nan"),), ())),
     *({"preset": value} for value in ("best", None, 5)),
-    *({"recipe": value} for value in (5, {"nonsense": 1}, {"kl_weight": -1}, {"kl_weight": 0}, {"learning_rate": 0})),
-    *({"recipe": value} for value in ({"sinks": -1}, {"window": 1.5}, {"basis": "x"}, {"sampling": "x"})),
-    *({"folder": value} for value in (None, 5, "")),
-    *({name: 1} for name in ("learning_rate", "num_train_epochs", "label_names", "optimizers", "train_dataset")),
+    *({"arguments": value} for value in (5, {5: 1}, {"learning_rate": 1}, {"output_dir": "x"}, {"bf16": True})),
+    {"nonsense": 1}, {"kl_weight": -1}, {"kl_weight": 0}, {"learning_rate": 0},
+    {"sinks": -1}, {"window": 1.5}, {"basis": "x"}, {"sampling": "x"},
+    *({"output_dir": value} for value in (None, 5, "")),
+    *({name: 1} for name in ("num_train_epochs", "label_names", "optimizers", "train_dataset")),
     *({name: True} for name in ("load_best_model_at_end", "auto_find_batch_size", "ignore_data_skip")),
     {"metric_for_best_model": "loss"}, {"save_strategy": "best"}, {"eval_steps": 2}, {"eval_strategy": "epoch"},
     *({"save_steps": value} for value in (0, -1, "x", float("nan"))),
@@ -88,9 +88,8 @@ REFUSED = [
 def test_what_cannot_be_is_refused_before_anything_is_computed(tmp_path, ids, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        sys.modules["nestling.kv.training.train"], "fit", lambda *_, **__: pytest.fail("it was calibrated")
+        import_module("nestling.kv.training.train"), "fit", lambda *_, **__: pytest.fail("it was calibrated")
     )
-    given = OPTIONS | {"folder": tmp_path / "out", "recipe": {"sinks": 0, "window": 0}}
     with pytest.raises(NestlingError):
-        train(tiny_model("llama-gqa"), None, ids, **{**given, **options})
+        run(tmp_path / "out", ids, None, **{"sinks": 0, "window": 0, **options})
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import torch
 
 from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.ranks import STEP
-from nestling.kv.training.sampling import FEWEST_BITS, FIXED, HIGHEST, MOST_BITS, SAMPLINGS, schedule
+from nestling.kv.training.sampling import FEWEST_BITS, MOST_BITS, SAMPLINGS, schedule
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_draws_are_tables_and_repeat(adapter, name):
         assert int(ranks.min()) >= min(STEP, width // 8) and int(ranks.max()) <= width
         assert torch.equal(ranks, again(number))
     differ = [not torch.equal(draw(number), other(number)) for number in range(40)]
-    assert any(differ) == (name != "fixed")
+    assert any(differ)
 
 
 def test_independent_ranks_are_uniform_over_eighths(adapter):
@@ -50,14 +50,6 @@ def test_the_path_follows_the_allocation(fitted):
     assert min(shares) < 0.45 and max(shares) > 0.8
 
 
-def test_the_sandwich_has_its_slices(fitted):
-    adapter = fitted("llama-gqa").adapter
-    draw = schedule("sandwich", adapter)
-    assert torch.equal(draw(0), draw(4)) and torch.equal(draw(1), draw(5))
-    assert int(draw(0).sum()) < int(draw(1).sum()) <= HIGHEST * adapter.full_elements
-    assert not torch.equal(draw(2), draw(6)) or not torch.equal(draw(3), draw(7))
-
-
 def test_every_other_text_is_quantised(fitted):
     """Those are at allotted bits, of all sizes; the others at 16 bits for the ranks of the path."""
     adapter = fitted("qwen3").adapter  # width 24: three blocks
@@ -77,10 +69,6 @@ def test_every_other_text_is_quantised(fitted):
     assert FEWEST_BITS - 0.2 < min(sizes) < 1 and 3.5 < max(sizes) <= MOST_BITS
 
 
-def test_fixed_is_half(adapter):
-    assert (schedule("fixed", adapter)(7) == adapter.ranks(FIXED * adapter.full_elements).stacked).all()
-
-
 def test_unknown_names_are_refused(adapter):
-    with pytest.raises(ValueError, match="path, sandwich, independent, fixed, bits, got 'random'"):
+    with pytest.raises(ValueError, match="sampling='random' is unknown: expected one of path, independent, bits"):
         schedule("random", adapter)

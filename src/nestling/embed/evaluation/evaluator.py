@@ -27,7 +27,7 @@ from nestling.embed.model.similarity import COSINE, Similarity
 from nestling.errors import DataError, EvaluationError, OptionError
 from nestling.files.writing import naming
 from nestling.jobs.progress import progress_bar
-from nestling.jobs.results import Partial
+from nestling.jobs.results import ResultStore
 from nestling.options import flag, shown, text, whole
 from nestling.report.results import read_rows, run_meta, write_json
 
@@ -182,7 +182,7 @@ class GridEvaluator(BaseEvaluator):
         """
         cups, prompts, projections = self.cups(model), self.prompts_for(model), chosen(self.projections, model)
         similarity = Similarity.of(Encoder.of(model).model)
-        kept = Partial(partial, {} if partial is None else self._job(model, cups, prompts, projections))
+        kept = ResultStore(partial, {} if partial is None else self._job(model, cups, prompts, projections))
         parts: dict[str, Callable[[_Encode], dict[Cup, Row]]] = {}
         if self.sts:
             parts["sts"] = bind(self._measure_sts, cups, similarity)

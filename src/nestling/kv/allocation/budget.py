@@ -19,6 +19,7 @@ EXPECTED_SHARE = (
     "a share of the full cache above 0 and at most 1, a percentage such as '25%', or bits per number such as '2.5bits'"
 )
 EXPECTED = f"{EXPECTED_SHARE}, or a limit in bytes such as '64MiB'"
+SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from transformers.cache_utils import Cache
 from nestling.basis import NestedBasis, balanced, pca
 from nestling.errors import CalibrationError
 from nestling.kv.cache.exact import SKIP
+from nestling.kv.calibration.config import BASES
 from nestling.kv.integration import attach as attention
 from nestling.options import choice
 
-BASES = ("balanced", "pca")
 QUERY_STRIDE = 16  # one query in so many is read for the attended keys: their attention weights are explicit
 
 

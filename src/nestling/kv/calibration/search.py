@@ -13,16 +13,16 @@ from torch import Tensor
 
 from nestling.data.windows import token_windows
 from nestling.jobs.progress import progress_bar
-from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.ranks import STEP, blended, by_gains, edges, energy_gains, halvable
 from nestling.kv.cache.exact import check_length
+from nestling.kv.calibration.config import SearchConfig
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.modes import in_default_mode
 from nestling.kv.simulation.student import Student
-from nestling.options import choice, flag, number, whole
+from nestling.options import flag
 
-METHODS = ("blend", "greedy")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of equal ranks, that are tried in a blend
 BUDGETS = (0.5, 0.25)  # of the ranks, at which they are tried
 BATCH_TOKENS = 2048  # of one forward pass
@@ -61,16 +61,10 @@ class KLMeter:
 def search(
     model,
     tokenizer,
-    adapter: KVAdapter,
     texts: Iterable[str] | Tensor,
-    method: str = "blend",
+    adapter: KVAdapter,
+    config: SearchConfig | None = None,
     *,
-    windows: int = 4,
-    length: int = 512,
-    sinks: int = SINKS,
-    window: int = WINDOW,
-    per_sweep: int = 16,
-    lowest: float = 0.2,
     progress: bool = True,
 ) -> KVAdapter:
     """Search ranks on texts, best those of the later use; the result is an adapter for every budget.
@@ -88,9 +82,10 @@ def search(
     What was found is what the adapter's caches use from then on; ``allocation=`` names any other.
 
     Args:
-        windows, length: texts to measure on and their tokens.
-        sinks, window: exact tokens, as the caches will keep them; 0 and 0 for the paper's.
-        lowest: share of the ranks at which ``greedy`` stops; below, it goes by the energies.
+        model: the causal LM of the adapter.
+        tokenizer: its tokenizer; None when ``texts`` are ids.
+        texts: strings, or token ids ``[n, T]``.
+        config: the method, and how much is measured.
 
     Returns:
         A copy of the adapter; ``info["search"]`` has the method and the number of forward passes.
@@ -99,28 +94,27 @@ def search(
         OptionError: if an option has a value that it cannot have.
         TextTooShortError, AdapterError.
     """
-    choice("method", method, METHODS)
-    windows, length, per_sweep = whole("windows", windows), whole("length", length), whole("per_sweep", per_sweep)
-    sinks, window = whole("sinks", sinks, minimum=0), whole("window", window, minimum=0)
-    lowest, progress = number("lowest", lowest, minimum=0, below=1), flag("progress", progress)
+    config, progress = SearchConfig.of(config), flag("progress", progress)
     adapter.check(model)
-    length = min(length, getattr(attention.text_config(model), "max_position_embeddings", None) or length)
-    check_length(length, sinks, window)
+    length = min(
+        config.length, getattr(attention.text_config(model), "max_position_embeddings", None) or config.length
+    )
+    check_length(length, config.sinks, config.window)
     attention.attach(model)
-    ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=windows)))
+    ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=config.windows)))
     training = model.training
     with progress_bar(progress) as bar:
         try:
-            meter = KLMeter(model.eval(), adapter, ids, sinks, window)
-            if method == "greedy":
-                path, chosen = greedy(meter, adapter, per_sweep, lowest, bar), {}
+            meter = KLMeter(model.eval(), adapter, ids, config.sinks, config.window)
+            if config.method == "greedy":
+                path, chosen = greedy(meter, adapter, config.per_sweep, config.lowest, bar), {}
             else:
                 path, share = blend(meter, adapter, bar)
                 chosen = {"equal": share}
         finally:
             model.train(training)
-    measured = {"method": method, "forwards": meter.forwards, "windows": len(ids), "length": length, **chosen}
-    return replace(adapter, paths={**adapter.paths, method: path}, info={**adapter.info, "search": measured})
+    measured = {"method": config.method, "forwards": meter.forwards, "windows": len(ids), "length": length, **chosen}
+    return replace(adapter, paths={**adapter.paths, config.method: path}, info={**adapter.info, "search": measured})
 
 
 def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, bar) -> Tensor:

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from nestling.errors import CalibrationError, OptionError
 from nestling.jobs.progress import progress_bar
-from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
+from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
+from nestling.kv.allocation.budget import SINKS, WINDOW
 from nestling.kv.allocation.ranks import halvable
 from nestling.kv.cache.exact import capacity
+from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.noise import Noise
 from nestling.kv.integration import attach as attention
 from nestling.kv.simulation.student import Student
 
-PIECES, LENGTH = 16, 512  # texts, and their tokens
 HALF = 0.5  # of the ranks: where energies are measured for use
 
 
@@ -79,13 +80,9 @@ def measure(
     model,
     adapter: KVAdapter,
     windows: Tensor,
+    config: FitConfig,
     *,
-    pieces: int = PIECES,
-    length: int = LENGTH,
-    sinks: int = SINKS,
-    window: int = WINDOW,
     sort: bool = False,
-    seed: int = 0,
     progress: bool = True,
 ) -> KVAdapter:
     """The adapter with what its coordinates are worth, measured on pieces of text.
@@ -94,20 +91,20 @@ def measure(
     that follow from it, since what coordinates are worth depends on which others are gone.
 
     Args:
-        windows: token ids ``[n, T]``; ``pieces`` of ``length`` tokens are taken from all over them.
-        sinks, window: exact tokens, as the caches will keep them.
+        windows: token ids ``[n, T]``; the pieces are taken from all over them.
+        config: number and length of the pieces, exact tokens, and the seed of the labels.
         sort: put the coordinates of every head in the order of their energies.
 
     Raises:
-        ValueError: if a piece holds no more than the exact tokens.
+        OptionError: if a piece holds no more than the exact tokens.
     """
-    size = attention.text_config(model).vocab_size
-    exact = {"sinks": sinks, "window": window}
+    size, pieces = attention.text_config(model).vocab_size, config.sensitivity_windows
+    options = {"sinks": config.sinks, "window": config.window, "seed": config.seed}
     for share, count in ((1.0, -(-pieces // 2)), (HALF, pieces)):
-        batches = spread(windows, count, length, size)
-        if batches[0].shape[1] <= (held := capacity(sinks, window)):
+        batches = spread(windows, count, config.sensitivity_length, size)
+        if batches[0].shape[1] <= (exact := capacity(config.sinks, config.window)):
             raise OptionError(
-                f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {held} exact ones: energies need "
+                f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need "
                 "longer windows, or fewer sinks and a smaller window"
             )
         noise = Noise(adapter, attention.input_device(model)) if share == 1 else None
@@ -115,7 +112,7 @@ def measure(
         with progress_bar(progress) as bar:
             track = bar.track(batches, description="energies")
             stacked = None if ranks is None else ranks.stacked
-            energy = sensitivity(model, adapter, track, stacked, seed=seed, noise=noise, **exact)
+            energy = sensitivity(model, adapter, track, stacked, noise=noise, **options)
         adapter = replace(adapter, energy=energy, paths={})  # searched by other energies
         if noise is not None:
             cost, step, errors = noise.measured(sum(ids.numel() for ids in batches))

@@ -1,13 +1,13 @@
 """Quality of compressed caches: KL, perplexity and top-1 agreement with the full model, multiple choice, recall.
 
-Every method is measured in the same way. It is a `Contender`, which makes empty caches; text goes through its cache in
+Every method is measured in the same way. It is a `Candidate`, which makes empty caches; text goes through its cache in
 chunks, so that a history is read as it is stored; and its bytes are those of the storage that it really holds.
 Multiple choice hides damage to a cache (it can keep its accuracy while the KL is past 1): read KL and agreement first.
 """
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
@@ -22,17 +22,16 @@ from nestling.data.texts import read_multiple_choice, read_texts
 from nestling.data.windows import token_windows
 from nestling.errors import DataError, EvaluationError
 from nestling.jobs.progress import progress_bar
-from nestling.jobs.results import Partial
-from nestling.kv.adapter import SINKS, WINDOW, KVAdapter
-from nestling.kv.allocation.budget import Budgets, read_shares
+from nestling.jobs.results import ResultStore
+from nestling.kv.adapter import KVAdapter
 from nestling.kv.cache.exact import check_length
+from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.tasks import (
     choice_scores,
     encode_question,
     forward,
     growing,
     held_bytes,
-    line_prompts,
     number_answer,
     passkey_prompts,
     read,
@@ -40,11 +39,11 @@ from nestling.kv.evaluation.tasks import (
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.modes import in_default_mode
 from nestling.losses import kl_divergence
-from nestling.options import flag, whole, wholes
+from nestling.options import flag
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A method that is measured.
 
     Attributes:
@@ -67,33 +66,19 @@ class Contender:
 def evaluate(
     model,
     tokenizer,
+    texts: Iterable[str] | Tensor | None,
     adapter: KVAdapter,
-    budgets: Budgets = (1.0, 0.75, 0.5, 0.4),
+    config: EvalConfig | None = None,
     *,
-    allocation=None,
-    texts: Iterable[str] | Tensor | None = None,
-    windows: int = 8,
-    length: int = 1024,
-    chunk: int = 64,
-    tasks: Mapping[str, Any] | None = None,
-    passkey: Sequence[int] = (),
-    lines: Sequence[int] = (),
     progress: bool = True,
-    partial: Partial | None = None,
-    **cache_options,
+    store: ResultStore | None = None,
 ) -> list[dict[str, Any]]:
     """Measure an adapter's caches at several budgets against the full model.
 
-    Prompts are read compressed too (``exact_prompt=False``): what is measured is what a decode reads. Budgets are met
-    at ``length`` tokens unless ``context`` says otherwise.
-
     Args:
         model: the causal LM of the adapter; switched to nestling's attention.
-        budgets: shares of the full cache, such as ``[0.5, "25%"]`` or ``"50%,25%"``; not used if ``allocation`` is a
-            rank table.
-        allocation, cache_options: as in `KVAdapter.cache` (sinks, window, paper, dtype, ...).
-        texts, windows, length, chunk, tasks, passkey, lines, progress, partial: see `compare`. Without ``texts``,
-            the built-in English pages are read.
+        tokenizer, texts, progress, store: see `compare`.
+        config: what is measured, and of which caches. Budgets are not used if the allocation is a rank table.
 
     Returns:
         Flat rows as from `compare`, the full model's first.
@@ -102,26 +87,22 @@ def evaluate(
         OptionError: if an option has a value that it cannot have.
         AdapterError, BudgetError, TextTooShortError, EvaluationError.
     """
-    length = whole("length", length)
+    config = EvalConfig.of(config)
     adapter.check(model)
-    allocation = adapter.allocation if allocation is None else allocation
-    named, quantised = isinstance(allocation, str), bool(cache_options.get("bits")) and adapter.quantises
+    allocation = adapter.allocation if config.allocation is None else config.allocation
+    named, quantised = isinstance(allocation, str), config.bits and adapter.quantises
     method = _method(adapter, allocation if named else "ranks") + "-bits" * quantised
-    options = {"allocation": allocation, "exact_prompt": False, "context": length, **cache_options}
-    sizes = read_shares(budgets) if named else [None]
-    if "context" not in cache_options and not cache_options.get("paper"):
-        sinks = whole("sinks", cache_options.get("sinks", SINKS), minimum=0)
-        window = whole("window", cache_options.get("window", WINDOW), minimum=0)
-        if any(size is not None and size.share != 1 for size in sizes):
-            check_length(length, sinks, window)
-    contenders = [
-        Contender(method, size.share if size else None, bind(adapter.cache, model, size, **options)) for size in sizes
+    options = {name: getattr(config, name) for name in ("bits", "sinks", "window", "paper", "exact_prompt")}
+    options |= {"allocation": allocation, "context": config.context or config.length}
+    options["dtype"] = config.dtype and getattr(torch, config.dtype)
+    sizes = config.budgets if named else [None]
+    if config.context is None and not config.paper and any(size is not None and size.share != 1 for size in sizes):
+        check_length(config.length, config.sinks, config.window)
+    candidates = [
+        Candidate(method, size.share if size else None, bind(adapter.cache, model, size, **options)) for size in sizes
     ]
     attention.attach(model)
-    return compare(
-        model, tokenizer, contenders, texts=texts, windows=windows, length=length, chunk=chunk, tasks=tasks,
-        passkey=passkey, lines=lines, progress=progress, partial=partial,
-    )  # fmt: skip
+    return compare(model, tokenizer, texts, candidates, config, progress=progress, store=store)
 
 
 def _method(adapter: KVAdapter, allocation: str) -> str:
@@ -137,73 +118,60 @@ def _method(adapter: KVAdapter, allocation: str) -> str:
 def compare(
     model,
     tokenizer,
-    contenders: Sequence[Contender],
+    texts: Iterable[str] | Tensor | None,
+    candidates: Sequence[Candidate],
+    config: EvalConfig | None = None,
     *,
-    texts: Iterable[str] | Tensor | None = None,
-    windows: int = 8,
-    length: int = 1024,
-    chunk: int = 64,
-    tasks: Mapping[str, Any] | None = None,
-    passkey: Sequence[int] = (),
-    lines: Sequence[int] = (),
     progress: bool = True,
-    partial: Partial | None = None,
+    store: ResultStore | None = None,
 ) -> list[dict[str, Any]]:
     """Measure caches of any kind against the full model, all on the same tokens.
 
-    The logits of a window are held once, ``[length, vocabulary]``, while each contender reads it.
+    The logits of a window are held once, ``[length, vocabulary]``, while each candidate reads it.
 
     Args:
-        tokenizer: None will do for ``texts`` of token ids without ``tasks``, ``passkey`` and ``lines``.
-        contenders: methods; pairs of method and budget must differ. The full model is added in front.
+        tokenizer: None will do for ``texts`` of token ids without tasks and passkeys.
         texts: strings or token ids ``[n, T]``, packed into windows; None: the built-in English pages.
-        windows, length: how many windows are read, of how many tokens (at most what the model's positions allow).
-            0 windows leave out KL, perplexity and agreement.
-        chunk: tokens that go through a cache at once, in windows, contexts and prompts. Caches with an exact window
-            look worse in large chunks than in true decoding.
-        tasks: multiple-choice questions by task: whatever `nestling.data.texts.read_multiple_choice` reads.
-        passkey: prompt lengths in tokens; in each, a 5-digit key is hidden at several depths and asked for.
-        lines: the same for records of numbered lines, all alike, of which one is asked for.
+        candidates: methods; pairs of method and budget must differ. The full model is added in front.
+        config: what is measured: windows, length, chunk, tasks, passkey.
         progress: show progress bars with an estimate of the time left.
-        partial: where sums are kept, after each window and each task and contender. Give one with a file to resume.
+        store: where sums are kept, after each window and each task and candidate. Give one with a file to resume.
 
     Returns:
-        A row a contender: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, on the
+        A row a candidate: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, on the
         longest window or prompt; layers with a window of their own, which do not grow, are left out of both),
         ``bytes_per_token, kl`` (mean nats per token to the full model), ``ppl, top1`` (share of positions with the
         full model's first choice), ``acc_<task>, above_chance`` (what the mean accuracy of the tasks is above chance,
-        as a share of what the full model's is; None if that is not), ``passkey_<n>`` and ``lines_<n>`` (shares that
-        were answered). What was not measured is absent or None.
+        as a share of what the full model's is; None if that is not) and ``passkey_<n>`` (share that was answered).
+        What was not measured is absent or None.
 
     Raises:
         OptionError: if an option has a value that it cannot have.
         TextTooShortError: if there is not one window of text.
-        EvaluationError: for logits that are not finite, naming the contender; for questions, prompt lengths or
-            contenders that cannot be measured.
+        EvaluationError: for logits that are not finite, naming the candidate; for questions, prompt lengths or
+            candidates that cannot be measured.
     """
-    windows, length, chunk = whole("windows", windows, minimum=0), whole("length", length), whole("chunk", chunk)
-    passkey, lines = wholes("passkey", passkey), wholes("lines", lines)
-    progress = flag("progress", progress)
-    config = attention.text_config(model)
-    tasks = {task: _questions(task, rows) for task, rows in (tasks or {}).items()}
-    contenders = [Contender("full", None, lambda: Cache(layers=attention.stock_layers(config))), *contenders]
-    names = [c.name for c in contenders]
+    config, progress = EvalConfig.of(config), flag("progress", progress)
+    lm_config = attention.text_config(model)
+    tasks = {task: _questions(task, rows) for task, rows in (config.tasks or {}).items()}
+    candidates = [Candidate("full", None, lambda: Cache(layers=attention.stock_layers(lm_config))), *candidates]
+    names = [c.name for c in candidates]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise EvaluationError(f"method and budget must differ between contenders, repeated: {sorted(repeated)}")
-    if (tasks or passkey or lines) and tokenizer is None:
-        raise EvaluationError("tasks, passkeys and lines are text, so a tokenizer is needed")
+        raise EvaluationError(f"method and budget must differ between candidates, repeated: {sorted(repeated)}")
+    if (tasks or config.passkey) and tokenizer is None:
+        raise EvaluationError("tasks and passkeys are text, so a tokenizer is needed")
     if empty := [task for task, rows in tasks.items() if not rows]:
         raise EvaluationError(f"task {empty[0]} has no questions")
-    for contender in contenders:
-        contender.make()  # a budget out of reach fails now, not after an hour
+    for candidate in candidates:
+        candidate.make()  # a budget out of reach fails now, not after an hour
     ids = []
-    if windows:
-        length = min(length, getattr(config, "max_position_embeddings", None) or length)
-        ids = list(token_windows(tokenizer, read_texts(None) if texts is None else texts, length, limit=windows))
+    if config.windows:
+        length = min(config.length, getattr(lm_config, "max_position_embeddings", None) or config.length)
+        texts = read_texts(None) if texts is None else texts
+        ids = list(token_windows(tokenizer, texts, length, limit=config.windows))
     questions = {task: [encode_question(tokenizer, row) for row in rows] for task, rows in tasks.items()}
-    prompts = {f"passkey_{n}": passkey_prompts(tokenizer, n) for n in passkey}
-    prompts |= {f"lines_{n}": line_prompts(tokenizer, n) for n in lines}
-    run = _Run(model, tokenizer, contenders, chunk, partial or Partial())
+    prompts = {f"passkey_{n}": passkey_prompts(tokenizer, n) for n in config.passkey}
+    run = _Run(model, tokenizer, candidates, config.chunk, store or ResultStore())
     training = model.training
     model.eval()
     try:
@@ -211,13 +179,13 @@ def compare(
             jobs = [(f"text, {len(ids)} windows", len(ids), bind(run.windows, ids))] if ids else []
             jobs += [(task, len(rows), bind(run.task, task, tasks[task], rows)) for task, rows in questions.items()]
             jobs += [(name, len(rows), bind(run.recall, name, rows)) for name, rows in prompts.items()]
-            bars = [bar.add_task(name, total=total * len(contenders)) for name, total, _ in jobs]
+            bars = [bar.add_task(name, total=total * len(candidates)) for name, total, _ in jobs]
             for task_id, (_, _, job) in zip(bars, jobs, strict=True):
                 job(bind(bar.advance, task_id))
     finally:
         model.train(training)
-    name = Path(config.name_or_path).name if config.name_or_path else config.model_type
-    return [{"model": name, "method": c.method, "budget": c.budget, **run.row(c)} for c in contenders]
+    name = Path(lm_config.name_or_path).name if lm_config.name_or_path else lm_config.model_type
+    return [{"model": name, "method": c.method, "budget": c.budget, **run.row(c)} for c in candidates]
 
 
 def _questions(task: str, rows: Any) -> list[dict[str, Any]]:
@@ -228,67 +196,67 @@ def _questions(task: str, rows: Any) -> list[dict[str, Any]]:
 
 
 class _Run:
-    """One comparison: ``results[contender]`` gathers the columns of its row."""
+    """One comparison: ``results[candidate]`` gathers the columns of its row."""
 
-    def __init__(self, model, tokenizer, contenders: list[Contender], chunk: int, partial: Partial):
-        self.model, self.tokenizer, self.contenders = model, tokenizer, contenders
-        self.chunk, self.partial, self.device = chunk, partial, attention.input_device(model)
+    def __init__(self, model, tokenizer, candidates: list[Candidate], chunk: int, store: ResultStore):
+        self.model, self.tokenizer, self.candidates = model, tokenizer, candidates
+        self.chunk, self.store, self.device = chunk, store, attention.input_device(model)
         self.results: dict[str, dict[str, Any]] = {
-            c.name: {"bytes_share": None, "bytes_per_token": None} for c in contenders
+            c.name: {"bytes_share": None, "bytes_per_token": None} for c in candidates
         }
         self.chance: dict[str, float] = {}
         self.longest = 0
 
-    def key(self, contender: Contender, what: str, data) -> str:
-        return f"{contender.name} | {what} | {zlib.crc32(repr(data).encode()):08x} | chunk {self.chunk}"
+    def key(self, candidate: Candidate, what: str, data) -> str:
+        return f"{candidate.name} | {what} | {zlib.crc32(repr(data).encode()):08x} | chunk {self.chunk}"
 
-    def check(self, contender: Contender, where: str, values: Iterable[float]) -> None:
+    def check(self, candidate: Candidate, where: str, values: Iterable[float]) -> None:
         if not all(map(math.isfinite, values)):
-            raise EvaluationError(f"{contender.name}: the logits are not finite (NaN or infinity) in {where}")
+            raise EvaluationError(f"{candidate.name}: the logits are not finite (NaN or infinity) in {where}")
 
     def stock_bytes(self, ids: Tensor) -> list[float]:
         """What a stock cache of ``ids`` ``[n]`` holds: bytes of storage, and bytes in bf16 without slack."""
         key = f"stock cache of {len(ids)} tokens"
-        if key not in self.partial.done:
-            cache = self.contenders[0].make()
+        if key not in self.store.done:
+            cache = self.candidates[0].make()
             read(self.model, ids[None].to(self.device), cache, self.chunk)
             states = [getattr(layer, side, None) for layer in growing(cache) for side in ("keys", "values")]
             elements = sum(state.numel() for state in states if isinstance(state, Tensor))
-            self.partial.done[key] = [held_bytes(cache, bounded=False), 2 * elements]
-        return self.partial.numbers(key, 2)
+            self.store.done[key] = [held_bytes(cache, bounded=False), 2 * elements]
+        return self.store.numbers(key, 2)
 
-    def set_bytes(self, contender: Contender, ids: Tensor, held: float) -> None:
+    def set_bytes(self, candidate: Candidate, ids: Tensor, held: float) -> None:
         """Bytes of a cache that has read ``ids`` ``[n]``, unless those of a longer text are known."""
         if len(ids) > self.longest:
             share = held / self.stock_bytes(ids)[1]
-            self.results[contender.name].update(bytes_share=share, bytes_per_token=held / len(ids))
+            self.results[candidate.name].update(bytes_share=share, bytes_per_token=held / len(ids))
 
     def windows(self, windows: list[Tensor], advance: Callable[[int], None]) -> None:
-        sums, totals = self.partial.done, {c.name: torch.zeros(5, dtype=torch.float64) for c in self.contenders}
+        sums, totals = self.store.done, {c.name: torch.zeros(5, dtype=torch.float64) for c in self.candidates}
         for number, window in enumerate(windows):
-            keys = {c.name: self.key(c, "text", window.tolist()) for c in self.contenders}
-            ids, todo = window.to(self.device), [c for c in self.contenders if keys[c.name] not in sums]
-            advance(len(self.contenders) - len(todo))
+            keys = {c.name: self.key(c, "text", window.tolist()) for c in self.candidates}
+            ids, todo = window.to(self.device), [c for c in self.candidates if keys[c.name] not in sums]
+            advance(len(self.candidates) - len(todo))
             teacher = self.model(input_ids=ids[None], use_cache=False).logits[0] if todo else ids
             for c in todo:
                 sums[keys[c.name]] = self.window(c, ids, teacher, f"window {number + 1}")
                 advance(1)
             if todo:
-                self.partial.save()
-            for c in self.contenders:
-                totals[c.name] += torch.tensor(self.partial.numbers(keys[c.name], 5), dtype=torch.float64)
+                self.store.save()
+            for c in self.candidates:
+                totals[c.name] += torch.tensor(self.store.numbers(keys[c.name], 5), dtype=torch.float64)
         positions = sum(map(len, windows))
-        for c in self.contenders:
+        for c in self.candidates:
             kl, nll, hits, labels, held = totals[c.name].tolist()
             self.set_bytes(c, windows[0], held / len(windows))
             ppl = math.exp(min(nll / max(labels, 1), 700))
             self.results[c.name].update(kl=kl / positions, ppl=ppl, top1=hits / positions)
         self.longest = max(self.longest, len(windows[0]))
 
-    def window(self, contender: Contender, ids: Tensor, teacher: Tensor, where: str) -> list[float]:
+    def window(self, candidate: Candidate, ids: Tensor, teacher: Tensor, where: str) -> list[float]:
         """Sums over a window ``[n]``: KL, negative log-likelihood, agreements, labels; and bytes held at its end."""
-        cache, sums, start = contender.make(), torch.zeros(4, dtype=torch.float64), 0
-        full = contender is self.contenders[0]  # it reads without a cache
+        cache, sums, start = candidate.make(), torch.zeros(4, dtype=torch.float64), 0
+        full = candidate is self.candidates[0]  # it reads without a cache
         parts = () if full else ids[None].split(self.chunk, 1)
         chunks = [teacher] if full else (forward(self.model, part, cache)[0] for part in parts)
         for logits in chunks:
@@ -297,7 +265,7 @@ class _Run:
             kl = float(kl_divergence(expected, logits).double().sum())
             nll = float(cross_entropy(logits[: len(labels)].float(), labels, reduction="none").double().sum())
             hits = int((logits.argmax(-1) == expected.argmax(-1)).sum())
-            self.check(contender, f"{where}, tokens {start} to {end - 1}", (kl, nll))
+            self.check(candidate, f"{where}, tokens {start} to {end - 1}", (kl, nll))
             sums += torch.tensor([kl, nll, hits, len(labels)], dtype=torch.float64)
             start = end
         return [*sums.tolist(), self.stock_bytes(ids)[0] if full else held_bytes(cache, bounded=False)]
@@ -305,9 +273,9 @@ class _Run:
     def task(self, task: str, rows: Sequence[dict], encoded: list, advance: Callable[[int], None]) -> None:
         answers = [row["answer"] for row in rows]
         self.chance[task] = sum(1 / len(pairs) for pairs in encoded) / len(rows)
-        for c in self.contenders:
+        for c in self.candidates:
             key = self.key(c, task, (encoded, answers))
-            if key in self.partial.done:
+            if key in self.store.done:
                 advance(len(rows))
             else:
                 right = 0
@@ -316,15 +284,15 @@ class _Run:
                     self.check(c, f"{task}, question {number + 1}", scores)
                     right += scores.index(max(scores)) == answer
                     advance(1)
-                self.partial.done[key] = [right]
-                self.partial.save()
-            self.results[c.name][f"acc_{task}"] = self.partial.numbers(key, 1)[0] / len(rows)
+                self.store.done[key] = [right]
+                self.store.save()
+            self.results[c.name][f"acc_{task}"] = self.store.numbers(key, 1)[0] / len(rows)
 
     def recall(self, name: str, prompts: list[tuple[Tensor, str]], advance: Callable[[int], None]) -> None:
         """Prompts whose answer is a number; their share of right ones is in the column ``name``."""
-        for c in self.contenders:
+        for c in self.candidates:
             key = self.key(c, name, [(ids.tolist(), digits) for ids, digits in prompts])
-            if key in self.partial.done:
+            if key in self.store.done:
                 advance(len(prompts))
             else:
                 right, check = 0, bind(self.check, c, name)
@@ -332,19 +300,19 @@ class _Run:
                     answer, held = number_answer(self.model, self.tokenizer, ids, c.make(), self.chunk, check)
                     right += answer == digits
                     advance(1)
-                self.partial.done[key] = [right, held]
-                self.partial.save()
-            hits, nbytes = self.partial.numbers(key, 2)
+                self.store.done[key] = [right, held]
+                self.store.save()
+            hits, nbytes = self.store.numbers(key, 2)
             self.results[c.name][name] = hits / len(prompts)
             self.set_bytes(c, prompts[-1][0], nbytes)
         self.longest = max(self.longest, len(prompts[-1][0]))
 
-    def row(self, contender: Contender) -> dict[str, Any]:
-        """The columns of a contender, with ``above_chance`` after the tasks."""
-        row, full = self.results[contender.name], self.results[self.contenders[0].name]
+    def row(self, candidate: Candidate) -> dict[str, Any]:
+        """The columns of a candidate, with ``above_chance`` after the tasks."""
+        row, full = self.results[candidate.name], self.results[self.candidates[0].name]
         if not self.chance:
             return row
         kept, gain = (sum(r[f"acc_{t}"] - chance for t, chance in self.chance.items()) for r in (row, full))
-        keys = [k for k in row if not k.startswith(("passkey_", "lines_"))]
+        keys = [k for k in row if not k.startswith("passkey_")]
         late = {k: v for k, v in row.items() if k not in keys}
         return {k: row[k] for k in keys} | {"above_chance": kept / gain if gain > 0 else None} | late

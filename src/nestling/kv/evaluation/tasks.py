@@ -1,4 +1,4 @@
-"""What a cache is asked: multiple-choice questions, hidden passkeys and lines of a record; and what it holds.
+"""What a cache is asked: multiple-choice questions and hidden passkeys; and what it holds.
 
 Used by `nestling.kv.evaluation.evaluate`. Everything here is deterministic, and text goes through a cache in chunks.
 """
@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial as bind
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
 STATIC = ("encode", "decode", "biases", "order", "centre", "step", "scale", "offset")  # of a nested cache
 DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of what is asked for, as shares of a prompt
-LINE_ASKED = "The record is over.\nWhich number is in line {0}? Line {0}:"
-NUMBERS = range(10000, 100000)  # of five digits, each once in a record
 FILLER = (
     "The grass is green and the sky is blue.", "A ship leaves the harbour before the sun is up.",
     "Most of the houses in the village are built of stone.", "Rain fell on the hills for the whole of the afternoon.",
@@ -143,32 +141,6 @@ def passkey_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
             room -= len(sentences[-1])
         sentences.insert(round(depth * len(sentences)), needle)
         prompts.append((torch.tensor([*head, *chain.from_iterable(sentences), *tail]), digits))
-    return prompts
-
-
-def line_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
-    """Prompts of at most ``n`` tokens, a record of numbered lines of which one at each of `DEPTHS` is asked for.
-
-    Harder than a passkey: every line looks like the one that is meant. Returns (ids, its 5 digits).
-
-    Raises:
-        OptionError: if ``n`` is no whole number, or more than there are numbers for.
-        EvaluationError: if ``n`` has no room for eight lines.
-    """
-    n = whole("lines", n, maximum=4 * len(NUMBERS))
-    ids, prompts = bind(_ids, tokenizer), []
-    for depth in DEPTHS:
-        rng = random.Random(f"lines {n} {depth}")
-        head = tokenizer("A record of numbers. Each line has a name and a number.\n")["input_ids"]
-        numbers = [str(number) for number in rng.sample(NUMBERS, n // 4)]  # more than there is room for
-        lines = [ids(f"Line {place + 1}: {digits}\n") for place, digits in enumerate(numbers)]
-        room = n - len(head) - len(ids(LINE_ASKED.format(n)))
-        lines = lines[: sum(total <= room for total in accumulate(map(len, lines)))]
-        if len(lines) < 8:
-            raise EvaluationError(f"a record of {n} tokens is too short: it has room for {len(lines)} lines of 8")
-        asked = round(depth * len(lines))
-        tail = ids(LINE_ASKED.format(asked + 1))
-        prompts.append((torch.tensor([*head, *chain.from_iterable(lines), *tail]), numbers[asked]))
     return prompts
 
 

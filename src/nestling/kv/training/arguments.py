@@ -1,12 +1,8 @@
-"""Options of a training of bases: the recipe, and what goes to the stock trainer."""
+"""What of the options of a training of bases goes to the stock trainer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +13,16 @@ from nestling.errors import OptionError
 from nestling.jobs import arguments
 from nestling.jobs.arguments import check_arguments, refused_options, rehearsed, renamed
 from nestling.jobs.schedule import scheduled
-from nestling.kv.calibration.moments import BASES
-from nestling.kv.training.sampling import SAMPLINGS
-from nestling.options import choice, number, shown, text, whole
+from nestling.kv.training.config import TrainConfig
+from nestling.options import whole
 
 OURS = arguments.OURS | {  # under other names, or not at all
     "num_train_epochs": "use tokens",
     "per_device_eval_batch_size": "use batch_size",
-    "learning_rate": "use recipe={'learning_rate': ...}",
+    **dict.fromkeys(
+        ("output_dir", "learning_rate", "seed", "bf16", "gradient_checkpointing"),
+        "it is a field of TrainConfig itself",
+    ),
     "auto_find_batch_size": "use batch_size, and gradient_accumulation_steps to take less memory",
     "train_sampling_strategy": "the order of the texts is drawn beforehand, from the seed",
     "label_names": "there is a loss without labels",
@@ -38,78 +36,8 @@ OURS = arguments.OURS | {  # under other names, or not at all
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        basis: of the calibration to start from, if no adapter is given.
-        sampling: see `nestling.kv.training.sampling.schedule`.
-        allocation: of the ranks that are sampled and evaluated, ``"energy"`` or ``"uniform"``.
-        kl_weight, ce_weight: of the distance to the full model and of the text's next tokens.
-        learning_rate: of AdamW, cosine to zero after a short warm-up.
-        sinks, window: exact tokens, as the cache will keep them.
-    """
-
-    basis: str = "balanced"
-    sampling: str = "path"
-    allocation: str = "energy"
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
-    learning_rate: float = 2e-3
-    sinks: int = 4
-    window: int = 64
-
-
-RECIPES = {
-    "default": Recipe(),
-    "paper": Recipe(
-        basis="pca",
-        sampling="independent",
-        allocation="uniform",
-        kl_weight=0.25,
-        ce_weight=0.75,
-        learning_rate=1e-3,
-        sinks=0,
-        window=0,
-    ),
-}
-
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "basis": lambda name, value: choice(name, value, BASES),
-    "sampling": lambda name, value: choice(name, value, SAMPLINGS),
-    "allocation": text,
-    "kl_weight": partial(number, minimum=0),
-    "ce_weight": partial(number, minimum=0),
-    "learning_rate": partial(number, above=0),
-    "sinks": partial(whole, minimum=0),
-    "window": partial(whole, minimum=0),
-}
-
-
-def recipe_of(preset: str, changes: Mapping[str, Any] | None) -> Recipe:
-    """A preset with changes.
-
-    Raises:
-        OptionError: there is no such preset, or a change is unknown or out of range.
-    """
-    if preset not in RECIPES:
-        raise OptionError(f"preset must be one of {', '.join(RECIPES)}, got {shown(preset)}")
-    if not isinstance(changes, Mapping | None):
-        raise OptionError(f"recipe={shown(changes)}: expected options by name")
-    known = [field.name for field in fields(Recipe)]
-    if unknown := [str(name) for name in changes or {} if name not in known]:
-        raise OptionError(f"recipe has no {', '.join(unknown)}: expected some of {', '.join(known)}")
-    found = replace(RECIPES[preset], **{name: CHECKS[name](name, value) for name, value in (changes or {}).items()})
-    if not found.kl_weight + found.ce_weight:
-        raise OptionError("kl_weight=0 and ce_weight=0: nothing is left to learn from")
-    return found
-
-
-def training_arguments(
-    folder: Path, steps: int, epoch: int, batch_size: int, recipe: Recipe, seed: int, evaluates: bool, changes: dict
-) -> TrainingArguments:
-    """`TrainingArguments`: our defaults under the user's ``changes``.
+def training_arguments(config: TrainConfig, steps: int, epoch: int, evaluates: bool) -> TrainingArguments:
+    """`TrainingArguments`: our defaults under the user's ``config.arguments``.
 
     Args:
         epoch: steps of one pass over the texts.
@@ -118,19 +46,20 @@ def training_arguments(
     Raises:
         OptionError: an option is unknown, ours, or out of range, two do not go together, or the trainer refuses one.
     """
-    check_arguments(changes, TrainingArguments, OURS)
-    changes = renamed(changes, TrainingArguments)
+    check_arguments(config.arguments, TrainingArguments, OURS)
+    own = {"bf16": config.bf16, "gradient_checkpointing": config.gradient_checkpointing}
+    changes, batch_size = renamed({**own, **config.arguments}, TrainingArguments), config.batch_size
     whole("max_steps", changes.get("max_steps", steps))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     parts = processes * changes.get("gradient_accumulation_steps", 1)
     if batch_size % parts:
         raise OptionError(f"batch_size={batch_size} must be a multiple of processes times accumulation steps, {parts}")
     defaults: dict[str, Any] = {
-        "output_dir": str(folder),
+        "output_dir": str(config.output_dir),
         "per_device_train_batch_size": batch_size // parts,
         "per_device_eval_batch_size": batch_size // parts,
         "max_steps": steps,
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(100, steps // 20),
         "weight_decay": 0.0,
@@ -145,7 +74,7 @@ def training_arguments(
         "disable_tqdm": True,
         "log_level": "error",
         "report_to": "none",
-        "seed": seed,
+        "seed": config.seed,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused where there is no accelerator
     }

@@ -13,18 +13,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nestling.errors import OptionError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.ranks import STEP, RankTable
 from nestling.kv.quantisation.packing import BLOCK
+from nestling.kv.training.config import SAMPLINGS
+from nestling.options import choice
 
 Schedule = Callable[[int], Tensor]
-SAMPLINGS = ("path", "sandwich", "independent", "fixed", "bits")
 LOWEST, HIGHEST = 0.2, 0.875  # shares of the ranks that `path` draws from
 GRID = 28  # allocations along the path
 JITTER = 0.25  # how often `path` moves a rank by a step, up or down
-FIXED = 0.5
 FEWEST_BITS, MOST_BITS = 0.5, 6.0  # an element, on average, that `bits` draws from
 
 
@@ -33,17 +32,15 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
 
     * ``path``: a share of the full ranks between `LOWEST` and `HIGHEST`, at what the allocation makes of it, some
       ranks moved by a step. What is trained is what will be used.
-    * ``sandwich``: as ``path``, but of every four texts one has the smallest and one the largest share.
     * ``independent``: multiples of D / 8 for each layer, head and side by itself (arXiv 2410.14731).
     * ``bits``: of two texts one is read as in ``path``, at 16 bits, and one at the bits that are allotted to some
       number of bits in all, from half a bit an element to six.
-    * ``fixed``: what the allocation makes of half of the ranks, always: the ablation without sampling.
 
     Args:
         allocation: of all but ``independent``: ``"energy"`` or ``"uniform"``.
 
     Raises:
-        ValueError: for unknown names.
+        OptionError: for unknown names.
         AdapterError: for ``bits`` of an adapter without noise.
     """
     layers, heads, width = adapter.shape
@@ -55,17 +52,11 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
     if name == "independent":
         step = max(1, width // 8)
         return lambda number: torch.randint(1, width // step + 1, shape, generator=generator(number)) * step
-    if name not in SAMPLINGS:
-        raise OptionError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {name!r}")
-    if name == "fixed":
-        half = adapter.ranks(FIXED * adapter.full_elements, allocation).stacked
-        return lambda number: half
+    choice("sampling", name, SAMPLINGS)
     shares = torch.linspace(max(LOWEST, STEP / width), HIGHEST, GRID).tolist()
     tables = [adapter.ranks(share * adapter.full_elements, allocation).stacked for share in shares]
 
     def draw(number: int) -> Tensor:
-        if name == "sandwich" and number % 4 < 2:
-            return tables[-(number % 4)]
         rng = generator(number)
         table = tables[int(torch.randint(GRID, (), generator=rng))]
         moves = torch.randint(0, 2, shape, generator=rng) * 2 - 1

@@ -5,10 +5,10 @@ that resuming, shuffling and several processes need no state of their own. The t
 projections; only the rotations train, and LoRA weights where the model has them.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +23,19 @@ from nestling.jobs.progress import progress_bar
 from nestling.jobs.undo import Undo, withdrawn
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.bits import BitTable
-from nestling.kv.allocation.budget import Budget, Budgets, read_shares
 from nestling.kv.allocation.ranks import STEP, RankTable
 from nestling.kv.cache.exact import check_length
 from nestling.kv.cache.factory import bits_at, ranks_at
+from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
 from nestling.kv.calibration.sensitivity import measure
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
 from nestling.kv.simulation.student import Student
-from nestling.kv.training.arguments import Recipe, recipe_of, training_arguments
+from nestling.kv.training.arguments import training_arguments
+from nestling.kv.training.config import TrainConfig
 from nestling.kv.training.sampling import RankedWindows, schedule
-from nestling.options import flag, path, whole
-
-BUDGETS = (0.75, 0.5, 0.375, 0.25)
 
 
 @attention.leaves_as_found
@@ -47,22 +45,11 @@ def train(
     tokenizer,
     texts: Iterable[str] | Tensor,
     adapter: KVAdapter | None = None,
-    preset: str = "default",
+    config: TrainConfig | None = None,
     *,
-    folder: str | Path,
-    labels: Tensor | None = None,
-    tokens: int = 2**19,
-    length: int = 512,
-    batch_size: int = 8,
     eval_texts: Iterable[str] | Tensor | None = None,
-    eval_windows: int = 4,
-    eval_budgets: Budgets = BUDGETS,
-    seed: int = 0,
+    labels: Tensor | None = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    recipe: dict | None = None,
-    **arguments,
 ) -> KVAdapter:
     """Train an adapter's bases by distillation under sampled ranks.
 
@@ -71,124 +58,122 @@ def train(
     Args:
         model: the causal LM. Frozen; of a peft model the parameters that require gradients train along.
         tokenizer: its tokenizer; None when ``texts`` are ids.
-        texts: strings, or token ids ``[n, T]``; read again from the start where they are fewer than ``tokens``.
+        texts: strings, or token ids ``[n, T]``; read again from the start where they are fewer than the tokens.
         adapter: the bases to start from; None calibrates on the same texts.
-        preset: ``"default"``, or ``"paper"`` (PCA start, independent ranks, KL : CE = 1 : 3, everything compressed).
-        folder: of checkpoints.
+        config: how to train, and where checkpoints are written. What is kept is the last step, not the best.
+        eval_texts: held-out text. Its KL at shares of the ranks (exact tokens not counted; with sampled bits, at
+            shares of 16 bits) is the training curve.
         labels: for fine-tuning, next tokens ``[n, T]`` in step with ``texts`` of ids, `nestling.losses.IGNORED` where
             nothing is learned (prompts, padding on the right); see `nestling.data.windows.answer_windows`.
-        tokens: tokens to train on in all.
-        length: tokens per text.
-        batch_size: texts per step, over all processes.
-        eval_texts, eval_windows, eval_budgets: held-out text, how many windows of it are read while training, and the
-            shares of the ranks at which (exact tokens not counted); their KL is the training curve. With sampled bits
-            they are shares of 16 bits.
-        seed: of the order of texts, of the ranks and of the labels that the energies are measured with.
         callbacks: of transformers, as objects or classes; those that say their state go on with it when a training is
             resumed.
-        resume: go on from the last whole checkpoint in ``folder``.
-        recipe: changes to the preset, fields of `Recipe`.
-        arguments: for transformers' `TrainingArguments`: ``bf16, gradient_checkpointing, save_steps, eval_steps,
-            gradient_accumulation_steps, fsdp, ...``. What is kept is the last step, not the best.
 
     Returns:
-        The trained `KVAdapter`, energies measured again; ``info["training"]`` has the recipe and the curve.
+        The trained `KVAdapter`, energies measured again; ``info["training"]`` has the options and the curve.
 
     Raises:
         TrainingError: if the loss or a gradient is not finite (step and layer are named), if a checkpoint cannot be
-            written, or if ``folder`` holds another job's; the last whole checkpoint is kept.
+            written, or if its folder holds another job's; the last whole checkpoint is kept.
         TextTooShortError, AdapterError, UnsupportedModelError.
     """
     if find_spec("accelerate") is None:
         raise MissingExtraError("training needs accelerate: pip install 'nestling[train]'")
-    chosen, folder, own = recipe_of(preset, recipe), path("folder", folder), made(callbacks)
-    tokens, length, batch_size = whole("tokens", tokens), whole("length", length), whole("batch_size", batch_size)
-    eval_windows, seed = whole("eval_windows", eval_windows), whole("seed", seed, 0, 2**32 - 1)
-    resume, progress = flag("resume", resume), flag("progress", progress)
-    asked = read_shares(eval_budgets, "eval_budgets")
+    config, own = TrainConfig.of(config), made(callbacks)
+    folder, evaluates = config.output_dir, eval_texts is not None
     if stops_early(own):
         raise OptionError("EarlyStoppingCallback: what is kept is the last step, there is no best one")
-    check_place(folder, resume)
+    check_place(folder, config.resume)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = attention.text_config(lm)
-    tables = None if adapter is None else _tables(adapter, asked, chosen)
-    width = attention.head_shape(config)[2]
-    if tables is None and chosen.sampling != "bits":
-        for budget in asked:
-            if (budget.share or 0) < min(STEP, width) / width:
-                raise BudgetError(f"{budget.given} is below the smallest possible, {min(STEP, width) / width:.4g}")
+    tables = _tables(adapter, config, attention.head_shape(attention.text_config(lm))[2])
     check_gradients(lm)
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    check_length(length, chosen.sinks, chosen.window)
-    windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-tokens // length))))
+    windows = _windows(lm, tokenizer, texts, config)
+    length = windows.shape[1]
     if labels is not None and (labels.shape[1:] != windows.shape[1:] or len(labels) < len(windows)):
         raise OptionError(f"labels are {list(labels.shape)}, expected {list(windows.shape)}, in step with the texts")
-    steps = max(1, tokens // (length * batch_size))
-    epoch, evaluates = max(1, len(windows) // batch_size), eval_texts is not None
-    options = training_arguments(folder, steps, epoch, batch_size, chosen, seed, evaluates, arguments)
+    steps = max(1, config.tokens // (length * config.batch_size))
+    options = training_arguments(config, steps, max(1, len(windows) // config.batch_size), evaluates)
     held_out = windows[:0]
     if eval_texts is not None:
-        held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=eval_windows)))
+        held_out = torch.stack(list(token_windows(tokenizer, eval_texts, length, limit=config.eval_windows)))
+    costs = FitConfig(length=length, sinks=config.sinks, window=config.window, seed=config.seed, basis=config.basis)
     if adapter is None:
-        adapter = fit(
-            lm, None, windows, chosen.basis, length=length, sinks=chosen.sinks, window=chosen.window, seed=seed,
-            progress=progress,
-        )  # fmt: skip
+        adapter = fit(lm, None, windows, costs, progress=config.progress)
+        tables = _tables(adapter, config)
     adapter.check(lm)
     attention.attach(lm)
     attention.check_head(lm, windows[:1, :16].to(attention.input_device(lm)))
-    ranks = schedule(chosen.sampling, adapter, allocation=chosen.allocation, seed=seed)
-    data = RankedWindows(windows, ranks, seed, steps * batch_size, labels)
-    tables = tables or _tables(adapter, asked, chosen)
+    ranks = schedule(config.sampling, adapter, allocation=config.allocation, seed=config.seed)
+    data = RankedWindows(windows, ranks, config.seed, steps * config.batch_size, labels)
     budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
-    job = _job(adapter, preset, chosen, windows, steps, batch_size, seed)
-    flags = {p: p.requires_grad for p in lm.parameters()}
-    mode = lm.training
-    curve = _Curve(steps, length * batch_size, progress)
+    curve = _Curve(steps, length * config.batch_size, config.progress)
     with withdrawn(folder, unless=lambda: curve.started):
-        checkpoint = begin(folder, job, resume)
+        checkpoint = begin(folder, _job(adapter, config, windows, steps), config.resume)
         restore(own, checkpoint)
-        undo = None
-        try:
-            if lm is model:
-                lm.requires_grad_(False)
+        with _frozen(model, lm):
             student = Student(
-                lm, adapter, kl_weight=chosen.kl_weight, ce_weight=chosen.ce_weight, sinks=chosen.sinks,
-                window=chosen.window,
+                lm, adapter, kl_weight=config.kl_weight, ce_weight=config.ce_weight, sinks=config.sinks,
+                window=config.window,
             )  # fmt: skip
-            student.bases.rotation.x.register_hook(
-                lambda gradient: _check_gradient(gradient, adapter.fingerprint["layers"])
-            )
+            layers = adapter.fingerprint["layers"]
+            student.bases.rotation.x.register_hook(lambda gradient: _check_gradient(gradient, layers))
             undo = Undo(student)  # of LoRA weights, which are the user's
-            trainer = Trainer(
-                student, options, train_dataset=data, eval_dataset=budgets if evaluates else None,
-                callbacks=[curve, *own],
-            )  # fmt: skip
-            remove_printer(trainer)
-            seconds = run(trainer, folder, checkpoint)
-            encodes = student.bases.encodes()
-        except BaseException:
-            if undo is not None:
+            try:
+                trainer = Trainer(
+                    student, options, train_dataset=data, eval_dataset=budgets if evaluates else None,
+                    callbacks=[curve, *own],
+                )  # fmt: skip
+                remove_printer(trainer)
+                seconds = run(trainer, folder, checkpoint)
+                encodes = student.bases.encodes()
+            except BaseException:
                 undo.put_back()
-            raise
-        finally:
-            curve.bar.stop()
-            lm.train(mode)
-            for parameter, flag_ in flags.items():
-                parameter.requires_grad_(flag_)
-    measured = {"tokens": steps * batch_size * length, "seconds": round(seconds), **stopped(trainer, steps)}
-    sizes = {"length": length, "steps": steps, "batch_size": batch_size}
-    training = {"preset": preset, **asdict(chosen), **measured, **sizes, "curve": curve.points}
-    info = {**adapter.info, "training": training}
-    trained = KVAdapter(adapter.fingerprint, encodes, adapter.mean, adapter.energy, info)
-    return measure(lm, trained, windows, sinks=chosen.sinks, window=chosen.window, seed=seed, progress=progress)
+                raise
+            finally:
+                curve.bar.stop()
+    measured = {"tokens": steps * config.batch_size * length, "seconds": round(seconds), **stopped(trainer, steps)}
+    training = {**config.to_dict(), **measured, "length": length, "steps": steps, "curve": curve.points}
+    trained = KVAdapter(
+        adapter.fingerprint, encodes, adapter.mean, adapter.energy, {**adapter.info, "training": training}
+    )
+    return measure(lm, trained, windows, costs, progress=config.progress)
 
 
-def _tables(adapter: KVAdapter, budgets: Sequence[Budget], recipe: Recipe) -> dict[str, RankTable | BitTable]:
-    """What a held-out text is read at, by share."""
-    if recipe.sampling == "bits":
-        return {f"{budget.share:g}": bits_at(adapter, budget) for budget in budgets}
-    return {f"{budget.share:g}": ranks_at(adapter, budget, recipe.allocation) for budget in budgets}
+def _windows(lm, tokenizer, texts: Iterable[str] | Tensor, config: TrainConfig) -> Tensor:
+    """The windows ``[n, T]`` that are trained on, as many as the tokens ask for."""
+    length = min(config.length, getattr(attention.text_config(lm), "max_position_embeddings", None) or config.length)
+    check_length(length, config.sinks, config.window)
+    return torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-config.tokens // length))))
+
+
+@contextmanager
+def _frozen(model, lm) -> Iterator[None]:
+    """The language model without gradients, but for those of adapters of peft; what was is put back."""
+    flags, mode = {p: p.requires_grad for p in lm.parameters()}, lm.training
+    try:
+        if lm is model:
+            lm.requires_grad_(False)
+        yield
+    finally:
+        lm.train(mode)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _tables(adapter: KVAdapter | None, config: TrainConfig, width: int = 0) -> dict[str, RankTable | BitTable]:
+    """What a held-out text is read at, by share; none without an adapter, of heads of ``width``.
+
+    Raises:
+        BudgetError: a share is out of reach, which is known without an adapter too.
+    """
+    if adapter is None:
+        least = min(STEP, width) / width
+        for budget in config.budgets if config.sampling != "bits" else ():
+            if (budget.share or 0) < least:
+                raise BudgetError(f"{budget.given} is below the smallest possible, {least:.4g}")
+        return {}
+    if config.sampling == "bits":
+        return {f"{budget.share:g}": bits_at(adapter, budget) for budget in config.budgets}
+    return {f"{budget.share:g}": ranks_at(adapter, budget, config.allocation) for budget in config.budgets}
 
 
 class _Curve(TrainerCallback):
@@ -231,13 +216,12 @@ def _curve(history: list[dict], tokens_per_step: int) -> list[dict]:
     return [points[step] for step in sorted(points)]
 
 
-def _job(adapter: KVAdapter, preset: str, recipe: Recipe, windows: Tensor, steps: int, batch_size: int, seed: int):
+def _job(adapter: KVAdapter, config: TrainConfig, windows: Tensor, steps: int) -> dict[str, Any]:
     """What a resumed training must agree on: plain JSON values."""
     checksum = sum(float(e.double().abs().sum()) for e in adapter.encode.values())
     return {
-        "model": adapter.fingerprint, "preset": preset, **asdict(recipe), "start": f"{checksum:.6g}",
-        "windows": list(windows.shape), "first": windows[0, :8].tolist(), "steps": steps, "batch_size": batch_size,
-        "seed": seed,
+        "model": adapter.fingerprint, **config.to_dict(), "start": f"{checksum:.6g}", "windows": list(windows.shape),
+        "first": windows[0, :8].tolist(), "steps": steps,
     }  # fmt: skip
 
 

@@ -1,0 +1,52 @@
+"""Options of calibration and of the search of allocations. torch is not imported: commands show them quickly."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from nestling.config import Config, option
+from nestling.kv.allocation.budget import SINKS, WINDOW
+from nestling.options import choice, number, whole
+
+BASES = ("balanced", "pca")
+METHODS = ("blend", "greedy")
+PIECES, LENGTH = 16, 512  # texts on which costs of coordinates are measured, and their tokens
+natural = partial(whole, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(Config):
+    """How `nestling.kv.fit` calibrates.
+
+    Exact tokens are those that the caches will keep: what is read from them costs nothing. They are 0 and 0 for
+    caches that compress everything.
+    """
+
+    basis: str = option("balanced", "balanced, or pca (the paper's baseline).", partial(choice, known=BASES))
+    tokens: int = option(65536, "Tokens to calibrate on; all of the text if it is shorter.", whole)
+    length: int = option(1024, "Tokens per window: bases fit the positions that were seen.", whole)
+    batch_tokens: int = option(4096, "Tokens per forward pass.", whole, cli=False)
+    sensitivity_windows: int = option(PIECES, "Pieces of text on which costs are measured.", whole, cli=False)
+    sensitivity_length: int = option(LENGTH, "Tokens per piece.", whole, cli=False)
+    sinks: int = option(SINKS, "Leading tokens that the caches will keep exact.", natural)
+    window: int = option(WINDOW, "Recent tokens that they will keep exact, at least.", natural)
+    seed: int = option(0, "Of the labels that the model draws.", partial(whole, minimum=0, maximum=2**32 - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(Config):
+    """How `nestling.kv.search` measures."""
+
+    method: str = option(
+        "blend", "blend (quick), or greedy (Algorithm 1 of the paper).", partial(choice, known=METHODS)
+    )
+    windows: int = option(4, "Texts to measure on.", whole)
+    length: int = option(512, "Tokens per text.", whole)
+    sinks: int = option(SINKS, "Leading tokens that the caches will keep exact.", natural)
+    window: int = option(WINDOW, "Recent tokens that they will keep exact, at least.", natural)
+    per_sweep: int = option(16, "Ranks that greedy lowers at a time; 1 is the paper's.", whole, cli=False)
+    lowest: float = option(
+        0.2,
+        "Share of the ranks at which greedy stops; below, it goes by the energies.",
+        partial(number, minimum=0, below=1),
+        cli=False,
+    )
