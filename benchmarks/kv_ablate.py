@@ -1,6 +1,6 @@
 """What the parts of the training are worth: short runs of our recipe, each with one thing changed.
 
-    python benchmarks/kv_ablate.py --data FOLDER --start CALIBRATED [--pca CALIBRATED] [--arms path,fixed]
+    python benchmarks/kv_ablate.py --data FOLDER --start CALIBRATED [--pca CALIBRATED] [--arms path,independent]
 
 All runs see the same texts in the same order, and everything is compressed, as in the paper: beside exact tokens
 short trainings differ by less than they can be told apart. What is measured is the KL on held-out WikiText at shares
@@ -34,9 +34,7 @@ EXACT = {"sinks": 0, "window": 0}
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25)
 ARMS: dict[str, dict] = {  # name: changes to the default recipe
     "path": {},
-    "sandwich": {"sampling": "sandwich"},
     "independent": {"sampling": "independent"},
-    "fixed 50%": {"sampling": "fixed"},
     "KL:CE 1:1": {"kl_weight": 0.5, "ce_weight": 0.5},
     "KL:CE 1:3": {"kl_weight": 0.25, "ce_weight": 0.75},
     "not orthogonal": {},
@@ -68,7 +66,7 @@ def random_start(lm, adapter: kv.KVAdapter, windows: Tensor) -> kv.KVAdapter:
     rng = torch.Generator().manual_seed(0)
     encode = {s: torch.linalg.qr(torch.randn(adapter.encode[s].shape, generator=rng)).Q for s in SIDES}
     changed = replace(adapter, encode=encode)
-    return measure(lm, changed, windows, **EXACT)
+    return measure(lm, changed, windows, kv.FitConfig(**EXACT))
 
 
 def main(
@@ -107,11 +105,12 @@ def main(
             mock.patch.object(student, "MaskedBases", bases),
             mock.patch("nestling.kv.training.train.measure", lambda lm, trained, *_, **__: trained),  # not used
         ):
-            trained = kv.train(
-                lm, None, texts, adapter, folder=folder, tokens=tokens, length=length, batch_size=1,
-                eval_texts=held_out, eval_windows=windows, eval_budgets=SHARES, recipe=EXACT | ARMS[name],
-                eval_on_start=name in STARTS, eval_steps=tokens // length, save_strategy="no",
+            often = {"eval_on_start": name in STARTS, "eval_steps": tokens // length, "save_strategy": "no"}
+            config = kv.TrainConfig(
+                output_dir=folder, tokens=tokens, length=length, batch_size=1, eval_windows=windows, budgets=SHARES,
+                arguments=often, **EXACT, **ARMS[name],
             )  # fmt: skip
+            trained = kv.train(lm, None, texts, adapter, config, eval_texts=held_out)
         for point in trained.info["training"]["curve"]:
             if measured := {k: v for k, v in point.items() if k.startswith("kl")}:
                 rows.append({"arm": name if point["step"] else STARTS[name], **measured})

@@ -1,7 +1,7 @@
 """Ranks and bits together, beside plain integers, at the bytes that are really held: KL, perplexity, tasks, recall.
 
     python benchmarks/kv_bits.py --data FOLDER [--only kl|tasks] [--length 4096]
-    python benchmarks/kv_bits.py --data FOLDER --only tasks --rows 0 --passkey 1000 --lines 1000
+    python benchmarks/kv_bits.py --data FOLDER --only tasks --rows 0 --passkey 1000
     python benchmarks/kv_bits.py --data FOLDER --model gemma3 --methods bits-balanced,bits-pca,int4,kivi-int2
 
 `bits` and `ranks` are of the trained adapter, and `bits-NAME` and `ranks-NAME` of another one (`--adapter`, `--name`);
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial as bind
 from pathlib import Path
 
-import rivals
+import baselines
 import torch
 import typer
 from kv_quality import Part, fit, merged, numbers, of_bf16, questions, spread_windows, texts
@@ -25,37 +25,39 @@ from rich.console import Console
 
 from nestling import kv
 from nestling.errors import BudgetError
-from nestling.kv.evaluation.evaluate import Contender, Partial, compare
+from nestling.jobs.results import ResultStore
+from nestling.kv import EvalConfig
+from nestling.kv.evaluation.evaluate import Candidate, compare
 from nestling.kv.integration import attach as attention
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
 CALIBRATED = {"bits-balanced": "balanced-window", "bits-pca": "pca-window"}  # method: basis, as `fit` names it
-RIVALS = {
-    **{f"int{b}": bind(rivals.int_cache, bits=b) for b in (8, 4, 3, 2)},
-    **{f"hadamard-int{b}": bind(rivals.int_cache, bits=b, rotate=True) for b in (4, 3, 2)},
-    **{f"kivi-int{b}": bind(rivals.kivi_cache, bits=b) for b in (4, 3, 2)},
-    **{f"quanto-int{b}": bind(rivals.quanto_cache, bits=b) for b in (4, 2)},
-    **{f"hqq-int{b}": bind(rivals.hqq_cache, bits=b) for b in (4, 2)},
+BASELINES = {
+    **{f"int{b}": bind(baselines.int_cache, bits=b) for b in (8, 4, 3, 2)},
+    **{f"hadamard-int{b}": bind(baselines.int_cache, bits=b, rotate=True) for b in (4, 3, 2)},
+    **{f"kivi-int{b}": bind(baselines.kivi_cache, bits=b) for b in (4, 3, 2)},
+    **{f"quanto-int{b}": bind(baselines.quanto_cache, bits=b) for b in (4, 2)},
+    **{f"hqq-int{b}": bind(baselines.hqq_cache, bits=b) for b in (4, 2)},
 }
-METHODS = ["bits", *CALIBRATED, "ranks", *RIVALS]
+METHODS = ["bits", *CALIBRATED, "ranks", *BASELINES]
 
 
-def contenders(
+def candidates(
     lm, adapter: Callable[[str], kv.KVAdapter], methods: list[str], shares: list[float], context: int, window: int,
     behind: str = "",
 ) -> list:  # fmt: skip
     """Methods at each share; ``adapter`` gives those of ours, and ``behind`` is put behind the trained one's names."""
     found = []
     for name in methods:
-        if name in RIVALS:
-            found.append(Contender(name, None, bind(RIVALS[name], attention.text_config(lm))))
+        if name in BASELINES:
+            found.append(Candidate(name, None, bind(BASELINES[name], attention.text_config(lm))))
             continue
         options = {"context": context, "window": window, "exact_prompt": False, "dtype": torch.bfloat16}
         make = bind(adapter(name).cache, lm, bits=name != "ranks", **options)
         label = name if name in CALIBRATED else name + behind
-        found += [Contender(label, share, bind(make, share)) for share in shares if _reachable(make, share)]
+        found += [Candidate(label, share, bind(make, share)) for share in shares if _reachable(make, share)]
     return found
 
 
@@ -82,7 +84,6 @@ def main(
     window: int = typer.Option(64, help="Recent tokens kept exact, at least."),
     rows: int = typer.Option(100, help="Questions a task; 0 for none."),
     passkey: str = typer.Option("", help="Prompt lengths for hidden passkeys, with the tasks."),
-    lines: str = typer.Option("", help="Prompt lengths for records of lines, with the tasks."),
     chunk: int = typer.Option(64, help="Tokens that go through a cache at once."),
     only: Part = typer.Option(Part.kl, help="KL and perplexity, or tasks and recall."),
     out: Path = typer.Option(Path("benchmarks/results/kv_bits.json"), help="Results; joined with what is there."),
@@ -93,7 +94,7 @@ def main(
     lm, tokenizer = load_model(model)
     settings = {"length": length, "window": window, "storage": "bf16"}
     old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"runs": []}}
-    partial = Partial(out.with_suffix(".partial.json"), {**settings, "model": Path(model).name})
+    store = ResultStore(out.with_suffix(".partial.json"), {**settings, "model": Path(model).name})
     found, run = old["rows"], {"part": only.value, "chunk": chunk, **settings}
     calibration, documents = texts(data)
 
@@ -102,23 +103,24 @@ def main(
             return fit(lm, tokenizer, CALIBRATED[method], calibration, tokens, adapters)
         return kv.KVAdapter.from_pretrained(adapter)
 
-    entrants = contenders(lm, adapter_of, chosen, numbers(budgets), length, window, f"-{name}" * bool(name))
-    measure = bind(compare, lm, tokenizer, entrants, chunk=chunk, partial=partial)
+    entrants = candidates(lm, adapter_of, chosen, numbers(budgets), length, window, f"-{name}" * bool(name))
+    config = bind(EvalConfig, chunk=chunk, length=length)
+    measure = bind(compare, lm, tokenizer, candidates=entrants, store=store)
     if only != Part.tasks:
         ids = spread_windows(tokenizer, documents, length, windows)
         run["windows"] = len(ids)
-        found = merged(found, measure(texts=ids, windows=len(ids), length=length), METHODS)
+        found = merged(found, measure(texts=ids, config=config(windows=len(ids))), METHODS)
     if only != Part.kl:
-        asked = {key: [int(n) for n in numbers(value)] for key, value in (("passkey", passkey), ("lines", lines))}
-        run |= {"rows": rows, **asked}
-        new = measure(windows=0, tasks=questions(data, rows) if rows else {}, **asked)
+        run |= {"rows": rows, "passkey": [int(n) for n in numbers(passkey)]}
+        tasks = questions(data, rows) if rows else {}
+        new = measure(texts=None, config=config(windows=0, tasks=tasks, passkey=run["passkey"]))
         found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new], METHODS)
     of_bf16(found)
     meta = run_meta(time.monotonic() - start)
     run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, found, {**meta, "runs": [*old["meta"]["runs"], run]})
-    partial.path.unlink(missing_ok=True)
+    store.path.unlink(missing_ok=True)
     console = Console()
     console.width = max(console.width, 160)
     console.print(table([{k: v for k, v in row.items() if k != "model"} for row in found]))

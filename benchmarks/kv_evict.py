@@ -16,7 +16,9 @@ from kv_quality import spread_windows, texts
 from rich.console import Console
 
 from nestling import kv
-from nestling.kv.evaluation.evaluate import Contender, Partial, compare
+from nestling.jobs.results import ResultStore
+from nestling.kv import EvalConfig
+from nestling.kv.evaluation.evaluate import Candidate, compare
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -37,19 +39,20 @@ def main(
     lm, tokenizer = load_model(model)
     nested = kv.KVAdapter.from_pretrained(adapter)
     entrants = [
-        Contender(
+        Candidate(
             f"{tokens:.0%} tokens x {elements:.0%} features", tokens * elements,
             bind(nested.cache, lm, elements, tokens=tokens, context=length, exact_prompt=False, dtype=torch.bfloat16),
         )
         for tokens, elements in SHARES
     ]  # fmt: skip
     settings = {"model": Path(model).name, "windows": windows, "length": length, "chunk": chunk}
-    partial = Partial(out.with_suffix(".partial.json"), settings)
+    store = ResultStore(out.with_suffix(".partial.json"), settings)
     ids = spread_windows(tokenizer, texts(data)[1], length, windows)
-    rows = compare(lm, tokenizer, entrants, texts=ids, windows=windows, length=length, chunk=chunk, partial=partial)
+    config = EvalConfig(windows=windows, length=length, chunk=chunk)
+    rows = compare(lm, tokenizer, ids, entrants, config, store=store)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, rows, {**run_meta(time.monotonic() - start), "settings": settings})
-    partial.path.unlink(missing_ok=True)
+    store.path.unlink(missing_ok=True)
     Console().print(table(rows))
 
 

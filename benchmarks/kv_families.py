@@ -116,9 +116,9 @@ def verdict(family: str) -> str:
     before = implementation(model)
     reason = kv.supports(model)
     assert implementation(model) == before and not model.training
-    options: dict[str, Any] = dict(length=64, sensitivity_windows=4, sensitivity_length=32, window=0, progress=False)
+    config = kv.FitConfig(length=64, sensitivity_windows=4, sensitivity_length=32, window=0)
     if reason is not None:
-        for refused in (lambda: kv.attach(model), lambda: kv.fit(model, None, ids, **options)):
+        for refused in (lambda: kv.attach(model), lambda: kv.fit(model, None, ids, config)):
             try:
                 refused()
             except kv.UnsupportedModelError as error:
@@ -127,7 +127,7 @@ def verdict(family: str) -> str:
                 raise AssertionError("it is not refused")
         assert implementation(model) == before
         return reason
-    adapter = kv.fit(model, None, ids, **options)
+    adapter = kv.fit(model, None, ids, config, progress=False)
     assert implementation(model) == before
     mask = (torch.arange(20) >= torch.tensor([0, 7])[:, None]).long()
     arguments = dict(attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False, pad_token_id=0)

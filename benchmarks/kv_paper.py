@@ -23,7 +23,9 @@ from kv_quality import Part, merged, numbers, questions, spread_windows, texts
 from rich.console import Console
 
 from nestling import kv
-from nestling.kv.evaluation.evaluate import Contender, Partial, compare
+from nestling.jobs.results import ResultStore
+from nestling.kv import EvalConfig
+from nestling.kv.evaluation.evaluate import Candidate, compare
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -44,7 +46,7 @@ METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options
 }
 
 
-def contenders(lm, folder: Path, methods: list[str], budgets: list[float], context: int) -> list[Contender]:
+def candidates(lm, folder: Path, methods: list[str], budgets: list[float], context: int) -> list[Candidate]:
     found = []
     for name in methods:
         place, options = METHODS[name]
@@ -53,7 +55,7 @@ def contenders(lm, folder: Path, methods: list[str], budgets: list[float], conte
             continue
         adapter = kv.KVAdapter.from_pretrained(folder / place)
         make = bind(adapter.cache, lm, context=context, dtype=torch.bfloat16, **options)
-        found += [Contender(name, budget, bind(make, budget)) for budget in budgets]
+        found += [Candidate(name, budget, bind(make, budget)) for budget in budgets]
     return found
 
 
@@ -73,24 +75,25 @@ def main(
     lm, tokenizer = load_model(model)
     settings = {"model": Path(model).name, "length": length, "storage": "bf16"}
     old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"runs": []}}
-    partial = Partial(out.with_suffix(".partial.json"), settings)
+    store = ResultStore(out.with_suffix(".partial.json"), settings)
     shares, chosen = numbers(budgets), methods.split(",")
-    measure = bind(compare, lm, tokenizer, chunk=chunk, partial=partial)
+    measure, config = bind(compare, lm, tokenizer, store=store), bind(EvalConfig, chunk=chunk, length=length)
     found, run = old["rows"], {"part": only.value, "chunk": chunk}
     if only != Part.tasks:
         ids = spread_windows(tokenizer, texts(data)[1], length, windows)
         run["windows"] = len(ids)
-        entrants = contenders(lm, adapters, chosen, shares, length)
-        found = merged(found, measure(entrants, texts=ids, windows=len(ids), length=length), METHODS)
+        entrants = candidates(lm, adapters, chosen, shares, length)
+        found = merged(found, measure(ids, entrants, config(windows=len(ids))), METHODS)
     if only != Part.kl:
         run["rows"] = rows
-        new = measure(contenders(lm, adapters, chosen, shares, length), windows=0, tasks=questions(data, rows))
+        entrants = candidates(lm, adapters, chosen, shares, length)
+        new = measure(None, entrants, config(windows=0, tasks=questions(data, rows)))
         found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new], METHODS)
     meta = run_meta(time.monotonic() - start)
     run |= {k: meta[k] for k in ("command", "date", "commit", "seconds")}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, found, {**meta, "settings": settings, "runs": [*old["meta"]["runs"], run]})
-    partial.path.unlink(missing_ok=True)
+    store.path.unlink(missing_ok=True)
     console = Console()
     console.width = max(console.width, 180)
     console.print(table([{k: v for k, v in row.items() if k != "model"} for row in found]))

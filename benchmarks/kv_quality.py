@@ -19,7 +19,7 @@ from enum import StrEnum
 from functools import partial as bind
 from pathlib import Path
 
-import rivals
+import baselines
 import torch
 import typer
 from rich.console import Console
@@ -27,7 +27,9 @@ from rich.console import Console
 from nestling import kv
 from nestling.data.texts import read_multiple_choice, read_texts
 from nestling.data.windows import token_windows
-from nestling.kv.evaluation.evaluate import Contender, Partial, compare
+from nestling.jobs.results import ResultStore
+from nestling.kv import EvalConfig
+from nestling.kv.evaluation.evaluate import Candidate, compare
 from nestling.kv.integration import attach as attention
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
@@ -44,10 +46,10 @@ METHODS: dict[
     "pca-uniform-window": ("pca", {"allocation": "uniform", "exact_prompt": False}),
     "balanced-window": ("balanced-window", {"allocation": "energy", "exact_prompt": False}),
 }
-RIVALS = {
-    "int8": bind(rivals.int_cache, bits=8),
-    "int4": bind(rivals.int_cache, bits=4),
-    "quanto-int4": bind(rivals.quanto_cache, bits=4),
+BASELINES = {
+    "int8": bind(baselines.int_cache, bits=8),
+    "int4": bind(baselines.int_cache, bits=4),
+    "quanto-int4": bind(baselines.quanto_cache, bits=4),
 }
 ASKED = "Question: {}\nAnswer:"
 TASKS = {  # name: file, prompt
@@ -113,25 +115,25 @@ def fit(model, tokenizer, name: str, documents: list[str], tokens: int, folder: 
     if place is not None and place.is_dir():
         return kv.KVAdapter.from_pretrained(place)
     basis, exact = name.removesuffix("-window"), {} if name.endswith("-window") else {"sinks": 0, "window": 0}
-    adapter = kv.fit(model, tokenizer, documents, basis, tokens=tokens, **exact)
+    adapter = kv.fit(model, tokenizer, documents, kv.FitConfig(basis=basis, tokens=tokens, **exact))
     if place is not None:
         adapter.save_pretrained(place)
     return adapter
 
 
-def contenders(lm, adapters: dict[str, kv.KVAdapter], methods: list[str], sizes: list[float], context: int) -> list:
+def candidates(lm, adapters: dict[str, kv.KVAdapter], methods: list[str], sizes: list[float], context: int) -> list:
     found = []
     for name in methods:
-        if name in RIVALS:
-            found.append(Contender(name, None, bind(RIVALS[name], attention.text_config(lm))))
+        if name in BASELINES:
+            found.append(Candidate(name, None, bind(BASELINES[name], attention.text_config(lm))))
             continue
         basis, options = METHODS[name]
         make = bind(adapters[basis].cache, lm, context=context, dtype=torch.bfloat16, **options)
-        found += [Contender(name, size, bind(make, budget=size)) for size in sizes]
+        found += [Candidate(name, size, bind(make, budget=size)) for size in sizes]
     return found
 
 
-def merged(old: Iterable[dict], new: Iterable[dict], methods: Iterable[str] = (*METHODS, *RIVALS)) -> list[dict]:
+def merged(old: Iterable[dict], new: Iterable[dict], methods: Iterable[str] = (*METHODS, *BASELINES)) -> list[dict]:
     """Rows joined by model, method and budget: what is newer and not missing counts. By model, in the order of
     ``methods``; one with a name of its own behind it, ``bits-NAME``, stands where the method does."""
     rows: dict[tuple, dict] = {}
@@ -167,7 +169,7 @@ def main(
     rows: int = typer.Option(200, help="Questions a task."),
     budgets: str = typer.Option("1,0.875,0.75,0.625,0.5,0.4,0.375,0.25", help="Shares of the full cache."),
     task_budgets: str | None = typer.Option(None, help="Those on which tasks are run; by default all."),
-    methods: str = typer.Option(",".join([*METHODS, *RIVALS]), help="What is measured."),
+    methods: str = typer.Option(",".join([*METHODS, *BASELINES]), help="What is measured."),
     passkey: str = typer.Option("", help="Prompt lengths for hidden passkeys, with the tasks."),
     tokens: int = typer.Option(65536, help="Tokens to calibrate on."),
     adapters: Path | None = typer.Option(None, help="Folder that keeps calibrations for the next time."),
@@ -175,8 +177,8 @@ def main(
     out: Path = typer.Option(Path("benchmarks/results/kv_quality.json"), help="Results; joined with what is there."),
 ):
     start, chosen = time.monotonic(), methods.split(",")
-    if unknown := set(chosen) - {*METHODS, *RIVALS}:
-        raise typer.BadParameter(f"unknown methods {sorted(unknown)}; known: {', '.join([*METHODS, *RIVALS])}")
+    if unknown := set(chosen) - {*METHODS, *BASELINES}:
+        raise typer.BadParameter(f"unknown methods {sorted(unknown)}; known: {', '.join([*METHODS, *BASELINES])}")
     measured, calibrated = ("wikitext103", "brown") if data else ("built-in", "built-in")
     settings = {"model": Path(model).name, "text": measured, "calibrated_on": calibrated, "tokens": tokens}
     settings |= {"length": length, "storage": "bf16", "seed": SEED}
@@ -187,24 +189,24 @@ def main(
         raise typer.BadParameter(f"{out.name} has other settings, {theirs} and not {settings}: choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     side_file = out.with_suffix(".partial.json")
-    partial = Partial(side_file, settings)
+    store = ResultStore(side_file, settings)
 
     lm, tokenizer = load_model(model)
     calibration, documents = texts(data)
     bases = sorted({METHODS[name][0] for name in chosen if name in METHODS})
     fitted = {basis: fit(lm, tokenizer, basis, calibration, tokens, adapters) for basis in bases}
-    measure = bind(compare, lm, tokenizer, chunk=chunk, partial=partial)
+    measure, config = bind(compare, lm, tokenizer, store=store), bind(EvalConfig, chunk=chunk, length=length)
     found, run = old["rows"], {"part": only.value, "chunk": chunk}
     if only != Part.tasks:
         ids = spread_windows(tokenizer, documents, length, windows)
         run["windows"] = len(ids)
-        entrants = contenders(lm, fitted, chosen, numbers(budgets), length)
-        found = merged(found, measure(entrants, texts=ids, windows=len(ids), length=length))
+        entrants = candidates(lm, fitted, chosen, numbers(budgets), length)
+        found = merged(found, measure(ids, entrants, config(windows=len(ids))))
     if only != Part.kl and (data is not None or passkey):
         tasks = {} if data is None else questions(data, rows)
         run["rows"] = rows
-        entrants = contenders(lm, fitted, chosen, numbers(task_budgets or budgets), length)
-        new = measure(entrants, windows=0, tasks=tasks, passkey=[int(n) for n in numbers(passkey)])
+        entrants = candidates(lm, fitted, chosen, numbers(task_budgets or budgets), length)
+        new = measure(None, entrants, config(windows=0, tasks=tasks, passkey=[int(n) for n in numbers(passkey)]))
         found = merged(found, [{k: v for k, v in row.items() if not k.startswith("bytes_")} for row in new])
     of_bf16(found)
     meta = run_meta(time.monotonic() - start)

@@ -135,10 +135,11 @@ def main(
 
     attention.attach(lm)
     record("lora", bases)
-    together = kv.train(
-        tuned, None, ids, bases, folder=second, labels=labels, length=length, batch_size=batch,
-        tokens=int(epochs * ids.numel()), recipe=TOGETHER, resume=second.is_dir(),
+    config = kv.TrainConfig(
+        output_dir=second, length=length, batch_size=batch, tokens=int(epochs * ids.numel()), resume=second.is_dir(),
+        **TOGETHER,
     )  # fmt: skip
+    together = kv.train(tuned, None, ids, bases, config, labels=labels)
     record("lora, then both", together)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, rows, run_meta(time.monotonic() - start))

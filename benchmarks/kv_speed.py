@@ -171,7 +171,7 @@ def main(
     if adapter is None:
         from nestling.data.texts import read_texts
 
-        nested = kv.fit(lm, tokenizer, read_texts(None), tokens=8192, sensitivity_windows=8)
+        nested = kv.fit(lm, tokenizer, read_texts(None), kv.FitConfig(tokens=8192, sensitivity_windows=8))
     else:
         nested = kv.KVAdapter.from_pretrained(adapter)
     lengths = [int(c) for c in contexts.split(",")]

@@ -18,7 +18,7 @@ from nestling import kv
 from nestling.kv.integration import attach as attention
 from nestling.kv.simulation.student import Student
 from nestling.kv.training.sampling import schedule
-from nestling.kv.training.train import RECIPES
+from nestling.kv.training.config import TrainConfig
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -36,7 +36,7 @@ def jobs(lm, adapter: kv.KVAdapter, ids: torch.Tensor) -> dict:
         lm(inputs_embeds=inputs, use_cache=False, labels=ids).loss.backward()
 
     def training(preset: str):
-        recipe = RECIPES[preset]
+        recipe = TrainConfig(preset=preset)
         ranks = schedule(recipe.sampling, adapter, allocation=recipe.allocation)
         weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight}
         student = Student(lm, adapter, sinks=recipe.sinks, window=recipe.window, **weights).train()

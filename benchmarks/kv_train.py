@@ -10,7 +10,6 @@ import gzip
 import json
 import random
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from rich.console import Console
 from nestling import kv
 from nestling.data.texts import read_texts
 from nestling.data.windows import token_windows
-from nestling.kv.training.train import RECIPES, train
+from nestling.kv.training.config import PRESETS
 from nestling.models import load_model
 from nestling.report.tables import table
 
@@ -76,7 +75,7 @@ def main(
     start: Path | None = typer.Option(
         None, help="An adapter to start from; by default it is calibrated, and kept as OUT-start."
     ),
-    preset: str = typer.Option("default", help=f"One of {', '.join(RECIPES)}."),
+    preset: str = typer.Option("default", help=f"One of {', '.join(PRESETS)}."),
     model: str = typer.Option("smollm2", help="Alias, folder, GGUF file or hub id."),
     tokens: int = typer.Option(400_000, help="Tokens to train on."),
     length: int = typer.Option(1024, help="Tokens per text."),
@@ -98,17 +97,19 @@ def main(
             changes[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             changes[name] = value
-    recipe = replace(RECIPES[preset], **changes)
+    config = kv.TrainConfig(
+        preset=preset, output_dir=out.with_name(f"{out.name}-checkpoints"), tokens=tokens, length=length,
+        batch_size=batch, eval_windows=2, seed=seed, resume=resume, bf16=bf16,
+        arguments={"eval_steps": max(1, tokens // (length * batch) // evaluations)}, **changes,
+    )  # fmt: skip
     start = start or out.with_name(f"{out.name}-start")
     if not start.is_dir():
-        exact = {"sinks": recipe.sinks, "window": recipe.window}
-        kv.fit(lm, None, windows, recipe.basis, tokens=calibration, length=length, **exact).save_pretrained(start)
+        fitting = kv.FitConfig(
+            basis=config.basis, tokens=calibration, length=length, sinks=config.sinks, window=config.window
+        )
+        kv.fit(lm, None, windows, fitting).save_pretrained(start)
     adapter = kv.KVAdapter.from_pretrained(start)
-    trained = train(
-        lm, tokenizer, windows, adapter, preset, folder=out.with_name(f"{out.name}-checkpoints"), tokens=tokens,
-        length=length, batch_size=batch, eval_texts=read_texts(str(data / HELD_OUT)), eval_windows=2, seed=seed,
-        resume=resume, recipe=changes, bf16=bf16, eval_steps=max(1, tokens // (length * batch) // evaluations),
-    )  # fmt: skip
+    trained = kv.train(lm, tokenizer, windows, adapter, config, eval_texts=read_texts(str(data / HELD_OUT)))
     trained.save_pretrained(out)
     points = [p for p in trained.info["training"]["curve"] if any(k.startswith("kl") for k in p)]
     Console().print(table(points, title=f"{preset}: KL on held-out text at shares of the ranks"))

@@ -1,4 +1,4 @@
-"""The rivals of the benchmarks: packing against numpy, bytes as stated; and the benchmark script from end to end."""
+"""The baselines of the benchmarks: packing against numpy, bytes as stated; and the scripts from end to end."""
 
 import importlib
 import json
@@ -17,13 +17,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from nestling.kv.evaluation.evaluate import Contender, Partial, compare, held_bytes
+from nestling.jobs.results import ResultStore
+from nestling.kv import EvalConfig
+from nestling.kv.evaluation.evaluate import Candidate, compare, held_bytes
 from nestling.kv.integration.attach import cached
 
 from ..kv.families import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-rivals, kv_quality, kv_bits = (importlib.import_module(name) for name in ("rivals", "kv_quality", "kv_bits"))
+baselines, kv_quality, kv_bits = (importlib.import_module(name) for name in ("baselines", "kv_quality", "kv_bits"))
 sys.path.pop(0)
 
 STATES = npst.arrays(
@@ -49,14 +51,14 @@ def ids():
 @settings(deadline=None, max_examples=60)
 @given(STATES)
 def test_int8_equals_numpy(x):
-    codes, scale = rivals.quantise8(torch.from_numpy(x))
+    codes, scale = baselines.quantise8(torch.from_numpy(x))
     reference = (np.abs(x).max(-1, keepdims=True) / np.float32(127)).astype(np.float16)
     divisor = np.where(reference == 0, 1, reference).astype(np.float32)
     expected = np.clip(np.rint(x / divisor), -127, 127)
     assert codes.dtype == torch.int8 and scale.dtype == torch.float16
     np.testing.assert_array_equal(scale.numpy(), reference)
     np.testing.assert_array_equal(codes.numpy(), expected)
-    back = rivals.dequantise8(codes, scale).numpy()
+    back = baselines.dequantise8(codes, scale).numpy()
     np.testing.assert_array_equal(back, expected.astype(np.float32) * reference.astype(np.float32))
     # half a step, the rounding of the scale to fp16, and what is below its smallest step
     assert (np.abs(back - x) <= divisor * 0.5 + np.abs(x).max(-1, keepdims=True) * 2**-10 + 127 * 2**-24).all()
@@ -67,7 +69,7 @@ def test_int8_equals_numpy(x):
 def test_groups_equal_numpy(x, bits):
     width, most = x.shape[-1], 2**bits - 1
     group = math.gcd(32, width)
-    packed, scale, minimum = rivals.quantise_groups(torch.from_numpy(x), bits)
+    packed, scale, minimum = baselines.quantise_groups(torch.from_numpy(x), bits)
     groups = x.reshape(*x.shape[:-1], -1, group)
     low = groups.min(-1, keepdims=True).astype(np.float16)
     step = np.maximum(groups.max(-1, keepdims=True) - low.astype(np.float32), 0) / np.float32(most)
@@ -76,7 +78,7 @@ def test_groups_equal_numpy(x, bits):
     codes = np.clip(np.rint((groups - low.astype(np.float32)) / divisor), 0, most).astype(np.uint8)
     assert packed.dtype == torch.uint8 and packed.shape == (*x.shape[:-1], bits * width // 8)
     assert scale.shape == minimum.shape == (*x.shape[:-1], width // group)
-    back = rivals.dequantise_groups(packed, scale, minimum, bits).numpy()
+    back = baselines.dequantise_groups(packed, scale, minimum, bits).numpy()
     expected = codes.astype(np.float32) * step.astype(np.float32) + low.astype(np.float32)
     np.testing.assert_array_equal(back, expected.reshape(x.shape))
     largest = np.abs(groups).max(-1, keepdims=True)
@@ -88,16 +90,16 @@ def test_groups_equal_numpy(x, bits):
 @given(npst.arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([32, 64])), elements=st.integers(0, 15)))
 def test_int4_packing_is_lossless(codes):
     codes[:, ::32], codes[:, 1::32] = 0, 15  # every group uses its whole range, so the step is 1
-    packed = rivals.quantise_groups(torch.from_numpy(codes.astype(np.float32)), 4)
-    assert (rivals.dequantise_groups(*packed, 4).numpy() == codes).all()
+    packed = baselines.quantise_groups(torch.from_numpy(codes.astype(np.float32)), 4)
+    assert (baselines.dequantise_groups(*packed, 4).numpy() == codes).all()
 
 
 def test_hadamard_matrices_spread_an_outlier_evenly():
-    matrix = rivals.hadamard(16, torch.device("cpu"))
+    matrix = baselines.hadamard(16, torch.device("cpu"))
     torch.testing.assert_close(matrix @ matrix, torch.eye(16))
     assert matrix.abs().unique().tolist() == [0.25]
     with pytest.raises(ValueError, match="power of two"):
-        rivals.hadamard(24, torch.device("cpu"))
+        baselines.hadamard(24, torch.device("cpu"))
 
 
 def test_keys_by_channel_survive_an_outlier_channel():
@@ -105,7 +107,7 @@ def test_keys_by_channel_survive_an_outlier_channel():
     states = torch.randn(2, 3, 70, 64, generator=torch.Generator().manual_seed(0))
     states[..., 5] *= 100
     config = tiny_model("llama-gqa").config
-    (layer, *_), (plain, *_) = rivals.kivi_cache(config, 2).layers, rivals.int_cache(config, 2).layers
+    (layer, *_), (plain, *_) = baselines.kivi_cache(config, 2).layers, baselines.int_cache(config, 2).layers
     for part in states.split(9, 2):
         keys, values = layer.update(part, part)
         by_token, _ = plain.update(part, part)
@@ -116,7 +118,7 @@ def test_keys_by_channel_survive_an_outlier_channel():
     codes = 2 * 3 * 64 * (64 * 2 // 8 + 2 * 2 * 64 // 32)  # two groups of 32 tokens, scale and minimum for each
     recent = 2 * 3 * 6 * 64 * 2
     of_values = 2 * 3 * 70 * (64 * 2 // 8 + 2 * 2 * 64 // 32)
-    assert held_bytes(rivals.Cache(layers=[layer])) == codes + recent + of_values
+    assert held_bytes(baselines.Cache(layers=[layer])) == codes + recent + of_values
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -125,7 +127,7 @@ def test_keys_by_channel_come_in_any_parts(bits):
     states = torch.randn(1, 2, 100, 16, generator=torch.Generator().manual_seed(1))
     config, found = tiny_model("llama-gqa").config, []
     for size in (100, 7):
-        layer = rivals.kivi_cache(config, bits).layers[0]
+        layer = baselines.kivi_cache(config, bits).layers[0]
         for part in states.split(size, 2):
             keys, values = layer.update(part, part)
         found.append((keys, values))
@@ -140,7 +142,7 @@ def test_keys_by_channel_can_be_repeated_and_selected():
     """What waits for a whole group as well: a batch of two that was made of one gives what one does."""
     states = torch.randn(1, 2, 80, 16, generator=torch.Generator().manual_seed(1))
     config = tiny_model("llama-gqa").config
-    one, two = (rivals.kivi_cache(config, 4).layers[0] for _ in range(2))
+    one, two = (baselines.kivi_cache(config, 4).layers[0] for _ in range(2))
     for layer in (one, two):
         layer.update(states[:, :, :70], states[:, :, :70])
     two.batch_repeat_interleave(3)
@@ -155,32 +157,34 @@ def test_keys_by_channel_can_be_repeated_and_selected():
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
 def test_bytes_and_shapes(family, bits, per_head, ids):
     model = tiny_model(family, head_dim=16)
-    cache = rivals.int_cache(model.config, bits)
+    cache = baselines.int_cache(model.config, bits)
     with torch.no_grad():
         for part in ids.split(10, 1):
             model(input_ids=part, **cached(model, cache))
-    ours = [layer for layer in cache.layers if isinstance(layer, rivals.IntLayer)]
+    ours = [layer for layer in cache.layers if isinstance(layer, baselines.IntLayer)]
     assert len(ours) == (3 if family == "llama-gqa" else 1)
     assert cache.get_seq_length() == 40
     for layer in ours:
-        assert held_bytes(rivals.Cache(layers=[layer])) == 4 * 40 * 2 * 2 * per_head  # batch, tokens, heads, k and v
+        assert (
+            held_bytes(baselines.Cache(layers=[layer])) == 4 * 40 * 2 * 2 * per_head
+        )  # batch, tokens, heads, sides
         keys, values = layer.update(torch.randn(4, 2, 1, 16), torch.randn(4, 2, 1, 16))
         assert keys.shape == values.shape == (4, 2, 41, 16) and keys.dtype == torch.float32
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_nothing_is_quantised_twice(bits, ids):
-    layer, states = rivals.IntLayer(bits), torch.randn(2, 3, 30, 64)
+    layer, states = baselines.IntLayer(bits), torch.randn(2, 3, 30, 64)
     for part in states.split(7, 2):
         keys, values = layer.update(part, -part)
-    whole = rivals.IntLayer(bits).update(states, -states)
+    whole = baselines.IntLayer(bits).update(states, -states)
     assert torch.equal(keys, whole[0]) and torch.equal(values, whole[1])
     assert (keys - states).abs().max() < {8: 0.03, 4: 0.3}[bits]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_int_cache_verbs(bits):
-    layer, states = rivals.IntLayer(bits), torch.randn(2, 3, 9, 32)
+    layer, states = baselines.IntLayer(bits), torch.randn(2, 3, 9, 32)
     one = torch.randn(4, 3, 1, 32)
     kept, _ = layer.update(states, states)
     layer.crop(-4)
@@ -191,20 +195,21 @@ def test_int_cache_verbs(bits):
     assert layer.get_seq_length() == 6 and layer.get_mask_sizes(2) == (8, 0)
     assert torch.equal(keys[:, :, :5], kept[[1, 1, 0, 0], :, :5])
     layer.reset()
-    assert layer.get_seq_length() == 0 and held_bytes(rivals.Cache(layers=[layer])) == 0
+    assert layer.get_seq_length() == 0 and held_bytes(baselines.Cache(layers=[layer])) == 0
     with pytest.raises(ValueError, match="bits"):
-        rivals.IntLayer(5)
+        baselines.IntLayer(5)
 
 
 def test_more_bits_are_closer(ids):
     model = tiny_model("llama-gqa")
-    entrants = [Contender(f"int{b}", None, lambda b=b: rivals.int_cache(model.config, b)) for b in (8, 4)]
-    rows = compare(model, None, entrants, texts=ids, windows=4, length=40, chunk=10, progress=False)
+    entrants = [Candidate(f"int{b}", None, lambda b=b: baselines.int_cache(model.config, b)) for b in (8, 4)]
+    config = EvalConfig(windows=4, length=40, chunk=10)
+    rows = compare(model, None, ids, entrants, config, progress=False)
     assert 0 < rows[1]["kl"] < 0.01 < rows[2]["kl"]
     assert [row["bytes_share"] for row in rows[1:]] == [18 / 32, 12 / 32]
     generated = [
         model.generate(ids[:1], **cached(model, cache), max_new_tokens=8, do_sample=False)
-        for cache in (None, rivals.int_cache(model.config, 8))
+        for cache in (None, baselines.int_cache(model.config, 8))
     ]
     assert torch.equal(*generated)
 
@@ -215,7 +220,7 @@ def test_transformers_caches_hold_bf16(make, ids):
     model, held = tiny_model("llama-gqa", hidden_size=256), []
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
-            cache = getattr(rivals, make)(model.config, residual_length=16)
+            cache = getattr(baselines, make)(model.config, residual_length=16)
             for part in ids[:1, :36].split(12, 1):  # 12 quantised, 12 exact, then all quantised
                 out = model.to(dtype)(input_ids=part, **cached(model, cache))
             assert out.logits.dtype == dtype
@@ -223,7 +228,7 @@ def test_transformers_caches_hold_bf16(make, ids):
     elements = 36 * 3 * 2 * 2 * 64
     assert held == [elements // 2 + 2 * elements // 64 * 2] * 2, "half a byte, and scale and zero in bf16 per 64"
     with pytest.raises(ValueError, match="full attention only"):
-        getattr(rivals, make)(tiny_model("gemma3").config)
+        getattr(baselines, make)(tiny_model("gemma3").config)
 
 
 def test_articles_and_rows():
@@ -262,10 +267,10 @@ def test_bits_of_both_kinds_beside_ranks_and_integers(toy, tmp_path):
     assert made.exit_code == result.exit_code == 0
     rows = {(row["method"], row["budget"]): row for row in json.loads(out.read_text())["rows"]}
     assert len(rows) == 8 and rows["bits", 0.8]["kl"] == rows["bits-balanced", 0.8]["kl"] < rows["ranks", 0.8]["kl"]
-    numbers = ["--only", "tasks", "--rows", "0", "--passkey", "200", "--lines", "300"]
+    numbers = ["--only", "tasks", "--rows", "0", "--passkey", "200"]
     assert CliRunner().invoke(app, [*base, *numbers], catch_exceptions=False).exit_code == 0
     after = {(row["method"], row["budget"]): row for row in json.loads(out.read_text())["rows"]}
-    assert all(after[key] == row | {"passkey_200": 0, "lines_300": 0} for key, row in rows.items())
+    assert all(after[key] == row | {"passkey_200": 0} for key, row in rows.items())
     other = ["--name", "other", "--methods", "bits,ranks", "--budgets", "0.4", "--only", "kl"]
     assert CliRunner().invoke(app, [*base, *other], catch_exceptions=False).exit_code == 0
     names = [row["method"] for row in json.loads(out.read_text())["rows"]]
@@ -289,17 +294,17 @@ def test_the_script(toy, tmp_path, monkeypatch):
     assert not (tmp_path / "new" / "quality.partial.json").exists()
     assert str(tmp_path) not in out.read_text()
 
-    save = Partial.save
+    save = ResultStore.save
 
     def dying(self):
         save(self)
         if len(self.done) > 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Partial, "save", dying)
+    monkeypatch.setattr(ResultStore, "save", dying)
     CliRunner().invoke(app, [*base, "--only", "tasks"])
     assert len(json.loads((tmp_path / "new" / "quality.partial.json").read_text())["done"]) == 4
-    monkeypatch.setattr(Partial, "save", save)
+    monkeypatch.setattr(ResultStore, "save", save)
     result = CliRunner().invoke(app, [*base, "--only", "tasks"], catch_exceptions=False)
     assert result.exit_code == 0
     both = json.loads(out.read_text())
