@@ -17,8 +17,8 @@ from timing import medians
 from nestling import kv
 from nestling.kv.integration import attach as attention
 from nestling.kv.simulation.student import Student
+from nestling.kv.training.config import PRESETS, TrainConfig
 from nestling.kv.training.sampling import schedule
-from nestling.kv.training.config import TrainConfig
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -36,10 +36,10 @@ def jobs(lm, adapter: kv.KVAdapter, ids: torch.Tensor) -> dict:
         lm(inputs_embeds=inputs, use_cache=False, labels=ids).loss.backward()
 
     def training(preset: str):
-        recipe = TrainConfig(preset=preset)
-        ranks = schedule(recipe.sampling, adapter, allocation=recipe.allocation)
-        weights = {"kl_weight": recipe.kl_weight, "ce_weight": recipe.ce_weight}
-        student = Student(lm, adapter, sinks=recipe.sinks, window=recipe.window, **weights).train()
+        config = TrainConfig(preset=preset)
+        ranks = schedule(config.sampling, adapter, allocation=config.allocation)
+        weights = {"kl_weight": config.kl_weight, "ce_weight": config.ce_weight}
+        student = Student(lm, adapter, sinks=config.sinks, window=config.window, **weights).train()
 
         def step() -> None:
             student(ids, torch.stack([ranks(row) for row in range(len(ids))]))["loss"].backward()
@@ -47,7 +47,7 @@ def jobs(lm, adapter: kv.KVAdapter, ids: torch.Tensor) -> dict:
 
         return step
 
-    return {"teacher": teacher, "plain": plain, **{preset: training(preset) for preset in RECIPES}}
+    return {"teacher": teacher, "plain": plain, **{preset: training(preset) for preset in PRESETS}}
 
 
 def main(

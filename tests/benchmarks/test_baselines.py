@@ -165,9 +165,7 @@ def test_bytes_and_shapes(family, bits, per_head, ids):
     assert len(ours) == (3 if family == "llama-gqa" else 1)
     assert cache.get_seq_length() == 40
     for layer in ours:
-        assert (
-            held_bytes(baselines.Cache(layers=[layer])) == 4 * 40 * 2 * 2 * per_head
-        )  # batch, tokens, heads, sides
+        assert held_bytes(baselines.Cache(layers=[layer])) == 4 * 40 * 2 * 2 * per_head  # batch, tokens, heads, sides
         keys, values = layer.update(torch.randn(4, 2, 1, 16), torch.randn(4, 2, 1, 16))
         assert keys.shape == values.shape == (4, 2, 41, 16) and keys.dtype == torch.float32
 
