@@ -3,9 +3,9 @@
     python benchmarks/smae.py --data FOLDER --work FOLDER --text FILE [--text FILE] [--start FOLDER] [--arms srl]
 
 Arms: `srl` fine-tunes the start as it is; `mlm-srl` after plain masked-language modelling of the same windows (the
-control); `smae-srl` after SMAE; `smae-separate` after SMAE, a model for each cup by itself. `smae-enhanced-srl` and
-`smae-some-srl` are SMAE with enhanced decoding, and with two cups a step. Without --start it is a ModernBERT (--kind
-bert for a BERT) with random weights (--layers x --dims) and a tokenizer that was trained on the text. Every training
+control); `smae-srl` after SMAE as published, all sizes in every step; `smae-some-srl` after SMAE with two sizes a
+step; `smae-separate` after SMAE, a model for each size by itself. Without --start it is a ModernBERT (--kind bert for
+a BERT) with random weights (--layers x --dims) and a tokenizer that was trained on the text. Every training
 has a process of its own. Arms in the results file are not run again; a pre-training that was killed goes on at its
 last checkpoint.
 """
@@ -35,12 +35,12 @@ from nestling.embed.model.parts import Encoder
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
-SMAE: dict[str, dict[str, Any]] = {
-    "smae": {},
-    "smae-enhanced": {"decoder": "enhanced"},
-    "smae-some": {"cups_per_step": 2},
+KINDS: dict[str, dict[str, Any]] = {
+    "mlm": {"decoder": False},
+    "smae": {"sizes_per_step": 0},
+    "smae-some": {"sizes_per_step": 2},
 }
-ARMS = ("srl", "mlm-srl", "smae-srl", "smae-separate", "smae-enhanced-srl", "smae-some-srl")
+ARMS = ("srl", "mlm-srl", "smae-srl", "smae-separate", "smae-some-srl")
 ASKED = "srl,mlm-srl,smae-srl,smae-separate"
 WIDENED = {"bert": 4, "modernbert": 2}  # feed-forward layers over the width; the latter has two of them, one a gate
 
@@ -57,7 +57,7 @@ class Study:
     learning_rate: float
 
     def pretrained(self, kind: str) -> Path:
-        """The folder of a pre-training, ``mlm`` or one of `SMAE`; not run again where it is there."""
+        """The folder of a pre-training, one of `KINDS`; not run again where it is there."""
         folder = self.job.work / f"{kind}-{self.steps}"
         if not folder.is_dir():
             apart(_pretrain, self, kind, folder)
@@ -65,13 +65,15 @@ class Study:
 
 
 def _pretrain(study: Study, kind: str, folder: Path) -> None:
-    plain, job = kind == "mlm", study.job
+    job = study.job
     embed.pretrain(
         embed.load_encoder(job.model), embed.Texts(study.texts, layout="documents"),
-        Ladder([job.ladder.full]) if plain else job.ladder, folder=folder, steps=study.steps,
-        batch_size=study.batch, length=study.length, learning_rate=study.learning_rate, seed=job.seed,
-        resume=Path(f"{folder}-checkpoints").is_dir(), bf16=job.bf16,
-        **({"decoder": None} if plain else SMAE[kind]),
+        Ladder([job.ladder.full]) if kind == "mlm" else job.ladder,
+        embed.PretrainConfig(
+            output_dir=folder, steps=study.steps, batch_size=study.batch, length=study.length,
+            learning_rate=study.learning_rate, seed=job.seed, bf16=job.bf16,
+            resume=Path(f"{folder}-checkpoints").is_dir(), **KINDS[kind],
+        ),
     )  # fmt: skip
 
 

@@ -29,7 +29,6 @@ from nestling.embed.model.parts import Encoder
 from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
 from nestling.embed.pretraining.collate import Collator
 from nestling.embed.pretraining.corpus import Batch, Position
-from nestling.embed.pretraining.families import vocabulary_of
 from nestling.embed.pretraining.masking import Masking, Window
 from nestling.jobs.progress import progress_bar
 from nestling.report.results import run_meta, write_json
@@ -49,7 +48,7 @@ def masked(smae: MaskedAutoencoder, count: int, length: int) -> dict[str, torch.
     """Texts of random words of one token, under both masks."""
     words, rng = smae.encoder.tokenizer, np.random.default_rng(0)
     special = set(words.all_special_ids)
-    ordinary = np.array([i for i in range(vocabulary_of(Encoder.of(smae.encoder))) if i not in special])
+    ordinary = np.array([i for i in range(Encoder.of(smae.encoder).backbone.config.vocab_size) if i not in special])
     row = np.array([-1, *range(length - 2), -1])
     first, last = words.cls_token_id, words.sep_token_id
     windows = [Window(np.array([first, *rng.choice(ordinary, length - 2), last]), row) for _ in range(count)]
@@ -119,7 +118,7 @@ def main(
         raise RuntimeError(f"the losses differ by {difference:.1e}: they must be the same to {CLOSE:g}")
     for method, row in found.items():
         row["mib"] = apart(peak_mib, method, source, ladder, batch, length, bf16, threads)
-    size = vocabulary_of(Encoder.of(smae.encoder))
+    size = Encoder.of(smae.encoder).backbone.config.vocab_size
     rows = [
         {
             "model": label, "method": method, "cups": str(smae.cups), "vocabulary": size,

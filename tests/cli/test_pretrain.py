@@ -43,7 +43,8 @@ def common(folder: Path, text: str = "text.jsonl", steps: int = 6) -> list[objec
 
 def test_it_prints_and_writes_the_losses_of_every_cup(place):
     rows = json.loads((place / "a.json").read_text())["rows"]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and {"mlm_1x8", "dec_4x32", "loss"} < set(rows[0])
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and {"dec_4x32", "loss"} < set(rows[0])
+    assert {"mlm_1x8", "mlm_2x16"} < {name for row in rows for name in row} and len(rows[0]) == 7
     printed = (place / "printed.txt").read_text()
     assert all(word in printed for word in ("mlm first", "dec last", "2x16", "6 steps", "new masked-language head"))
     page = (place / "a.html").read_text()
@@ -77,7 +78,7 @@ def test_a_folder_of_transformers_own_needs_a_pooling(place):
     arguments = ["pretrain", place / "backbone", "--out", place / "own", *common(place, steps=1)]
     result = run(*arguments)
     assert result.exit_code == 1 and "has no modules.json" in flat(result)
-    result = run(*arguments, "--pooling", "cls", "--decoder", "none", "--cups", "4x32")
+    result = run(*arguments, "--pooling", "cls", "--no-decoder", "--cups", "4x32")
     assert result.exit_code == 0 and "dec first" not in flat(result), result.output
     assert json.loads((place / "own" / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "cls"
 
@@ -93,9 +94,8 @@ def test_bad_lines_stop_it_or_are_counted(place):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--decoder", "both"], "decoder must be plain, enhanced or None, got 'both'"),
         (["--decoder-ratio", 0.1], "expected 0 < encoder_ratio <= decoder_ratio < 1"),
-        (["--cups-per-step", 9], "cups_per_step=9: expected 1 to 3"),
+        (["--sizes-per-step", -1], "--sizes-per-step=-1 is out of range"),
         (["--text", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--json", "nowhere/a.json"], "does not exist: make it first"),
     ],

@@ -10,7 +10,7 @@ from nestling.embed.model.encode import encode
 
 from .families import FAMILIES
 from .pretraining.test_autoencoder import KNOWN, autoencoder, batch, gradients
-from .pretraining.test_pretrain import FAST as PRETRAINED
+from .pretraining.test_pretrain import config as pretrain_config
 from .pretraining.test_pretrain import texts
 from .training.test_train import CUPS, pairs
 
@@ -27,10 +27,9 @@ def test_vectors_of_all_depths(encoder, family):
         torch.testing.assert_close(found[1][depth].cpu(), found[0][depth].cpu(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("enhanced", [False, True])
 @pytest.mark.parametrize("family", KNOWN)
-def test_losses_and_gradients_of_pre_training(encoder, family, enhanced):
-    smae, (given,) = autoencoder(encoder(family), "enhanced" if enhanced else "plain"), batch(enhanced=enhanced)
+def test_losses_and_gradients_of_pre_training(encoder, family):
+    smae, (given,) = autoencoder(encoder(family)), batch()
     expected = smae(**given)
     slopes = gradients(smae, expected)
     there = copy.deepcopy(smae).cuda()
@@ -49,7 +48,7 @@ def test_trainings_follow_the_cpu(encoder, tmp_path, kind):
         model, folder, cpu = encoder("modernbert").to(device), tmp_path / f"{device}-{len(curves)}", device == "cpu"
         options = {"learning_rate": 1e-3, "batch_size": 8, "progress": False, "use_cpu": cpu, "logging_steps": 2}
         if kind == "pretrain":
-            trained = embed.pretrain(model, texts(), CUPS, folder=folder, **{**PRETRAINED, **options})
+            trained = embed.pretrain(model, texts(), CUPS, pretrain_config(output_dir=folder, **options))
         else:
             trained = embed.train(model, pairs(), CUPS, folder=folder, steps=12, **options)
         curves.append([point["loss"] for point in trained.info["curve"] if "loss" in point])

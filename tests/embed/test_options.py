@@ -29,7 +29,7 @@ def test_batches_of_no_size(encoder, tmp_path, value):
         lambda: embed.agreement(model, TEXTS, CUPS, torch.ones(len(TEXTS), 32), batch_size=value),
         lambda: embed.fit_projections(model, TEXTS, [1], batch_size=value),
         lambda: encode(model, TEXTS, {1: 8}, batch_size=value),
-        lambda: embed.pretrain(model, TEXTS, CUPS, folder=tmp_path / "out", steps=1, batch_size=value),
+        lambda: embed.PretrainConfig(batch_size=value),
     ):
         with pytest.raises(OptionError, match="batch_size"):
             call()
@@ -71,7 +71,6 @@ def test_folders(encoder, tmp_path, monkeypatch, value):
     for call in (
         lambda: embed.align(model, TEXTS, CUPS, folder=value, progress=False),
         lambda: embed.export(model, "1x8", value),
-        lambda: embed.pretrain(model, TEXTS, CUPS, folder=value, steps=1),
     ):
         with pytest.raises(OptionError, match="folder"):
             call()

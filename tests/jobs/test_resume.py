@@ -14,6 +14,7 @@ from nestling import embed, kv
 from nestling.errors import TrainingError
 
 from ..embed.families import save_backbone, sentence_model, some_texts
+from ..embed.pretraining.test_pretrain import config as pretrain_config
 from ..kv.families import BASE, tiny_fit, tiny_model
 
 QUICK = dict(steps=6, save_steps=2, save_total_limit=9, batch_size=4, progress=False, use_cpu=True)
@@ -64,7 +65,7 @@ def of_embed(folder: Path, resume: bool) -> list[torch.Tensor]:
 
 def of_pretrain(folder: Path, resume: bool) -> list[torch.Tensor]:
     model = sentence_model(folder.parent / "bert")
-    embed.pretrain(model, TEXTS, "1x8,4x32", folder=folder, length=16, resume=resume, **QUICK)
+    embed.pretrain(model, TEXTS, "1x8,4x32", pretrain_config(output_dir=folder, resume=resume, **QUICK))
     return list(model.state_dict().values())
 
 

@@ -28,6 +28,7 @@ from nestling.models import load_model
 from nestling.report.results import read_rows
 
 from ..embed.families import save_backbone, sentence_model, some_texts
+from ..embed.pretraining.test_pretrain import config as pretrain_config
 from ..kv.families import BASE, tiny_fit, tiny_model
 
 
@@ -103,7 +104,7 @@ def _checkpoints(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefa
     kv.train(model, None, ids, adapter, config)
     encoder = sentence_model(save_backbone("bert", place / "bert"))
     quick = dict(steps=4, save_steps=2, batch_size=4, progress=False, use_cpu=True)
-    embed.pretrain(encoder, some_texts(20, longest=9), "1x8,4x32", folder=place / "pre", length=16, **quick)
+    embed.pretrain(encoder, some_texts(20, longest=9), "1x8,4x32", pretrain_config(output_dir=place / "pre", **quick))
     encoder = sentence_model(place / "bert")
     pairs = [{"anchor": text, "positive": f"{text} w9"} for text in dict.fromkeys(some_texts(20, longest=9))]
     embed.train(encoder, pairs, "1x8,4x32", folder=place / "trained", **quick)

@@ -10,7 +10,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForMaskedLM
 
 from nestling.embed import load_encoder
@@ -19,7 +18,6 @@ from nestling.embed.model.parts import Encoder
 from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
 from nestling.embed.pretraining.collate import Collator
 from nestling.embed.pretraining.corpus import Corpus
-from nestling.embed.pretraining.families import positions_of
 from nestling.embed.pretraining.masking import Masking
 from nestling.errors import LadderError, UnsupportedEncoderError
 
@@ -33,16 +31,16 @@ CUPS = Ladder.parse("1x8,2x16,3x16,4x32")
 KNOWN = ["bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert"]
 
 
-def batch(parts: int = 1, enhanced: bool = False, sampled: int | None = None, count: int = 8) -> list[dict]:
+def batch(parts: int = 1, sampled: int | None = None, count: int = 8) -> list[dict]:
     """Texts of 2 to 12 words under both masks."""
     texts = [text for text in some_texts(12, seed=3) if " " in text][:count]
     found = next(Corpus(texts, tokenizer(), 16, len(texts)).batches())
-    return Collator(Masking(4, np.arange(5, VOCAB)), 0, len(CUPS), sampled, enhanced)(found, parts)
+    return Collator(Masking(4, np.arange(5, VOCAB)), 0, len(CUPS), sampled)(found, parts)
 
 
-def autoencoder(model, decoder="plain", cups=CUPS) -> MaskedAutoencoder:
+def autoencoder(model, cups=CUPS) -> MaskedAutoencoder:
     """With biases that are not zero, so that none can be left out."""
-    smae = MaskedAutoencoder(model, cups, decoder)
+    smae = MaskedAutoencoder(model, cups)
     with torch.no_grad():
         for parameter in smae.head.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -81,7 +79,7 @@ def test_without_decoder_and_small_cups_it_is_plain_masked_language_modelling(fa
     whole.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     own = sentence_model(tmp_path)
-    smae = MaskedAutoencoder(own, Ladder.parse("4x32"), None).eval()
+    smae = MaskedAutoencoder(own, Ladder.parse("4x32"), decoder=False).eval()
     assert not smae.head.new
     (given,) = batch()
     wanted = given["labels"].masked_fill(~given["masked"], -100)
@@ -114,69 +112,10 @@ def test_a_new_head_is_drawn_by_the_seed_and_leaves_the_callers_random_numbers_a
     assert not torch.equal(heads[0].dense.weight, heads[2].dense.weight)
 
 
-@pytest.mark.parametrize("family", KNOWN)
-def test_enhanced_decoding_is_a_text_read_place_by_place(family, encoder):
-    """Each place by itself, through transformers' own layer: the query is one more token, which only reads."""
-    model = encoder(family)
-    cups = Ladder.parse("2x16,4x32")
-    smae, (given,) = autoencoder(model, "enhanced", cups), batch(enhanced=True, count=2)
-    parts, found = Encoder.of(model), smae(**given)
-    backbone, layer, ids = parts.backbone, smae.decoder.layer, given["decoder_ids"]
-    assert torch.equal(ids, given["labels"])  # nothing is masked, words are hidden from single places
-    tokens = backbone(input_ids=given["input_ids"], attention_mask=given["attention_mask"], output_hidden_states=True)
-    table = getattr(backbone.embeddings, "position_embeddings", None)
-    for cup in cups:
-        state = tokens.last_hidden_state if cup.layers == 4 else tokens.hidden_states[cup.layers]
-        if parts.final_norm is not None and cup.layers < 4:
-            state = parts.final_norm(state)
-        features = {"attention_mask": given["attention_mask"]}
-        vectors = smae.head.transform(parts.pool(features, state)[:, : cup.dims])
-        losses = []
-        for row, place in given["rebuilt"].nonzero().tolist():
-            context = torch.cat((vectors[row, None], backbone.embeddings(input_ids=ids[row, None])[0, 1:]))
-            query = vectors[row]
-            if table is not None:  # what the embeddings have beside the word's own, before their norm
-                with_word = table_input(backbone, ids[row, None])[0, place]
-                query = query + table.weight[with_word]
-            states = torch.cat((context, query[None]))[None]
-            mask = torch.full((1, 1, len(context) + 1, len(context) + 1), -1e9)
-            mask[..., 0] = 0
-            mask[0, 0, -1, :-1][given["visible"][row, place]] = 0
-            numbers = torch.tensor([[*range(len(context)), place]])
-            made = run_layer(backbone, layer, states, mask, numbers)[:, -1]
-            made = made if parts.final_norm is None else parts.final_norm(made)
-            logits = linear(smae.head.transform(made), backbone.get_input_embeddings().weight, smae.head.bias)
-            losses.append(cross_entropy(logits, ids[row, place][None]))
-        torch.testing.assert_close(found[f"dec_{cup}"], torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
-
-
-def table_input(backbone, ids):
-    """The numbers of places that the model itself looks up."""
-    seen = []
-    handle = backbone.embeddings.position_embeddings.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
-    backbone.embeddings(input_ids=ids)
-    handle.remove()
-    return seen[0]
-
-
-def run_layer(backbone, layer, states, mask, numbers):
-    kind = backbone.config.model_type
-    if kind == "mpnet":
-        bias = backbone.encoder.compute_position_bias(states)[:, :, numbers[0][:, None], numbers[0]]
-        return layer(states, mask, bias)[0]
-    if kind == "modernbert":
-        turned = backbone.rotary_emb(states, numbers, "full_attention")
-        return layer(states, attention_mask=mask, position_embeddings=turned)
-    return layer(states, mask)
-
-
-@pytest.mark.parametrize("enhanced", [False, True])
-def test_parts_of_a_batch_add_up(encoder, enhanced):
+def test_parts_of_a_batch_add_up(encoder):
     """What processes and steps of accumulation compute, averaged, is the loss of the global batch."""
-    smae = autoencoder(encoder(), "enhanced" if enhanced else "plain")
-    (whole,), cut = batch(1, enhanced), batch(4, enhanced)
+    smae = autoencoder(encoder())
+    (whole,), cut = batch(1), batch(4)
     found = [smae(**part) for part in cut]
     means = {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
     close(means, smae(**whole))
@@ -194,7 +133,7 @@ def test_some_cups_of_a_step(encoder):
 
 
 def test_dropout_is_on_in_training_everywhere(encoder):
-    """Two forwards differ, in both kinds of part; attention's own dropout too, in the mixed softmax."""
+    """Two forwards differ, in both kinds of part; attention's own dropout too."""
     smae, (given,) = autoencoder(encoder()), batch()
     smae.train()
     first, second = smae(**given), smae(**given)
@@ -224,7 +163,7 @@ def test_bf16_is_near(encoder):
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(KNOWN)))
 def test_other_families_are_refused(family, encoder):
-    with pytest.raises(UnsupportedEncoderError, match="models cannot be pre-trained: .* only known for bert, roberta"):
+    with pytest.raises(UnsupportedEncoderError, match="where their head is is only known for bert, roberta"):
         MaskedAutoencoder(encoder(family), CUPS)
 
 
@@ -238,16 +177,6 @@ def test_what_pre_training_does_not_fit_is_refused(backbones):
         MaskedAutoencoder(SentenceTransformer(modules=modules, device="cpu"), Ladder.parse("4x64"))
     with pytest.raises(LadderError, match="the full cup 4x32 is missing"):
         MaskedAutoencoder(sentence_model(backbones("bert")), Ladder.parse("2x16"))
-
-
-@pytest.mark.parametrize("family", KNOWN)
-def test_as_many_positions_as_are_said_can_be_read(family, encoder):
-    parts = Encoder.of(encoder(family))
-    count = positions_of(parts)
-    parts.backbone(input_ids=torch.full((1, count), 7))
-    if hasattr(parts.backbone.embeddings, "position_embeddings"):
-        with pytest.raises((IndexError, RuntimeError)):
-            parts.backbone(input_ids=torch.full((1, count + 1), 7))
 
 
 def test_a_plain_folder_is_loaded_with_a_pooling(backbones):

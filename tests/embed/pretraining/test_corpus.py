@@ -34,8 +34,8 @@ def read(source, count, position=None):
     return [next(stream) for _ in range(count)]
 
 
-def collator(sampled=None, enhanced=False) -> Collator:
-    return Collator(Masking(4, np.arange(5, VOCAB)), 0, 3, sampled, enhanced)
+def collator(sampled=None) -> Collator:
+    return Collator(Masking(4, np.arange(5, VOCAB)), 0, 3, sampled)
 
 
 def test_long_texts_are_cut_into_windows_that_hold_every_token_once():
@@ -195,7 +195,7 @@ def test_cutting_into_windows_leaves_the_tokenizer_alone():
     assert mine.backend_tokenizer.truncation is None and len(mine(LONG[0])["input_ids"]) == 26
 
 
-@pytest.mark.parametrize("options", [{}, {"sampled": 2}, {"enhanced": True}])
+@pytest.mark.parametrize("options", [{}, {"sampled": 2}])
 def test_parts_of_a_batch_are_its_rows(options):
     collate, texts = collator(**options), some_texts(40, longest=20)
     (whole,) = collate(read(corpus(texts, 8, 16), 1)[0])
@@ -209,8 +209,7 @@ def test_parts_of_a_batch_are_its_rows(options):
             assert torch.cat([part[name] for part in parts]).equal(value)
     assert whole["masked"].sum() * whole["share"] == pytest.approx(1)
     assert not (whole["masked"] & (whole["attention_mask"] == 0)).any()
-    if not options.get("enhanced"):
-        assert not (whole["masked"] & ~whole["rebuilt"]).any()
+    assert not (whole["masked"] & ~whole["rebuilt"]).any()
 
 
 def test_sampled_cups_vary_and_each_comes_as_often():

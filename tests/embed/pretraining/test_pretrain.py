@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from nestling import embed
 from nestling.embed import Texts, load_ladder
 from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
+from nestling.embed.pretraining.config import PretrainConfig
 from nestling.embed.pretraining.pretrain import pretrain
 from nestling.errors import DataError, LadderError, MaskingError, TrainingError, UnsupportedEncoderError
 from nestling.jobs.checkpoints import last_whole
@@ -22,7 +24,7 @@ from nestling.jobs.checkpoints import last_whole
 from ..families import VOCAB, WORDS, some_texts
 
 CUPS = "1x8,2x16,4x32"
-FAST = dict(steps=12, batch_size=8, length=16, learning_rate=1e-3, progress=False, use_cpu=True)
+FAST = dict(steps=12, batch_size=8, length=16, learning_rate=1e-3, progress=False, use_cpu=True, sizes_per_step=0)
 NAMES = [f"{kind}_{cup}" for kind in ("mlm", "dec") for cup in ("1x8", "2x16", "4x32")]
 
 
@@ -34,7 +36,14 @@ def texts(count: int = 60) -> list[str]:
 
 
 def run(model, folder, data=None, cups=CUPS, **options):
-    return pretrain(model, texts() if data is None else data, cups, folder=folder, **{**FAST, **options})
+    return pretrain(model, texts() if data is None else data, cups, config(output_dir=folder, **options))
+
+
+def config(**options) -> PretrainConfig:
+    """Quick, with all sizes in every step by default; what is no field is an argument of the stock trainer."""
+    options = FAST | options
+    own = {name: options[name] for name in options if name in {field.name for field in fields(PretrainConfig)}}
+    return PretrainConfig(**own, arguments={name: options[name] for name in options if name not in own})
 
 
 def same(one, other) -> None:
@@ -42,9 +51,7 @@ def same(one, other) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"decoder": "enhanced"}, {"cups_per_step": 2}], ids=["plain", "enhanced", "some"]
-)
+@pytest.mark.parametrize("options", [{}, {"sizes_per_step": 2}], ids=["all", "two"])
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_every_loss_of_every_cup_falls(encoder, tmp_path, family, options):
     model = encoder(family, "cls")
@@ -54,7 +61,7 @@ def test_every_loss_of_every_cup_falls(encoder, tmp_path, family, options):
     for name in NAMES:
         assert last[name] < first[name] - 0.1, name
     mean = sum(last[name] for name in NAMES) / 6
-    assert last["loss"] == pytest.approx(mean, rel=1e-4 if options.get("cups_per_step") is None else 0.2)
+    assert last["loss"] == pytest.approx(mean, rel=1e-4 if not options else 0.2)
     assert not model.training and last["step"] == 80 and trained.info["head"] == "new"
     moved = [name for name, tensor in model.state_dict().items() if not tensor.equal(old[name])]
     assert len(moved) > len(old) / 2 and not [name for name in moved if "pooler" in name]
@@ -67,7 +74,7 @@ def test_the_result_is_a_start_for_train(encoder, tmp_path):
     torch.testing.assert_close(loaded.encode(WORDS[:5]), model.encode(WORDS[:5]))
     assert load_ladder(tmp_path / "out") == trained.ladder and not trained.projections
     info = json.loads((tmp_path / "out" / "nestling.json").read_text())["pretraining"]
-    assert info["tokens"] == trained.info["tokens"] > 12 * 8 * 4 and info["decoder"] == "plain"
+    assert info["tokens"] == trained.info["tokens"] > 12 * 8 * 4 and info["decoder"] is True
     assert info["passes"] == 1 and {"mlm_1x8", "dec_4x32"} < set(info["curve"][0])
     again = embed.load_encoder(tmp_path / "out")
     embed.train(again, texts(16), load_ladder(tmp_path / "out"), folder=tmp_path / "next", steps=2, progress=False)
@@ -78,15 +85,13 @@ def test_the_result_is_a_start_for_train(encoder, tmp_path):
 
 
 def test_plain_masked_language_modelling_is_the_full_cup_without_a_decoder(encoder, tmp_path):
-    trained = run(encoder(), tmp_path / "out", cups="4x32", decoder=None)
+    trained = run(encoder(), tmp_path / "out", cups="4x32", decoder=False)
     assert {name for name in trained.info["curve"][0]} == {"step", "loss", "mlm_4x32"}
     assert trained.info["curve"][-1]["loss"] == pytest.approx(trained.info["curve"][-1]["mlm_4x32"], rel=1e-4)
     assert "as a masked-language model" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"decoder": "enhanced", "cups_per_step": 2}, {"gradient_accumulation_steps": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"sizes_per_step": 2}, {"gradient_accumulation_steps": 2}])
 def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch, options):
     """In the middle of a pass, with dropout on; what is left behind is read over without being trained on."""
     options = {"save_steps": 3, "logging_steps": 1, **options}
@@ -303,8 +308,8 @@ def test_folders_are_checked(encoder, tmp_path):
     [
         (None, {"cups": "1x8,5x32"}, LadderError, "5x32 is deeper than the model"),
         (None, {"cups": "1x8,2x16"}, LadderError, "the full cup 4x32 is missing"),
-        (None, {"decoder": "both"}, ValueError, "decoder must be plain, enhanced or None, got 'both'"),
-        (None, {"cups_per_step": 4}, ValueError, "cups_per_step=4: expected 1 to 3"),
+        (None, {"decoder": "both"}, ValueError, "decoder='both': expected True or False"),
+        (None, {"sizes_per_step": -1}, ValueError, "sizes_per_step=-1 is out of range"),
         (None, {"encoder_ratio": 0.5}, MaskingError, "encoder_ratio=0.5 and decoder_ratio=0.4"),
         (None, {"length": 65}, ValueError, "length=65 is more than the 64 tokens that the model reads"),
         (None, {"length": 3}, MaskingError, "length=3 leaves no room"),
@@ -352,3 +357,14 @@ def test_missing_packages_are_named(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["nestling.embed.pretraining.pretrain"], "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"training needs accelerate: pip install 'nestling\[train,embed\]'"):
         run(encoder(), tmp_path / "out")
+
+
+def test_two_sizes_a_step_are_the_default_and_all_are_the_papers(encoder, tmp_path):
+    assert PretrainConfig().sizes_per_step == 2 and PretrainConfig.paper(steps=3).sizes_per_step == 0
+    counts = []
+    for name, options in (("two", {"sizes_per_step": 2}), ("many", {"sizes_per_step": 9}), ("all", {})):
+        curve = run(encoder(), tmp_path / name, steps=4, logging_steps=1, **options).info["curve"]
+        counts.append({sum(key.startswith("mlm") for key in point) for point in curve})
+    assert counts == [{2}, {3}, {3}]
+    with pytest.raises(ValueError, match="output_dir=None: expected the folder"):
+        pretrain(encoder(), texts())

@@ -11,6 +11,7 @@ from nestling.embed.pretraining.pretrain import pretrain
 from nestling.errors import EvaluationError, NestlingError, OptionError
 
 from ..families import some_texts
+from ..pretraining.test_pretrain import config as pretrain_config
 from .test_train import CUPS, same
 from .test_trainer import STS, run, stock
 
@@ -134,14 +135,15 @@ def test_a_pretraining_refuses_at_once_too(encoder, tmp_path):
         {"callbacks": [EarlyStoppingCallback(1)]}, {"save_strategy": "epoch"}, {"eval_steps": 2},
         {"load_best_model_at_end": True}, {"weight_decay": "x"}, {"optim": "nonsense"}, {"report_to": "nobody"},
         {"steps": 0}, {"steps": 2.5}, {"batch_size": 0}, {"length": 0}, {"length": -5}, {"encoder_ratio": 0},
-        {"encoder_ratio": 1.5}, {"decoder_ratio": float("nan")}, {"cups_per_step": 0}, {"cups_per_step": 9},
+        {"encoder_ratio": 1.5}, {"decoder_ratio": float("nan")}, {"sizes_per_step": -1}, {"sizes_per_step": None},
         {"learning_rate": float("inf")}, {"warmup": 1}, {"seed": -1}, {"dropout": "x"}, {"skip_bad": 1},
-        {"decoder": "nonsense"}, {"folder": None}, {"lr_scheduler_kwargs": {"nonsense": 1}},
+        {"decoder": "nonsense"}, {"output_dir": None}, {"output_dir": 5}, {"output_dir": ""},
+        {"lr_scheduler_kwargs": {"nonsense": 1}},
     ]  # fmt: skip
     for options in refused:
         with pytest.raises(NestlingError):
-            given = dict(folder=tmp_path / "out", steps=2, batch_size=4, progress=False)
-            pretrain(encoder("bert"), texts, CUPS, **{**given, **options})
+            given = dict(output_dir=tmp_path / "out", steps=2, batch_size=4, progress=False)
+            pretrain(encoder("bert"), texts, CUPS, pretrain_config(**{**given, **options}))
         assert nothing_left(tmp_path / "out"), options
 
 

@@ -84,7 +84,7 @@ def aligned_card(
 def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any]) -> str:
     """The card of a model that was only pre-trained: what it is, and that it is no encoder to use yet."""
     origin = origin_of(model)
-    kind = "masked-language model" if training["decoder"] is None else "masked autoencoder (SMAE, arXiv 2410.13230)"
+    kind = "masked-language model" if not training["decoder"] else "masked autoencoder (SMAE, arXiv 2410.13230)"
     facts = (
         f"{_capital(origin.noun)}, pre-trained by nestling as a {kind} on {training['tokens']:,} "
         f"tokens ({training['steps']:,} steps of {training['batch_size']}) at the cups (layers x dims) "

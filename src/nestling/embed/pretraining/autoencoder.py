@@ -1,24 +1,24 @@
 """SMAE's losses (arXiv 2410.13230): every cup predicts masked words, and rebuilds the text from its sentence vector.
 
-One encoder forward for all cups, states at masked places only, one decoder layer for all cups, and one pass over the
-vocabulary in chunks.
+One encoder forward for all cups, one decoder layer for all of them, states at masked places only, and one pass over
+the vocabulary in chunks.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.copies import copied, descend
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.taps import token_taps
-from nestling.embed.pretraining.families import Decoder, check, masked_head
+from nestling.embed.pretraining.families import check, masked_head
 from nestling.losses import cross_entropies
-
-DecoderKind = Literal["plain", "enhanced"]
 
 
 class MaskedAutoencoder(nn.Module):
@@ -37,8 +37,7 @@ class MaskedAutoencoder(nn.Module):
         model: a sentence encoder of a family of `nestling.embed.pretraining.families`, whose pooling makes the
             sentence vector.
         cups: all of them; a batch may ask for some.
-        decoder: ``"plain"``, ``"enhanced"`` (RetroMAE, section 3.3: every word is rebuilt, each from the sentence
-            vector, its position and a random part of the others), or None.
+        decoder: whether there is one.
         seed: of a head's weights, where the checkpoint has none.
 
     Raises:
@@ -48,15 +47,14 @@ class MaskedAutoencoder(nn.Module):
 
     accepts_loss_kwargs = False  # the Trainer divides by the steps of accumulation
 
-    def __init__(self, model: SentenceTransformer, cups: Ladder, decoder: DecoderKind | None = "plain", seed: int = 0):
+    def __init__(self, model: SentenceTransformer, cups: Ladder, decoder: bool = True, seed: int = 0):
         super().__init__()
         check(model)
         parts = Encoder.of(model)
         self.cups = cups.check(parts.depth, parts.dims)
         self.encoder = model
         self.head = masked_head(model, seed)
-        self.enhanced = decoder == "enhanced"
-        self.decoder = None if decoder is None else Decoder(parts)
+        self.decoder = Decoder(parts) if decoder else None
 
     def forward(
         self,
@@ -68,7 +66,6 @@ class MaskedAutoencoder(nn.Module):
         decoder_ids: Tensor,
         rebuilt: Tensor,
         decoder_share: Tensor,
-        visible: Tensor | None = None,
         cups: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss and its parts. All but ``loss`` are detached.
@@ -80,7 +77,6 @@ class MaskedAutoencoder(nn.Module):
             masked, rebuilt: ``[B, T]`` bool, what is predicted by the encoder and by the decoder.
             share, decoder_share: weight of one such token: 1 / (their number in the global batch), times the number of
                 parts that the global batch is cut into.
-            visible: ``[B, T, T]`` bool for the enhanced decoder, see `nestling.embed.pretraining.masking.visible`.
             cups: numbers of the ladder's cups that are trained in this step; all by default.
 
         Returns:
@@ -93,10 +89,10 @@ class MaskedAutoencoder(nn.Module):
         states = [torch.cat([self.head.transform(seen[cup.layers][:, : cup.dims]) for cup in chosen])]
         targets, weights = [labels[masked].repeat(len(chosen))], [share.expand(len(states[0]))]
         if self.decoder is not None:
-            vectors = self._vectors(features, tokens, chosen)
-            read = attention_mask[:, None].bool() if visible is None else visible
-            made = self.decoder(Encoder.of(self.encoder), decoder_ids, vectors, read, rebuilt, self.enhanced)
-            states.append(self.head.transform(made).flatten(0, 1))
+            encoder = Encoder.of(self.encoder)
+            pooled = {layer: encoder.pool(features, states) for layer, states in tokens.items()}
+            vectors = torch.stack([self.head.transform(pooled[cup.layers][:, : cup.dims]) for cup in chosen])
+            states.append(self.head.transform(self.decoder(encoder, decoder_ids, attention_mask, vectors, rebuilt)))
             targets.append(labels[rebuilt].repeat(len(chosen)))
             weights.append(decoder_share.expand(len(states[1])))
         found = cross_entropies(
@@ -116,8 +112,33 @@ class MaskedAutoencoder(nn.Module):
         own = self.head.own
         return Encoder.of(self.encoder).backbone.get_input_embeddings().weight if own is None else own  # type: ignore
 
-    def _vectors(self, features: dict[str, Tensor], tokens: dict[int, Tensor], cups: list[Cup]) -> Tensor:
-        """What stands in place 0 of the decoder's texts, ``[C, B, H]``."""
-        encoder = Encoder.of(self.encoder)
-        pooled = {layer: encoder.pool(features, states) for layer, states in tokens.items()}
-        return torch.stack([self.head.transform(pooled[cup.layers][:, : cup.dims]) for cup in cups])
+
+class Decoder(nn.Module):
+    """One layer, a copy of the encoder's first, that rebuilds texts from sentence vectors and some of their tokens.
+
+    It takes the place of all layers of the encoder, whose embeddings, masks and final norm are used as they are.
+    """
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.layer = copy.deepcopy(encoder.layers[0])
+
+    def forward(self, encoder: Encoder, ids: Tensor, mask: Tensor, vectors: Tensor, wanted: Tensor) -> Tensor:
+        """States to predict tokens from, ``[C * N, H]``, those of a cup in the order of ``wanted``'s places.
+
+        Args:
+            ids, mask: what is seen of the texts, ``[B, T]``, padded on the right.
+            vectors: of the cups, ``[C, B, H]``; each stands in the place of its text's first token.
+            wanted: ``[B, T]`` bool, places that are rebuilt.
+        """
+        count, backbone = len(vectors), encoder.shortened(1).model
+        layer: Any = copied(self.layer)
+        run = layer.forward
+
+        def with_vectors(states: Tensor, *args: Any, **more: Any) -> Any:
+            return run(torch.cat((vectors.flatten(0, 1).to(states.dtype)[:, None], states[:, 1:]), 1), *args, **more)
+
+        layer.forward = with_vectors
+        descend(backbone, encoder.anatomy.layers)._modules["0"] = layer
+        states = backbone(input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1)).last_hidden_state
+        return states[wanted.repeat(count, 1)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from nestling.embed.pretraining.corpus import Batch, Corpus, Position
-from nestling.embed.pretraining.masking import Masked, Masking, visible
+from nestling.embed.pretraining.masking import Masking
 
 
 @dataclass(frozen=True)
@@ -23,34 +23,25 @@ class Collator:
 
     Attributes:
         cups, sampled: how many there are, and how many are trained in a step (the full one always); None for all.
-        enhanced: whether the decoder is, see `MaskedAutoencoder`.
     """
 
     masking: Masking
     padding: int
     cups: int
     sampled: int | None = None
-    enhanced: bool = False
 
     def __call__(self, batch: Batch, parts: int = 1) -> list[dict[str, Tensor]]:
         windows, rng = batch.windows, batch.rng
         masked = [self.masking(window, rng) for window in windows]
         width = max(len(window.ids) for window in windows)
-        rebuilt = [
-            window.words >= 0 if self.enhanced else m.decoder_mask for window, m in zip(windows, masked, strict=True)
-        ]
         table: dict[str, Tensor] = {
             "input_ids": _stacked([m.encoder_ids for m in masked], width, self.padding),
             "attention_mask": _stacked([np.ones_like(window.ids) for window in windows], width, 0),
             "labels": _stacked([window.ids for window in windows], width, self.padding),
             "masked": _stacked([m.encoder_mask for m in masked], width, False),
-            "decoder_ids": _stacked(
-                [self._seen(w, m) for w, m in zip(windows, masked, strict=True)], width, self.padding
-            ),
-            "rebuilt": _stacked(rebuilt, width, False),
+            "decoder_ids": _stacked([m.decoder_ids for m in masked], width, self.padding),
+            "rebuilt": _stacked([m.decoder_mask for m in masked], width, False),
         }
-        if self.enhanced:
-            table["visible"] = torch.stack([self._visible(window, width, rng) for window in windows])
         shared: dict[str, Tensor] = {
             "share": parts / table["masked"].sum(),
             "decoder_share": parts / table["rebuilt"].sum(),
@@ -60,16 +51,6 @@ class Collator:
             shared["cups"] = torch.tensor([*sorted(some.tolist()), self.cups - 1])
         rows = [{name: tensor.chunk(parts)[part] for name, tensor in table.items()} for part in range(parts)]
         return [{**row, **shared} for row in rows]
-
-    def _seen(self, window, masked: Masked) -> np.ndarray:
-        """What the decoder is given of a text."""
-        return window.ids if self.enhanced else masked.decoder_ids
-
-    def _visible(self, window, width: int, rng: np.random.Generator) -> Tensor:
-        found = torch.zeros(width, width, dtype=torch.bool)
-        count = len(window.ids)
-        found[:count, :count] = torch.from_numpy(visible(window, self.masking.decoder, rng))
-        return found
 
 
 class MaskedBatches(IterableDataset):

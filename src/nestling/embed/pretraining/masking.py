@@ -94,16 +94,3 @@ def chosen(order: np.ndarray, sizes: np.ndarray, budget: int, at_least: int = 1)
         if used >= budget and len(taken) >= at_least:
             break
     return np.array(taken, dtype=order.dtype)
-
-
-def visible(window: Window, hidden: float, rng: np.random.Generator) -> np.ndarray:
-    """Which tokens each position sees when it is rebuilt ``[T, T]`` bool (RetroMAE, section 3.3): never its own word,
-    and of the others a random part, each word whole; special tokens always, but for the first one, which the sentence
-    vector stands in for.
-    """
-    special = window.words < 0
-    drawn = rng.random((len(window.ids), window.words.max() + 1)) >= hidden
-    found = drawn[:, window.words] & (window.words[:, None] != window.words)
-    found[:, special] = True
-    found[:, 0] = False
-    return found

@@ -1,9 +1,9 @@
-"""Pre-training every cup of an encoder (SMAE, arXiv 2410.13230) on transformers' Trainer, from text alone."""
+"""Pre-training every size of an encoder (SMAE, arXiv 2410.13230) on transformers' Trainer, from text alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,17 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from nestling.embed.export.card import pretrained_card
-from nestling.embed.ladder import Ladder
 from nestling.embed.model.dropout import without_dropout
 from nestling.embed.model.fingerprint import checksum
 from nestling.embed.model.modes import in_eval_mode, modes_kept
 from nestling.embed.model.parts import Encoder
-from nestling.embed.pretraining.autoencoder import DecoderKind, MaskedAutoencoder
+from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
 from nestling.embed.pretraining.collate import Collator, MaskedBatches
+from nestling.embed.pretraining.config import PretrainConfig
 from nestling.embed.pretraining.corpus import Corpus, Position, Texts
-from nestling.embed.pretraining.families import check, declare_mask, positions_of, vocabulary_of
+from nestling.embed.pretraining.families import check, declare_mask
 from nestling.embed.pretraining.masking import Masking
-from nestling.embed.training.arguments import check_changes, checked, relevant, training_arguments
+from nestling.embed.training.arguments import check_changes, relevant, training_arguments
 from nestling.embed.training.job import ladder_of
 from nestling.embed.training.result import Trained, check_places, save
 from nestling.embed.training.trainer import Watch, check_finite, without_bars
@@ -38,7 +38,6 @@ from nestling.jobs.callbacks import made, restore, stops_early
 from nestling.jobs.checkpoints import attributes, begin, last_whole, run
 from nestling.jobs.schedule import scheduled
 from nestling.jobs.undo import Undo, withdrawn
-from nestling.options import flag, path, whole
 
 LONGEST = 512  # tokens, where nobody says how many
 
@@ -46,32 +45,14 @@ LONGEST = 512  # tokens, where nobody says how many
 def pretrain(
     model: SentenceTransformer,
     texts: str | os.PathLike[str] | Iterable[Any],
-    cups: Ladder | str | Iterable[Any] | None = None,
-    *,
-    folder: str | Path,
-    steps: int,
-    batch_size: int = 64,
-    length: int | None = None,
-    encoder_ratio: float = 0.2,
-    decoder_ratio: float = 0.4,
-    decoder: DecoderKind | None = "plain",
-    cups_per_step: int | None = None,
-    learning_rate: float = 1e-4,
-    warmup: float = 0.05,
-    seed: int = 0,
-    dropout: bool = True,
-    skip_bad: bool = False,
-    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    **arguments: Any,
+    sizes: Any = None,
+    config: PretrainConfig | None = None,
 ) -> Trained:
-    """Pre-train a sentence encoder as a masked autoencoder at every cup, and save it.
+    """Pre-train a sentence encoder as a masked autoencoder at every size, and save it.
 
     The losses are those of `nestling.embed.pretraining.autoencoder.MaskedAutoencoder`. The result is a start for
-    `nestling.embed.training.train`, not yet an encoder whose vectors can be compared. ``decoder=None`` with the full
-    cup alone is plain masked-language modelling. The checkpoint's masked-language head is used if it has one, else a
-    new one; neither it nor the decoder is part of the result.
+    `nestling.embed.training.train`, not yet an encoder whose vectors can be compared. The checkpoint's masked-language
+    head is used if it has one, else a new one; neither it nor the decoder is part of the result.
 
     Under ``torchrun`` every process calls this, and all read the same text; the loss is the one of the global batch.
 
@@ -80,23 +61,9 @@ def pretrain(
             it. Trained in place, on its own device or the accelerator that there is.
         texts: a file or data set as `nestling.data.texts.read_texts` names them, `Texts` of several, or strings (or
             rows with a field ``text``) in anything that can be read again: it is read in its own order, pass after
-            pass, never as a whole. Texts longer than ``length`` are cut into windows, each of which is an example.
-        cups: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
-        folder: of the trained model, must not exist; checkpoints go beside it, into ``<folder>-checkpoints``.
-        steps: of the optimiser.
-        batch_size: windows a step, over all processes and accumulation steps.
-        length: tokens of a window; by default as many as the model reads, 512 at most.
-        encoder_ratio, decoder_ratio: shares of the tokens that encoder and decoder have to predict, whole words; the
-            encoder's are among the decoder's.
-        decoder: ``"plain"`` (the paper's), ``"enhanced"`` (RetroMAE's), or None.
-        cups_per_step: train the full cup and so many less one others in a step, drawn anew for each; all by default.
-        learning_rate, warmup: of AdamW; it falls to zero as a cosine, after a rise over that share of the steps.
-        dropout: whether the model's dropout is on.
-        skip_bad: leave out lines of ``texts``'s file that are not as expected, and count them (``info["bad_lines"]``).
-        callbacks: of transformers, as objects or classes; as in `nestling.embed.training.train`.
-        resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
-        arguments: for transformers' TrainingArguments: ``bf16, save_steps, logging_steps, gradient_accumulation_steps,
-            weight_decay, dataloader_num_workers, ...``.
+            pass, never as a whole. Texts longer than a window are cut into windows, each of which is an example.
+        sizes: the ladder, in any form that `Ladder.parse` takes; `Ladder.default` of the model if None.
+        config: see `PretrainConfig`; it has to name an ``output_dir``.
 
     Returns:
         `Trained`; ``info`` has the settings, ``tokens`` (of all windows read), ``seconds`` (of all runs), ``head``
@@ -106,7 +73,7 @@ def pretrain(
     Raises:
         DataError: there are no texts, or one is not as expected; file and line are named.
         MaskingError: the tokenizer cannot mask words, there is nothing to mask, or the ratios cannot be.
-        LadderError, UnsupportedEncoderError: the cups do not fit the model, or it cannot be pre-trained.
+        LadderError, UnsupportedEncoderError: the sizes do not fit the model, or it cannot be pre-trained.
         OptionError: an option is out of range or unknown, or two do not go together. Like all of the above it is
             raised before anything is written.
         TrainingError: the loss or a gradient is not finite (step and part are named), a checkpoint cannot be written,
@@ -114,77 +81,58 @@ def pretrain(
     """
     if find_spec("accelerate") is None:
         raise MissingExtraError("training needs accelerate: pip install 'nestling[train,embed]'")
-    steps, batch_size = whole("steps", steps), whole("batch_size", batch_size)
-    length, cups_per_step, seed = checked(length=length, cups_per_step=cups_per_step, seed=seed)
-    learning_rate, warmup, encoder_ratio, decoder_ratio = checked(
-        learning_rate=learning_rate, warmup=warmup, encoder_ratio=encoder_ratio, decoder_ratio=decoder_ratio
-    )
-    for name, value in {"dropout": dropout, "skip_bad": skip_bad, "resume": resume, "progress": progress}.items():
-        flag(name, value)
-    out, own = path("folder", folder), made(callbacks)
-    if stops_early(own):
+    config = PretrainConfig.of(config)
+    callbacks, out = made(config.callbacks), config.output_dir
+    if out is None:
+        raise OptionError("output_dir=None: expected the folder of the result, PretrainConfig(output_dir=...)")
+    if stops_early(callbacks):
         raise OptionError("EarlyStoppingCallback: a pre-training measures nothing that it could be stopped by")
-    check_places(model, out, "pretraining", resume)
+    check_places(model, out, "pretraining", config.resume)
     check(model)
     declare_mask(model.tokenizer)
-    parts = Encoder.of(model)
-    ladder = ladder_of(parts, cups)
-    _check_options(decoder, cups_per_step, len(ladder))
-    longest = _longest(model)
-    length = min(longest, LONGEST) if length is None else length
-    if length > longest:
-        raise OptionError(f"length={length} is more than the {longest} tokens that the model reads")
+    ladder = ladder_of(Encoder.of(model), sizes)
     work = out.with_name(f"{out.name}-checkpoints")
-    options = _arguments(work, steps, batch_size, learning_rate, warmup, seed, arguments)
-    source = Texts([texts], skip_bad) if isinstance(texts, str | os.PathLike) else texts
-    corpus = Corpus(source, model.tokenizer, length, batch_size, seed)
-    special = set(model.tokenizer.all_special_ids)
-    ordinary = np.array([i for i in range(vocabulary_of(parts)) if i not in special])
-    masking = Masking(model.tokenizer.mask_token_id, ordinary, encoder_ratio, decoder_ratio)
-    padding = model.tokenizer.pad_token_id or 0
-    collator = Collator(masking, padding, len(ladder), cups_per_step, decoder == "enhanced")
-    smae = MaskedAutoencoder(model, ladder, decoder, seed)
+    options = _arguments(work, config)
+    source = Texts([texts], config.skip_bad) if isinstance(texts, str | os.PathLike) else texts
+    corpus = Corpus(source, model.tokenizer, _length(model, config), config.batch_size, config.seed)
+    sampled = config.sizes_per_step if 0 < config.sizes_per_step < len(ladder) else None
+    collator = Collator(_masking(model, config), model.tokenizer.pad_token_id or 0, len(ladder), sampled)
+    smae = MaskedAutoencoder(model, ladder, config.decoder, config.seed)
     # What needs no disk is tried first, on a few windows.
     first = next(corpus.batches())
-    _attempt(smae, collator(first, batch_size)[:4])
-    job = {
-        "model": checksum(model), "head": "new" if smae.head.new else "own", "cups": str(ladder), "decoder": decoder,
-        "encoder_ratio": encoder_ratio, "decoder_ratio": decoder_ratio, "cups_per_step": cups_per_step,
-        "length": length, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup": warmup,
-        "dropout": dropout, "seed": seed, "arguments": relevant(arguments),
-        "data": checksum([window.ids.tolist() for window in first.windows]),
+    _dry_run(smae, collator(first, config.batch_size)[:4])
+    settings = {
+        "head": "new" if smae.head.new else "own", **config.identity(), "length": corpus.length,
+        "arguments": relevant(config.arguments or {}),
     }  # fmt: skip
-    watch = Watch(ladder, steps, progress)
+    data = checksum([window.ids.tolist() for window in first.windows])
+    watch = Watch(ladder, config.steps, config.progress)
 
     def batches(place: Place) -> MaskedBatches:
         parts = (options.process_index, options.world_size, options.gradient_accumulation_steps)
-        return MaskedBatches(corpus, collator, steps, Position(**place.after), *parts)
+        return MaskedBatches(corpus, collator, config.steps, Position(**place.after), *parts)
 
     with rehearsed(options) as tried:
-        MaskedTrainer(smae, tried, train_dataset=batches(Place()), callbacks=[Place()]).create_optimizer_and_scheduler(
-            steps
-        )
+        trainer = MaskedTrainer(smae, tried, train_dataset=batches(Place()), callbacks=[Place()])
+        trainer.create_optimizer_and_scheduler(config.steps)
     with withdrawn(work, unless=lambda: watch.started):
-        checkpoint = begin(work, job, resume, Place.of)
-        restore(own, checkpoint)
+        identity = {"model": checksum(model), "cups": str(ladder), **settings, "data": data}
+        checkpoint = begin(work, identity, config.resume, Place.of)
+        restore(callbacks, checkpoint)
         place, undo = Place.of(checkpoint), Undo(smae)
         try:
-            trainer = MaskedTrainer(smae, options, train_dataset=batches(place), callbacks=[watch, place, *own])
+            trainer = MaskedTrainer(smae, options, train_dataset=batches(place), callbacks=[watch, place, *callbacks])
             remove_printer(trainer)
-            with modes_kept(model), without_bars(), without_dropout(smae, off=not dropout):
+            with modes_kept(model), without_bars(), without_dropout(smae, off=not config.dropout):
                 seconds = run(trainer, work, checkpoint)
-            kept = {key: value for key, value in job.items() if key not in ("model", "cups", "data")}
-            counted: dict[str, Any] = {
-                "tokens": place.tokens,
-                "passes": place.after["turn"],
-                "left_out": corpus.left_out,
-            }
-            counted |= {"bad_lines": getattr(source, "bad", 0)}
-            counted |= {"texts_left_out": dict(getattr(source, "left_out", {}))}
-            info = {**kept, **counted, "seconds": round(seconds), "curve": watch.points}
-            trained = Trained(out, ladder, {}, info | stopped(trainer, steps))
+            info = settings | {
+                "tokens": place.tokens, "passes": place.after["turn"], "left_out": corpus.left_out,
+                "bad_lines": getattr(source, "bad", 0), "texts_left_out": dict(getattr(source, "left_out", {})),
+                "seconds": round(seconds), "curve": watch.points, **stopped(trainer, config.steps),
+            }  # fmt: skip
+            trained = Trained(out, ladder, {}, info)
             if trainer.is_world_process_zero():
-                save(model, trained, "pretraining", pretrained_card(model, ladder, trained.info), resume)
+                save(model, trained, "pretraining", pretrained_card(model, ladder, info), config.resume)
         except BaseException:
             if not watch.ended or last_whole(work):  # else the weights would be lost if they cannot be saved
                 undo.put_back()
@@ -256,19 +204,24 @@ class MaskedTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _check_options(decoder: str | None, cups_per_step: int | None, cups: int) -> None:
-    if decoder not in ("plain", "enhanced", None):
-        raise OptionError(f"decoder must be plain, enhanced or None, got {decoder!r}")
-    if cups_per_step is not None and not 1 <= cups_per_step <= cups:
-        raise OptionError(f"cups_per_step={cups_per_step}: expected 1 to {cups}, as many as the ladder has")
+def _length(model: SentenceTransformer, config: PretrainConfig) -> int:
+    """Tokens of a window."""
+    parts: Any = Encoder.of(model)
+    limits = (model.max_seq_length, parts.anatomy.positions, parts.backbone.config.max_position_embeddings)
+    longest = min(limit for limit in limits if limit is not None)
+    if config.length is not None and config.length > longest:
+        raise OptionError(f"length={config.length} is more than the {longest} tokens that the model reads")
+    return config.length or min(longest, LONGEST)
 
 
-def _longest(model: SentenceTransformer) -> int:
-    limits = (model.max_seq_length, positions_of(Encoder.of(model)))
-    return min(limit for limit in limits if limit is not None)
+def _masking(model: SentenceTransformer, config: PretrainConfig) -> Masking:
+    backbone: Any = Encoder.of(model).backbone
+    special = set(model.tokenizer.all_special_ids)
+    ordinary = np.array([i for i in range(backbone.config.vocab_size) if i not in special])
+    return Masking(model.tokenizer.mask_token_id, ordinary, config.encoder_ratio, config.decoder_ratio)
 
 
-def _attempt(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
+def _dry_run(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
     """Compute the loss of a few windows, so that broken weights are found before anything is written."""
     device = smae.encoder.device
     try:
@@ -280,10 +233,9 @@ def _attempt(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
         raise TrainingError(f"before the first step {error}: the weights are broken") from error
 
 
-def _arguments(
-    work: Path, steps: int, batch: int, learning_rate: float, warmup: float, seed: int, changes: dict[str, Any]
-) -> SentenceTransformerTrainingArguments:
+def _arguments(work: Path, config: PretrainConfig) -> SentenceTransformerTrainingArguments:
     """The trainer's arguments: those of fine-tunings, but for the paper's schedule and decay."""
+    changes = dict(config.arguments or {})
     if wrong := [name for name in changes if name.startswith(("gradient_checkpointing", "activation_checkpointing"))]:
         raise OptionError(f"{wrong[0]} is no option of a pre-training: turn it on in the model's backbone beforehand")
     check_changes(changes)
@@ -292,6 +244,10 @@ def _arguments(
         "weight_decay": 1e-3,
         "ignore_data_skip": True,  # the corpus starts where it was left
         "remove_unused_columns": False,
+        "bf16": config.bf16,
+        "save_steps": config.save_steps,
     }
-    changes = scheduled(defaults | changes, steps, None, measured=False)
-    return training_arguments(work, steps, batch, learning_rate, warmup, seed, {}, changes)
+    changes = scheduled(defaults | changes, config.steps, None, measured=False)
+    return training_arguments(
+        work, config.steps, config.batch_size, config.learning_rate, config.warmup, config.seed, {}, changes
+    )
