@@ -15,14 +15,13 @@ ladders = st.sets(sizes, min_size=1, max_size=12).map(Ladder)
 
 
 def test_the_paper():
-    ladder = Ladder.parse("demi, SHORT,Tall,grande,venti,Trenta")
-    assert str(ladder) == PAPER and ladder == Ladder.parse(PAPER) == Ladder.default(12, 768)
-    assert [cup.label for cup in ladder] == ["Demi", "Short", "Tall", "Grande", "Venti", "Trenta"]
+    ladder = Ladder.parse(PAPER)
+    assert str(ladder) == PAPER and ladder == Ladder.default(12, 768)
     assert ladder.full == Cup(12, 768) and ladder.layers == (2, 4, 6, 8, 10, 12) and len(ladder) == 6
     assert ladder.check(12, 768) is ladder
-    assert ladder.cup("tall") == ladder.cup("6x128") == ladder.cup(Cup(6, 128)) == ladder.cups[2] == Cup(6, 128)
+    assert ladder.cup("6x128") == ladder.cup((6, 128)) == ladder.cup(Cup(6, 128)) == ladder.cups[2] == Cup(6, 128)
     assert Cup(6, 128) in ladder and Cup(6, 256) not in ladder
-    assert Cup(6, 256).label == Cup(6, 256).name == str(Cup(6, 256)) == "6x256"
+    assert Cup(6, 256).name == str(Cup(6, 256)) == "6x256"
 
 
 @given(ladders)
@@ -33,7 +32,7 @@ def test_there_and_back(ladder):
     assert Ladder.from_json(json.loads(json.dumps(ladder.to_json()))) == ladder
     assert hash(Ladder(tuple(ladder))) == hash(ladder)
     assert list(ladder) == sorted(ladder, key=lambda cup: (cup.layers, cup.dims))
-    assert all(Cup.parse(cup.label) == Cup.parse(cup.name) == cup for cup in ladder)
+    assert all(Cup.parse((cup.layers, cup.dims)) == Cup.parse(cup.name) == Cup.parse(cup) == cup for cup in ladder)
 
 
 @given(ladders, st.integers(1, 200), st.integers(1, 10_000))
@@ -79,7 +78,7 @@ def test_defaults(shape, expected):
         ("", "a ladder needs at least one cup, for instance 2x32,4x64,6x128"),
         (" , ,", "at least one cup"),
         ([], "at least one cup"),
-        ("2x32,huge", "'huge' is no cup: write layers x dims, as in 6x128, or one of Demi, Short"),
+        ("2x32,huge", "'huge' is no cup: write layers x dims, as in 6x128"),
         ("2x32;4x64", "'2x32;4x64' is no cup"),
         ("2x32,4x", "'4x' is no cup"),
         ("2x-32", "'2x-32' is no cup"),
@@ -89,8 +88,8 @@ def test_defaults(shape, expected):
         ("0x32", "layers must be an integer from 1 on, got 0"),
         ("2x0", "dims must be an integer from 1 on, got 0"),
         ("2x32,4x64,2x32", "the cup 2x32 is in the ladder twice"),
-        ("demi,2x32", "the cup 2x32 is in the ladder twice"),
-        ([(2, 32, 1)], r"\(2, 32, 1\) is no cup: expected \(layers, dims\)"),
+        ("demi,2x32", "'demi' is no cup"),
+        ([(2, 32, 1)], r"\(2, 32, 1\) is no cup: write layers x dims"),
         ([7], "7 is no cup"),
         ([(True, 32)], "layers must be an integer from 1 on, got True"),
         ([(2.0, 32)], "layers must be an integer from 1 on, got 2.0"),

@@ -95,7 +95,7 @@ def test_ladders(encoder, tmp_path, cups):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("value", [None, 5, 1.5, b"1x8", (1, 8), [], math.nan], ids=repr)
+@pytest.mark.parametrize("value", [None, 5, 1.5, b"1x8", (1, 8, 2), [], math.nan], ids=repr)
 def test_cups_by_name(value):
     with pytest.raises(LadderError):
         Cup.parse(value)

@@ -19,9 +19,6 @@ from nestling.files.reading import short
 LARGEST = 999_999_999  # layers or dims; what can be written as a cup's name
 SMALLEST = 32  # dims of the smallest cup of a default ladder, as in the paper
 FORMAT = 1
-LABELS = {
-    "Demi": (2, 32), "Short": (4, 64), "Tall": (6, 128), "Grande": (8, 256), "Venti": (10, 512), "Trenta": (12, 768),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -44,28 +41,23 @@ class Cup:
         """As it is written in ladders, tables and logs: ``"6x128"``."""
         return f"{self.layers}x{self.dims}"
 
-    @property
-    def label(self) -> str:
-        """The paper's name of its six cups (``"Demi"`` to ``"Trenta"``), else `name`."""
-        return next((label for label, size in LABELS.items() if size == (self.layers, self.dims)), self.name)
-
     @classmethod
-    def parse(cls, text: str) -> Cup:
-        """A cup from ``"6x128"`` or from one of the paper's names, in any case.
+    def parse(cls, value: Any) -> Cup:
+        """A cup from ``"6x128"``, ``(6, 128)``, or itself.
 
         Raises:
             LadderError: for anything else.
         """
-        if not isinstance(text, str):
-            raise LadderError(f"{short(text)} is no cup: write layers x dims, as in 6x128")
-        word = text.strip().lower() if len(text) <= 100 else ""
-        for label, size in LABELS.items():
-            if word == label.lower():
-                return cls(*size)
-        if not (found := re.fullmatch(r"(\d{1,9})\s*[x×]\s*(\d{1,9})", word, re.ASCII)):
-            names = ", ".join(LABELS)
-            raise LadderError(f"{short(text)} is no cup: write layers x dims, as in 6x128, or one of {names}")
-        return cls(int(found[1]), int(found[2]))
+        if isinstance(value, Cup):
+            return value
+        if isinstance(value, tuple | list) and len(value) == 2:
+            return cls(*value)
+        match = (
+            re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", value, re.ASCII) if isinstance(value, str) else None
+        )
+        if match is None:
+            raise LadderError(f"{short(value)} is no cup: write layers x dims, as in 6x128")
+        return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return self.name
@@ -76,7 +68,7 @@ class Ladder:
     """Distinct cups, smallest first.
 
     Args:
-        cups: in any order; pairs ``(layers, dims)`` will do.
+        cups: in any order, in forms that `Cup.parse` takes.
 
     Raises:
         LadderError: no cups, one of them twice, or one that cannot be.
@@ -84,30 +76,29 @@ class Ladder:
 
     cups: tuple[Cup, ...]
 
-    def __init__(self, cups: Iterable[Cup | tuple[int, int]]):
-        found = sorted(cup if isinstance(cup, Cup) else Cup(*_pair(cup)) for cup in cups)
-        if not found:
+    def __init__(self, cups: Iterable[Any]):
+        ordered = sorted(map(Cup.parse, cups))
+        if not ordered:
             raise LadderError("a ladder needs at least one cup, for instance 2x32,4x64,6x128")
-        for one, other in zip(found, found[1:], strict=False):
+        for one, other in zip(ordered, ordered[1:], strict=False):
             if one == other:
                 raise LadderError(f"the cup {one} is in the ladder twice: leave one out")
-        object.__setattr__(self, "cups", tuple(found))
+        object.__setattr__(self, "cups", tuple(ordered))
 
     @classmethod
-    def parse(cls, text: str | Ladder | Iterable[Any]) -> Ladder:
-        """A ladder from ``"2x32,4x64,12x768"``, names (``"demi,short,trenta"``), or a list of cups in any form.
+    def parse(cls, value: Any) -> Ladder:
+        """A ladder from ``"2x32,4x64,12x768"``, from cups or pairs, or itself.
 
         Raises:
-            LadderError: for text that is no ladder, no cups, or a cup that is named twice.
+            LadderError: for anything else, no cups, or a cup that is named twice.
         """
-        if isinstance(text, Ladder):
-            return text
-        if isinstance(text, str):
-            words = [word for word in text.split(",") if word.strip()]
-            return cls([Cup.parse(word) for word in words])
-        if not isinstance(text, Iterable):
-            raise LadderError(f"{short(text)} is no ladder: write it as 2x32,4x64,6x128, or give a list of cups")
-        return cls([Cup.parse(item) if isinstance(item, str) else item for item in text])
+        if isinstance(value, Ladder):
+            return value
+        if isinstance(value, str):
+            value = [word for word in value.split(",") if word.strip()]
+        if not isinstance(value, Iterable):
+            raise LadderError(f"{short(value)} is no ladder: write it as 2x32,4x64,6x128, or give a list of cups")
+        return cls(value)
 
     @classmethod
     def default(cls, layers: int, dims: int) -> Ladder:
@@ -137,16 +128,16 @@ class Ladder:
         """The depths that occur, each once, shallow first."""
         return tuple(sorted({cup.layers for cup in self.cups}))
 
-    def cup(self, name: str | Cup) -> Cup:
-        """The cup of that name.
+    def cup(self, name: Any) -> Cup:
+        """The cup of that name, in a form that `Cup.parse` takes.
 
         Raises:
             LadderError: it is not in the ladder.
         """
-        wanted = name if isinstance(name, Cup) else Cup.parse(name)
-        if wanted not in self.cups:
-            raise LadderError(f"the cup {wanted} is not in the ladder: choose one of {self}")
-        return wanted
+        cup = Cup.parse(name)
+        if cup not in self.cups:
+            raise LadderError(f"the cup {cup} is not in the ladder: choose one of {self}")
+        return cup
 
     def check(self, layers: int, dims: int) -> Ladder:
         """The ladder itself, if a model of that shape has all of its cups and is the largest of them.
@@ -181,9 +172,9 @@ class Ladder:
         cups = value.get("cups") if isinstance(value, dict) else None
         if not isinstance(cups, list) or not all(isinstance(cup, dict) for cup in cups):
             raise LadderError('the ladder is damaged: expected {"cups": [{"layers": 2, "dims": 32}, ...]}')
-        found = value.get("format", FORMAT)
-        if isinstance(found, bool) or found != FORMAT:
-            raise LadderError(f"the ladder has format {short(found)}, this version reads {FORMAT}: update nestling")
+        version = value.get("format", FORMAT)
+        if isinstance(version, bool) or version != FORMAT:
+            raise LadderError(f"the ladder has format {short(version)}, this version reads {FORMAT}: update nestling")
         return cls(Cup(cup.get("layers"), cup.get("dims")) for cup in cups)
 
     def __iter__(self) -> Iterator[Cup]:
@@ -210,9 +201,3 @@ def _count(value: Any, name: str) -> int:
     if count > LARGEST:
         raise LadderError(f"a cup's {name} must be at most {LARGEST:,}, got {short(value)}")
     return count
-
-
-def _pair(value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise LadderError(f"{short(value)} is no cup: expected (layers, dims), as in (6, 128)")
-    return value[0], value[1]

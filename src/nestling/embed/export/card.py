@@ -30,7 +30,7 @@ def card(
     limit = longest(served)
     vectors = "unit vectors" if similarity.unit else "vectors whose lengths count"
     facts = [
-        f"The cup **{cup.label}** ({cup.layers} layers, {cup.dims} dimensions) of "
+        f"The cup **{cup.name}** ({cup.layers} layers, {cup.dims} dimensions) of "
         f"{origin.noun}, cut out by nestling: {million:.1f} M parameters"
         f"{f', texts of up to {limit} tokens' if limit else ''}, {vectors}, compared by {similarity.words}.",
         "Layers save encode time, dimensions save index bytes and search time.",
