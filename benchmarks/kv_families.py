@@ -69,23 +69,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global"], 4]], "num_layers": 4},
 }  # fmt: skip
 UNBUILT = {
-    "blt": "its config makes no small model",
-    "cohere_compass_text": "its config makes no model",
-    "dbrx": "its config makes no model",
-    "dots3_note": "its config makes no small model",
-    "fuyu": "its config makes no small model",
-    "got_ocr2": "its config makes no small model",
+    "blt": "no small model can be built from its config",
+    "cohere_compass_text": "no model can be built from its config",
+    "dbrx": "no model can be built from its config",
+    "dots3_note": "no small model can be built from its config",
+    "fuyu": "no small model can be built from its config",
+    "got_ocr2": "no small model can be built from its config",
     "gemma3n": "its vision tower needs timm",
-    "lfm2_moe": "its config makes no small model",
-    "mamba2": "its config makes no small model",
-    "moss_transcribe_diarize": "its config makes no small model",
-    "musicgen": "its config makes no small model",
-    "musicgen_melody": "its config makes no small model",
+    "lfm2_moe": "no small model can be built from its config",
+    "mamba2": "no small model can be built from its config",
+    "moss_transcribe_diarize": "no small model can be built from its config",
+    "musicgen": "no small model can be built from its config",
+    "musicgen_melody": "no small model can be built from its config",
     **dict.fromkeys(
-        ("qwen4_exp", "qwen4_exp_text", "reformer", "zamba", "zamba2", "zaya"), "its config makes no small model"
+        ("qwen4_exp", "qwen4_exp_text", "reformer", "zamba", "zamba2", "zaya"),
+        "no small model can be built from its config",
     ),
-    "gemma4_assistant": "it drafts for another model, whose cache it reads",
-    "gemma4_unified_assistant": "it drafts for another model, whose cache it reads",
+    "gemma4_assistant": "it drafts for another model and reads that model's cache",
+    "gemma4_unified_assistant": "it drafts for another model and reads that model's cache",
 }
 
 
@@ -187,12 +188,20 @@ def page(verdicts: dict[str, str]) -> str:
     lines = [
         "# Model families",
         "",
-        f"Of the {len(verdicts)} causal-LM families of transformers {transformers.__version__}, as "
-        "`benchmarks/kv_families.py` finds them with tiny random models. `kv.supports(model)` says the same of yours.",
+        f"Caches of {len(served)} of {len(verdicts)} causal-LM families in transformers {transformers.__version__} "
+        "can be nested. `kv.supports(model)` returns None for a supported model, and otherwise the reason.",
         "",
-        f"**Served** ({len(served)}): {', '.join(served)}.",
+        "`benchmarks/kv_families.py` tests each family with a tiny random model and writes this page. A family is "
+        "supported if a cache at full budget reproduces the stock model's tokens and logits (with padding, read at "
+        "once and in pieces), a smaller cache works, and `kv.detach` restores the model.",
         "",
-        "**Refused**, with the reason that `kv.supports` gives:",
+        f"## Supported ({len(served)})",
+        "",
+        f"{', '.join(served)}.",
+        "",
+        f"## Refused ({len(verdicts) - len(served)})",
+        "",
+        "The reason is the one that `kv.supports` returns. Families that could not be tested are listed too.",
         "",
         "| families | reason |",
         "| --- | --- |",
@@ -209,7 +218,7 @@ def main(families: list[str]) -> None:
     verdicts = {}
     for family in families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         start = time.monotonic()
-        verdicts[family] = f"not built here: {UNBUILT[family]}" if family in UNBUILT else apart(family)
+        verdicts[family] = f"not tested: {UNBUILT[family]}" if family in UNBUILT else apart(family)
         print(f"{family:28} {time.monotonic() - start:5.1f} s  {verdicts[family]}", flush=True)
     if not families:
         PAGE.write_text(page(verdicts), "utf-8")

@@ -34,29 +34,31 @@ def compressible_layers(config: PreTrainedConfig) -> list[int]:
     """
     name = f"model type '{config.model_type}'"
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: cross-attention caches are not compressed")
+        raise UnsupportedModelError(f"{name} is an encoder-decoder, whose cross-attention caches are not compressed")
     if _says(config, "kv_lora_rank"):
         raise UnsupportedModelError(
-            f"{name} has latent attention (MLA): keys and values come from one smaller vector, and differ in width"
+            f"{name} uses latent attention (MLA): keys and values are expanded from one smaller vector"
         )
     if _says(config, "attn_logit_softcapping"):
-        raise UnsupportedModelError(f"{name} soft-caps its attention logits: SDPA, by which caches are read, does not")
+        raise UnsupportedModelError(f"{name} soft-caps its attention logits, which SDPA cannot do")
     if config.model_type in ("gpt_oss",) or _says(config, "attention_sinks"):
-        raise UnsupportedModelError(
-            f"{name} adds sink logits to its softmax: SDPA, by which caches are read, does not"
-        )
+        raise UnsupportedModelError(f"{name} adds sink logits to its softmax, which SDPA cannot do")
     if _says(config, "num_kv_shared_layers") or any(getattr(config, "kv_sharing_modes", None) or ()):
-        raise UnsupportedModelError(f"{name} shares keys and values between layers: some read what is not their own")
+        raise UnsupportedModelError(
+            f"{name} shares keys and values between layers, so some layers read another layer's cache"
+        )
     layers = stock_layers(config)
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if full:
         return full
     if growing := sorted({type(layer).__name__ for layer in layers} - BOUNDED):
         raise UnsupportedModelError(
-            f"{name} keeps more than keys and values in its cache ({', '.join(growing)}): a recurrent state, a "
-            "summary, or an index of the tokens to read"
+            f"{name} keeps more than keys and values in its cache ({', '.join(growing)}), such as a "
+            "recurrent state, a summary or an index of the tokens to read"
         )
-    raise UnsupportedModelError(f"{name} has no full-attention layer: its cache does not grow, nothing to compress")
+    raise UnsupportedModelError(
+        f"{name} has no full-attention layer, so its cache does not grow and there is nothing to compress"
+    )
 
 
 def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:

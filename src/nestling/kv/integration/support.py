@@ -55,20 +55,18 @@ def _prompt_learning(model) -> str | None:
     for config in getattr(model, "peft_config", {}).values():
         if getattr(config, "is_prompt_learning", False):
             kind = getattr(config.peft_type, "value", config.peft_type)
-            return (
-                f"the model has {kind} (PEFT): it puts a prefix of its own before the text, past the cache it is given"
-            )
+            return f"the model has {kind} (PEFT): it adds its own prefix before the text, outside of the cache"
     return None
 
 
 def _check_implementation(lm: PreTrainedModel) -> None:
     if not lm._can_set_attn_implementation():
         raise UnsupportedModelError(
-            f"{type(lm).__name__} does not use transformers' attention interface: its attention cannot be switched"
+            f"{type(lm).__name__} does not use transformers' attention interface, so its attention cannot be replaced"
         )
     for model in (lm, decoder_part(lm)):
         if not model._supports_sdpa:
-            raise UnsupportedModelError(f"{type(model).__name__} does not support SDPA, by which the cache is read")
+            raise UnsupportedModelError(f"{type(model).__name__} does not support SDPA, which reads the cache")
 
 
 def _check_reading(lm: PreTrainedModel) -> None:
@@ -84,7 +82,7 @@ def _check_reading(lm: PreTrainedModel) -> None:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise UnsupportedModelError(f"{name} does not read a text with a stock cache: {_short(error)}") from error
+            raise UnsupportedModelError(f"{name} cannot read text with a stock cache: {_short(error)}") from error
         switch(lm, NAME)
         try:
             logits = _logits(lm, ids, [traced.get(i, layer) for i, layer in enumerate(stock_layers(config))])
@@ -94,17 +92,17 @@ def _check_reading(lm: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"{name}: {error}") from error
         except Exception as error:
             raise UnsupportedModelError(
-                f"{name} computes with keys and values after it has put them into its cache, where a nested cache has "
-                f"none to give: {_short(error)}"
+                f"{name} computes with the keys and values that its cache returns, which a nested cache does not "
+                f"rebuild: {_short(error)}"
             ) from error
     if unread := [str(i) for i, layer in traced.items() if layer.reads != 2]:
         raise UnsupportedModelError(
-            f"{name} does not read the cache of layers {', '.join(unread)} once for each text, as full attention does"
+            f"{name} does not read the cache of layers {', '.join(unread)} exactly once a call, as full attention does"
         )
     if not _same(logits, expected):
         raise UnsupportedModelError(
-            f"{name} gives other logits when it is switched to nestling's attention: by up to "
-            f"{float((logits - expected).abs().max()):.2g}, of {float(expected.abs().max()):.2g}"
+            f"{name} gives other logits with nestling's attention: they differ by up to "
+            f"{float((logits - expected).abs().max()):.2g}, and the largest is {float(expected.abs().max()):.2g}"
         )
 
 
@@ -145,7 +143,9 @@ class _Layer(PassThroughLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         new = key_states, value_states
         if odd := {type(states).__name__ for states in new if type(states) is not Tensor}:
-            raise UnsupportedModelError(f"its keys and values are {', '.join(odd)} objects, which a cache cannot keep")
+            raise UnsupportedModelError(
+                f"its keys and values are {', '.join(odd)} objects, which a cache cannot store"
+            )
         self.held = tuple(torch.cat(pair, -2) for pair in zip(self.held, new, strict=True)) if self.held else new
         reader = CachedStates(self)
         return reader, reader
@@ -168,11 +168,11 @@ class CachedStates:
         who = f"{type(module).__name__} of layer {layer.index}"
         layer.reads += 1
         if getattr(module, "layer_idx", None) != layer.index:
-            raise UnsupportedModelError(f"{who} is read by a module that goes by another number, or by none")
+            raise UnsupportedModelError(f"{who} has a module with another layer number, or with none")
         if extra := sorted(name for name, v in kwargs.items() if name not in HARMLESS and v not in (None, False)):
             raise UnsupportedModelError(f"{who} passes {', '.join(extra)} to its attention: not tested")
         if not isinstance(scaling, float | int):
-            raise UnsupportedModelError(f"{who} does not say by which number it scales its logits")
+            raise UnsupportedModelError(f"{who} does not pass the scale of its logits")
         heads, kv_heads, width = layer.shape
         given, wanted = [_heads(x) for x in (query, key, value)], [(heads, width), *[(kv_heads, width)] * 2]
         if given != wanted:
@@ -181,7 +181,7 @@ class CachedStates:
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not _is_causal(mask, query.shape[2], key.shape[2], causal):
-            raise UnsupportedModelError(f"{who} does not read all tokens so far and no others, or not all alike")
+            raise UnsupportedModelError(f"{who} does not read exactly the tokens so far, all alike")
         return sdpa(module, query, key, value, mask, scaling=scaling, is_causal=is_causal)
 
 
