@@ -12,12 +12,12 @@ families = importlib.import_module("kv_families")
 sys.path.pop(0)
 
 PAGE = families.PAGE.read_text("utf-8")
-SERVED = re.search(r"\*\*Served\*\* \(\d+\): (.*)\.", PAGE)[1].split(", ")
+SERVED = re.search(r"## Supported \(\d+\)\n\n(.*)\.", PAGE)[1].split(", ")
 REFUSED = {
     family: reason
     for names, reason in re.findall(r"^\| (.*?) \| (.*) \|$", PAGE, flags=re.MULTILINE)
     for family in names.split(", ")
-    if family in families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reason.startswith("not built")
+    if family in families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reason.startswith("not tested")
 }
 LARGE = ("dots3_note_text", "gemma3", "gemma4", "gemma4_unified", "longcat_flash", "xlm")  # as tiny as they get
 
