@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, ModelCard
+from huggingface_hub import CardData, RepoCard
 from sentence_transformers import SentenceTransformer
 
 from nestling.embed.evaluation.agreement import NOTE
@@ -101,5 +101,5 @@ def _card(template: str, model: SentenceTransformer, what: str, usable: bool = T
     }  # fmt: skip
     path = Path(__file__).with_name(f"{template}.md.jinja")
     noun = origin.noun[0].upper() + origin.noun[1:]
-    made = ModelCard.from_template(CardData(**front), str(path), origin=origin, noun=noun, **facts)
+    made = RepoCard.from_template(CardData(**front), str(path), origin=origin, noun=noun, **facts)
     return str(made).rstrip() + "\n"
