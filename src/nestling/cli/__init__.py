@@ -53,17 +53,18 @@ app.add_typer(demo_app, name="demo")
 def demo_kv(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or alias.")] = "smollm2",
     out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.html"),
+    context: Annotated[int, typer.Option(help="Tokens of the text that is read."), positive] = 1700,
     tokens: Annotated[
         int, typer.Option(help="Calibrate on this many, even if the package has an adapter."), natural
     ] = 0,
     json: Json = None,
 ) -> None:
-    """Tabulate budgets, answer one prompt at 100, 50 and 40 %, and write report.html."""
+    """Read a long text into caches of three sizes, ask about it, measure what each costs; a page shows it all."""
     from nestling.kv.demo import run
 
     check_outputs(out, json)
     start = time.perf_counter()
-    rows = run(model, out, tokens, console)
+    rows = run(model, out, context, tokens, console)
     write_results(json, rows, time.perf_counter() - start)
 
 

@@ -120,7 +120,7 @@ def train(
     console.print(f"{measured['tokens']:,} tokens in {measured['seconds']} s. Saved to {out}")
     write_results(json, [{"model": model, **point} for point in measured["curve"]], measured["seconds"])
     if html is not None:
-        from nestling.kv.demo import write_training_report
+        from nestling.kv.report import write_training_report
 
         write_training_report(html, trained, title=f"{model}: training of nested bases")
         console.print(f"Report: {html}")
@@ -195,10 +195,12 @@ def evaluate(
     show(result, f"{model}, {config.windows} windows of {config.length} tokens")
     write_results(json, result, time.perf_counter() - start)
     if html is not None:
-        from nestling.kv.demo import write_report
+        from nestling.kv.cache.factory import bits_at, ranks_at
+        from nestling.kv.report import write_report
 
-        shares = [budget.share for budget in config.budgets]
-        write_report(html, nested, result, shares, title=f"{model}: quality and bytes")
+        least = min(config.budgets, key=lambda budget: budget.share)
+        allocation = bits_at(nested, least) if config.bits else ranks_at(nested, least, config.allocation)
+        write_report(html, nested, result, allocation, title=f"{model}: quality and bytes")
         console.print(f"Report: {html}")
 
 
@@ -255,7 +257,7 @@ def inspect(
     from nestling import kv
     from nestling.kv.allocation.budget import read_share
     from nestling.kv.cache.factory import ranks_at
-    from nestling.kv.demo import rank_maps, rank_rows, shade
+    from nestling.kv.report import rank_maps, rank_rows, shade
     from nestling.report.figures import write_png
 
     check_outputs(json, png)

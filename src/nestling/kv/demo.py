@@ -1,37 +1,44 @@
-"""What the command line shows: streamed generation, rank tables and maps, the report, and the demo end to end."""
+"""`nestling demo kv`: a long text is read once at three sizes and asked about, beside what each of them costs."""
 
 import time
+from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import TextStreamer
+from transformers.cache_utils import Cache, DynamicCache, HQQQuantizedLayer, QuantoQuantizedLayer
 
 from nestling.data.texts import read_texts
 from nestling.errors import OptionError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import built_in
-from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.cache.cache import NestedCache
+from nestling.kv.cache.factory import bits_at
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
 from nestling.kv.evaluation.config import EvalConfig
-from nestling.kv.evaluation.evaluate import evaluate
+from nestling.kv.evaluation.evaluate import Candidate, compare
 from nestling.kv.integration import attach as attention
+from nestling.kv.quantisation.cpu import compiled
+from nestling.kv.report import COLUMNS, about, map_section, quality_section
 from nestling.models import load_model
-from nestling.report.figures import curve, heat_maps
+from nestling.report.figures import bars
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
 from nestling.report.tables import table
 from nestling.visible import visible_lines
 
-BUDGETS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.4, 0.25)
-BITS = (0.3125, 0.25, 0.1875, 0.125)  # budgets with quantised coordinates
-ANSWERS = (1.0, 0.5, 0.4)
-SHRINK = (0.25, 0.125)  # with quantised coordinates: at first, and from the 20th token of the answer on
-SHRINK_AT = 20
+SIZES = (0.25, 0.125)  # of caches that are asked, beside the full one
+MEASURED = (0.5, 0.25, 0.125, 0.1)  # that KL is measured at
 TOKENS = 24576  # of a calibration
+ANSWER = 10  # tokens
+STEPS = 12  # of decoding that are timed
 STORY = """\
 The lighthouse on Skerry Point was built of grey granite and stood forty metres high. For thirty-one years it had been
 kept by a woman called Marit Olsen, who had come to the island as a girl with her father's fishing boat and never quite
@@ -47,11 +54,11 @@ island in summer are allowed to ring it once, for luck.
 The light is electric now, and no one lives in the tower. But the green notebooks are in the museum in the harbour
 town, forty-four of them on a shelf behind glass, and the last line of the last one reads: wind from the west, sea
 quiet, nothing to report."""
-PROMPT = f"{STORY}\n\nWhat did the sailors give to the keeper of the lighthouse, and why?"
-COLUMNS = {
-    "method": "method", "budget": "budget", "bytes_per_token": "bytes/token", "bytes_share": "of bf16",
-    "kl": "KL", "ppl": "perplexity", "top1": "top-1",
-}  # fmt: skip
+QUESTIONS = (  # with the beginning and a word of the answer
+    ("What did the sailors bring to the keeper of the lighthouse?", "They brought her the ship's", "brass bell"),
+    ("What is the name of the woman who kept the lighthouse?", "Her name is", "Marit"),
+    ("What was the name of the cargo ship?", "The cargo ship was called the", "Halcyon"),
+)
 
 
 def stream(
@@ -90,139 +97,192 @@ def stream(
     )
 
 
-def rank_rows(adapter: KVAdapter, ranks: RankTable) -> list[dict]:
-    """One row a compressed layer: its index, the ranks of its heads, and the number of rank groups it is stored in."""
-    keys, values = ranks.keys.tolist(), ranks.values.tolist()
-    return [
-        {"layer": layer, "keys": keys[row], "values": values[row], "groups": len(ranks.groups(row))}
-        for row, layer in enumerate(adapter.fingerprint["layers"])
-    ]
-
-
-def rank_maps(adapter: KVAdapter, ranks: RankTable, title: str):
-    """Heat maps of the ranks of keys and of values, layers downwards (a matplotlib Figure)."""
-    panels = {"keys": ranks.keys, "values": ranks.values}
-    return heat_maps(panels, title=title, row_label="layer", col_label="KV head", vmax=adapter.shape[2])
-
-
-def shade(share: float) -> str:
-    """A background colour for the terminal, darker green for a larger share."""
-    return f"rgb({int(40 * (1 - share))},{int(40 + 90 * share)},{int(60 * (1 - share))})"
-
-
-def write_report(
-    path: Path,
-    adapter: KVAdapter,
-    rows: list[dict],
-    budgets,
-    *,
-    title: str,
-    answers: dict[str, tuple[str, str]] | None = None,
-) -> None:
-    """One HTML page: the table of budgets, KL against bytes, the answers if there are any, and the rank maps."""
-    measured = [r for r in rows if r["method"] != "full"]
-    figure = curve(
-        measured, "bytes_share", "kl", "method", title="What a smaller cache costs", percent_x=True,
-        xlabel="bytes held, share of the full bf16 cache", ylabel="KL to the full model (nats per token)",
-    )  # fmt: skip
-    sections = [
-        Section(
-            "Quality against bytes",
-            "KL (nats per token) is the distance of the predictions to those of the full cache, on text that was not "
-            "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is "
-            "the full model's. Bytes are those of the storage really held, beside a full cache in bf16; a model that "
-            "computes in fp32 holds twice that by itself.",
-            rows=rows, columns=COLUMNS, figure=figure,
-        )
-    ]  # fmt: skip
-    for size, (answer, note) in (answers or {}).items():
-        sections.append(Section(f"The same prompt at {size}", note, pre=answer))
-    for budget in [b for b in budgets if b < 1 and b in (0.75, 0.5, 0.4, 0.25)]:
-        ranks = adapter.ranks(budget * adapter.full_elements)
-        sections.append(
-            Section(
-                f"Ranks at {budget:.0%}",
-                f"Coordinates kept of {adapter.shape[2]}, per layer and KV head. Where more are kept, dropping them "
-                "would cost more KL.",
-                figure=rank_maps(adapter, ranks, f"Ranks at {budget:.0%} of the full cache"),
-            )
-        )
-    intro = (
-        "One set of nested bases serves every budget: the cache keeps the first coordinates of keys and values, and "
-        "how many is chosen per layer and head when a cache is made. "
-        + ("Its bases were trained by distillation." if "training" in adapter.info else "Nothing was trained.")
-    )
-    write_html(path, title, intro, sections, run_meta())
-
-
-def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None:
-    """One HTML page: the KL at fixed shares of the ranks over tokens, and what was trained how."""
-    training = dict(adapter.info["training"])
-    points = [p for p in training.pop("curve") if any(name.startswith("kl") for name in p)]
-    rows = [
-        {"tokens": p["tokens"], "kl": p[name], "share": f"{float(name[3:]):.4g}"}
-        for p in points
-        for name in p
-        if name.startswith("kl_")
-    ]
-    figure = curve(
-        rows, "tokens", "kl", "share", title="Held-out text while training", xlabel="tokens trained on",
-        ylabel="KL to the full model (nats per token)", log_y=True,
-    )  # fmt: skip
-    note = (
-        "Each line is a share of the ranks, exact tokens not counted. Keys and values are cut by masks here, and "
-        "every token reads its history as a decode would."
-    )
-    options = [{"setting": name, "value": str(value)} for name, value in training.items()]
-    sections = [Section("KL over tokens", note, rows=points, figure=figure)]
-    sections.append(Section("Options", "What this adapter was trained with.", rows=options))
-    write_html(path, title, "Rotations of nested bases, trained to follow the full model.", sections,
-                      run_meta())  # fmt: skip
-
-
-def run(model: str, out: Path, tokens: int, console: Console) -> list[dict]:
-    """The demo: measure budgets on held-out text, answer a prompt at several sizes, write the report.
+def run(model: str, out: Path, context: int, tokens: int, console: Console) -> list[dict]:
+    """The demo: read, ask, measure, and write the report.
 
     The adapter is the one that comes with the package, if it has one for the model; with ``tokens``, one that is
     calibrated on as many.
+
+    Args:
+        context: tokens of the text that is read.
+
+    Returns:
+        A row for each cache that was asked: ``size, mib, share, prefill_seconds, decode_ms, right``; and those of KL.
     """
+    start = time.perf_counter()
     with console.status(f"loading {model}"):
         language_model, tokenizer = load_model(model)
-    texts = list(read_texts(None))
-    held_out = texts[::8]
+    pages = list(read_texts(None))
     if not tokens and model in built_in():
         adapter = KVAdapter.from_pretrained(model)
         console.print(f"The adapter of the package, trained on {adapter.info['training']['tokens']:,} tokens.")
     else:
-        start = time.perf_counter()
-        rest = [t for i, t in enumerate(texts) if i % 8]
+        began = time.perf_counter()
+        rest = [page for i, page in enumerate(pages) if i % 8]
         adapter = fit(language_model, tokenizer, rest, FitConfig(tokens=tokens or TOKENS))
-        console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - start:.0f} s.")
-    measured = partial(EvalConfig, windows=1, dtype="bfloat16")
-    rows: list[dict] = []
-    for config in (measured(budgets=BUDGETS), measured(budgets=BITS, bits=True)):
-        rows += evaluate(language_model, tokenizer, held_out, adapter, config)[bool(rows) :]
-    console.print(table(rows, COLUMNS, title=f"{model}: what a smaller cache costs"))
-    console.print()
-    console.print(f"Prompt, with a story before it: {PROMPT.splitlines()[-1]}")
-    make = partial(adapter.cache, language_model, dtype=torch.bfloat16)
-    answers = {}
-
-    def answer(title: str, cache: NestedCache, streamer: _Keeping) -> None:
-        console.rule(title)
-        note = stream(language_model, tokenizer, PROMPT, cache, max_new_tokens=60, streamer=streamer)
-        console.print(note, style="dim")
-        answers[title] = ("".join(streamer.kept), note)
-
-    for budget in ANSWERS:
-        answer(f"{budget:.0%} of the full cache", make(budget), _Keeping(tokenizer))
-    cache = make(SHRINK[0], bits=True)
-    title = f"{SHRINK[0]:.0%}, and {SHRINK[1]:.1%} from the {SHRINK_AT}th token on, ranks and bits"
-    answer(title, cache, _Shrinking(tokenizer, cache, SHRINK[1]))
-    write_report(out, adapter, rows, BUDGETS, title=f"nestling: {model} with a smaller KV cache", answers=answers)
-    console.print()
+        console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - began:.0f} s.")
+    nested = partial(_nested, language_model, adapter)
+    config = attention.text_config(language_model)
+    sizes: dict[str, Callable[[], Any]] = {"full": lambda: DynamicCache(config=config)}
+    sizes |= {f"{100 * share:.3g}%": partial(nested, share) for share in SIZES}
+    ids = _text(tokenizer, pages[1::8], context)
+    compiled()
+    console.print(
+        f"{ids.shape[1]:,} tokens of Python's help pages, with a story about a lighthouse in their midst, are read "
+        "once at each size. The questions come afterwards, so that they can only be answered from the cache."
+    )
+    rows: list[dict[str, Any]] = []
+    answers, caches = {}, {}
+    for name, make in sizes.items():
+        with console.status(f"reading and answering at {name}"):
+            _read(language_model, ids[:, :300], make())  # what is slow the first time is not measured
+            caches[name], seconds = _filled(language_model, ids, make)
+            answers[name] = _answers(language_model, tokenizer, caches[name])
+        rows.append({"size": name, "prefill_seconds": seconds, "right": sum(right for _, right in answers[name])})
+    cache = caches[name]
+    for row, milliseconds in zip(rows, _decode_times(language_model, caches), strict=True):
+        nbytes = getattr(caches[row["size"]], "nbytes", cache.full_nbytes)
+        row |= {"mib": nbytes / 2**20, "share": nbytes / cache.full_nbytes, "decode_ms": milliseconds}
+    drawn = [{**row, "bar": "█" * round(20 * row["share"]) or "▏"} for row in rows]
+    console.print(table(drawn, ASKED, title=f"{model}: one text of {ids.shape[1]:,} tokens, in caches of three sizes"))
+    console.print(table(_by_question(answers), title="Answers"))
+    measured = _measure(language_model, tokenizer, nested, pages[::8], console)
+    console.print(table(measured, COLUMNS, title="What a smaller cache costs on other pages"))
+    _write(
+        out,
+        model,
+        adapter,
+        (rows, answers, measured),
+        (bits_at(adapter, SIZES[-1]), name),
+        time.perf_counter() - start,
+    )
     console.print(f"Report: {out}")
-    return rows
+    return [*rows, *measured]
+
+
+ASKED = {
+    "size": "cache", "bar": "memory", "mib": "MiB", "share": "of bf16", "prefill_seconds": "prefill s",
+    "decode_ms": "ms a token", "right": f"right of {len(QUESTIONS)}",
+}  # fmt: skip
+
+
+def _nested(model, adapter: KVAdapter, share: float, **options: Any) -> NestedCache:
+    return adapter.cache(model, share, bits=True, dtype=torch.bfloat16, **options)
+
+
+def _text(tokenizer, pages: list[str], context: int) -> Tensor:
+    """So many tokens ``[1, n]`` of pages, the story in their middle."""
+    story = tokenizer(f"\n\n{STORY}\n\n", add_special_tokens=False)["input_ids"]
+    around = tokenizer("\n".join(pages), verbose=False)["input_ids"][: max(0, context - len(story))]
+    middle = len(around) // 2
+    return torch.tensor([around[:middle] + story + around[middle:]])
+
+
+@torch.inference_mode()
+def _read(model, ids: Tensor, cache: Cache) -> Tensor:
+    """The logits ``[V]`` after ids ``[1, n]``, which go through the cache in one call."""
+    return attention.logits_of_last(model, ids.to(attention.input_device(model)), cache).logits[0, -1]
+
+
+def _filled(model, ids: Tensor, make: Callable[[], Any]) -> tuple[Any, float]:
+    """A cache that has read the text in one call, and the seconds that it took."""
+    cache, start = make(), time.perf_counter()
+    _read(model, ids, cache)
+    return cache, time.perf_counter() - start
+
+
+def _answers(model, tokenizer, cache: Cache) -> list[tuple[str, bool]]:
+    """The answer to each question, by a copy of the cache, and whether it is right."""
+    answers = []
+    for question, beginning, word in QUESTIONS:
+        asked, own = f"\n\nQuestion: {question}\nAnswer: {beginning}", deepcopy(cache)
+        logits = _read(model, tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"], own)
+        said: list[int] = []
+        while len(said) < ANSWER:
+            said.append(int(logits.argmax()))
+            logits = _read(model, torch.tensor([said[-1:]]), own)
+        answer = " ".join(tokenizer.decode(said, skip_special_tokens=True).split())
+        answers.append((" ".join(f"{beginning} {answer}".split(".")[0].split()), word in answer))
+    return answers
+
+
+def _decode_times(model, caches: dict[str, Cache]) -> list[float]:
+    """Milliseconds a token of each cache: medians of steps in turns, so that other work slows all alike."""
+    copies = [deepcopy(cache) for cache in caches.values()]
+    times: list[list[float]] = [[] for _ in copies]
+    for _ in range(STEPS):
+        for cache, taken in zip(copies, times, strict=True):
+            start = time.perf_counter()
+            _read(model, torch.zeros(1, 1, dtype=torch.long), cache)
+            taken.append(1e3 * (time.perf_counter() - start))
+    return [median(taken) for taken in times]
+
+
+def _by_question(answers: dict[str, list[tuple[str, bool]]]) -> list[dict[str, str]]:
+    return [
+        {"question": question} | {name: f"{said[i][0]} {'✓' if said[i][1] else '✗'}" for name, said in answers.items()}
+        for i, (question, _, _) in enumerate(QUESTIONS)
+    ]
+
+
+def _measure(model, tokenizer, nested, pages: list[str], console: Console) -> list[dict]:
+    """KL on pages that were not calibrated on: ours at several budgets, and plain integers where they can be had."""
+    config = EvalConfig(windows=1)
+    candidates = [
+        Candidate("nestling", share, partial(nested, share, exact_prompt=False, context=config.length))
+        for share in MEASURED
+    ]
+    for name, kind, options in (
+        ("int8, hqq", _HQQ, {"nbits": 8, "axis_key": 1, "axis_value": 1}),
+        ("int4, quanto", _Quanto, {"nbits": 4}),
+    ):
+        layers = attention.text_config(model).num_hidden_layers
+        make = partial(_integers, kind, layers, **options)
+        try:
+            make()
+        except (ImportError, ValueError) as error:
+            console.print(f"{name} is left out: {error}", style="dim")
+        else:
+            candidates.append(Candidate(name, None, make))
+    return compare(model, tokenizer, pages, candidates, config)
+
+
+def _integers(kind: type, layers: int, **options: Any) -> Cache:
+    return Cache(layers=[kind(**options) for _ in range(layers)])
+
+
+class _Bf16:
+    """Before transformers' quantised layers, which keep scales and recent tokens in the dtype that they are given."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states.bfloat16(), value_states.bfloat16(), *args, **kwargs)  # type: ignore[misc]
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
+
+
+class _Quanto(_Bf16, QuantoQuantizedLayer):
+    pass
+
+
+class _HQQ(_Bf16, HQQQuantizedLayer):
+    pass
+
+
+def _write(out: Path, model: str, adapter: KVAdapter, results, smallest, seconds: float) -> None:
+    rows, answers, measured = results
+    figure = bars({row["size"]: row["mib"] for row in rows}, title="Memory of the cache", label="MiB")
+    columns = {key: header for key, header in ASKED.items() if key != "bar"}
+    memory = (
+        "The same text in three caches. Prefill is the time to read it, decode that of one more token; the full cache "
+        "is counted in bf16."
+    )
+    asked = "Each question was asked after the text was read: the answer can only come from the cache."
+    sections = [
+        Section("Memory and time", memory, rows=rows, columns=columns, figure=figure),
+        Section("Answers", asked, rows=_by_question(answers)),
+        quality_section(measured),
+        map_section(adapter, *smallest),
+    ]
+    write_html(out, f"nestling: {model} with a smaller KV cache", about(adapter), sections, run_meta(seconds))
 
 
 class _Plain(TextStreamer):
@@ -233,31 +293,3 @@ class _Plain(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(visible_lines(text), stream_end)
-
-
-class _Keeping(_Plain):
-    """Streams to the terminal and keeps the text."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer)
-        self.kept: list[str] = []
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.kept.append(text)
-        super().on_finalized_text(text, stream_end)
-
-
-class _Shrinking(_Keeping):
-    """Lowers the budget of the cache that is being written, once."""
-
-    def __init__(self, tokenizer, cache: NestedCache, budget: float):
-        super().__init__(tokenizer)
-        self.cache, self.budget, self.left = cache, budget, SHRINK_AT
-
-    def put(self, value) -> None:
-        super().put(value)
-        self.left -= 1
-        if not self.left:
-            before = self.cache.nbytes
-            self.cache.shrink(self.budget)
-            self.on_finalized_text(f" [{before / 2**20:.2f} -> {self.cache.nbytes / 2**20:.2f} MiB] ")

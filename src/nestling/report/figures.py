@@ -81,6 +81,19 @@ def curve(
     return figure
 
 
+def bars(values: Mapping[str, float], *, title: str, label: str) -> Figure:
+    """One bar a name, from the left, with its value at the end."""
+    figure = Figure(figsize=(6.2, 0.9 + 0.4 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    shown = axes.barh([visible(name) for name in values], list(values.values()), color=PALETTE[0], height=0.6)
+    axes.bar_label(shown, fmt="{:.3g}", padding=4, color=INK, size=9.5)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    _dress(axes, title, label, "")
+    return figure
+
+
 def heat_maps(
     panels: Mapping[str, ArrayLike],
     *,

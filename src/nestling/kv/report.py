@@ -1,0 +1,114 @@
+"""What `nestling.kv` shows: rank tables and maps, and HTML pages of measurements and trainings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.allocation.bits import BitTable
+from nestling.kv.allocation.ranks import RankTable
+from nestling.report.figures import curve, heat_maps
+from nestling.report.page import Section, write_html
+from nestling.report.results import run_meta
+
+COLUMNS = {
+    "method": "method", "budget": "budget", "bytes_per_token": "bytes a token", "bytes_share": "of bf16",
+    "kl": "KL", "ppl": "perplexity", "top1": "top-1",
+}  # fmt: skip
+QUALITY = (
+    "KL (nats per token) is the distance of the predictions to those of the full cache, on text that was not "
+    "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is the full "
+    "model's. Bytes are those of the storage really held, beside a full cache in bf16; a model that computes in fp32 "
+    "holds twice that by itself."
+)
+
+
+def rank_rows(adapter: KVAdapter, ranks: RankTable) -> list[dict]:
+    """One row a compressed layer: its index, the ranks of its heads, and the number of rank groups it is stored in."""
+    keys, values = ranks.keys.tolist(), ranks.values.tolist()
+    return [
+        {"layer": layer, "keys": keys[row], "values": values[row], "groups": len(ranks.groups(row))}
+        for row, layer in enumerate(adapter.fingerprint["layers"])
+    ]
+
+
+def rank_maps(adapter: KVAdapter, ranks: RankTable, title: str):
+    """Heat maps of the ranks of keys and of values, layers downwards (a matplotlib Figure)."""
+    panels = {"keys": ranks.keys, "values": ranks.values}
+    return heat_maps(panels, title=title, row_label="layer", col_label="KV head", vmax=adapter.shape[2])
+
+
+def bits_map(adapter: KVAdapter, allocation: RankTable | BitTable, title: str):
+    """Heat maps of the bits per number of keys and of values, layers downwards (a matplotlib Figure)."""
+    width = adapter.shape[2]
+    panels = {
+        side: table.double().mean(-1) if table.ndim == 3 else table * (16 / width)
+        for side, table in (("keys", allocation.keys), ("values", allocation.values))
+    }
+    return heat_maps(panels, title=title, row_label="layer", col_label="KV head", unit="bits per number")
+
+
+def shade(share: float) -> str:
+    """A background colour for the terminal, darker green for a larger share."""
+    return f"rgb({int(40 * (1 - share))},{int(40 + 90 * share)},{int(60 * (1 - share))})"
+
+
+def quality_section(rows: Sequence[dict]) -> Section:
+    """The table of methods and budgets, and KL against bytes."""
+    measured = [row for row in rows if row["method"] != "full"]
+    figure = curve(
+        measured, "bytes_share", "kl", "method", title="What a smaller cache costs", percent_x=True, log_y=True,
+        xlabel="bytes held, share of the full bf16 cache", ylabel="KL to the full model (nats per token)",
+    )  # fmt: skip
+    return Section("Quality against bytes", QUALITY, rows=rows, columns=COLUMNS, figure=figure)
+
+
+def map_section(adapter: KVAdapter, allocation: RankTable | BitTable, name: str) -> Section:
+    """Where the bits of one allocation are."""
+    note = (
+        "Bits per number, of the 16 of a full cache, by layer and KV head. Where more are kept, dropping them would "
+        "cost more KL."
+    )
+    return Section(f"Where the bits are at {name}", note, figure=bits_map(adapter, allocation, f"Bits at {name}"))
+
+
+def about(adapter: KVAdapter) -> str:
+    """What an adapter is, for the top of a page."""
+    return (
+        "One set of nested bases serves every budget: the cache keeps the first coordinates of keys and values, and "
+        "how many bits each gets is chosen per layer and head when a cache is made. "
+        + ("The bases were trained by distillation." if "training" in adapter.info else "Nothing was trained.")
+    )
+
+
+def write_report(
+    path: Path, adapter: KVAdapter, rows: list[dict], allocation: RankTable | BitTable, *, title: str
+) -> None:
+    """One HTML page: the table of budgets, KL against bytes, and a map of one allocation."""
+    share = min((row["budget"] for row in rows if row["budget"]), default=1.0)
+    sections = [quality_section(rows), map_section(adapter, allocation, f"{100 * share:.3g}%")]
+    write_html(path, title, about(adapter), sections, run_meta())
+
+
+def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None:
+    """One HTML page: the KL at fixed shares of the ranks over tokens, and what was trained how."""
+    training = dict(adapter.info["training"])
+    points = [p for p in training.pop("curve") if any(name.startswith("kl") for name in p)]
+    rows = [
+        {"tokens": p["tokens"], "kl": p[name], "share": f"{float(name[3:]):.4g}"}
+        for p in points
+        for name in p
+        if name.startswith("kl_")
+    ]
+    figure = curve(
+        rows, "tokens", "kl", "share", title="Held-out text while training", xlabel="tokens trained on",
+        ylabel="KL to the full model (nats per token)", log_y=True,
+    )  # fmt: skip
+    note = (
+        "Each line is a share of the ranks, exact tokens not counted. Keys and values are cut by masks here, and "
+        "every token reads its history as a decode would."
+    )
+    options = [{"setting": name, "value": str(value)} for name, value in training.items()]
+    sections = [Section("KL over tokens", note, rows=points, figure=figure)]
+    sections.append(Section("Options", "What this adapter was trained with.", rows=options))
+    intro = "Nested bases, turned by training so that small caches follow the full model."
+    write_html(path, title, intro, sections, run_meta(training.get("seconds")))
