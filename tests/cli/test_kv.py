@@ -47,24 +47,63 @@ def test_fit_writes_an_adapter_and_results(place):
     assert row["basis"] == "balanced" and row["seconds"] > 0
 
 
-def test_the_demo_calibrates_measures_and_answers(place, monkeypatch):
-    monkeypatch.setattr("nestling.kv.demo.BUDGETS", (1.0, 0.75))  # heads of width 16 cannot be cut to 40 %
-    monkeypatch.setattr("nestling.kv.demo.BITS", (0.7,))
-    monkeypatch.setattr("nestling.kv.demo.ANSWERS", (0.75,))
-    monkeypatch.setattr("nestling.kv.demo.SHRINK_AT", 5)
+def test_the_demo_calibrates_asks_and_measures(place, monkeypatch):
+    monkeypatch.setattr("nestling.kv.demo.SIZES", (0.7, 0.6))  # heads of width 16 cannot be cut to an eighth
+    monkeypatch.setattr("nestling.kv.demo.MEASURED", (0.75, 0.7))
     result = run(
-        "demo", "kv", "--model", place / "lm", "--tokens", 1024, "--out", place / "demo.html",
+        "demo", "kv", "--model", place / "lm", "--tokens", 1024, "--context", 1900, "--out", place / "demo.html",
         "--json", place / "demo.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "Calibrated on 1,024 tokens" in result.output and "75% of the full cache" in result.output
+    assert "Calibrated on 1,024 tokens" in result.output and "What did the sailors" in result.output
     rows = json.loads((place / "demo.json").read_text())["rows"]
-    assert [(r["method"], r["budget"]) for r in rows] == [
-        ("full", None), ("balanced-energy", 1.0), ("balanced-energy", 0.75), ("balanced-energy-bits", 0.7)
-    ]  # fmt: skip
-    before, after = map(float, re.search(r"\[([\d.]+) -> ([\d.]+) MiB\]", result.output).groups())
-    assert after <= before
-    assert "Nothing was trained" in (place / "demo.html").read_text()
+    asked, measured = rows[:3], rows[3:]
+    assert [row["size"] for row in asked] == ["full", "70%", "60%"]
+    assert asked[0]["mib"] == pytest.approx(1900 * 3 * 2 * 2 * 16 * 2 / 2**20)  # tokens, layers, heads, sides, bf16
+    assert asked[0]["share"] == 1 > asked[1]["share"] > asked[2]["share"] > 0.5
+    assert all(row["prefill_seconds"] > 0 and row["decode_ms"] > 0 and row["right"] in (0, 1, 2, 3) for row in asked)
+    assert [(r["method"], r["budget"]) for r in measured[:3]] == [
+        ("full", None),
+        ("nestling", 0.75),
+        ("nestling", 0.7),
+    ]
+    assert 0 < measured[1]["kl"] < measured[2]["kl"]
+    page = (place / "demo.html").read_text()
+    assert "Nothing was trained" in page and "What did the sailors" in page and page.count("<svg") == 3
+
+
+def test_answers_of_the_demo_come_from_the_cache_and_are_judged(monkeypatch):
+    from types import SimpleNamespace
+
+    from nestling.kv import demo
+
+    words = ["<eos>", "brass", "bell.", "Olsen", "nobody"]
+    script = {"bring": "brass bell.", "woman": "nobody", "cargo": "brass"}
+    asked = []
+
+    def read(model, ids, cache):
+        if ids.shape[1] > 1:
+            asked.append(next(script[word] for word in script if word in tokenizer.text).split())
+            cache.append(0)
+        said = asked[-1].pop(0) if asked[-1] else "<eos>"
+        return torch.eye(len(words))[words.index(said)]
+
+    def tokenizer(text, **options):
+        tokenizer.text = text
+        return {"input_ids": torch.zeros(1, 9, dtype=torch.long)}
+
+    tokenizer.decode = lambda ids, **options: " ".join(words[i] for i in ids if i)
+    monkeypatch.setattr(demo, "_read", read)
+    cache = []
+    answers = demo._answers(SimpleNamespace(), tokenizer, cache)
+    assert answers == [
+        ("They brought her the ship's brass bell", True),
+        ("Her name is nobody", False),
+        ("The cargo ship was called the brass", False),
+    ]
+    assert cache == []  # copies were asked
+    shown = demo._by_question({"full": answers})
+    assert shown[0]["full"].endswith("✓") and shown[1]["full"].endswith("✗")
 
 
 def test_eval_measures_the_budgets(place):
