@@ -231,8 +231,8 @@ BAD_NUMBERS = [
     ("kv fit m --out new", ("--sinks", "--window"), ("-1",)),
     ("kv train m --out new", ("--tokens", "--length", "--batch-size"), ("-5", "0")),
     ("kv train m --out new", ("--learning-rate",), ("-1", "0", "nan", "inf")),
-    ("kv search m a --out new", ("--windows", "--length", "--per-sweep"), ("-5", "0")),
-    ("kv eval m a", ("--windows", "--length", "--chunk", "--rows", "--passkey", "--lines"), ("-5", "0")),
+    ("kv search m a --out new", ("--windows", "--length"), ("-5", "0")),
+    ("kv eval m a", ("--windows", "--length", "--chunk", "--rows", "--passkey"), ("-5", "0")),
     ("kv generate m a --prompt x", ("--max-new-tokens",), ("-5", "0")),
     ("kv generate m a --prompt x", ("--temperature", "--limit-mib"), ("-1", "nan", "inf")),
     ("embed train m --out new", ("--steps", "--batch-size", "--mini-batch-size"), ("-5", "0")),
@@ -244,7 +244,7 @@ BAD_NUMBERS = [
     ("embed pretrain m --out new --steps 3", ("--encoder-ratio", "--decoder-ratio"), ("-1", "0", "2", "nan")),
     ("embed eval m", ("--batch-size",), ("-3", "0")),
     ("demo embed", ("--steps",), ("-3", "0")),
-    ("demo kv", ("--tokens",), ("-3",)),
+    ("demo kv", ("--tokens", "--context"), ("-3",)),
 ]  # fmt: skip
 
 
