@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, HQQQuantizedLayer, QuantoQuantizedLayer
 
+from nestling import kv
 from nestling.kv.integration import attach as attention
 from nestling.kv.quantisation.packing import pack, unpack
 
@@ -230,3 +231,8 @@ def _quantised(kind: type, config: PreTrainedConfig, bits: int, options: dict) -
     if other := {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}:
         raise ValueError(f"QuantizedCache serves full attention only; this model has {', '.join(sorted(other))}")
     return Cache(layers=[kind(nbits=bits, **options) for _ in layers])
+
+
+def nested(lm, adapter, **options) -> Callable[[float], kv.NestedCache]:
+    """Makes our caches of an adapter, given a budget; options as for `CacheConfig`."""
+    return lambda budget: kv.NestedCache(lm, adapter, kv.CacheConfig(budget=budget, **options))

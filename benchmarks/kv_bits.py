@@ -55,7 +55,7 @@ def candidates(
             found.append(Candidate(name, None, bind(BASELINES[name], attention.text_config(lm))))
             continue
         options = {"context": context, "window": window, "exact_prompt": False, "dtype": torch.bfloat16}
-        make = bind(adapter(name).cache, lm, bits=name != "ranks", **options)
+        make = baselines.nested(lm, adapter(name), quantise=name != "ranks", **options)
         label = name if name in CALIBRATED else name + behind
         found += [Candidate(label, share, bind(make, share)) for share in shares if _reachable(make, share)]
     return found

@@ -38,10 +38,11 @@ def main(
     start = time.monotonic()
     lm, tokenizer = load_model(model)
     nested = kv.KVAdapter.from_pretrained(adapter)
+    options = {"context": length, "exact_prompt": False, "dtype": torch.bfloat16, "quantise": False}
     entrants = [
         Candidate(
             f"{tokens:.0%} tokens x {elements:.0%} features", tokens * elements,
-            bind(nested.cache, lm, elements, tokens=tokens, context=length, exact_prompt=False, dtype=torch.bfloat16),
+            bind(kv.NestedCache, lm, nested, kv.CacheConfig(budget=elements, keep_tokens=tokens, **options)),
         )
         for tokens, elements in SHARES
     ]  # fmt: skip

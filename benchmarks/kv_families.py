@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,16 @@ def verdict(family: str) -> str:
     mask = (torch.arange(20) >= torch.tensor([0, 7])[:, None]).long()
     arguments = dict(attention_mask=mask, min_new_tokens=8, max_new_tokens=8, do_sample=False, pad_token_id=0)
     expected = stock.generate(ids[:2, :20] * mask, **arguments)
-    got = model.generate(ids[:2, :20] * mask, **cached(model, adapter.cache(model, 1.0)), **arguments)
+    full = kv.CacheConfig(budget=1.0, dtype=model.dtype, quantise=False)
+    got = model.generate(ids[:2, :20] * mask, **cached(model, kv.NestedCache(model, adapter, full)), **arguments)
     assert torch.equal(got, expected), "it generates other tokens at full budget"
     for cut in (64, 23, 1):
-        logits = read(model, ids[:1], adapter.cache(model, 1.0, exact_prompt=False), cut)
+        logits = read(model, ids[:1], kv.NestedCache(model, adapter, replace(full, exact_prompt=False)), cut)
         theirs = read(stock, ids[:1], DynamicCache(config=stock.config), cut)
         assert torch.allclose(logits, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())), (
             f"logits, {cut} at once"
         )
-    low = read(model, ids[:1], adapter.cache(model, 0.5, paper=True), 16)
+    low = read(model, ids[:1], kv.NestedCache(model, adapter, kv.CacheConfig.paper(0.5)), 16)
     assert torch.isfinite(low).all() and not torch.equal(low, theirs), "nothing changes at half the budget"
     kv.detach(model)
     assert implementation(model) == before

@@ -17,6 +17,7 @@ import time
 from functools import partial as bind
 from pathlib import Path
 
+import baselines
 import torch
 import typer
 from kv_quality import Part, merged, numbers, questions, spread_windows, texts
@@ -30,8 +31,8 @@ from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
-PAPER = {"paper": True}
-METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options of adapter.cache
+PAPER = {"sinks": 0, "window": 0, "exact_prompt": False}
+METHODS: dict[str, tuple[str, dict]] = {  # name: folder of the adapter, options of its cache
     # Everything compressed from token 0, as in the paper.
     "pca-uniform": ("pca-65536", {"allocation": "uniform", **PAPER}),
     "paper": ("paper", {"allocation": "uniform", **PAPER}),
@@ -54,7 +55,7 @@ def candidates(lm, folder: Path, methods: list[str], budgets: list[float], conte
             Console().print(f"{name} is left out: {place} is not there", style="yellow", markup=False)
             continue
         adapter = kv.KVAdapter.from_pretrained(folder / place)
-        make = bind(adapter.cache, lm, context=context, dtype=torch.bfloat16, **options)
+        make = baselines.nested(lm, adapter, quantise=False, context=context, dtype=torch.bfloat16, **options)
         found += [Candidate(name, budget, bind(make, budget)) for budget in budgets]
     return found
 

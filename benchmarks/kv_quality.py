@@ -36,13 +36,14 @@ from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
 SEED = 0
+PAPER = {"sinks": 0, "window": 0, "exact_prompt": False}
 METHODS: dict[
     str, tuple[str, dict]
 ] = {  # name: adapter (basis, and how its energies are measured), options of its cache
-    "pca-uniform": ("pca", {"allocation": "uniform", "paper": True}),
-    "balanced-uniform": ("balanced", {"allocation": "uniform", "paper": True}),
-    "balanced-energy": ("balanced", {"allocation": "energy", "paper": True}),
-    # With 4 sinks and 64 recent tokens exact, as KVAdapter.cache makes them; "balanced-window" is its default.
+    "pca-uniform": ("pca", {"allocation": "uniform", **PAPER}),
+    "balanced-uniform": ("balanced", {"allocation": "uniform", **PAPER}),
+    "balanced-energy": ("balanced", {"allocation": "energy", **PAPER}),
+    # With 4 sinks and 64 recent tokens exact, as by default.
     "pca-uniform-window": ("pca", {"allocation": "uniform", "exact_prompt": False}),
     "balanced-window": ("balanced-window", {"allocation": "energy", "exact_prompt": False}),
 }
@@ -128,8 +129,8 @@ def candidates(lm, adapters: dict[str, kv.KVAdapter], methods: list[str], sizes:
             found.append(Candidate(name, None, bind(BASELINES[name], attention.text_config(lm))))
             continue
         basis, options = METHODS[name]
-        make = bind(adapters[basis].cache, lm, context=context, dtype=torch.bfloat16, **options)
-        found += [Candidate(name, size, bind(make, budget=size)) for size in sizes]
+        make = baselines.nested(lm, adapters[basis], quantise=False, context=context, dtype=torch.bfloat16, **options)
+        found += [Candidate(name, size, bind(make, size)) for size in sizes]
     return found
 
 

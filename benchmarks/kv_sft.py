@@ -68,7 +68,7 @@ def measure(lm, tokenizer, adapter: kv.KVAdapter, budgets: list[float], tests: l
             task, nll, counted, right = bar.add_task(f"{budget:.1%}", total=len(ids) + len(tests)), 0.0, 0, 0
 
             def cache(budget=budget):
-                return adapter.cache(lm, budget, paper=True)
+                return kv.NestedCache(lm, adapter, kv.CacheConfig.paper(budget))
 
             for row, target in zip(ids, labels, strict=True):
                 start, end = (target != IGNORED).nonzero()[[0, -1], 0].tolist()

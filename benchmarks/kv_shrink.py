@@ -31,7 +31,7 @@ CHANGES = {
 @torch.inference_mode()
 def measure(lm, adapter: kv.KVAdapter, context: int, kind: str, start: float, end: float, turns: int) -> list[dict]:
     """Rows of one change of budget: asked for, and taken for want of room."""
-    cache = adapter.cache(lm, start, bits=kind == "bits")
+    cache = kv.NestedCache(lm, adapter, kv.CacheConfig(budget=start, quantise=kind == "bits", context=4096))
     fill(lm, cache, context)
     token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
     lm(token, past_key_values=cache)

@@ -42,25 +42,30 @@ REFERENCE = "same-storage"
 def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
     """Methods by name: functions that give an empty cache."""
     config = attention.text_config(lm)
+
+    def ranks(budget, **options) -> kv.NestedCache:
+        options = {"context": 4096, "quantise": False, "dtype": lm.dtype, **options}
+        return kv.NestedCache(lm, adapter, kv.CacheConfig(budget=budget, **options))
+
     found = {
         "dynamic": lambda: DynamicCache(config=config),
         "static": lambda: StaticCache(config=config, max_cache_len=context + 2 * steps + 8),
         "quanto-int4": lambda: QuantizedCache("quanto", config, nbits=4),
-        REFERENCE: lambda: adapter.cache(lm, 1.0),
-        f"{REFERENCE}-again": lambda: adapter.cache(lm, 1.0),
+        REFERENCE: lambda: ranks(1.0),
+        f"{REFERENCE}-again": lambda: ranks(1.0),
     }
     layers, heads, width = adapter.shape
     table = {side: [[rank] * heads] * layers for side, rank in (("keys", width - 1), ("values", width))}
-    found["same-attention"] = lambda: adapter.cache(lm, allocation=table)
+    found["same-attention"] = lambda: ranks(table)
     for budget in (0.5, 0.25):
         for name in ("uniform", "energy"):
-            found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: adapter.cache(lm, b, allocation=a)
-    found["nested-energy-50%-bf16"] = lambda: adapter.cache(lm, 0.5, dtype=torch.bfloat16)
+            found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: ranks(b, allocation=a)
+    found["nested-energy-50%-bf16"] = lambda: ranks(0.5, dtype=torch.bfloat16)
     for budget in (0.25, 0.125):
         bits = adapter.bits(budget * 16 * adapter.full_elements)
         unpacked = BitTable(*(16 * (side > 0) for side in (bits.keys, bits.values)))
-        found[f"nested-bits-{budget:.1%}"] = lambda t=bits: adapter.cache(lm, allocation=t)
-        found[f"nested-bits-{budget:.1%}-unpacked"] = lambda t=unpacked: adapter.cache(lm, allocation=t)
+        found[f"nested-bits-{budget:.1%}"] = lambda t=bits: kv.NestedCache(lm, adapter, t)
+        found[f"nested-bits-{budget:.1%}-unpacked"] = lambda t=unpacked: kv.NestedCache(lm, adapter, t)
     return found
 
 

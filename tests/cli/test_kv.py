@@ -125,11 +125,11 @@ def test_generate_streams_and_reports_bytes(place):
     """A prompt of 400 tokens in the tiny model's bf16 cache: 3 layers, 2 heads, width 16, rows of 256 tokens."""
     result = run(
         "kv", "generate", place / "lm", place / "adapter", "--budget", 0.75, "--prompt", TEXT[:400],
-        "--max-new-tokens", 8, "--window", 0, "--sinks", 0,
+        "--max-new-tokens", 8, "--window", 0, "--sinks", 0, "--no-quantise", "--dtype", "bfloat16",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     line = re.sub(r"\s+", " ", result.output)
-    found = re.search(r"cache ([\d.]+) MiB held for (\d+) tokens, full bf16 cache ([\d.]+) MiB, (\d+) tokens at", line)
+    found = re.search(r"cache ([\d.]+) MiB held for (\d+) tokens, full cache ([\d.]+) MiB, (\d+) tokens at", line)
     held, tokens, full, new = map(float, found.groups())
     per_token = 3 * 2 * 2 * 16 * 2
     assert full == pytest.approx(tokens * per_token / 2**20, abs=0.006) and 1 <= new <= 8
@@ -138,15 +138,15 @@ def test_generate_streams_and_reports_bytes(place):
 
 def test_generate_stays_within_a_limit(place):
     result = run(
-        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", TEXT[:400], "--bits",
-        "--max-new-tokens", 8, "--window", 0, "--sinks", 0, "--limit-mib", 0.05,
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", TEXT[:400],
+        "--max-new-tokens", 8, "--window", 0, "--sinks", 0, "--limit", "0.05MiB",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     line = re.sub(r"\s+", " ", result.output)
     held, full = map(float, re.search(r"cache ([\d.]+) MiB held .* cache ([\d.]+) MiB", line).groups())
     assert 0.02 < held <= 0.05 < full
-    assert "--limit-mib=0" in run(
-        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", "The fox", "--limit-mib", 0
+    assert "--limit='0MiB'" in run(
+        "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", "The fox", "--limit", "0MiB"
     ).output  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_generate_at_full_budget_prints_what_the_stock_model_says(place):
     expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     result = run(
         "kv", "generate", place / "lm", place / "adapter", "--budget", 1, "--prompt", "The quick brown",
-        "--max-new-tokens", 8, "--cache-dtype", "float32",
+        "--max-new-tokens", 8, "--dtype", "float32", "--no-quantise",
     )  # fmt: skip
     assert expected.strip() and expected.strip() in result.output
 
@@ -290,7 +290,7 @@ def test_budgets_that_cannot_be_are_named_as_they_were_given(place, monkeypatch,
 
 def test_a_budget_in_bytes_is_a_limit_where_there_is_a_cache(place):
     result = run(
-        "kv", "generate", place / "lm", place / "adapter", "--prompt", TEXT[:400], "--bits", "--max-new-tokens", 8,
+        "kv", "generate", place / "lm", place / "adapter", "--prompt", TEXT[:400], "--max-new-tokens", 8,
         "--window", 0, "--sinks", 0, "--budget", "50KiB",
     )  # fmt: skip
     assert result.exit_code == 0, result.output

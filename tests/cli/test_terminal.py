@@ -234,7 +234,7 @@ BAD_NUMBERS = [
     ("kv search m a --out new", ("--windows", "--length"), ("-5", "0")),
     ("kv eval m a", ("--windows", "--length", "--chunk", "--rows", "--passkey"), ("-5", "0")),
     ("kv generate m a --prompt x", ("--max-new-tokens",), ("-5", "0")),
-    ("kv generate m a --prompt x", ("--temperature", "--limit-mib"), ("-1", "nan", "inf")),
+    ("kv generate m a --prompt x", ("--temperature",), ("-1", "nan", "inf")),
     ("embed train m --out new", ("--steps", "--batch-size", "--mini-batch-size"), ("-5", "0")),
     ("embed train m --out new", ("--learning-rate", "--epochs"), ("-1", "0", "nan", "inf")),
     ("embed train m --out new", ("--warmup", "--projection-rate"), ("-1", "nan", "inf")),

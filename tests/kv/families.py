@@ -1,9 +1,17 @@
-"""Tiny random models of every supported family, made in milliseconds."""
+"""Tiny random models of every supported family, made in milliseconds, and caches of them."""
 
+from collections.abc import Mapping
+
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nestling import kv
+from nestling.kv.allocation.bits import BitTable
+from nestling.kv.cache import cache as cache_module
+from nestling.kv.cache.cache import NestedCache
+from nestling.kv.cache.config import CacheConfig
+from nestling.kv.cache.exact import BLOCK
 
 BASE = dict(
     vocab_size=97,
@@ -64,3 +72,28 @@ def tiny_fit(model, ids: torch.Tensor, **options):
     """An adapter for a tiny model, calibrated on ids ``[n, 64]`` for caches that compress all but the sinks."""
     given = {"length": 64, "sensitivity_windows": 4, "sensitivity_length": 32, "window": 0, **options}
     return kv.fit(model, None, ids, kv.FitConfig(**given), progress=False)
+
+
+def nested_cache(model, adapter, budget=None, *, paper: bool = False, chunk: int = 0, **options) -> NestedCache:
+    """A cache of ranks in the model's own precision, unless the options say otherwise.
+
+    Args:
+        paper: the options of `CacheConfig.paper`.
+        chunk: tokens by which its storage grows.
+    """
+    tables = BitTable, Mapping
+    if not options.get("quantise") and not isinstance(budget, tables):
+        options = {"dtype": model.dtype, **options}
+    options = {"budget": budget, "quantise": False, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        if chunk:
+            patch.setattr(cache_module, "CHUNK", chunk)
+        return NestedCache(model, adapter, CacheConfig.paper(**options) if paper else CacheConfig(**options))
+
+
+def cache_of_bases(bases, ranks, config, *, sinks=0, window=0, block=BLOCK, chunk=cache_module.CHUNK, **options):
+    """A cache from bases by layer index, without a model."""
+    cache = NestedCache.__new__(NestedCache)
+    storage = cache_module.Storage(sinks, window, block, chunk)
+    cache._assemble(bases, ranks, config, storage, **{"device": torch.device("cpu"), **options})
+    return cache

@@ -20,7 +20,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import CONFIG_FILE, OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
 from nestling.kv.integration.attach import cached
 
-from .families import tiny_model
+from .families import nested_cache, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_what_is_saved_is_what_is_loaded(fitted, ids, tmp_path, family):
         for budget, options in ((0.6, {"paper": True}), (0.9, {"paper": True}), (0.6, exact), (0.9, exact)):
             out = []
             for adapter in (made.adapter, again):
-                cache = adapter.cache(made.model, budget, **options)
+                cache = nested_cache(made.model, adapter, budget, **options)
                 out.append(made.model(input_ids=ids[:1, :24], **cached(made.model, cache)).logits)
             assert torch.equal(*out)
 
@@ -89,16 +89,16 @@ def test_an_adapter_is_two_files_and_a_card(made, folder):
     assert card.startswith("---\nlibrary_name: nestling") and "`llama` model with 3 compressed layers" in card
 
 
-@pytest.mark.parametrize(
-    "sampling, of, used", [("path", "the ranks", "0.5)"), ("bits", "16 bits", "0.25, bits=True)")]
-)
-def test_the_card_of_a_trained_one_says_what_was_measured(made, tmp_path, sampling, of, used):
+@pytest.mark.parametrize("sampling, of", [("path", "the ranks"), ("bits", "16 bits")])
+def test_the_card_of_a_trained_one_says_what_was_measured(made, tmp_path, sampling, of):
     curve = [{"tokens": 0, "kl_0.5": 0.25}, {"tokens": 64}, {"tokens": 4096, "kl_0.5": 0.125}]
     training = {"preset": "default", "learning_rate": 0.002, "seconds": 3, "sinks": 4, "window": 64, "curve": curve}
     info = {**made.adapter.info, "training": {**training, "sampling": sampling}}
     replace(made.adapter, info=info).save_pretrained(tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
-    assert f"at shares of {of}" in card and f"(model, budget={used}" in card and "| 4,096 | 0.1250 |" in card
+    assert (
+        f"at shares of {of}" in card and "NestedCache(model, adapter, 0.25)" in card and "| 4,096 | 0.1250 |" in card
+    )
 
 
 def test_its_size_is_known_before_it_is_made(made, folder):
@@ -483,34 +483,33 @@ def test_decode_is_the_inverse(made):
 def test_another_model_is_refused_and_left_alone(made, family, overrides, differs):
     model = tiny_model(family, **overrides)
     with pytest.raises(AdapterError, match=f"another model .*{differs}"):
-        made.adapter.cache(model, 0.5)
+        nested_cache(model, made.adapter, 0.5)
     assert model.config._attn_implementation != "nestling"
 
 
 def test_the_same_architecture_with_other_weights_is_served(made):
-    made.adapter.cache(tiny_model("llama-gqa", seed=1), 0.6)  # a fine-tuned model
+    nested_cache(tiny_model("llama-gqa", seed=1), made.adapter, 0.6)  # a fine-tuned model
 
 
-@pytest.mark.parametrize("dtype, itemsize", [(None, 4), (torch.float32, 4), (torch.bfloat16, 2)])
-def test_bytes_per_token_count_the_stored_precision(made, ids, dtype, itemsize):
+@pytest.mark.parametrize("dtype, itemsize", [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_shares_are_of_the_stored_precision(made, ids, dtype, itemsize):
     full = made.adapter.full_elements
     assert full == 2 * 3 * 2 * 16
     options = dict(dtype=dtype, sinks=0, window=0, chunk=1)
     for share in (0.55, 0.8, 1.0):
-        cache = made.adapter.cache(made.model, bytes_per_token=share * full * itemsize, **options)
-        assert share * full - 8 < cache.ranks.elements <= share * full
-        assert cache.ranks.to_dict() == made.adapter.cache(made.model, share, **options).ranks.to_dict()
+        cache = nested_cache(made.model, made.adapter, share, **options)
+        assert cache.share == cache.full_nbytes == 0
+        assert share * full - 8 < cache.allocation.elements <= share * full
         with torch.no_grad():
             made.model(input_ids=ids[:1, :40], **cached(made.model, cache))
-        assert cache.nbytes == cache.ranks.elements * itemsize * 40 <= share * full * itemsize * 40
-    with pytest.raises(kv.BudgetError, match=f"the full cache takes {full * itemsize}"):
-        made.adapter.cache(made.model, bytes_per_token=full * itemsize + 1, dtype=dtype)
+        assert cache.nbytes == cache.allocation.elements * itemsize * 40 <= share * full * itemsize * 40
+        assert cache.full_nbytes == full * itemsize * 40 and cache.share == cache.allocation.elements / full
 
 
 def test_one_adapter_makes_caches_of_every_budget(made):
     before = {s: made.adapter.encode[s].clone() for s in ("key", "value")}
-    caches = [made.adapter.cache(made.model, b, sinks=0, window=0) for b in (0.5, 0.6, 0.75, 1.0)]
-    tables = [c.ranks for c in caches]
+    caches = [nested_cache(made.model, made.adapter, b, sinks=0, window=0) for b in (0.5, 0.6, 0.75, 1.0)]
+    tables = [c.allocation for c in caches]
     for small, large in zip(tables, tables[1:], strict=False):
         assert small.elements < large.elements
         assert (small.keys <= large.keys).all() and (small.values <= large.values).all()
@@ -520,7 +519,7 @@ def test_one_adapter_makes_caches_of_every_budget(made):
 
 def test_sinks_and_window_are_paid_for(made):
     elements = [
-        made.adapter.cache(made.model, 0.8, context=200, **o).ranks.elements
+        nested_cache(made.model, made.adapter, 0.8, context=200, **o).allocation.elements
         for o in ({"sinks": 0, "window": 0}, {"sinks": 4, "window": 0}, {"sinks": 4, "window": 40})
     ]
     assert elements[0] >= elements[1] > elements[2]
@@ -529,36 +528,36 @@ def test_sinks_and_window_are_paid_for(made):
 
 
 def test_paper_compresses_everything(made):
-    cache = made.adapter.cache(made.model, 0.6, sinks=9, window=9, paper=True)
+    cache = nested_cache(made.model, made.adapter, 0.6, paper=True)
     assert all(layer.exact is None for layer in cache.layers)
     assert not any(layer.exact_prompt for layer in cache.layers)
-    assert cache.ranks.elements == made.adapter.cache(made.model, 0.6, sinks=0, window=0).ranks.elements
+    assert (
+        cache.allocation.elements == nested_cache(made.model, made.adapter, 0.6, sinks=0, window=0).allocation.elements
+    )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({}, "not both or neither"),
-        ({"budget": 0.5, "bytes_per_token": 100}, "not both or neither"),
-        ({"budget": 0.2}, r"smallest possible, 0\.5102"),
+        ({"budget": 0.2}, r"smallest possible, 0\.5406"),
         ({"budget": 0.7, "allocation": "best"}, "must be 'energy', 'uniform' or a rank table, got 'best'"),
-        ({"budget": 0.7, "allocation": {"keys": [[8]], "values": [[8]]}}, "a rank table is a budget by itself"),
-        ({"allocation": {"keys": [[8]], "values": [[8]]}}, r"keys is \[1, 1\], expected \[3, 2\]"),
-        ({"allocation": {"keys": [[8, 17]] * 3, "values": [[8, 8]] * 3}}, r"keys must be in 1\.\.16, got 8\.\.17"),
+        ({"budget": {"keys": [[8]], "values": [[8]]}, "limit": "1MiB"}, "an allocation is a budget by itself"),
+        ({"budget": {"keys": [[8]], "values": [[8]]}}, r"keys is \[1, 1\], expected \[3, 2\]"),
+        ({"budget": {"keys": [[8, 17]] * 3, "values": [[8, 8]] * 3}}, r"keys must be in 1\.\.16, got 8\.\.17"),
         ({"budget": 0.7, "window": 4096}, "must be longer than the 4115 exact tokens"),
     ],
 )
 def test_impossible_caches_are_refused(made, options, message):
     with pytest.raises(kv.BudgetError, match=message):
-        made.adapter.cache(made.model, **options)
+        nested_cache(made.model, made.adapter, **options)
 
 
 def test_a_rank_table_is_used_as_it_is(made, ids):
     table = {"keys": [[1, 16], [3, 3], [16, 16]], "values": [[5, 5], [16, 2], [16, 16]]}
-    cache = made.adapter.cache(made.model, allocation=table, sinks=0, window=0)
+    cache = nested_cache(made.model, made.adapter, table, sinks=0, window=0)
     with torch.no_grad():
         made.model(input_ids=ids[:1, :24], **cached(made.model, cache))
-    assert cache.ranks.to_dict() == table
+    assert cache.allocation.to_dict() == table
     stored = [
         sorted(tuple(r.data.shape[0:4:3] if r.dim == 2 else r.data.shape[::2]) for g in layer.groups for r in g.rows)
         for layer in cache.layers

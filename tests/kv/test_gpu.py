@@ -14,7 +14,7 @@ from nestling.kv.quantisation.packing import pack
 
 from .cache.test_cache import run
 from .cache.test_quantised_cache import some_table
-from .families import FAMILIES, tiny_fit, tiny_model
+from .families import FAMILIES, nested_cache, tiny_fit, tiny_model
 from .training.test_train import run as train
 
 
@@ -58,7 +58,7 @@ def test_quantised_caches_give_the_logits_of_the_cpu(fitted, ids, family, fused,
     made = fitted(family)
     there, table, found = copy.deepcopy(made.model).cuda(), some_table(made.adapter), []
     for model in (made.model, there):
-        cache = made.adapter.cache(model, allocation=table, sinks=2, window=4)
+        cache = nested_cache(model, made.adapter, table, sinks=2, window=4)
         found.append(run(model, ids[:2, :40].to(model.device), cache, [24, 5, *[1] * 11]).cpu())
     torch.testing.assert_close(found[1][:, :24], found[0][:, :24], rtol=1e-3, atol=1e-3)  # exact keys and values
     assert apart(found[1][:, 24:], found[0][:, 24:]) < 0.2
@@ -69,37 +69,21 @@ def test_a_full_cache_generates_what_the_stock_model_does(fitted, ids, family):
     made = fitted(family)
     model, stock = copy.deepcopy(made.model).cuda(), copy.deepcopy(made.stock).cuda()
     arguments = {"input_ids": ids[:2, :20].cuda(), "max_new_tokens": 12, "do_sample": False}
-    found = model.generate(**arguments, **cached(model, made.adapter.cache(model, 1.0)))
+    found = model.generate(**arguments, **cached(model, nested_cache(model, made.adapter, 1.0)))
     assert torch.equal(found, stock.generate(**arguments))
 
 
 def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids):
     made = fitted("llama-gqa")
     model = copy.deepcopy(made.model).cuda()
-    tokens, options = ids[:2, :60].cuda(), {"bits": True, "sinks": 2, "window": 4, "context": 256}
-    large, small = (made.adapter.cache(model, share, **options) for share in (0.6, 0.3))
+    tokens, options = ids[:2, :60].cuda(), {"quantise": True, "sinks": 2, "window": 4, "context": 256}
+    large, small = (nested_cache(model, made.adapter, share, **options) for share in (0.6, 0.3))
     for cache in (large, small):
         run(model, tokens[:, :50], cache, [50])
     large.shrink(0.3)
     assert held_bytes(large) == held_bytes(small)
     found, expected = (run(model, tokens[:, 50:], cache, [10]) for cache in (large, small))
     assert apart(found, expected) < 0.02, "products of other shapes round differently there, so codes may be one off"
-
-
-@pytest.mark.parametrize("start", [1.0, 0.6])
-def test_an_offloaded_cache_shrinks_as_others_do(fitted, ids, start):
-    """In the middle of a text, when one layer is on the GPU and the others are not."""
-    made = fitted("llama-gqa")
-    model = copy.deepcopy(made.model).cuda()
-    tokens, options = ids[:2, :60].cuda(), {"bits": True, "sinks": 2, "window": 4, "context": 256}
-    caches = [made.adapter.cache(model, start, offloading=offloading, **options) for offloading in (True, False)]
-    for cache in caches:
-        run(model, tokens[:, :50], cache, [50])
-    places = [layer.stored_on for layer in caches[0].layers]
-    for cache in caches:
-        cache.shrink(0.3)
-    assert [layer.stored_on for layer in caches[0].layers] == places
-    assert torch.equal(*(run(model, tokens[:, 50:], cache, [1] * 10) for cache in caches))
 
 
 def test_calibration_and_quality_are_those_of_the_cpu(fitted, ids):

@@ -11,6 +11,8 @@ from nestling.kv.allocation.bits import BitTable
 from nestling.kv.evaluation.tasks import passkey_prompts
 from nestling.options import shown
 
+from .families import nested_cache
+
 NAN, INF = float("nan"), float("inf")
 NOT_WHOLE = (2.5, NAN, INF, -INF, None, "8", b"8", True, [8], torch.ones(2), 10**30)
 NOT_POSITIVE = (0, -1, -(10**9))
@@ -38,21 +40,19 @@ def refused(name: str, value, call) -> None:
         sinks=(-1, *NOT_WHOLE[:-1]),
         window=(-64, *NOT_WHOLE[:-1]),
         context=(*NOT_POSITIVE, *NOT_WHOLE[:-1]),
-        chunk=(*NOT_POSITIVE, *NOT_WHOLE[:-1]),
-        tokens=(None, *NOT_SHARES),
+        keep_tokens=(None, *NOT_SHARES),
         budget=("", "x", "0%", "101%", *NOT_SHARES[:4], *NOT_SHARES[4:6], True, [0.5], "0MiB", "-1MiB"),
-        limit_mib=(0, -1, *NOT_NUMBERS, 1e300),
-        bits=NOT_FLAGS,
+        limit=(0, -1, *NOT_NUMBERS, 1e300, "0MiB", "-1MiB", "0.5", "25%", 2**63),
+        allocation=(1, True, ["energy"], b"energy"),
+        quantise=NOT_FLAGS,
         exact_prompt=NOT_FLAGS,
-        paper=NOT_FLAGS,
-        offloading=NOT_FLAGS,
         dtype=(
             torch.int8,
             torch.int64,
             torch.bool,
             torch.float8_e4m3fn,
             torch.complex64,
-            "bfloat16",
+            "bf16",
             "int8",
             16,
             float,
@@ -62,20 +62,14 @@ def refused(name: str, value, call) -> None:
 def test_caches(fitted, name, value):
     case = fitted("llama-gqa")
     options = {"budget": 0.9, "window": 0, name: value}
-    refused(name, value, lambda: case.adapter.cache(case.model, **options))
-
-
-@pytest.mark.parametrize("value", [0, -1, *NOT_NUMBERS, 10**9])
-def test_bytes_per_token(fitted, value):
-    case = fitted("llama-gqa")
-    refused("bytes_per_token", value, lambda: case.adapter.cache(case.model, bytes_per_token=value))
+    refused(name, value, lambda: nested_cache(case.model, case.adapter, **options))
 
 
 def test_a_model_is_not_switched_by_a_call_that_fails(fitted):
     case = fitted("llama-gqa")
-    for options in ({"budget": 0.9, "sinks": -1}, {"budget": 0.01}, {"limit_mib": 1e-6}, {"allocation": {"keys": []}}):
+    for options in ({"budget": 0.9, "sinks": -1}, {"budget": 0.01}, {"limit": 1}, {"budget": {"keys": []}}):
         with pytest.raises(NestlingError):
-            case.adapter.cache(case.stock, **options)
+            nested_cache(case.stock, case.adapter, **options)
         assert case.stock.config._attn_implementation != "nestling"
 
 
@@ -94,13 +88,13 @@ def test_tables_are_of_whole_numbers(fitted, dtype):
     bits = torch.full((layers, heads, width // 8), 8, dtype=dtype)
     for table in (kv.RankTable(ranks, ranks), BitTable(bits, bits)):
         with pytest.raises(BudgetError, match=str(dtype)):
-            case.adapter.cache(case.model, allocation=table)
+            nested_cache(case.model, case.adapter, table)
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 0.99, 50, *NOT_NUMBERS[:3], True, None, "x", "90KiB"])
 def test_shrinking(fitted, ids, value):
     case = fitted("llama-gqa")
-    cache = case.adapter.cache(case.model, 0.9, window=0)
+    cache = nested_cache(case.model, case.adapter, 0.9, window=0)
     refused("budget", value, lambda: cache.shrink(value))
 
 
@@ -219,9 +213,11 @@ def test_numbers_of_other_kinds_are_numbers(fitted, ids):
     import numpy as np
 
     case = fitted("llama-gqa")
-    one = case.adapter.cache(case.model, np.float64(0.6), sinks=np.int64(2), window=3.0, context=torch.tensor(200))
-    other = case.adapter.cache(case.model, "60%", sinks=2, window=3, context=200)
-    assert torch.equal(one.ranks.stacked, other.ranks.stacked) and one.budget == other.budget == 0.6
+    one = nested_cache(
+        case.model, case.adapter, np.float64(0.6), sinks=np.int64(2), window=3.0, context=torch.tensor(200)
+    )
+    other = nested_cache(case.model, case.adapter, "60%", sinks=2, window=3, context=200)
+    assert torch.equal(one.allocation.stacked, other.allocation.stacked) and one.budget == other.budget == 0.6
     for a, b in zip(one.layers, other.layers, strict=True):
         assert (a.exact.sinks, a.exact.window) == (b.exact.sinks, b.exact.window) == (2, 3)
         assert all(type(size) is int for size in (a.exact.sinks, a.exact.window))

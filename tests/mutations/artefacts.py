@@ -84,8 +84,8 @@ def _adapters(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]
     def read(folder: Path) -> Any:
         found = kv.KVAdapter.from_pretrained(folder)
         with contextlib.suppress(AdapterError, BudgetError):  # of another model, or without bits, as it says now
-            found.cache(model, budget=0.75, window=2, context=512)
-            found.cache(model, budget=0.5, bits=True, window=2, context=512)
+            kv.NestedCache(model, found, kv.CacheConfig(budget=0.75, quantise=False, window=2, context=512))
+            kv.NestedCache(model, found, kv.CacheConfig(budget=0.5, window=2, context=512))
         found.card = ""
         found.save_pretrained(folder / "saved")
         values = (found.encode, found.mean, found.energy, found.noise, found.step)

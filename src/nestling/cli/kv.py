@@ -16,9 +16,6 @@ from nestling.cli.options import takes
 from nestling.cli.terminal import (
     Json,
     Model,
-    Sinks,
-    Window,
-    above_zero,
     check_checkpoints,
     check_outputs,
     console,
@@ -29,6 +26,7 @@ from nestling.cli.terminal import (
     show,
     write_results,
 )
+from nestling.kv.cache.config import CacheConfig
 from nestling.kv.calibration.config import FitConfig, SearchConfig
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.training.config import TrainConfig
@@ -41,7 +39,6 @@ Allocation = Annotated[
     str | None, typer.Option(help="energy, uniform or a searched one, such as greedy; by default the last searched.")
 ]
 Budget = Annotated[str, typer.Option(help="Share of the full cache's bytes, such as 0.25, 25 or 25%.")]
-Limit = Annotated[str, typer.Option(help="The same, or bytes that are never exceeded, such as 64MiB.")]
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
 Bits = Annotated[bool, typer.Option("--bits", help="Quantise coordinates too, each at the width that pays.")]
 CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bfloat16, float16, float32 or model.")]
@@ -206,37 +203,23 @@ def evaluate(
 
 @kv_app.command()
 @errors_as_messages
+@takes(config=CacheConfig)
 def generate(
     model: Model,
     adapter: Adapter,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
-    budget: Limit = "0.5",
-    allocation: Allocation = None,
+    config: CacheConfig,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most."), positive] = 128,
-    sinks: Sinks = 4,
-    window: Window = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy."), not_negative] = 0.0,
-    bits: Bits = False,
-    limit_mib: Annotated[
-        float | None,
-        typer.Option(help="MiB that the cache never exceeds: its budget falls as the text grows."),
-        above_zero,
-    ] = None,
-    cache_dtype: CacheDtype = "bfloat16",
 ) -> None:
     """Generate from a compressed cache, as a stream, and say what the cache took."""
     from nestling import kv
-    from nestling.kv.allocation.budget import read_budget
     from nestling.kv.demo import stream
     from nestling.models import load_model
 
-    asked, dtype = read_budget(budget, "--budget"), _dtype(cache_dtype)
     nested = kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
-    cache = nested.cache(
-        language_model, asked, allocation=allocation, sinks=sinks, window=window, dtype=dtype, bits=bits,
-        limit_mib=limit_mib,
-    )  # fmt: skip
+    cache = kv.NestedCache(language_model, nested, config)
     text = sys.stdin.read() if prompt == "-" else prompt
     console.print(stream(language_model, tokenizer, text, cache, max_new_tokens, temperature), style="dim")
 

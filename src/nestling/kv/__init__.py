@@ -19,7 +19,9 @@ from nestling.errors import (
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
     from nestling.kv.allocation.ranks import RankTable
+    from nestling.kv.cache.bound import bound
     from nestling.kv.cache.cache import NestedCache
+    from nestling.kv.cache.config import CacheConfig
     from nestling.kv.calibration.config import FitConfig, SearchConfig
     from nestling.kv.calibration.fit import fit
     from nestling.kv.calibration.search import search
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "BudgetError",
+    "CacheConfig",
     "CacheMismatchError",
     "CalibrationError",
     "Candidate",
@@ -46,6 +49,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "attach",
+    "bound",
     "compare",
     "detach",
     "evaluate",
@@ -57,8 +61,10 @@ __all__ = [
 HOMES = {
     "KVAdapter": "adapter",
     "RankTable": "allocation.ranks",
+    "CacheConfig": "cache.config",
     "NestedCache": "cache.cache",
     **dict.fromkeys(("FitConfig", "SearchConfig"), "calibration.config"),
+    "bound": "cache.bound",
     "fit": "calibration.fit",
     "search": "calibration.search",
     **dict.fromkeys(("Candidate", "compare", "evaluate"), "evaluation.evaluate"),

@@ -1,7 +1,5 @@
-"""KVAdapter: the nested bases of one model, small enough to share, from which caches of every budget are made."""
+"""KVAdapter: the nested bases of one model, small enough to share, which serve caches of every budget."""
 
-import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,22 +8,18 @@ import torch
 from torch import Tensor
 
 from nestling.basis import NestedBasis
-from nestling.errors import AdapterError, BudgetError
+from nestling.errors import AdapterError
 from nestling.kv.adapter_files import SIDES, path_names, read, write
 from nestling.kv.adapter_hub import push
 from nestling.kv.allocation import ranks as allocate
+from nestling.kv.allocation.allocate import WITHOUT_BITS, steps_of
 from nestling.kv.allocation.bits import BitTable, bit_table_of
-from nestling.kv.allocation.budget import SINKS, WINDOW, Budget, read_request
-from nestling.kv.allocation.ranks import CONTEXT, RankTable
-from nestling.kv.cache.cache import CHUNK, NestedCache, make_cache
-from nestling.kv.cache.exact import capacity
-from nestling.kv.cache.factory import WITHOUT_BITS, Maker, steps_of
+from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.modes import in_default_mode
-from nestling.options import choice, flag, number, share, whole
+from nestling.options import flag, number
 
 BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
-DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a cache can store
 
 
 @dataclass
@@ -152,120 +146,6 @@ class KVAdapter:
             return allocation
         bits = number("bits", bits, above=0)
         return bit_table_of(steps_of(self, allocation, bits=True), bits)
-
-    @in_default_mode
-    def cache(
-        self,
-        model,
-        budget: float | str | Budget | None = None,
-        *,
-        bytes_per_token: float | None = None,
-        allocation: str | RankTable | BitTable | Mapping | None = None,
-        sinks: int = SINKS,
-        window: int = WINDOW,
-        exact_prompt: bool = True,
-        paper: bool = False,
-        context: int = CONTEXT,
-        dtype: torch.dtype | None = None,
-        chunk: int = CHUNK,
-        offloading: bool = False,
-        tokens: float = 1.0,
-        bits: bool = False,
-        limit_mib: float | None = None,
-    ) -> NestedCache:
-        """An empty cache for ``model.generate(past_key_values=...)``, and the model switched to read it.
-
-        Args:
-            model: the causal LM that the adapter was made for.
-            budget: share of the full cache of the compressed layers, above 0 and at most 1, at equal precision: of its
-                bf16 bytes for a model (or ``dtype``) of 16 bits. Or text: ``"25%"``, or a limit such as ``"64MiB"``,
-                which is the same as ``limit_mib=64``; see `nestling.kv.allocation.budget.read_budget`. Not needed with
-                a rank table.
-            bytes_per_token: the same as a number of bytes per token, at the precision in use.
-            allocation: ``"energy"`` (least predicted loss), ``"uniform"``, the name of a searched one, such as
-                ``"greedy"``, or a rank table ``{"keys": [L][Hkv], "values": [L][Hkv]}``; by default what was searched
-                last, or else ``"energy"``.
-            sinks, window: leading and most recent tokens that are kept exact: of the latter at least ``window``, and
-                up to 15 more, since they are encoded 16 at a time. Room for all is counted: the ranks are lowered
-                so that the total meets the budget at ``context`` tokens.
-            exact_prompt: the first prompt attends to exact keys and values; only later reads see the compression. To
-                score a text in one call, say False, or let `nestling.kv.evaluation.evaluate` read it in chunks: with
-                True the call never reads what was compressed, so its loss is that of the full model at every budget.
-            paper: compress everything from token 0, as the paper does: no sinks, no window, no exact prompt.
-            context: number of tokens at which the budget is met.
-            dtype: of the stored coordinates: float16, bfloat16, float32 or float64; None means that of the model's
-                keys and values.
-            chunk: tokens by which storage grows.
-            tokens: share of the tokens that is kept, those that were read most (and sinks and recent ones); the
-                budget is that of a cache of all tokens, so both shares multiply. It has attention weights computed.
-            bits: quantise coordinates, each at the width that pays: 1 to 8 bits, none, or all 16. An adapter that
-                cannot (`quantises`) warns, and stores ranks of 16 bits.
-            limit_mib: MiB that the compressed layers never exceed: the cache shrinks as the text grows, from
-                ``budget`` (1 if there is none) down. Bases are not counted, see `NestedCache.basis_nbytes`.
-            offloading: keep layers in host memory between their turns, as transformers' offloaded caches do.
-
-        Raises:
-            OptionError: if an option has a value or a type that it cannot have.
-            AdapterError: if the model is not the one the adapter was made for.
-            BudgetError: if the budget or table cannot be met; the message has the smallest budget that can.
-        """
-        exact_prompt, paper = flag("exact_prompt", exact_prompt), flag("paper", paper)
-        sinks, window = whole("sinks", sinks, minimum=0), whole("window", window, minimum=0)
-        context, chunk, tokens = whole("context", context), whole("chunk", chunk), share("tokens", tokens)
-        bits, offloading = flag("bits", bits), flag("offloading", offloading)
-        choice("dtype", dtype, DTYPES)
-        self.check(model)
-        if paper:
-            sinks, window, exact_prompt = 0, 0, False
-        if bits or isinstance(allocation, BitTable):
-            dtype = dtype or (model.dtype if model.dtype.itemsize == 2 else torch.bfloat16)
-            if dtype.itemsize != 2:
-                raise BudgetError(f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits")
-        if bits and not self.quantises:
-            warnings.warn(f"bits=True: {WITHOUT_BITS}; until then its caches have ranks alone", stacklevel=3)
-            bits = False
-        itemsize, remake = (dtype or model.dtype).itemsize, None
-        asked, limit = read_request(budget, bytes_per_token, limit_mib, self.full_elements * itemsize)
-        if isinstance(allocation, RankTable | BitTable | Mapping):
-            if given := asked or limit:
-                raise BudgetError(f"{given.given}: a rank table is a budget by itself, leave it out")
-            ranks = self._checked(allocation, bits)
-        elif asked is None and limit is None:
-            raise BudgetError("give budget= (such as 0.25 or '64MiB') or bytes_per_token=, not both or neither")
-        else:
-            remake = Maker(
-                self, asked or Budget(1.0, None, "budget=1"), limit, allocation=allocation, bits=bits,
-                exact_tokens=capacity(sinks, window), context=context,
-                bits_help=dtype is None or dtype.itemsize == 2,
-            )  # fmt: skip
-            ranks = remake.required(remake.budget)
-        made = make_cache(
-            {layer: self._layer_bases(row) for row, layer in enumerate(self.fingerprint["layers"])},
-            ranks,
-            attention.text_config(model),
-            device=attention.layer_devices(model),
-            dtype=dtype,
-            sinks=sinks,
-            window=window,
-            exact_prompt=exact_prompt,
-            chunk=chunk,
-            offloading=offloading,
-            tokens=tokens,
-        )
-        if remake is not None:
-            made.start(remake, itemsize)
-        made.model = weakref.ref(model)
-        attention.attach(model)
-        attention.warn_of_rotation(model, stacklevel=3)
-        return made
-
-    def _checked(self, table: RankTable | BitTable | Mapping, bits: bool) -> RankTable | BitTable:
-        """A table that the user gave."""
-        if isinstance(table, BitTable):
-            return self.bits(1, table)
-        if bits:
-            raise BudgetError("bits=True goes with a budget or a bit table, not with a rank table")
-        return self.ranks(1, table)
 
     def _layer_bases(self, row: int) -> dict[str, Tensor]:
         """Bases, means and steps of a compressed layer, by its row: ``{"key_encode": [Hkv, D, D], ...}``."""

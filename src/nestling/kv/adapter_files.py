@@ -237,8 +237,6 @@ def _download(repo_id: str) -> Path:
 
 def _default_card(config: dict) -> str:
     model = config["model"]
-    bits = (config.get("training") or {}).get("sampling") == "bits"
-    used = "budget=0.25, bits=True" if bits else "budget=0.5"
     return (
         "---\nlibrary_name: nestling\ntags: [kv-cache, nestling]\n"
         + (f"base_model: {config['base_model']}\n" if config.get("base_model") else "")
@@ -247,8 +245,9 @@ def _default_card(config: dict) -> str:
         f"{model['num_key_value_heads']} KV heads of width {model['head_dim']}. "
         f"Basis: {config.get('basis', 'unknown')}, calibrated on {config.get('tokens', 'unknown')} tokens.\n\n"
         + _measured(config.get("training"))
-        + '```python\nfrom nestling import kv\n\nadapter = kv.KVAdapter.from_pretrained("this folder")\n'
-        f"cache = adapter.cache(model, {used})\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
+        + "```python\nfrom nestling import KVAdapter, NestedCache\n\n"
+        'adapter = KVAdapter.from_pretrained("this folder")\n'
+        "cache = NestedCache(model, adapter, 0.25)\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
     )
 
 

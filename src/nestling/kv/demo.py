@@ -19,6 +19,7 @@ from nestling.errors import OptionError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import built_in
 from nestling.kv.cache.cache import NestedCache
+from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.factory import bits_at
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
@@ -92,7 +93,7 @@ def stream(
     seconds = time.perf_counter() - start
     new = out.shape[-1] - inputs["input_ids"].shape[-1]
     return (
-        f"cache {cache.nbytes / 2**20:.2f} MiB held for {cache.get_seq_length()} tokens, full bf16 cache "
+        f"cache {cache.nbytes / 2**20:.2f} MiB held for {cache.get_seq_length()} tokens, full cache "
         f"{cache.full_nbytes / 2**20:.2f} MiB, {new} tokens at {new / seconds:.1f} tokens/s"
     )
 
@@ -167,7 +168,7 @@ ASKED = {
 
 
 def _nested(model, adapter: KVAdapter, share: float, **options: Any) -> NestedCache:
-    return adapter.cache(model, share, bits=True, dtype=torch.bfloat16, **options)
+    return NestedCache(model, adapter, CacheConfig(budget=share, dtype=torch.bfloat16, **options))
 
 
 def _text(tokenizer, pages: list[str], context: int) -> Tensor:

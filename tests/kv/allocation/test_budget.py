@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from nestling.errors import BudgetError, OptionError
 from nestling.kv.allocation.budget import Budget, read_budget, read_share, read_shares
+from nestling.kv.cache.cache import NestedCache
+from nestling.kv.cache.config import CacheConfig
 
 from ..cache.test_shrink import made
+from ..families import nested_cache
 
 
 @pytest.mark.parametrize(
@@ -136,11 +139,11 @@ def test_several():
 # What messages promise
 
 
-def refusal(name: str, value, kind: dict) -> str | None:
+def refusal(budget, kind: dict) -> str | None:
     """The message for a budget that is too small."""
     model, adapter = made()
     try:
-        adapter.cache(model, **{name: value}, **kind)
+        NestedCache(model, adapter, CacheConfig(budget=budget, **kind))
         return None
     except BudgetError as error:
         return str(error)
@@ -152,7 +155,7 @@ def smallest_said(message: str) -> float:
 
 KINDS = st.fixed_dictionaries(
     {
-        "bits": st.booleans(),
+        "quantise": st.booleans(),
         "sinks": st.integers(0, 9),
         "window": st.sampled_from([0, 1, 30, 64, 500]),
         "context": st.sampled_from([1, 20, 83, 84, 200, 1000, 4096, 10**6]),
@@ -162,27 +165,26 @@ KINDS = st.fixed_dictionaries(
 
 
 @settings(deadline=None, max_examples=60)
-@given(kind=KINDS, budget=st.floats(1e-7, 0.02) | st.sampled_from([0.3, "40%", "5"]), by_bytes=st.booleans())
-def test_the_smallest_budget_that_is_named_works_and_what_is_advised_helps(kind, budget, by_bytes):
-    if kind["bits"] and kind["dtype"] == torch.float32:
+@given(kind=KINDS, budget=st.floats(1e-7, 0.02) | st.sampled_from([0.3, "40%", "5", "0.1bits"]))
+def test_the_smallest_budget_that_is_named_works_and_what_is_advised_helps(kind, budget):
+    if kind["quantise"] and kind["dtype"] == torch.float32:
         kind = {**kind, "dtype": None}
-    name, value, tiny = ("bytes_per_token", 0.001, 1e-4) if by_bytes else ("budget", budget, 1e-9)
-    if not (message := refusal(name, value, kind)):
+    if not (message := refusal(budget, kind)):
         return
-    assert message.startswith(f"{name}={value!r} is below")
+    assert message.startswith(f"budget={budget!r} is below")
     least = smallest_said(message)
-    assert refusal(name, least, kind) is None
-    assert refusal(name, least - 1 if by_bytes else 0.998 * least, kind) is not None
+    assert refusal(least, kind) is None
+    assert refusal(0.998 * least, kind) is not None
     advice = message.partition("are possible with ")[2].split(", or ") if "possible with" in message else []
     ways = {
         "fewer exact tokens": {"sinks": 0, "window": 0},
         "a longer context": {"context": 10 * kind["context"] + 10_000},
-        "bits=True": {"bits": True},
+        "quantise=True": {"quantise": True},
     }
     assert set(advice) <= set(ways)
     for way, change in ways.items():  # what is advised helps, and nothing that helps is left out
-        if "bits" not in change or not (by_bytes or kind["dtype"] == torch.float32):
-            found = smallest_said(refusal(name, tiny, {**kind, **change}))
+        if "quantise" not in change or kind["dtype"] != torch.float32:
+            found = smallest_said(refusal(1e-9, {**kind, **change}))
             assert found <= least if way in advice else found == least
 
 
@@ -191,27 +193,27 @@ def test_bits_are_not_advised_to_an_adapter_that_cannot():
     old = replace(adapter, noise={}, step={})
     for made_by, said in ((adapter, True), (old, False)):
         with pytest.raises(BudgetError) as caught:
-            made_by.cache(model, 0.3)
-        assert ("bits=True" in str(caught.value)) == said
+            NestedCache(model, made_by, CacheConfig(budget=0.3, quantise=False))
+        assert ("quantise=True" in str(caught.value)) == said
     with pytest.raises(BudgetError) as caught:
-        adapter.cache(model, 0.3, allocation="uniform")
-    assert "bits=True" not in str(caught.value)
+        NestedCache(model, adapter, CacheConfig(budget=0.3, quantise=False, allocation="uniform"))
+    assert "quantise=True" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bits", [True, False])
 def test_the_smallest_limit_that_is_named_works(bits):
     model, adapter = made()
-    options = dict(bits=bits, sinks=2, window=3, context=1000, chunk=4)
-    with pytest.raises(BudgetError, match="limit_mib=0.0001 is out of reach") as caught:
-        adapter.cache(model, limit_mib=0.0001, **options)
+    options = dict(quantise=bits, sinks=2, window=3, context=1000, chunk=4)
+    with pytest.raises(BudgetError, match="limit='0.0001MiB' is out of reach") as caught:
+        nested_cache(model, adapter, limit="0.0001MiB", **options)
     least = float(re.search(r"takes ([\d.]+) MiB", str(caught.value))[1])
-    cache = adapter.cache(model, limit_mib=least, **options)
+    cache = nested_cache(model, adapter, limit=f"{least}MiB", **options)
     with torch.no_grad():
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
-        with pytest.raises(BudgetError, match=f"limit_mib={least}: 200 tokens take") as caught:
+        with pytest.raises(BudgetError, match=f"limit='{least}MiB': 200 tokens take") as caught:
             model(torch.ones(1, 199, dtype=torch.long), past_key_values=cache)
         least = float(re.search(r"take ([\d.]+) MiB", str(caught.value))[1])
-        cache = adapter.cache(model, f"{least}MiB", **options)
+        cache = nested_cache(model, adapter, f"{least}MiB", **options)
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
         model(torch.ones(1, 199, dtype=torch.long), past_key_values=cache)
 
@@ -220,16 +222,37 @@ def test_what_is_said_twice_is_refused():
     model, adapter = made()
     table = {"keys": [[8] * 6] * 2, "values": [[8] * 6] * 2}
     for options in (
-        {"budget": 0.9, "bytes_per_token": 700},
-        {"budget": "1MiB", "limit_mib": 1},
-        {"budget": 0.9, "allocation": table},
-        {"limit_mib": 1, "allocation": table},
-        {"bytes_per_token": 700, "allocation": table},
-        {},
+        {"budget": "1MiB", "limit": "1MiB"},
+        {"budget": table, "allocation": "energy"},
+        {"budget": table, "limit": "1MiB"},
     ):
         with pytest.raises(BudgetError):
-            adapter.cache(model, **options)
-    cache = adapter.cache(model, 0.9, limit_mib=1)
+            nested_cache(model, adapter, **options)
+    cache = nested_cache(model, adapter, 0.9, limit="1MiB")
     assert (cache.budget, cache.limit) == (0.9, 2**20)
-    cache = adapter.cache(model, "1MiB", bytes_per_token=800, sinks=0, window=0)
-    assert cache.limit == 2**20 and cache.budget == pytest.approx(800 / 4 / adapter.full_elements)
+    assert nested_cache(model, adapter, 0.9, limit=1000_000).limit == 1000_000
+
+
+def test_a_quarter_is_the_default_and_all_beneath_a_limit():
+    model, adapter = made()
+    cache = NestedCache(model, adapter, CacheConfig(sinks=0, window=0))
+    assert (cache.budget, cache.limit) == (0.25, None)
+    cache = NestedCache(model, adapter, CacheConfig(limit="1MiB"))
+    assert (cache.budget, cache.limit) == (1.0, 2**20)
+    cache = NestedCache(model, adapter, "8bits")
+    assert torch.equal(cache.allocation.stacked, NestedCache(model, adapter, 0.5).allocation.stacked)
+
+
+def test_allocations_of_ranks_are_not_quantised():
+    """A named one is used as it is, and quantise=False has its way; other caches are quantised where they can be."""
+    model, adapter = made()
+    old = replace(adapter, noise={}, step={})
+    for options, used, quantised in (
+        ({}, adapter, True),
+        ({"allocation": "energy"}, adapter, True),
+        ({"allocation": "uniform"}, adapter, False),
+        ({"quantise": False}, adapter, False),
+        ({}, old, False),
+    ):
+        cache = NestedCache(model, used, CacheConfig(budget=0.6, **options))
+        assert any(layer.quantised for layer in cache.layers) == quantised

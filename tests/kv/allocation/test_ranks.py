@@ -146,53 +146,39 @@ def test_a_larger_budget_lowers_nothing(method, layers, heads, width, seed, data
 
 
 def test_elements_of_plain_budgets():
-    assert elements_per_token(1000, 0.4, None) == 400
-    assert elements_per_token(1000, 1, None, exact_tokens=68) == 1000
-    assert elements_per_token(1000, None, 800) == 400
-    assert elements_per_token(1000, None, 800, itemsize=4) == 200
-    # 4 exact tokens of 4,096 are 0.1 %: the others get (0.4 * 4096 - 4) / 4092 of the full size
-    assert elements_per_token(1000, 0.4, None, exact_tokens=4) == pytest.approx(1000 * 1634.4 / 4092)
+    assert elements_per_token(1000, 0.4) == 400
+    assert elements_per_token(1000, 1, exact_tokens=68) == 1000
+    # 4 exact tokens of 1,024 are 0.4 %: the others get (0.4 * 1024 - 4) / 1020 of the full size
+    assert elements_per_token(1000, 0.4, exact_tokens=4) == pytest.approx(1000 * 405.6 / 1020)
 
 
-@given(
-    st.integers(1, 10**6), st.floats(0.01, 1), st.integers(0, 128), st.integers(130, 10**5), st.sampled_from([1, 2, 4])
-)
-def test_exact_tokens_are_paid_for(full, budget, exact, context, itemsize):
-    allowed = budget * full * itemsize * context
+@given(st.integers(1, 10**6), st.floats(0.01, 1), st.integers(0, 128), st.integers(130, 10**5))
+def test_exact_tokens_are_paid_for(full, budget, exact, context):
+    allowed = budget * full * context
     try:
-        left = elements_per_token(full, budget, None, itemsize=itemsize, exact_tokens=exact, context=context)
+        left = elements_per_token(full, budget, exact_tokens=exact, context=context)
     except BudgetError:
         assert exact >= budget * context * 0.999
         return
-    spent = (exact * full + (context - exact) * left) * itemsize
+    spent = exact * full + (context - exact) * left
     assert spent <= allowed * (1 + 1e-9)
     assert spent >= allowed * (1 - 1e-9)
-    by_bytes = elements_per_token(
-        full, None, budget * full * itemsize, itemsize=itemsize, exact_tokens=exact, context=context
-    )
-    assert by_bytes == pytest.approx(left, rel=1e-6, abs=1e-6 * full)
 
 
 @pytest.mark.parametrize(
-    "budget, per_token, options, message",
+    "budget, options, message",
     [
-        (None, None, {}, "not both or neither"),
-        (0.5, 100, {}, "not both or neither"),
-        (0, None, {}, "budget=0 is out of range"),
-        (-0.5, None, {}, "out of range"),
-        (1.01, None, {}, "budget=1.01 is out of range"),
-        (float("nan"), None, {}, "out of range"),
-        (None, 0, {}, "the full cache takes 2000"),
-        (None, -1, {}, "out of range"),
-        (None, 2001, {}, "bytes_per_token=2001 is out of range"),
-        (None, float("inf"), {}, "out of range"),
-        (0.1, None, {"exact_tokens": 100, "context": 1000}, "used up by 100 exact tokens"),
-        (0.5, None, {"exact_tokens": 100, "context": 100}, "must be longer than the 100 exact tokens"),
+        (0, {}, "budget=0 is out of range"),
+        (-0.5, {}, "out of range"),
+        (1.01, {}, "budget=1.01 is out of range"),
+        (float("nan"), {}, "out of range"),
+        (0.1, {"exact_tokens": 100, "context": 1000}, "used up by 100 exact tokens"),
+        (0.5, {"exact_tokens": 100, "context": 100}, "must be longer than the 100 exact tokens"),
     ],
 )
-def test_budgets_out_of_range_are_refused(budget, per_token, options, message):
+def test_budgets_out_of_range_are_refused(budget, options, message):
     with pytest.raises(BudgetError, match=message):
-        elements_per_token(1000, budget, per_token, **options)
+        elements_per_token(1000, budget, **options)
 
 
 @pytest.mark.parametrize("method", ["uniform", "energy"])

@@ -20,14 +20,15 @@ from nestling.basis import balanced
 from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.cache import handle as handle_module
 from nestling.kv.cache.buffer import Buffer
-from nestling.kv.cache.cache import CHUNK, Maker, NestedCache, make_cache
+from nestling.kv.cache.cache import CHUNK, NestedCache
 from nestling.kv.cache.exact import BLOCK, ExactStore, capacity
+from nestling.kv.cache.factory import CacheFactory
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.layer import DRAFT, NestedLayer
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 
-from ..families import FAMILIES, tiny_model
+from ..families import FAMILIES, cache_of_bases, nested_cache, tiny_model
 
 LENGTH = dict(min_new_tokens=12, max_new_tokens=12)
 MODES = {
@@ -73,7 +74,7 @@ def expected(fitted, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_budget_generates_the_stock_tokens(fitted, expected, ids, family, mode, exact_prompt):
     made = fitted(family)
-    cache = made.adapter.cache(made.model, 1.0, exact_prompt=exact_prompt)
+    cache = nested_cache(made.model, made.adapter, 1.0, exact_prompt=exact_prompt)
     assert generate(made.model, ids, mode, **cached(made.model, cache)) == expected(family, mode)
     assert cache.get_seq_length() > 20
 
@@ -82,7 +83,7 @@ def test_full_budget_generates_the_stock_tokens(fitted, expected, ids, family, m
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
 def test_full_budget_generates_the_stock_tokens_in_bf16(fitted, ids, family, exact_prompt):
     model, stock = (tiny_model(family, dtype=torch.bfloat16) for _ in range(2))
-    cache = fitted(family).adapter.cache(model, 1.0, exact_prompt=exact_prompt)
+    cache = nested_cache(model, fitted(family).adapter, 1.0, exact_prompt=exact_prompt)
     expected = generate(stock, ids, "padded")
     assert generate(model, ids, "padded", **cached(model, cache)) == expected
 
@@ -90,7 +91,7 @@ def test_full_budget_generates_the_stock_tokens_in_bf16(fitted, ids, family, exa
 def test_a_small_budget_does_change_the_tokens(fitted, expected, ids):
     """The identity above is not that of a cache that is ignored."""
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.5, paper=True)
+    cache = nested_cache(made.model, made.adapter, 0.5, paper=True)
     assert generate(made.model, ids, "greedy", **cached(made.model, cache)) != expected("llama-gqa", "greedy")
 
 
@@ -218,7 +219,7 @@ OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(1, 20)),
         st.tuples(st.just("crop"), st.integers(0, 30)),
-        st.tuples(st.sampled_from(["reorder", "repeat", "select", "offload"]), st.integers(0, 5)),
+        st.tuples(st.sampled_from(["reorder", "repeat", "select"]), st.integers(0, 5)),
     ),
     min_size=1,
     max_size=7,
@@ -245,7 +246,7 @@ def layers(draw):
 def one_layer(heads, groups, width, ranks, options, mean, generator) -> tuple[NestedLayer, Attention, Reference]:
     config = llama_config(heads, groups, width)
     bases = random_bases(heads, width, generator, mean)
-    cache = make_cache({0: bases}, ranks, config, device=torch.device("cpu"), **options)
+    cache = cache_of_bases({0: bases}, ranks, config, **options)
     exact = {name: options[name] for name in ("sinks", "window", "block") if name in options}
     return cache.layers[0], Attention(config), Reference(bases, ranks, groups, **exact)
 
@@ -278,9 +279,6 @@ def test_a_layer_is_full_width_attention_to_truncated_states(shape, operations, 
             count = min(count, reference.length)
             layer.crop(-count)
             reference.crop(count)
-        elif verb == "offload":
-            layer.offload()
-            layer.prefetch()
         else:
             if verb == "reorder":
                 index = torch.randint(0, batch, (batch,), generator=generator)
@@ -351,7 +349,7 @@ def read_with(bases, states, query, sinks: int, window: int, rank: int) -> dict[
     heads, width = states[0].shape[1], states[0].shape[3]
     config, table = llama_config(heads, 2, width), RankTable(*(torch.full((1, heads), rank) for _ in range(2)))
     options = dict(device=torch.device("cpu"), sinks=sinks, window=window, exact_prompt=False)
-    layer = make_cache({0: bases}, table, config, **options).layers[0]
+    layer = cache_of_bases({0: bases}, table, config, **options).layers[0]
     handle, _ = layer.update(*states)
     module, position, outs = Attention(config), torch.arange(states[0].shape[2]), {}
     mask = (position <= position[-query.shape[2] :, None])[None, None]
@@ -410,10 +408,7 @@ def test_means_cost_no_storage_and_full_ranks_have_none():
     bases = random_bases(3, 16, torch.Generator().manual_seed(0), mean=1.0)
     plain = {name: tensor for name, tensor in bases.items() if not name.endswith("mean")}
     table = RankTable(torch.tensor([[4, 16, 16]]), torch.tensor([[16, 8, 16]]))
-    made = [
-        make_cache({0: b}, table, llama_config(3, 1, 16), device=torch.device("cpu"), sinks=2, window=3)
-        for b in (bases, plain)
-    ]
+    made = [cache_of_bases({0: b}, table, llama_config(3, 1, 16), sinks=2, window=3) for b in (bases, plain)]
     for cache in made:
         cache.layers[0].update(*(torch.randn(1, 3, 30, 16) for _ in range(2)))
     assert made[0].nbytes == made[1].nbytes
@@ -428,7 +423,7 @@ def test_means_cost_no_storage_and_full_ranks_have_none():
         torch.testing.assert_close(got.double(), rest[None], rtol=1e-4, atol=1e-4)
         assert got.untyped_storage().nbytes() == 3 * 16 * 4
     full = RankTable(*(torch.full((1, 3), 16) for _ in range(2)))
-    layer = make_cache({0: bases}, full, llama_config(3, 1, 16), device=torch.device("cpu")).layers[0]
+    layer = cache_of_bases({0: bases}, full, llama_config(3, 1, 16)).layers[0]
     assert layer.biases == [None, None]
 
 
@@ -440,7 +435,7 @@ def test_caches_are_nested():
     stored = []
     for rank in (4, 8, 12):
         table = RankTable(torch.full((1, 2), rank), torch.full((1, 2), rank))
-        layer = make_cache({0: bases}, table, config, device=torch.device("cpu")).layers[0]
+        layer = cache_of_bases({0: bases}, table, config).layers[0]
         layer.update(*states)
         stored.append([rows.view() for rows in layer.groups[0].rows])
     for small, large in zip(stored, stored[1:], strict=False):
@@ -476,14 +471,14 @@ def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, f
     """
     made = fitted(family)
     options = dict(sinks=sinks, window=window, exact_prompt=False, context=4096)
-    cache = made.adapter.cache(made.model, budget, **options)
+    cache = nested_cache(made.model, made.adapter, budget, **options)
     rows = {layer: row for row, layer in enumerate(made.adapter.fingerprint["layers"])}
     exact = torch.zeros(40, 40, dtype=torch.bool)  # by query and key
 
     def truncated(module, query, key, value, mask, **kwargs):
         row = rows.get(module.layer_idx)
         whole, states = [], []
-        for side, state, ranks in (("key", key, cache.ranks.keys), ("value", value, cache.ranks.values)):
+        for side, state, ranks in (("key", key, cache.allocation.keys), ("value", value, cache.allocation.values)):
             read = state.clone()
             for head in range(state.shape[1] if row is not None else 0):
                 r, mean = ranks[row, head], made.adapter.mean[side][row, head]
@@ -515,7 +510,7 @@ def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, f
 def test_prefill_is_chunks_is_token_by_token(fitted, ids, family, budget):
     made = fitted(family)
     outs = [
-        run(made.model, ids[:2, :24], made.adapter.cache(made.model, budget, paper=True), lengths)
+        run(made.model, ids[:2, :24], nested_cache(made.model, made.adapter, budget, paper=True), lengths)
         for lengths in ([24], [1] * 24, [3, 17, 4], [9, 15])
     ]
     for out in outs[1:]:
@@ -526,7 +521,7 @@ def test_the_first_prompt_is_exact_and_later_reads_are_not(fitted, ids):
     made = fitted("llama-gqa")
     with torch.no_grad():
         stock = made.stock(input_ids=ids[:1, :30]).logits
-    out = run(made.model, ids[:1], made.adapter.cache(made.model, 0.6, window=0), [29, 1])
+    out = run(made.model, ids[:1], nested_cache(made.model, made.adapter, 0.6, window=0), [29, 1])
     torch.testing.assert_close(out[:, :29], stock[:, :29])
     assert (out[:, 29] - stock[:, 29]).abs().max() > 1e-2
 
@@ -537,10 +532,10 @@ def test_a_window_keeps_recent_tokens_exact(fitted, ids):
     with torch.no_grad():
         stock = made.stock(input_ids=ids[:1, :30]).logits
     kept = run(
-        made.model, ids[:1], made.adapter.cache(made.model, allocation=table, sinks=4, window=26), [10] + [1] * 20
+        made.model, ids[:1], nested_cache(made.model, made.adapter, budget=table, sinks=4, window=26), [10] + [1] * 20
     )
     lost = run(
-        made.model, ids[:1], made.adapter.cache(made.model, allocation=table, sinks=4, window=0), [10] + [1] * 20
+        made.model, ids[:1], nested_cache(made.model, made.adapter, budget=table, sinks=4, window=0), [10] + [1] * 20
     )
     torch.testing.assert_close(kept, stock, rtol=1e-3, atol=1e-3)
     assert (lost - stock).abs().max() > 0.1
@@ -552,7 +547,7 @@ def test_padding_does_not_change_a_row(fitted, ids, budget):
     pad = torch.tensor([0, 4, 9])
     mask = (torch.arange(24) >= pad[:, None]).long()
     padded = torch.stack([ids[0, :24].roll(int(p)) for p in pad]) * mask
-    cache = made.adapter.cache(made.model, budget, paper=True)
+    cache = nested_cache(made.model, made.adapter, budget, paper=True)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
         first = made.model(
@@ -571,14 +566,14 @@ def test_padding_does_not_change_a_row(fitted, ids, budget):
             input_ids=padded[:, 21:], attention_mask=mask, position_ids=positions[:, 21:], **cached(made.model, cache)
         )
     got = torch.cat([o.logits for o in (first, second, third)], 1)
-    alone = run(made.model, ids[:1, :24], made.adapter.cache(made.model, budget, paper=True), [20, 1, 3])
+    alone = run(made.model, ids[:1, :24], nested_cache(made.model, made.adapter, budget, paper=True), [20, 1, 3])
     for row, p in enumerate(pad.tolist()):
         torch.testing.assert_close(got[row, p:], alone[0, : 24 - p], rtol=1e-3, atol=1e-3)
 
 
 def test_caches_of_several_budgets_serve_one_model_at_once(fitted, ids):
     made = fitted("llama-gqa")
-    make = [lambda b=b: made.adapter.cache(made.model, b, window=0) for b in (0.55, 0.75, 1.0)] + [
+    make = [lambda b=b: nested_cache(made.model, made.adapter, b, window=0) for b in (0.55, 0.75, 1.0)] + [
         lambda: DynamicCache()
     ]
     alone = [run(made.model, ids[:2, :24], new(), [20, 1, 1, 1, 1]) for new in make]
@@ -614,7 +609,7 @@ def test_other_caches_still_work_after_attaching(fitted, ids, family):
 def test_crop_forgets(fitted, ids, sinks):
     """Also back into the sinks: 18 tokens less 8 leaves 10 of 12."""
     made = fitted("llama-gqa")
-    new = lambda: made.adapter.cache(made.model, 0.7, sinks=sinks, window=0, exact_prompt=False, context=999)  # noqa: E731
+    new = lambda: nested_cache(made.model, made.adapter, 0.7, sinks=sinks, window=0, exact_prompt=False, context=999)  # noqa: E731
     cache = new()
     run(made.model, ids[:1, :18], cache, [15, 3])
     cache.crop(-8)
@@ -631,7 +626,7 @@ def test_crop_forgets(fitted, ids, sinks):
 
 def test_reset_is_a_new_cache(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.6, window=4)
+    cache = nested_cache(made.model, made.adapter, 0.6, window=4)
     first = run(made.model, ids[:2, :24], cache, [20, 4])
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
@@ -642,7 +637,7 @@ def test_reset_is_a_new_cache(fitted, ids):
 
 def test_a_prefilled_cache_can_be_copied_and_used_twice(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.6, window=0)
+    cache = nested_cache(made.model, made.adapter, 0.6, window=0)
     run(made.model, ids[:1, :20], cache, [20])
     twin = copy.deepcopy(cache)
     one = run(made.model, ids[1:2, :4], cache, [1, 3])
@@ -652,7 +647,7 @@ def test_a_prefilled_cache_can_be_copied_and_used_twice(fitted, ids):
 
 def test_rows_are_chosen_and_repeated_with_their_history(fitted, ids):
     made = fitted("llama-gqa")
-    start = made.adapter.cache(made.model, 0.6, window=3)
+    start = nested_cache(made.model, made.adapter, 0.6, window=3)
     run(made.model, ids[:3, :20], start, [20])
     expected = run(made.model, ids[3:6, :2], copy.deepcopy(start), [2])
     for verb, argument, index in (
@@ -670,21 +665,19 @@ def test_rows_are_chosen_and_repeated_with_their_history(fitted, ids):
 
 def test_verbs_on_an_empty_cache_do_nothing(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.6, window=0)
+    cache = nested_cache(made.model, made.adapter, 0.6, window=0)
     cache.crop(0)
     for layer in cache.layers:
         layer.batch_repeat_interleave(2)
         layer.batch_select_indices(torch.tensor([0]))
         layer.reorder_cache(torch.tensor([0]))
-        layer.offload()
-        layer.prefetch()
-    fresh = run(made.model, ids[:2, :9], made.adapter.cache(made.model, 0.6, window=0), [9])
+    fresh = run(made.model, ids[:2, :9], nested_cache(made.model, made.adapter, 0.6, window=0), [9])
     assert torch.equal(run(made.model, ids[:2, :9], cache, [9]), fresh)
 
 
 def test_misuse_is_refused(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.6, window=0)
+    cache = nested_cache(made.model, made.adapter, 0.6, window=0)
     run(made.model, ids[:2, :9], cache, [9])
     with pytest.raises(kv.CacheMismatchError, match=r"\[2, 2, 16\] and was given \[3, 2, 16\]"):
         run(made.model, ids[:3, :1], cache, [1])
@@ -695,18 +688,18 @@ def test_misuse_is_refused(fitted, ids):
     wider = tiny_model("llama-mha")
     attention.attach(wider)
     with pytest.raises(kv.CacheMismatchError, match="4 heads"):
-        run(wider, ids[:2, :9], made.adapter.cache(made.model, 0.6, window=0), [9])
+        run(wider, ids[:2, :9], nested_cache(made.model, made.adapter, 0.6, window=0), [9])
     other = tiny_model("qwen2")
     attention.attach(other)
     with pytest.raises(kv.CacheMismatchError, match="another model"):
-        run(other, ids[:2, :9], made.adapter.cache(made.model, 0.6, window=0), [9])
+        run(other, ids[:2, :9], nested_cache(made.model, made.adapter, 0.6, window=0), [9])
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mha"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_model_switched_back_says_so(fitted, ids, family, implementation):
     made, model = fitted(family), tiny_model(family)
-    cache = made.adapter.cache(model, 0.6, window=0)
+    cache = nested_cache(model, made.adapter, 0.6, window=0)
     model.set_attn_implementation(implementation)
     with pytest.raises(AttributeError, match="attention implementation is not 'nestling'"):
         run(model, ids[:2, :9], cache, [9])
@@ -733,7 +726,7 @@ def storages(root) -> dict[int, int]:
             todo += vars(item).values()
         else:
             assert not hasattr(item, "__dict__") or isinstance(
-                item, RankTable | LlamaConfig | Maker | torch.dtype | torch.device
+                item, RankTable | LlamaConfig | CacheFactory | torch.dtype | torch.device
             ), item
     return {address: size for address, size in found.items() if size}
 
@@ -771,7 +764,7 @@ def fill(cache, tokens: int, batch: int = 1, piece: int = 512):
 )
 def test_bytes_meet_the_budget(smol, budget, options):
     model, adapter = smol
-    cache = adapter.cache(model, budget, **options)
+    cache = nested_cache(model, adapter, budget, context=CONTEXT, **options)
     bases = storages([[g.encode, g.decode] for layer in cache.layers for g in layer.groups])
     means = storages([layer.biases for layer in cache.layers])
     orders = storages([layer.order for layer in cache.layers])
@@ -780,25 +773,25 @@ def test_bytes_meet_the_budget(smol, budget, options):
     held = {a: n for a, n in storages(cache).items() if a not in bases | means | orders}
     assert cache.nbytes == sum(held.values())
     assert cache.full_nbytes == full
-    slack = cache.ranks.elements * 2 * CHUNK
+    slack = cache.allocation.elements * 2 * CHUNK
     assert 0.97 * budget * full <= cache.nbytes <= budget * full + slack
     exact = capacity(options.get("sinks", 4), options.get("window", 64))
-    stored = (CONTEXT - exact) * cache.ranks.elements * 2 + (exact * 30 * 3 * 64 * 4 if budget < 1 else 0)
+    stored = (CONTEXT - exact) * cache.allocation.elements * 2 + (exact * 30 * 3 * 64 * 4 if budget < 1 else 0)
     assert stored <= 1.001 * budget * full
     # no basis keeps more alive than its ranks need
-    assert sum(bases.values()) <= 2 * 64 * cache.ranks.elements * 4
+    assert sum(bases.values()) <= 2 * 64 * cache.allocation.elements * 4
     assert sum(means.values()) <= 2 * 30 * 3 * 64 * 4 and bool(means) == (budget < 1)
 
 
 def test_every_storage_is_compact_and_in_the_precision_of_the_model(smol):
     model, adapter = smol
-    cache = adapter.cache(model, 0.4, window=32)
+    cache = nested_cache(model, adapter, 0.4, window=32)
     fill(cache, 700)
     for row, layer in enumerate(cache.layers):
         assert len(layer.groups) <= 4
         assert sorted(h for g in layer.groups for h in g.heads) == [0, 1, 2]
         for group in layer.groups:
-            for rows, ranks in zip(group.rows, (cache.ranks.keys, cache.ranks.values), strict=True):
+            for rows, ranks in zip(group.rows, (cache.allocation.keys, cache.allocation.values), strict=True):
                 rank = int(ranks[row, group.heads[0]])
                 assert rows.data.shape == (len(group.heads), 1, rank, 768)
                 assert rows.data.dtype == torch.bfloat16
@@ -809,8 +802,8 @@ def test_every_storage_is_compact_and_in_the_precision_of_the_model(smol):
 
 def test_a_stated_dtype_is_kept(fitted, ids):
     made = fitted("llama-gqa")
-    half = made.adapter.cache(made.model, 0.7, window=0, dtype=torch.bfloat16)
-    same = made.adapter.cache(made.model, 0.7, window=0)
+    half = nested_cache(made.model, made.adapter, 0.7, window=0, dtype=torch.bfloat16)
+    same = nested_cache(made.model, made.adapter, 0.7, window=0)
     a, b = (run(made.model, ids[:1, :24], c, [20, 4]) for c in (half, same))
     assert {r.data.dtype for layer in half.layers for g in layer.groups for r in g.rows} == {torch.bfloat16}
     assert half.nbytes * 2 == same.nbytes
@@ -842,7 +835,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 from nestling.kv.allocation.ranks import RankTable
-from nestling.kv.cache.cache import make_cache
+from tests.kv.families import cache_of_bases
 
 def rss():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -853,9 +846,9 @@ config = LlamaConfig(num_hidden_layers=layers, hidden_size=576, num_attention_he
 names = [f"{s}_{n}" for s in ("key", "value") for n in ("encode", "decode")]
 bases = {i: {n: torch.eye(width).expand(heads, width, width) for n in names} for i in range(layers)}
 ranks = RankTable(torch.full((layers, heads), rank), torch.full((layers, heads), rank))
-cache = make_cache(bases, ranks, config, device=torch.device("cpu"), sinks=4)
+cache = cache_of_bases(bases, ranks, config, sinks=4)
 states = torch.randn(batch, heads, 1024, width, dtype=torch.bfloat16)
-make_cache(bases, ranks, config, device=torch.device("cpu")).layers[0].update(states, states)  # code is loaded
+cache_of_bases(bases, ranks, config).layers[0].update(states, states)  # code is loaded
 before = rss()
 for layer in cache.layers:
     for _ in range(4096 // 1024):
@@ -866,7 +859,8 @@ print(rss() - before, cache.nbytes, cache.full_nbytes)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_process_really_is_smaller():
-    environment = os.environ | {"PYTHONPATH": str(Path(kv.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    places = os.pathsep.join(map(str, (Path(kv.__file__).parents[2], Path(__file__).parents[3])))
+    environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed buffers go back to the system: no arenas in the measure
     done = subprocess.run([sys.executable, "-c", RSS], env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -16,19 +16,19 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from nestling import kv
 
-from ..families import tiny_fit, tiny_model
+from ..families import nested_cache, tiny_fit, tiny_model
 
 CACHES = {
     "full": dict(budget=1.0),
     "ranks": dict(budget=0.6, sinks=2, window=6),
-    "bits": dict(budget=0.4, bits=True, sinks=2, window=6),
-    "evicting": dict(budget=0.8, tokens=0.6, sinks=2, window=6),
-    "limited": dict(budget="0.05MiB", bits=True, sinks=2, window=6),
+    "bits": dict(budget=0.4, quantise=True, sinks=2, window=6),
+    "evicting": dict(budget=0.8, keep_tokens=0.6, sinks=2, window=6),
+    "limited": dict(budget="0.05MiB", quantise=True, sinks=2, window=6),
 }
 
 
 def filled(made, name: str, text, **options):
-    cache = made.adapter.cache(made.model, **{"context": 256, **CACHES[name], **options})
+    cache = nested_cache(made.model, made.adapter, **{"context": 256, **CACHES[name], **options})
     with torch.no_grad():
         made.model(input_ids=text, past_key_values=cache)
     return cache
@@ -88,7 +88,7 @@ def test_a_copy_is_the_cache(fitted, ids, family, name, how):
 @pytest.mark.parametrize("name", ["ranks", "bits"])
 def test_an_empty_copy_and_a_shallow_one(fitted, ids, name):
     made = fitted("llama-gqa")
-    empty = made.adapter.cache(made.model, **{"context": 256, **CACHES[name]})
+    empty = nested_cache(made.model, made.adapter, **{"context": 256, **CACHES[name]})
     twin = pickle.loads(pickle.dumps(empty))
     expected = goes_on(made.model, empty, ids[:1, :40])
     assert torch.equal(goes_on(made.model, twin, ids[:1, :40]), expected)
@@ -164,7 +164,7 @@ def test_a_reloaded_model_goes_on_with_a_cache(fitted, ids, tmp_path):
 def test_a_cache_outlives_its_model(ids):
     model = tiny_model("llama-gqa")
     adapter = tiny_fit(model, ids)
-    cache = adapter.cache(model, 0.6, sinks=2, window=6, context=256)
+    cache = nested_cache(model, adapter, 0.6, sinks=2, window=6, context=256)
     with torch.no_grad():
         model(input_ids=ids[:1, :30], past_key_values=cache)
     del model
@@ -197,7 +197,7 @@ def test_another_model_is_refused(fitted, ids, change):
 
 def test_a_model_may_be_trained_while_its_caches_live(fitted, ids):
     model = tiny_model("llama-gqa")
-    cache = fitted("llama-gqa").adapter.cache(model, 0.6, sinks=2, window=6, context=256)
+    cache = nested_cache(model, fitted("llama-gqa").adapter, 0.6, sinks=2, window=6, context=256)
     with torch.no_grad():
         model(input_ids=ids[:1, :30], past_key_values=cache)
         for parameter in model.parameters():
@@ -305,7 +305,7 @@ def test_threads_with_caches_of_their_own_share_a_model(fitted, ids):
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma3"])
 def test_iteration_gives_keys_and_values_as_stock_caches_do(fitted, ids, family):
     made = fitted(family)
-    cache, stock = made.adapter.cache(made.model, 1.0), DynamicCache(config=made.stock.config)
+    cache, stock = nested_cache(made.model, made.adapter, 1.0), DynamicCache(config=made.stock.config)
     assert [row[:2] for row in cache] == [row[:2] for row in stock] == [(None, None)] * len(stock)
     with torch.no_grad():
         for model, held in ((made.model, cache), (made.stock, stock)):

@@ -9,21 +9,21 @@ import torch
 from nestling.kv.cache.exact import BLOCK, capacity
 from nestling.kv.cache.layer import RECORDED
 
-from ..families import tiny_fit, tiny_model
+from ..families import nested_cache, tiny_fit, tiny_model
 
 WINDOW, SINKS = 8, 2
 CACHES = {
     "full": dict(budget=1.0),
     "ranks": dict(budget=0.6),
-    "bits": dict(budget=0.4, bits=True),
-    "compressed prompt": dict(budget=0.4, bits=True, exact_prompt=False),
-    "no window": dict(budget=0.4, bits=True, window=0),
+    "bits": dict(budget=0.4, quantise=True),
+    "compressed prompt": dict(budget=0.4, quantise=True, exact_prompt=False),
+    "no window": dict(budget=0.4, quantise=True, window=0),
 }
 
 
 def new_cache(made, name: str, **options):
     base = {"context": 256, "sinks": SINKS, "window": WINDOW}
-    return made.adapter.cache(made.model, **{**base, **CACHES[name], **options})
+    return nested_cache(made.model, made.adapter, **{**base, **CACHES[name], **options})
 
 
 def recent(cache) -> int:
@@ -205,7 +205,9 @@ def test_room_for_drafts_is_counted_and_given_back(fitted, ids):
 def test_a_limit_holds_with_drafts(fitted, ids):
     made = fitted("llama-gqa")
     limit = int(0.045 * 2**20)
-    cache = made.adapter.cache(made.model, limit_mib=0.045, bits=True, sinks=2, window=3, context=400, chunk=16)
+    cache = nested_cache(
+        made.model, made.adapter, limit="0.045MiB", quantise=True, sinks=2, window=3, context=400, chunk=16
+    )
     prompt = ids[:1, :13].repeat(1, 5)
     with torch.no_grad():
         for _ in range(30):
@@ -220,7 +222,7 @@ def test_evicting_caches_go_on_through_drafts(fitted, ids, extra):
     made = fitted("llama-gqa")
     prompt = ids[:1, :20].repeat(1, 4)
     for name in ("ranks", "bits", "full"):
-        cache = new_cache(made, name, tokens=0.4)
+        cache = new_cache(made, name, keep_tokens=0.4)
         text = made.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, do_sample=False,
             min_new_tokens=80, max_new_tokens=80, **extra,

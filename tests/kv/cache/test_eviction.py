@@ -9,7 +9,7 @@ from nestling.kv.cache import eviction as evict
 from nestling.kv.cache.eviction import HeavyHitters, attention_mass
 from nestling.kv.integration.attach import cached
 
-from ..families import tiny_fit, tiny_model
+from ..families import nested_cache, tiny_fit, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def weights(stock, text, mask=None) -> torch.Tensor:
 def test_mass_is_the_sum_of_the_weights(single, ids, monkeypatch, block):
     model, adapter, stock = single
     monkeypatch.setattr(evict, "QUERY_BLOCK", block)
-    cache = adapter.cache(model, 1.0, tokens=0.99, sinks=0, window=0)
+    cache = nested_cache(model, adapter, 1.0, keep_tokens=0.99, sinks=0, window=0)
     text, mask = ids[:3, :30], torch.ones(3, 30, dtype=torch.long)
     mask[1, :7] = 0
     model(input_ids=text, attention_mask=mask, **cached(model, cache))
@@ -56,7 +56,7 @@ def test_both_ways_of_reading_count_alike(fitted, ids):
     """Token by token the weights are those of coordinates, in chunks of 20 those of decoded keys."""
     case, found = fitted("qwen3"), []
     for chunk in (1, 20):
-        cache = case.adapter.cache(case.model, 0.7, tokens=0.999, sinks=2, window=8, exact_prompt=False)
+        cache = nested_cache(case.model, case.adapter, 0.7, keep_tokens=0.999, sinks=2, window=8, exact_prompt=False)
         for part in ids[:2, :60].split(chunk, 1):
             case.model(input_ids=part, **cached(case.model, cache))
         found.append([layer.hitters.mass for layer in cache.layers])
@@ -74,8 +74,8 @@ def test_later_tokens_see_the_most_read_ones(single, ids, budget, window):
     sinks, text, after = 2, ids[:2, :40], ids[:2, 40:44]
     options = {"budget": budget}
     if budget < 1:  # one head's values are compressed, so that there is an exact store
-        options = {"allocation": {"keys": [[16, 16]], "values": [[16, 8]]}}
-    cache = adapter.cache(model, tokens=0.5, sinks=sinks, window=window, **options)
+        options = {"budget": {"keys": [[16, 16]], "values": [[16, 8]]}}
+    cache = nested_cache(model, adapter, keep_tokens=0.5, sinks=sinks, window=window, **options)
     model(input_ids=text, **cached(model, cache))
     layer = cache.layers[0]
     recent = layer.exact.length - sinks if layer.exact is not None else window
@@ -107,7 +107,7 @@ def test_shares_of_tokens_and_coordinates_multiply_in_bytes(fitted, ids):
     case = fitted("llama-gqa")
     text, sizes = ids.reshape(1, -1)[:, :500], {}
     for share in (1.0, 0.5):
-        cache = case.adapter.cache(case.model, 0.75, tokens=share, sinks=2, window=8, chunk=16)
+        cache = nested_cache(case.model, case.adapter, 0.75, keep_tokens=share, sinks=2, window=8, chunk=16)
         case.model(input_ids=text, **cached(case.model, cache))
         mass = sum(0 if layer.hitters is None else layer.hitters.nbytes for layer in cache.layers)
         sizes[share] = cache.nbytes - mass
@@ -119,7 +119,7 @@ def test_shares_of_tokens_and_coordinates_multiply_in_bytes(fitted, ids):
 def test_generation_goes_on_and_evicts(fitted, ids):
     case = fitted("llama-gqa")
     for extra in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
-        cache = case.adapter.cache(case.model, 0.75, tokens=0.4, sinks=2, window=4)
+        cache = nested_cache(case.model, case.adapter, 0.75, keep_tokens=0.4, sinks=2, window=4)
         inputs = {"input_ids": ids[:2, :50], "attention_mask": torch.ones(2, 50, dtype=torch.long)}
         inputs["attention_mask"][0, :9] = 0
         out = case.model.generate(**inputs, **cached(case.model, cache), max_new_tokens=30, pad_token_id=0, **extra)
@@ -136,7 +136,7 @@ def test_padding_is_evicted_first(single, ids):
     row = ids[:1, :30]
     padded = torch.cat((torch.zeros(1, 10, dtype=torch.long), row), 1)
     mask = (torch.arange(40) >= 10).long()[None]
-    cache = adapter.cache(model, 1.0, tokens=0.75, sinks=0, window=0)
+    cache = nested_cache(model, adapter, 1.0, keep_tokens=0.75, sinks=0, window=0)
     model(
         input_ids=padded,
         attention_mask=mask,
@@ -154,7 +154,7 @@ def test_padding_is_evicted_first(single, ids):
 @torch.no_grad()
 def test_what_was_evicted_cannot_be_taken_back(fitted, ids):
     case = fitted("llama-gqa")
-    cache = case.adapter.cache(case.model, 0.75, tokens=0.5, sinks=2, window=8)
+    cache = nested_cache(case.model, case.adapter, 0.75, keep_tokens=0.5, sinks=2, window=8)
     case.model(input_ids=ids[:1, :60], **cached(case.model, cache))
     cache.crop(-5)
     assert cache.get_seq_length() == 55 and cache.layers[0].hitters.mass.shape[-1] == 25
@@ -182,7 +182,7 @@ def test_choice_by_hand():
 def test_shares_out_of_range_are_refused(fitted, tokens):
     case = fitted("llama-gqa")
     with pytest.raises(OptionError, match="tokens="):
-        case.adapter.cache(case.model, 0.75, tokens=tokens)
+        nested_cache(case.model, case.adapter, 0.75, keep_tokens=tokens)
 
 
 def test_mass_needs_no_cache():

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from nestling import kv
 from nestling.errors import GradientError
 
-from ..families import tiny_fit, tiny_model
+from ..families import nested_cache, tiny_fit, tiny_model
 
 MODES = {
     "grad": torch.enable_grad,
@@ -21,8 +21,8 @@ CACHES = {
     "full": dict(budget=1.0),
     "ranks": dict(budget=0.6, sinks=2, window=6),
     "no window": dict(budget=0.6, sinks=0, window=0),
-    "bits": dict(budget=0.4, bits=True, sinks=2, window=6),
-    "evicting": dict(budget=0.8, tokens=0.8, sinks=2, window=6),
+    "bits": dict(budget=0.4, quantise=True, sinks=2, window=6),
+    "evicting": dict(budget=0.8, keep_tokens=0.8, sinks=2, window=6),
 }
 
 
@@ -33,7 +33,7 @@ def autocast(dtype=torch.bfloat16):
 
 
 def new_cache(made, name: str, **options):
-    return made.adapter.cache(made.model, **{"context": 256, **CACHES[name], **options})
+    return nested_cache(made.model, made.adapter, **{"context": 256, **CACHES[name], **options})
 
 
 def feed(model, cache, ids, lengths, modes) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_autocast_may_come_and_go(fitted, ids, name, order, dtype):
 
 def test_what_comes_in_full_precision_after_autocast_is_stored_in_it(fitted, ids):
     made = fitted("qwen3")
-    cache, stock = made.adapter.cache(made.model, 1.0), DynamicCache(config=made.stock.config)
+    cache, stock = nested_cache(made.model, made.adapter, 1.0), DynamicCache(config=made.stock.config)
     with autocast():
         for model, held in ((made.model, cache), (made.stock, stock)):
             model.model.layers[0].self_attn.k_norm, norm = torch.nn.Identity(), model.model.layers[0].self_attn.k_norm
@@ -124,7 +124,7 @@ def test_a_model_may_change_its_precision(ids):
     model = tiny_model("llama-gqa")
     adapter = tiny_fit(model, ids)
     for budget in (1.0, 0.6):
-        cache = adapter.cache(model, budget, sinks=2, window=6, context=256)
+        cache = nested_cache(model, adapter, budget, sinks=2, window=6, context=256)
         with torch.no_grad():
             before = model(input_ids=ids[:1, :30], past_key_values=cache).logits[:, -1]
             model.bfloat16()
@@ -160,7 +160,7 @@ def test_calibration_search_and_evaluation_are_the_same_in_every_mode(ids, mode)
     assert all(torch.equal(found[0][1].paths[name], path) for name, path in found[1][1].paths.items())
     assert found[0][2] == found[1][2]
     assert not any(t.is_inference() for t in found[1][0].encode.values())
-    cache = found[1][1].cache(model, 0.9, sinks=2, window=6, context=256)
+    cache = nested_cache(model, found[1][1], 0.9, sinks=2, window=6, context=256)
     assert feed(model, cache, ids[:1], [20, 4], [torch.enable_grad] * 2).isfinite().all()
 
 
@@ -193,7 +193,7 @@ def test_an_adapter_that_was_read_in_inference_mode_serves_in_all(fitted, ids, t
     made.adapter.save_pretrained(tmp_path / "adapter")
     with torch.inference_mode():
         adapter = kv.KVAdapter.from_pretrained(tmp_path / "adapter")
-        cache = adapter.cache(made.model, 0.4, bits=True, sinks=2, window=6, context=256)
+        cache = nested_cache(made.model, adapter, 0.4, quantise=True, sinks=2, window=6, context=256)
         made.model(input_ids=ids[:1, :30], past_key_values=cache)
     assert feed(made.model, cache, ids[1:2], [20, 1], [torch.enable_grad] * 2).isfinite().all()
 
@@ -214,7 +214,7 @@ def test_gradients_reach_a_prefix_as_with_the_stock_cache(fitted, ids, family):
     start = made.model.get_input_embeddings()(ids[:1, :20]).detach()
     for model, cache in (
         (made.stock, DynamicCache(config=made.stock.config)),
-        (made.model, made.adapter.cache(made.model, 1.0)),
+        (made.model, nested_cache(made.model, made.adapter, 1.0)),
     ):
         prefix = start.clone().requires_grad_()
         weight = model.model.layers[0].self_attn.v_proj.weight
@@ -234,7 +234,7 @@ def test_gradients_pass_through_compressed_states(fitted, ids, window):
     start = model.get_input_embeddings()(ids[:1, :24]).detach()
 
     def loss(prefix):
-        cache = made.adapter.cache(model, 0.6, sinks=2 if window else 0, window=window, context=256)
+        cache = nested_cache(model, made.adapter, 0.6, sinks=2 if window else 0, window=window, context=256)
         model(inputs_embeds=prefix[:, :20], past_key_values=cache)
         model(inputs_embeds=prefix[:, 20:], past_key_values=cache)
         return model(input_ids=ids[1:2, :9], past_key_values=cache, labels=ids[1:2, :9]).loss
@@ -256,7 +256,7 @@ def test_storage_may_grow_before_the_backward_pass(ids, name):
     model.requires_grad_(False)
     weight.requires_grad_()
     for copied in (False, True):
-        cache, losses = adapter.cache(model, **{"context": 256, **CACHES[name]}), []
+        cache, losses = nested_cache(model, adapter, **{"context": 256, **CACHES[name]}), []
         for part in ids[:1, :30].split((4, 20, 6), 1):
             losses.append(model(input_ids=part, past_key_values=cache, labels=part).loss)
             cache = copy.deepcopy(cache) if copied else cache

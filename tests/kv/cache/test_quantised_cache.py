@@ -18,7 +18,7 @@ from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration.attach import cached
 from nestling.kv.quantisation import cpu as kernels
 
-from ..families import FAMILIES, tiny_fit, tiny_model
+from ..families import FAMILIES, nested_cache, tiny_fit, tiny_model
 from .test_cache import recent_after, run
 
 CELLS = {1: 8, 2: 4, 3: 2, 4: 1, 8: 1 / 8}  # the description of the format, once more
@@ -68,7 +68,7 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
     model = tiny_model(family, **one)
     adapter = tiny_fit(model, ids, sensitivity_windows=8)
     table = some_table(adapter)
-    cache = adapter.cache(model, allocation=table, sinks=sinks, window=window, exact_prompt=False)
+    cache = nested_cache(model, adapter, budget=table, sinks=sinks, window=window, exact_prompt=False)
     rows = {layer: row for row, layer in enumerate(adapter.fingerprint["layers"])}
     exact = torch.zeros(40, 40, dtype=torch.bool)
 
@@ -120,11 +120,11 @@ def test_heads_may_keep_nothing_at_all(fitted, ids):
     made = fitted("llama-gqa")
     table = BitTable(*(torch.full((3, 2, 2), 8) for _ in range(2)))
     table.keys[1], table.values[2, 1] = 0, 0
-    options = dict(allocation=table, sinks=0, window=0, exact_prompt=False)
-    cache = made.adapter.cache(made.model, **options)
+    options = dict(budget=table, sinks=0, window=0, exact_prompt=False)
+    cache = nested_cache(made.model, made.adapter, **options)
     with torch.no_grad():
         whole = made.model(input_ids=ids[:2, :30], **cached(made.model, cache)).logits
-        parts = run(made.model, ids[:2, :30], made.adapter.cache(made.model, **options), [20, *[1] * 10])
+        parts = run(made.model, ids[:2, :30], nested_cache(made.model, made.adapter, **options), [20, *[1] * 10])
     assert torch.isfinite(whole).all()
     far = ~torch.isclose(whole, parts, rtol=1e-3, atol=1e-3)
     assert far.any(-1).float().mean() < 0.1
@@ -188,15 +188,17 @@ def test_long_histories_are_unpacked_in_parts(monkeypatch):
 def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids, family, bits):
     made = fitted(family)
     budgets = (1.0, 0.6, 0.35, 0.2) if bits else (1.0, 0.8, 0.6, 0.55)
-    options = dict(bits=bits, sinks=2, window=3, exact_prompt=False, context=200, dtype=torch.bfloat16)
-    cache = made.adapter.cache(made.model, budgets[0], **options)
+    options = dict(quantise=bits, sinks=2, window=3, exact_prompt=False, context=200, dtype=torch.bfloat16)
+    cache = nested_cache(made.model, made.adapter, budgets[0], **options)
     run(made.model, ids[:2, :40], cache, [40])
     before = cache.nbytes
     for budget in budgets[1:]:
         cache.shrink(budget)
-        small = made.adapter.cache(made.model, budget, **options)
+        small = nested_cache(made.model, made.adapter, budget, **options)
         run(made.model, ids[:2, :40], small, [40])
-        assert cache.nbytes == small.nbytes < before and torch.equal(cache.ranks.stacked, small.ranks.stacked)
+        assert cache.nbytes == small.nbytes < before and torch.equal(
+            cache.allocation.stacked, small.allocation.stacked
+        )
         assert held_bytes(cache) == cache.nbytes
         # States behind the first layer differ, as they were read of other history: what was given to it does not.
         one, other = (next(layer for layer in c.layers if isinstance(layer, NestedLayer)) for c in (cache, small))
@@ -210,17 +212,17 @@ def test_shrinking_leaves_what_a_smaller_cache_would_hold(fitted, ids, family, b
 
 def test_a_copy_shrinks_by_itself_and_copies_no_model(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.5, bits=True, window=0, context=200)
+    cache = nested_cache(made.model, made.adapter, 0.5, quantise=True, window=0, context=200)
     run(made.model, ids[:1, :40], cache, [40])
     other, before = copy.deepcopy(cache), cache.nbytes
-    assert other.remake is cache.remake
+    assert other.factory is cache.factory
     other.shrink(0.25)
     assert other.nbytes < before == cache.nbytes
 
 
 def test_shrinking_up_is_refused_and_changes_nothing(fitted, ids):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.3, bits=True, window=0, context=200)
+    cache = nested_cache(made.model, made.adapter, 0.3, quantise=True, window=0, context=200)
     run(made.model, ids[:1, :20], cache, [20])
     before = cache.nbytes
     with pytest.raises(BudgetError, match="larger than the one in use"):
@@ -229,13 +231,13 @@ def test_shrinking_up_is_refused_and_changes_nothing(fitted, ids):
         cache.shrink(0.0)
     assert cache.nbytes == before
     with pytest.raises(CacheMismatchError, match="made with a table"):
-        made.adapter.cache(made.model, allocation=some_table(made.adapter)).shrink(0.1)
+        nested_cache(made.model, made.adapter, some_table(made.adapter)).shrink(0.1)
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
 def test_bytes_meet_the_budget(fitted, ids, budget):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, budget, bits=True, sinks=1, window=1, context=1024, chunk=1)
+    cache = nested_cache(made.model, made.adapter, budget, quantise=True, sinks=1, window=1, context=1024, chunk=1)
     with torch.no_grad():
         for part in ids.repeat(1, 16)[:1, :1024].split(128, 1):
             made.model(input_ids=part, **cached(made.model, cache))
@@ -245,7 +247,7 @@ def test_bytes_meet_the_budget(fitted, ids, budget):
 
 def test_states_that_are_not_finite_are_refused_before_anything_is_stored(fitted):
     made = fitted("llama-gqa")
-    cache = made.adapter.cache(made.model, 0.3, bits=True, window=0)
+    cache = nested_cache(made.model, made.adapter, 0.3, quantise=True, window=0)
     states = [torch.zeros(1, 2, 5, 16) for _ in range(2)]
     cache.layers[1].update(*states)
     states[1][0, 1, 3, 2] = torch.nan
@@ -254,21 +256,19 @@ def test_states_that_are_not_finite_are_refused_before_anything_is_stored(fitted
     assert cache.layers[1].length == 5 and cache.layers[1].groups[0].length in (1, 5)
 
 
-def test_adapters_without_noise_say_so_and_fall_back_to_ranks(fitted, ids, tmp_path):
+def test_adapters_without_noise_have_caches_of_ranks(fitted, ids, tmp_path):
     made = fitted("llama-gqa")
     old = kv.KVAdapter(made.adapter.fingerprint, made.adapter.encode, made.adapter.mean, made.adapter.energy)
     with pytest.raises(AdapterError, match="calibrate or train it again"):
         old.bits(2000)
-    with pytest.warns(UserWarning, match="calibrate or train it again; until then its caches have ranks alone"):
-        cache = old.cache(made.model, 0.8, bits=True, window=0, context=1000)
-    same = old.cache(made.model, 0.8, window=0, context=1000, dtype=torch.bfloat16)
+    cache = nested_cache(made.model, old, 0.8, quantise=True, window=0, context=1000, dtype=torch.bfloat16)
+    same = nested_cache(made.model, old, 0.8, window=0, context=1000, dtype=torch.bfloat16)
     with torch.no_grad():
         for held in (cache, same):
             made.model(input_ids=ids, **cached(made.model, held))
     assert cache.nbytes == same.nbytes
     config = kv.EvalConfig(budgets=[0.8], windows=1, length=40, sinks=0, window=0, bits=True)
-    with pytest.warns(UserWarning, match="ranks alone"):
-        assert not kv.evaluate(made.model, None, ids, old, config, progress=False)[1]["method"].endswith("bits")
+    assert not kv.evaluate(made.model, None, ids, old, config, progress=False)[1]["method"].endswith("bits")
     assert kv.evaluate(made.model, None, ids, made.adapter, config, progress=False)[1]["method"].endswith("-bits")
     old.save_pretrained(tmp_path / "old")
     assert not kv.KVAdapter.from_pretrained(tmp_path / "old").quantises
@@ -280,17 +280,17 @@ def test_adapters_without_noise_say_so_and_fall_back_to_ranks(fitted, ids, tmp_p
 def test_a_budget_below_the_smallest_and_other_precisions_are_refused(fitted):
     made = fitted("llama-gqa")
     with pytest.raises(BudgetError):
-        made.adapter.cache(made.model, 0.001, bits=True, sinks=0, window=0)
+        nested_cache(made.model, made.adapter, 0.001, quantise=True, sinks=0, window=0)
     with pytest.raises(BudgetError, match="16 bits"):
-        made.adapter.cache(made.model, 0.3, bits=True, dtype=torch.float32)
-    with pytest.raises(BudgetError, match="or a bit table"):
-        made.adapter.cache(made.model, 0.3, bits=True, allocation="greedy")
+        nested_cache(made.model, made.adapter, 0.3, quantise=True, dtype=torch.float32)
+    with pytest.raises(BudgetError, match="'uniform' or a rank table, got 'greedy'"):
+        nested_cache(made.model, made.adapter, 0.3, quantise=True, allocation="greedy")
 
 
 def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
     made = fitted("llama-gqa")
-    options = dict(bits=True, sinks=2, window=3, exact_prompt=False, context=400, chunk=16)
-    cache = made.adapter.cache(made.model, limit_mib=0.05, **options)
+    options = dict(quantise=True, sinks=2, window=3, exact_prompt=False, context=400, chunk=16)
+    cache = nested_cache(made.model, made.adapter, limit="0.05MiB", **options)
     text, budgets = ids.repeat(1, 8)[:1, :400], []
     with torch.no_grad():
         for part in text.split(10, 1):
@@ -299,7 +299,8 @@ def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
             budgets.append(cache.budget)
     assert budgets[0] == 1 and budgets == sorted(budgets, reverse=True) and 2 < len(set(budgets)) < 20
     assert cache.full_nbytes > 3 * cache.nbytes > 0.1 * 2**20
-    with pytest.raises(BudgetError, match="limit_mib=0.001 is out of reach"):
-        made.adapter.cache(made.model, limit_mib=0.001, **options)
-    with pytest.raises(BudgetError, match="limit_mib=0.0075: 400 tokens take .* do not fit"):
-        made.model(input_ids=text, **cached(made.model, made.adapter.cache(made.model, limit_mib=0.0075, **options)))
+    with pytest.raises(BudgetError, match="limit='0.001MiB' is out of reach"):
+        nested_cache(made.model, made.adapter, limit="0.001MiB", **options)
+    with pytest.raises(BudgetError, match="limit='0.0075MiB': 400 tokens take .* do not fit"):
+        cache = nested_cache(made.model, made.adapter, limit="0.0075MiB", **options)
+        made.model(input_ids=text, **cached(made.model, cache))

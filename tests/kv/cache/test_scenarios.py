@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ..families import FAMILIES, MORE, tiny_model
+from ..families import FAMILIES, MORE, nested_cache, tiny_model
 
 NEW = 14
-BUDGETS = {"1": dict(budget=1.0), "0.5": dict(budget=0.5, bits=True), "0.25": dict(budget=0.25, bits=True)}
+BUDGETS = {"1": dict(budget=1.0), "0.5": dict(budget=0.5, quantise=True), "0.25": dict(budget=0.25, quantise=True)}
 QUICK = ["llama-gqa", "gemma3"]
 MATRIX = [
     pytest.param(family, budget, id=f"{family}-{budget}", marks=() if family in QUICK else pytest.mark.slow)
@@ -34,7 +34,7 @@ class Case:
 
     def cache(self, **options):
         base = dict(sinks=2, window=6, context=256) if not self.full else {}
-        return self.made.adapter.cache(self.model, **{**base, **BUDGETS[self.budget], **options})
+        return nested_cache(self.model, self.made.adapter, **{**base, **BUDGETS[self.budget], **options})
 
     def generate(self, tokens, cache, mask=None, **more):
         """The text that is added, ``[B, new]``, and the logits of each of its tokens."""

@@ -15,7 +15,7 @@ from nestling.kv.cache.layer import NestedLayer
 from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration import attach as attention
 
-from ..families import tiny_model
+from ..families import nested_cache, tiny_model
 
 HEADS, WIDTH, LAYERS = 6, 16, 2  # more heads than groups
 
@@ -46,7 +46,7 @@ def made():
 
 def make(budget, **options) -> kv.NestedCache:
     model, adapter = made()
-    return adapter.cache(model, budget, **{"context": 1000, "chunk": 4, "dtype": torch.bfloat16, **options})
+    return nested_cache(model, adapter, budget, **{"context": 1000, "chunk": 4, "dtype": torch.bfloat16, **options})
 
 
 def states(count: int, batch: int, seed: int) -> torch.Tensor:
@@ -96,8 +96,8 @@ class Followed:
 
     def check(self):
         """The cache holds what a fresh one of its budget does."""
-        fresh = make(self.cache.budget, **{k: v for k, v in self.options.items() if k != "limit_mib"})
-        assert torch.equal(fresh.ranks.stacked, self.cache.ranks.stacked)
+        fresh = make(self.cache.budget, **{k: v for k, v in self.options.items() if k != "limit"})
+        assert torch.equal(fresh.allocation.stacked, self.cache.allocation.stacked)
         for done, layer, other in zip(self.done, self.cache.layers, fresh.layers, strict=True):
             for what, *arguments in done:
                 {"append": other.update, "crop": other.crop, "rows": other.batch_select_indices}[what](*arguments)
@@ -132,7 +132,7 @@ OPERATIONS = st.one_of(
 )
 GROWTH = st.tuples(st.just("append"), st.integers(1, 60), st.integers(0, 999))
 KINDS = st.fixed_dictionaries(
-    {"bits": st.booleans(), "sinks": st.sampled_from([0, 0, 2, 5]), "window": st.sampled_from([0, 0, 3, 20])}
+    {"quantise": st.booleans(), "sinks": st.sampled_from([0, 0, 2, 5]), "window": st.sampled_from([0, 0, 3, 20])}
 )
 
 
@@ -144,7 +144,11 @@ def carry_out(followed: Followed, operation: tuple) -> None:
         try:
             followed.cache.shrink(budget)
         except BudgetError:
-            assert budget < followed.cache.remake.smallest and before == (followed.cache.budget, followed.cache.nbytes)
+            assert budget < followed.cache.factory.smallest
+            assert before == (
+                followed.cache.budget,
+                followed.cache.nbytes,
+            )
     elif what == "rows":
         followed.rows(torch.tensor(arguments[0]) % followed.batch)
     elif what == "copy":
@@ -174,7 +178,7 @@ def test_whatever_is_done_a_cache_holds_what_a_smaller_one_would(start, kind, op
 @torch.no_grad()
 def test_a_limit_holds_whatever_is_done(kib, kind, operations):
     try:
-        followed = Followed(1.0, limit_mib=kib / 1024, **kind)
+        followed = Followed(1.0, limit=f"{kib}KiB", **kind)
     except BudgetError:
         return
     for operation in chain.from_iterable(operations):
@@ -182,7 +186,7 @@ def test_a_limit_holds_whatever_is_done(kib, kind, operations):
         try:
             carry_out(followed, operation)
         except BudgetError as error:
-            assert f"limit_mib={kib / 1024}" in str(error)
+            assert f"limit='{kib}KiB'" in str(error)
             assert before == (followed.cache.get_seq_length(), followed.cache.budget)
             break
         assert held_bytes(followed.cache) <= kib * 1024
@@ -218,13 +222,15 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3", "gemma3", "llama-mqa"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 19, 20, 21, 22, 40])
 @pytest.mark.parametrize(
-    "options", [{"bits": True}, {}, {"bits": True, "tokens": 0.8}], ids=["bits", "ranks", "evict"]
+    "options", [{"quantise": True}, {}, {"quantise": True, "keep_tokens": 0.8}], ids=["bits", "ranks", "evict"]
 )
 def test_at_any_length_a_shrunk_cache_goes_on_as_a_smaller_one(fitted, ids, family, tokens, options):
     """The exact store has room for 20 tokens. In one layer, since states behind it depend on what was read."""
     case = fitted(family)
     for start, budgets in ((1.0, (0.9, 0.8)), (0.9, (0.9, 0.8, 0.8))):
-        caches = [case.adapter.cache(case.model, b, sinks=2, window=3, context=1000, **options) for b in (start, 0.8)]
+        caches = [
+            nested_cache(case.model, case.adapter, b, sinks=2, window=3, context=1000, **options) for b in (start, 0.8)
+        ]
         for cache in caches:
             if tokens:
                 logits(case.model, ids[:2, :tokens], cache)
@@ -247,15 +253,16 @@ def test_at_any_length_a_shrunk_cache_goes_on_as_a_smaller_one(fitted, ids, fami
 @pytest.mark.parametrize("bits", [True, False])
 def test_no_cache_is_made_to_shrink_or_to_find_room(fitted, ids, monkeypatch, bits):
     case = fitted("llama-gqa")
-    limited = case.adapter.cache(case.model, "150KiB", bits=bits, sinks=2, window=3, context=1000, chunk=16)
-    shrunk = case.adapter.cache(case.model, 0.9, bits=bits, sinks=2, window=3, context=1000)
+    limited = nested_cache(
+        case.model, case.adapter, "150KiB", quantise=bits, sinks=2, window=3, context=1000, chunk=16
+    )
+    shrunk = nested_cache(case.model, case.adapter, 0.9, quantise=bits, sinks=2, window=3, context=1000)
     logits(case.model, ids[:1, :50], shrunk)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a cache was made")
 
     monkeypatch.setattr(kv.NestedCache, "__init__", refuse)
-    monkeypatch.setattr(kv.KVAdapter, "cache", refuse)
     shrunk.shrink(0.7)
     for part in ids.flatten()[None].split(32, 1)[: 16 if bits else 8]:
         logits(case.model, part, limited)
@@ -265,7 +272,7 @@ def test_no_cache_is_made_to_shrink_or_to_find_room(fitted, ids, monkeypatch, bi
 def test_what_does_not_change_is_not_copied(fitted, ids):
     """A shrunk layer shares storage and bases with what it was, wherever both are the same."""
     case = fitted("llama-gqa")
-    cache = case.adapter.cache(case.model, 0.9, sinks=2, window=3, context=1000)
+    cache = nested_cache(case.model, case.adapter, 0.9, sinks=2, window=3, context=1000)
     logits(case.model, ids[:1, :50], cache)
     before = sides(cache)
     cache.shrink(0.85)
@@ -285,16 +292,16 @@ def sides(cache) -> dict[int, tuple]:
 def test_an_error_leaves_everything_as_it_was(fitted, ids):
     for family in ("llama-gqa", "gemma3"):  # the latter begins with a layer that is not compressed
         case = fitted(family)
-        cache = case.adapter.cache(case.model, 0.9, sinks=2, window=3, context=1000, chunk=1)
+        cache = nested_cache(case.model, case.adapter, 0.9, sinks=2, window=3, context=1000, chunk=1)
         logits(case.model, ids[:2, :40], cache)
-        before, state = snapshot(cache), (cache.budget, cache.nbytes, cache.get_seq_length(), cache.ranks)
+        before, state = snapshot(cache), (cache.budget, cache.nbytes, cache.get_seq_length(), cache.allocation)
         for wrong in (0.95, 0.0, 0.3, -1, "64MiB", "a half", float("nan"), True, None):
             with pytest.raises(BudgetError):
                 cache.shrink(wrong)
             assert same(snapshot(cache), before)
-            assert (cache.budget, cache.nbytes, cache.get_seq_length(), cache.ranks) == state
+            assert (cache.budget, cache.nbytes, cache.get_seq_length(), cache.allocation) == state
         limit = sum(layer.nbytes for layer in cache.layers if isinstance(layer, NestedLayer)) + 2000
-        cache = case.adapter.cache(case.model, 0.6, sinks=2, window=3, context=1000, limit_mib=limit / 2**20, chunk=1)
+        cache = nested_cache(case.model, case.adapter, 0.6, sinks=2, window=3, context=1000, limit=limit, chunk=1)
         logits(case.model, ids[:2, :40], cache)
         before = snapshot(cache)
         with pytest.raises(BudgetError, match="do not fit"):
@@ -305,7 +312,7 @@ def test_an_error_leaves_everything_as_it_was(fitted, ids):
 
 def test_a_shrink_that_was_interrupted_is_finished_by_the_next(fitted, ids, monkeypatch):
     case = fitted("llama-gqa")
-    cache, other = (case.adapter.cache(case.model, 1.0, sinks=2, window=3, context=1000) for _ in range(2))
+    cache, other = (nested_cache(case.model, case.adapter, 1.0, sinks=2, window=3, context=1000) for _ in range(2))
     for held in (cache, other):
         logits(case.model, ids[:1, :40], held)
     move, calls = NestedLayer.move, []
@@ -328,13 +335,13 @@ def test_a_shrink_that_was_interrupted_is_finished_by_the_next(fitted, ids, monk
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"limit_mib": 0.14, "chunk": 16}, {"tokens": 0.7}], ids=["plain", "limit", "evict"]
+    "options", [{}, {"limit": "0.14MiB", "chunk": 16}, {"keep_tokens": 0.7}], ids=["plain", "limit", "evict"]
 )
 @pytest.mark.parametrize("start", [1.0, 0.8])
 def test_after_reset_a_cache_is_as_it_was_made(fitted, ids, start, options):
     case = fitted("llama-gqa")
     cache, fresh = (
-        case.adapter.cache(case.model, start, sinks=2, window=3, context=1000, **options) for _ in range(2)
+        nested_cache(case.model, case.adapter, start, sinks=2, window=3, context=1000, **options) for _ in range(2)
     )
     text = ids.flatten()[None, :300]
     for part in text.split(60, 1):
@@ -344,7 +351,7 @@ def test_after_reset_a_cache_is_as_it_was_made(fitted, ids, start, options):
     assert cache.budget < start
     cache.reset()
     assert (cache.budget, cache.limit, cache.nbytes) == (fresh.budget, fresh.limit, 0)
-    assert torch.equal(cache.ranks.stacked, fresh.ranks.stacked) and cache.get_seq_length() == 0
+    assert torch.equal(cache.allocation.stacked, fresh.allocation.stacked) and cache.get_seq_length() == 0
     for part in text.split(60, 1):
         assert torch.equal(logits(case.model, part, cache), logits(case.model, part, fresh))
     assert (cache.budget, cache.nbytes) == (fresh.budget, fresh.nbytes)
@@ -354,7 +361,7 @@ def test_after_reset_a_cache_is_as_it_was_made(fitted, ids, start, options):
 def test_heads_keep_their_own_tokens_and_what_was_read_of_them(start, sinks, window):
     """With eviction each head holds other tokens: when the order of heads changes, it does for all that is theirs."""
     torch.manual_seed(0)
-    cache = make(start, sinks=sinks, window=window, tokens=0.5)
+    cache = make(start, sinks=sinks, window=window, keep_tokens=0.5)
     for index, (keys, values) in enumerate(states(150, 1, 0)):
         cache.update(keys, values, index)
         layer = cache.layers[index]
@@ -394,7 +401,7 @@ def test_the_mode_of_the_caller_changes_nothing(fitted, ids, mode, bits):
     case = fitted("llama-gqa")
     found = []
     for name in ("no_grad", mode):
-        cache = case.adapter.cache(case.model, 1.0, bits=bits, sinks=2, window=3, context=1000)
+        cache = nested_cache(case.model, case.adapter, 1.0, quantise=bits, sinks=2, window=3, context=1000)
         logits(case.model, ids[:2, :40], cache)
         with MODES[name]():
             cache.shrink(0.8)
@@ -414,7 +421,7 @@ WAYS = [{"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample"
 def test_in_the_middle_of_generate(fitted, ids, options, bits):
     """From a logits processor: before, while and after tokens leave the exact store."""
     case = fitted("llama-gqa")
-    cache = case.adapter.cache(case.model, 1.0, bits=bits, sinks=2, window=3, context=1000)
+    cache = nested_cache(case.model, case.adapter, 1.0, quantise=bits, sinks=2, window=3, context=1000)
     budgets = iter([0.95, 0.9, 0.9, 0.85, 0.8, 0.75, 0.7])
 
     class Shrinking:
@@ -443,11 +450,11 @@ def test_a_limit_is_kept_when_the_batch_grows(fitted, ids, bits):
         "reorder": lambda c: c.reorder_cache(torch.tensor([0, 0, 0, 0])),
     }
     for verb in verbs.values():
-        options = dict(bits=bits, sinks=2, window=3, context=1000, chunk=8)
-        cache = case.adapter.cache(case.model, 1.0, **options)
+        options = dict(quantise=bits, sinks=2, window=3, context=1000, chunk=8)
+        cache = nested_cache(case.model, case.adapter, 1.0, **options)
         logits(case.model, ids[:1, :60], cache)
         limit = 3 * cache.nbytes
-        cache = case.adapter.cache(case.model, f"{limit}B", **options)
+        cache = nested_cache(case.model, case.adapter, f"{limit}B", **options)
         logits(case.model, ids[:1, :60], cache)
         assert cache.budget == 1
         verb(cache)
@@ -458,7 +465,7 @@ def test_a_limit_is_kept_when_the_batch_grows(fitted, ids, bits):
 def test_bases_are_counted_beside_what_is_held(fitted, ids):
     """Against all tensors that can be reached from a cache."""
     case = fitted("llama-gqa")
-    cache = case.adapter.cache(case.model, 0.5, bits=True, sinks=2, window=3, context=1000)
+    cache = nested_cache(case.model, case.adapter, 0.5, quantise=True, sinks=2, window=3, context=1000)
     empty = cache.basis_nbytes
     logits(case.model, ids[:2, :40], cache)
     found, seen, todo = {}, set(), list(cache.layers)
@@ -477,23 +484,4 @@ def test_bases_are_counted_beside_what_is_held(fitted, ids):
             todo += vars(item).values()
     orders = sum(t.nbytes for layer in cache.layers for t in layer.order or ())
     assert sum(found.values()) == cache.nbytes + cache.basis_nbytes + orders
-    assert cache.basis_nbytes == empty > 0 and case.adapter.cache(case.model, 1.0).basis_nbytes == 0
-
-
-def test_layers_that_are_offloaded_come_and_go(fitted, ids, monkeypatch):
-    """Without a GPU: a device that is the same by another name."""
-    case, calls = fitted("llama-gqa"), []
-    cache = case.adapter.cache(case.model, 1.0, sinks=2, window=3, context=1000)
-    logits(case.model, ids[:1, :40], cache)
-    for name in ("prefetch", "move", "offload"):
-        method = getattr(NestedLayer, name)
-
-        def called(self, *args, name=name, method=method):
-            calls.append((name, self.index))
-            return method(self, *args)
-
-        monkeypatch.setattr(NestedLayer, name, called)
-    cache.layers[1].device = torch.device("cpu", 0)
-    cache.shrink(0.7)
-    assert [call for call in calls if call[1] == 1] == [("move", 1), ("prefetch", 1), ("offload", 1)]
-    assert not [call for call in calls if call[1] != 1 and call[0] != "move"]
+    assert cache.basis_nbytes == empty > 0 and nested_cache(case.model, case.adapter, 1.0).basis_nbytes == 0

@@ -13,6 +13,8 @@ from nestling.kv.calibration.search import SHARES, KLMeter, search
 from nestling.kv.integration.attach import cached
 from nestling.losses import kl_divergence
 
+from ..families import nested_cache
+
 OPTIONS = dict(windows=2, length=24, window=0)
 WHOLE = {**OPTIONS, "sinks": 0, "window": 0}
 
@@ -22,7 +24,7 @@ def measured(case, ranks, texts) -> float:
     """KL of ranks ``[2, L, Hkv]`` on texts ``[n, T]``, read from caches that store as much as they say."""
     total = 0.0
     for text in texts:
-        cache = case.adapter.cache(case.model, allocation=kv.RankTable(*ranks), paper=True)
+        cache = nested_cache(case.model, case.adapter, kv.RankTable(*ranks), paper=True)
         read = case.model(input_ids=text[None], **cached(case.model, cache)).logits[0]
         total += float(kl_divergence(case.stock(input_ids=text[None]).logits[0], read).mean())
     return total / len(texts)
@@ -67,8 +69,8 @@ def test_greedy_by_many_lands_on_every_budget(fitted, ids):
     for share in (1.0, 0.9, 0.75, 0.6, 0.55, 0.5):  # below 0.6 by energy
         elements = searched.ranks(share * full, "greedy").elements
         assert share * full - 8 < elements <= share * full
-    cache = searched.cache(case.model, 0.75, allocation="greedy", paper=True)
-    assert torch.equal(stacked(cache.ranks), stacked(searched.ranks(0.75 * full, "greedy")))
+    cache = nested_cache(case.model, searched, 0.75, allocation="greedy", paper=True)
+    assert torch.equal(stacked(cache.allocation), stacked(searched.ranks(0.75 * full, "greedy")))
 
 
 def test_the_meter_reads_what_a_cache_reads(fitted, ids):
@@ -94,8 +96,8 @@ def test_a_blend_is_the_best_one_that_was_measured(fitted, ids, monkeypatch):
     assert means[SHARES.index(info["equal"])] <= min(means) * 1.01
     expected = by_gains(blended(gains, info["equal"]), 0.6 * full, 24)
     assert torch.equal(stacked(searched.ranks(0.6 * full)), stacked(expected))  # used by default from then on
-    cache = searched.cache(case.model, 0.6, paper=True)
-    assert torch.equal(stacked(cache.ranks), stacked(expected)) and case.adapter.allocation == "energy"
+    cache = nested_cache(case.model, searched, 0.6, paper=True)
+    assert torch.equal(stacked(cache.allocation), stacked(expected)) and case.adapter.allocation == "energy"
 
 
 def test_what_was_searched_is_saved(tmp_path, fitted, ids):
@@ -120,4 +122,4 @@ def test_bad_input_is_refused(fitted, ids):
     with pytest.raises(kv.AdapterError, match="made for another model"):
         search(case.model, None, ids, fitted("qwen3").adapter, kv.SearchConfig(**WHOLE))
     with pytest.raises(kv.BudgetError, match="allocation must be 'energy', 'uniform' or a rank table, got 'greedy'"):
-        case.adapter.cache(case.model, 0.75, allocation="greedy")
+        nested_cache(case.model, case.adapter, 0.75, allocation="greedy")

@@ -12,7 +12,6 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, QuantizedCache
 
 from nestling import kv
 from nestling.errors import BudgetError, EvaluationError, TextTooShortError
-from nestling.kv.cache.cache import make_cache
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import Candidate, ResultStore, compare, evaluate
 from nestling.kv.evaluation.tasks import (
@@ -25,7 +24,7 @@ from nestling.kv.evaluation.tasks import (
 )
 from nestling.kv.integration.attach import cached
 
-from ..families import tiny_fit, tiny_model
+from ..families import cache_of_bases, nested_cache, tiny_fit, tiny_model
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 VOCABULARY = 128
@@ -97,11 +96,11 @@ def test_the_full_budget_is_the_full_model(model, adapter, stock, ids):
 
 
 def test_numbers_equal_an_independent_computation(model, adapter, stock, ids):
-    _, ours = run(model, adapter, ids[:2], [0.6], windows=2, length=96, paper=True, chunk=7)
+    _, ours = run(model, adapter, ids[:2], [0.6], windows=2, length=96, sinks=0, chunk=7)
     kl, nll, hits = [], [], []
     with torch.no_grad():
         for window in ids[:2]:
-            cache = adapter.cache(model, 0.6, paper=True)
+            cache = nested_cache(model, adapter, 0.6, paper=True)
             student = model(input_ids=window[None], **cached(model, cache)).logits[0].double()
             teacher = stock(input_ids=window[None]).logits[0].double()
             p = teacher.softmax(-1)
@@ -114,13 +113,13 @@ def test_numbers_equal_an_independent_computation(model, adapter, stock, ids):
 
 
 def test_more_bytes_less_distance(model, adapter, ids):
-    rows = run(model, adapter, ids, [1.0, 0.75, 0.5], windows=8, paper=True)[1:]
+    rows = run(model, adapter, ids, [1.0, 0.75, 0.5], windows=8, sinks=0)[1:]
     assert rows[0]["kl"] < rows[1]["kl"] < rows[2]["kl"]
     assert rows[0]["bytes_share"] > rows[1]["bytes_share"] > rows[2]["bytes_share"]
 
 
 def test_the_chunk_does_not_matter_when_all_is_compressed(model, adapter, ids):
-    rows = [run(model, adapter, ids, [0.6], paper=True, chunk=chunk)[1] for chunk in (5, 16, 48)]
+    rows = [run(model, adapter, ids, [0.6], sinks=0, chunk=chunk)[1] for chunk in (5, 16, 48)]
     for row in rows[1:]:
         assert row["kl"] == pytest.approx(rows[0]["kl"], rel=1e-3)
         assert row["ppl"] == pytest.approx(rows[0]["ppl"], rel=1e-4)
@@ -140,7 +139,7 @@ def test_other_families(family, ids):
 
 
 def test_bytes_are_those_of_storage(model, adapter, ids):
-    cache = adapter.cache(model, 0.6, window=5, chunk=32)
+    cache = nested_cache(model, adapter, 0.6, window=5, chunk=32)
     stock_cache = DynamicCache(config=model.config)
     quantised = QuantizedCache("quanto", model.config, nbits=4, q_group_size=16, residual_length=64)
     with torch.no_grad():
@@ -162,17 +161,17 @@ def test_bytes_are_those_of_storage(model, adapter, ids):
 def test_bytes_agree_on_sliding_layers(ids):
     model = tiny_model("gemma3")
     adapter = tiny_fit(model, ids, length=96, sensitivity_windows=2, sensitivity_length=48)
-    cache = adapter.cache(model, 0.6)
+    cache = nested_cache(model, adapter, 0.6)
     with torch.no_grad():
         model(input_ids=ids[:2, :80], **cached(model, cache))
     assert held_bytes(cache) == cache.nbytes
 
 
 def test_byte_columns(model, adapter, ids):
-    full, ours = run(model, adapter, ids, [0.6], paper=True, dtype=torch.bfloat16)
+    full, ours = run(model, adapter, ids, [0.6], sinks=0, dtype=torch.bfloat16)
     per_token = 3 * 2 * 2 * 16 * 2  # layers, keys and values, heads, width, bytes of bf16
     assert full["bytes_per_token"] == 2 * per_token and full["bytes_share"] == 2  # the model is fp32
-    cache = adapter.cache(model, 0.6, paper=True, dtype=torch.bfloat16)
+    cache = nested_cache(model, adapter, 0.6, paper=True, dtype=torch.bfloat16)
     with torch.no_grad():
         model(input_ids=ids[:1, :48], **cached(model, cache))
     assert ours["bytes_per_token"] == cache.nbytes / 48
@@ -185,7 +184,7 @@ def test_byte_columns_leave_layers_out_that_do_not_grow(ids):
     adapter = tiny_fit(model, ids, length=96, sensitivity_windows=2, sensitivity_length=48)
     full, ours = run(model, adapter, ids, [0.6], paper=True, dtype=torch.bfloat16)
     assert full["bytes_per_token"] == 2 * 2 * 2 * 24 * 2 and full["bytes_share"] == 2
-    cache = adapter.cache(model, 0.6, paper=True, dtype=torch.bfloat16)
+    cache = nested_cache(model, adapter, 0.6, paper=True, dtype=torch.bfloat16)
     with torch.no_grad():
         model(input_ids=ids[:1, :48], **cached(model, cache))
     assert ours["bytes_per_token"] == cache.layers[1].nbytes / 48 < cache.nbytes / 48
@@ -205,7 +204,10 @@ def brute_force(stock, context, rest):
 def test_choice_scores_are_mean_log_likelihoods(model, adapter, stock, tokenizer, row):
     pairs = encode_question(tokenizer, row)
     expected = [brute_force(stock, context, rest) for context, rest in pairs]
-    for make in (lambda: adapter.cache(model, 1.0, exact_prompt=False), lambda: DynamicCache(config=model.config)):
+    for make in (
+        lambda: nested_cache(model, adapter, 1.0, exact_prompt=False),
+        lambda: DynamicCache(config=model.config),
+    ):
         with torch.no_grad():
             scores = choice_scores(model, make, pairs, chunk=6)
         assert scores == pytest.approx(expected, abs=1e-4)
@@ -237,7 +239,7 @@ def test_compressed_choices_read_the_same_cache_whether_repeated_or_not(model, a
     pairs = encode_question(tokenizer, ROWS[0])
 
     def make():
-        return adapter.cache(model, 0.6, paper=True)
+        return nested_cache(model, adapter, 0.6, paper=True)
 
     with torch.no_grad():
         together = choice_scores(model, make, pairs, chunk=6)
@@ -364,7 +366,7 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
         made += 1
         if made > 3:  # the third window
             raise KeyboardInterrupt
-        return adapter.cache(model, 0.6, window=0, exact_prompt=False, context=48)
+        return nested_cache(model, adapter, 0.6, window=0, exact_prompt=False, context=48)
 
     config = EvalConfig(windows=3, length=48, chunk=16)
     with pytest.raises(KeyboardInterrupt):
@@ -377,7 +379,7 @@ def test_a_killed_job_goes_on(model, adapter, ids, tokenizer, tmp_path):
     def counting():
         nonlocal calls
         calls += 1
-        return adapter.cache(model, 0.6, window=0, exact_prompt=False, context=48)
+        return nested_cache(model, adapter, 0.6, window=0, exact_prompt=False, context=48)
 
     candidate = Candidate("balanced-energy", 0.6, counting)
     resumed = compare(model, None, ids, [candidate], config, progress=False, store=ResultStore(file, job))
@@ -423,7 +425,7 @@ def test_logits_that_are_not_finite_name_the_candidate(model, adapter, ids, toke
     ranks = adapter.ranks(96, "uniform")
 
     def broken():
-        return make_cache(bases, ranks, model.config, device=model.device, exact_prompt=False)
+        return cache_of_bases(bases, ranks, model.config, device=model.device, exact_prompt=False)
 
     candidate = Candidate("broken", 0.5, broken)
     for options, where in (

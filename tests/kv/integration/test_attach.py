@@ -10,7 +10,7 @@ from nestling import kv
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 
-from ..families import BASE, FAMILIES, tiny_fit, tiny_model
+from ..families import BASE, FAMILIES, nested_cache, tiny_fit, tiny_model
 
 MLA = dict(kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 REFUSED = {
@@ -96,7 +96,7 @@ def test_attention_with_extras_is_refused_when_called(name):
 def test_sliding_and_linear_layers_keep_their_stock_cache(fitted):
     made = fitted("gemma3")
     assert attention.compressible_layers(made.model.config) == [1]
-    cache = made.adapter.cache(made.model, 0.7)
+    cache = nested_cache(made.model, made.adapter, 0.7)
     assert [type(layer).__name__ for layer in cache.layers] == [
         "DynamicSlidingWindowLayer",
         "NestedLayer",
@@ -111,9 +111,11 @@ def test_other_families_generate_the_stock_tokens_at_full_budget(kind, ids):
     mask = (torch.arange(20) >= torch.tensor([0, 7])[:, None]).long()
     options = dict(attention_mask=mask, min_new_tokens=10, max_new_tokens=10, do_sample=False)
     expected = stock.generate(ids[:2, :20] * mask, **options)
-    got = model.generate(ids[:2, :20] * mask, **cached(model, adapter.cache(model, 1.0)), **options)
+    got = model.generate(ids[:2, :20] * mask, **cached(model, nested_cache(model, adapter, 1.0)), **options)
     assert torch.equal(got, expected)
-    low = model.generate(ids[:2, :20] * mask, **cached(model, adapter.cache(model, 0.6, paper=True)), **options)
+    low = model.generate(
+        ids[:2, :20] * mask, **cached(model, nested_cache(model, adapter, 0.6, paper=True)), **options
+    )
     assert low.shape == expected.shape and not torch.equal(low, expected)
 
 

@@ -15,7 +15,7 @@ from nestling import kv
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.attach import cached
 
-from ..families import tiny_fit, tiny_model
+from ..families import nested_cache, tiny_fit, tiny_model
 from .test_attach import other_model
 
 
@@ -184,10 +184,10 @@ def test_prefixes_of_peft_are_refused_and_lora_is_served(kind, ids):
     assert kind in kv.supports(model)
     adapter = tiny_fit(model.get_base_model(), ids)  # the prefix is not part of it
     with pytest.raises(kv.UnsupportedModelError, match=kind):
-        adapter.cache(model, 0.75)
+        nested_cache(model, adapter, 0.75)
     lora = peft.get_peft_model(tiny_model("llama-gqa"), peft.LoraConfig(task_type="CAUSAL_LM"))
     assert kv.supports(lora) is None
-    assert adapter.cache(lora, 0.75) is not None
+    assert nested_cache(lora, adapter, 0.75) is not None
 
 
 # Back
@@ -237,7 +237,7 @@ def _broken(model):
 def test_attention_weights_are_there_with_plain_caches_and_missed_with_nested_ones(ids):
     model, stock = weak(), weak(implementation="eager")
     adapter = tiny_fit(model, ids)
-    cache = adapter.cache(model, 0.75)
+    cache = nested_cache(model, adapter, 0.75)
     mask = (torch.arange(64) >= torch.tensor([0, 7])[:, None]).long()
     inputs = dict(input_ids=ids[:2] * mask, attention_mask=mask, output_attentions=True)
     with torch.no_grad():
@@ -314,7 +314,7 @@ def test_long_rope_warns_of_what_generate_does_to_the_cache(start, when, ids):
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
     adapter = tiny_fit(model, ids)
     with pytest.warns(UserWarning, match="16 tokens"):
-        cache = adapter.cache(model, 0.75)
+        cache = nested_cache(model, adapter, 0.75)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         arguments = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False, pad_token_id=0)

@@ -11,7 +11,7 @@ from nestling.kv.simulation.student import Student
 from nestling.kv.training.sampling import bits_of_ranks
 from nestling.losses import IGNORED, kl_divergence
 
-from ..families import FAMILIES, tiny_model
+from ..families import FAMILIES, nested_cache, tiny_model
 
 
 def random_ranks(adapter, batch: int, seed: int = 0) -> torch.Tensor:
@@ -36,8 +36,8 @@ def test_masks_do_what_the_cache_does(fitted, ids, family, sinks, window):
     ranks, text = random_ranks(case.adapter, 2), ids[:2, :48]
     ours = case.model.lm_head(student.hidden(text, ranks))
     for row in range(2):
-        options = {"allocation": table_of(ranks[row]), "sinks": sinks, "window": window, "exact_prompt": False}
-        cache = case.adapter.cache(case.model, **options)
+        options = {"budget": table_of(ranks[row]), "sinks": sinks, "window": window, "exact_prompt": False}
+        cache = nested_cache(case.model, case.adapter, **options)
         read = [case.model(input_ids=t, **cached(case.model, cache)).logits for t in text[row : row + 1].split(1, 1)]
         theirs = torch.cat(read, 1)[0]
         torch.testing.assert_close(ours[row], theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))

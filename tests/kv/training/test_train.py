@@ -23,7 +23,7 @@ from nestling.kv.training.sampling import RankedWindows
 from nestling.kv.training.train import train
 from nestling.losses import IGNORED
 
-from ..families import FAMILIES, tiny_model
+from ..families import FAMILIES, nested_cache, tiny_model
 
 OPTIONS = dict(length=16, batch_size=4, tokens=16 * 4 * 12, progress=False, budgets=(0.75, 0.5))
 
@@ -74,7 +74,7 @@ def test_full_budget_is_the_stock_model_after_training(tmp_path, ids, fitted, fa
     torch.testing.assert_close(back @ back.mT, eye, rtol=0, atol=1e-5)
     arguments = dict(input_ids=ids[:2, :20], max_new_tokens=12, do_sample=False)
     expected = stock.generate(**arguments)
-    assert torch.equal(model.generate(**arguments, **cached(model, trained.cache(model, 1.0))), expected)
+    assert torch.equal(model.generate(**arguments, **cached(model, nested_cache(model, trained, 1.0))), expected)
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
@@ -293,7 +293,7 @@ def test_lora_trains_along_on_the_answers_alone(tmp_path, ids, start):
 
     @torch.no_grad()
     def answer_loss(adapter):
-        cache = adapter.cache(lm, 0.75, sinks=2, window=0, exact_prompt=False)
+        cache = nested_cache(lm, adapter, 0.75, sinks=2, window=0, exact_prompt=False)
         logits = lm(input_ids=texts, **cached(lm, cache)).logits
         return float(torch.nn.functional.cross_entropy(logits[:, 15:-1].flatten(0, 1), texts[:, 16:].flatten()))
 
@@ -308,7 +308,9 @@ def test_lora_trains_along_on_the_answers_alone(tmp_path, ids, start):
     saved = load_file(tmp_path / "checkpoint-60" / "model.safetensors")
     assert len(saved) == 1 + len(lora)
     arguments = dict(input_ids=ids[:1, :20], max_new_tokens=8, do_sample=False)  # full rank is the tuned model
-    assert torch.equal(model.generate(**arguments), lm.generate(**arguments, **cached(lm, trained.cache(lm, 1.0))))
+    assert torch.equal(
+        model.generate(**arguments), lm.generate(**arguments, **cached(lm, nested_cache(lm, trained, 1.0)))
+    )
 
 
 def test_labels_are_checked(tmp_path, ids, start):

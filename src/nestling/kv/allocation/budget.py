@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nestling.errors import BudgetError, OptionError
-from nestling.options import number, shown
+from nestling.options import number, shown, whole
 
 WRITTEN = re.compile(
     r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*(%|bits?|[kmg]i?b|b)?\s*", re.ASCII | re.IGNORECASE
@@ -19,7 +19,9 @@ EXPECTED_SHARE = (
     "a share of the full cache above 0 and at most 1, a percentage such as '25%', or bits per number such as '2.5bits'"
 )
 EXPECTED = f"{EXPECTED_SHARE}, or a limit in bytes such as '64MiB'"
+EXPECTED_LIMIT = "bytes such as '64MiB', or a whole number of them"
 SINKS, WINDOW = 4, 64  # exact tokens by default: no other choice buys as much quality for its bytes
+CONTEXT = 1024  # tokens from which on budgets are met
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,11 @@ class Budget:
         share: of the full cache's bytes, above 0 and at most 1.
         limit: bytes that are never exceeded.
         given: the option and its value as the user wrote them, for messages: ``budget='25%'``.
-        full_bytes: what the full cache takes per token, if the share was given as bytes per token.
     """
 
     share: float | None
     limit: int | None
     given: str
-    full_bytes: int | None = None
 
 
 Budgets = str | Iterable[float | str | Budget]  # several, as `read_shares` takes them
@@ -105,38 +105,23 @@ def read_shares(values: Any, name: str = "budgets") -> list[Budget]:
     return budgets
 
 
-def read_request(
-    budget: Any, bytes_per_token: Any, limit_mib: Any, full_bytes: int
-) -> tuple[Budget | None, Budget | None]:
-    """What was asked of a cache in one of several ways: a share, and a limit in bytes; None where there is none.
-
-    Args:
-        budget: as for `read_budget`.
-        bytes_per_token: a share as a number of bytes per token.
-        limit_mib: a limit as a number of MiB.
-        full_bytes: what the full cache takes per token.
+def read_limit(value: Any, name: str = "limit") -> Budget:
+    """A limit in bytes: text with a unit, as for `read_budget`, or a whole number of bytes.
 
     Raises:
-        BudgetError: if something cannot be read, or is said twice.
-        OptionError: for a limit that is no positive number.
+        BudgetError: for anything else; the message has the value as it was given.
     """
-    asked = None if budget is None else read_budget(budget)
-    limit = asked if asked is not None and asked.limit is not None else None
-    wanted = asked if limit is None else None
-    if limit_mib is not None:
-        mib = number("limit_mib", limit_mib, above=0, below=2**40)
-        if limit is not None:
-            raise BudgetError(f"{limit.given} and limit_mib={shown(limit_mib)} are both limits in bytes: give one")
-        limit = Budget(None, int(mib * 2**20), f"limit_mib={shown(limit_mib)}")
-    if bytes_per_token is not None:
-        given = f"bytes_per_token={shown(bytes_per_token)}"
-        if wanted is not None:
-            raise BudgetError(f"{wanted.given} and {given} are two budgets: give one of them, not both or neither")
-        found = _number(bytes_per_token) / full_bytes
-        if not 0 < found <= 1:
-            raise BudgetError(f"{given} is out of range: expected more than 0, and the full cache takes {full_bytes}")
-        wanted = Budget(found, None, given, full_bytes)
-    return wanted, limit
+    given = f"{name}={shown(value)}"
+    if isinstance(value, str | Budget):
+        limit = read_budget(value, name)
+    else:
+        try:
+            limit = Budget(None, whole(name, value, maximum=2**63 - 1), given)
+        except OptionError as error:
+            raise BudgetError(f"{given}: expected {EXPECTED_LIMIT}") from error
+    if limit.limit is None:
+        raise BudgetError(f"{limit.given} is no limit: expected {EXPECTED_LIMIT}")
+    return limit
 
 
 def _number(value: Any) -> float:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from nestling.errors import BudgetError
+from nestling.kv.allocation.budget import CONTEXT
 from nestling.kv.allocation.steps import Steps
 
 STEP = 8
 MAX_GROUPS = 4
 CLUSTERED_AT = (0.75, 0.5, 0.25)  # shares of the cost of all steps, at which heads are compared to be grouped
-CONTEXT = 4096
 
 Units = list[list[list[int]]]  # of each layer, the lists of heads that move together
 
@@ -88,37 +88,19 @@ class RankTable:
             ) from error
 
 
-def elements_per_token(
-    full: int,
-    budget: float | None,
-    bytes_per_token: float | None,
-    *,
-    itemsize: int = 2,
-    exact_tokens: int = 0,
-    context: int = CONTEXT,
-) -> float:
+def elements_per_token(full: int, budget: float, *, exact_tokens: int = 0, context: int = CONTEXT) -> float:
     """The elements per token that compressed tokens may take so that a whole cache meets its budget.
 
     Args:
         full: elements per token of the full cache, ``2 L Hkv D``.
-        budget: share of the full cache's bytes at equal precision, in (0, 1]; or None.
-        bytes_per_token: the same in bytes per token; exactly one of the two.
-        itemsize: bytes per stored element.
+        budget: share of the full cache's bytes at equal precision, in (0, 1].
         exact_tokens: tokens that there is room for in full (sinks and window). They are paid for by the others.
         context: number of tokens at which the total has to be met.
 
     Raises:
         BudgetError: for a budget out of range, or one that the exact tokens alone use up.
     """
-    if (budget is None) == (bytes_per_token is None):
-        raise BudgetError("give either budget= (share of the full cache) or bytes_per_token=, not both or neither")
-    if bytes_per_token is not None:
-        budget = bytes_per_token / (full * itemsize)
-        if not 0 < budget <= 1:
-            raise BudgetError(
-                f"bytes_per_token={bytes_per_token:g} is out of range: the full cache takes {full * itemsize}"
-            )
-    if budget is None or not 0 < budget <= 1:
+    if not 0 < budget <= 1:
         raise BudgetError(f"budget={budget:g} is out of range: a share of the full cache, above 0 and at most 1")
     if budget == 1 or not exact_tokens:
         return budget * full

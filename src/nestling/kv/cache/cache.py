@@ -6,9 +6,9 @@ together.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,59 +16,135 @@ from transformers import PreTrainedConfig
 
 from nestling.errors import BudgetError, CacheMismatchError
 from nestling.kv.allocation.bits import BitTable
-from nestling.kv.allocation.budget import read_share
+from nestling.kv.allocation.budget import Budget, read_share
 from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.draft import DraftWatch
 from nestling.kv.cache.eviction import HeavyHitters
-from nestling.kv.cache.exact import BLOCK, ExactStore
-from nestling.kv.cache.factory import Maker
-from nestling.kv.cache.groups import RankGroup, shared_biases
+from nestling.kv.cache.exact import BLOCK
+from nestling.kv.cache.factory import CacheFactory
 from nestling.kv.cache.layer import NestedLayer
-from nestling.kv.cache.packed import Layout
+from nestling.kv.cache.storage import CHUNK, Storage, Table, members
 from nestling.kv.cache.stored import StoredCache
 from nestling.kv.integration import attach as attention
-from nestling.kv.integration.modes import default_mode
+from nestling.kv.integration.modes import default_mode, in_default_mode
 
-CHUNK = 256  # tokens by which storage grows
+if TYPE_CHECKING:
+    from nestling.kv.adapter import KVAdapter
+
 STEP_DOWN = 0.9  # from one budget that is tried for a limit to the next
-
-Table = RankTable | BitTable
-Members = list[tuple[list[int], tuple[Layout, Layout]]]  # heads that are stored alike, and how keys and values are
 
 
 class NestedCache(StoredCache):
     """A cache for ``model.generate(past_key_values=...)`` that holds a share of the stock cache's bytes.
 
-    Made by `KVAdapter.cache`. Layers with full attention are `NestedLayer`; the others are transformers' own.
+    Layers with full attention are `NestedLayer`; the others are transformers' own. The model is switched to read it.
+
+    Args:
+        model: the causal LM that the adapter was made for.
+        adapter: its nested bases.
+        budget: a share of the full cache of the compressed layers, above 0 and at most 1 (``0.25``), or text:
+            ``"25%"``, ``"2.5bits"`` per coordinate, ``"64MiB"`` that are never exceeded; see
+            `nestling.kv.allocation.budget.read_budget`. Or an allocation, or its dict; or a `CacheConfig` with more
+            options.
 
     Attributes:
-        ranks: the `RankTable` or `BitTable` in use.
+        allocation: the table of ranks or bits in use.
         config: the model's (text) config.
-        budget: the share of the full cache that is in use; `shrink` and ``limit`` lower it.
+        budget: the share of the full cache that is in use; `shrink` and a limit lower it.
         limit: bytes that the compressed layers never exceed, or None: the budget falls as the text grows.
+
+    Raises:
+        OptionError: if an option has a value or a type that it cannot have.
+        AdapterError: if the model is not the one the adapter was made for.
+        BudgetError: if the budget or allocation cannot be met; the message has the smallest budget that can.
     """
 
-    def __init__(self, layers: list, ranks: Table, config: PreTrainedConfig, **kwargs):
-        super().__init__(layers=layers, **kwargs)
-        self.ranks, self.config = ranks, config
-        self.storage = Storage()
-        self.remake: Maker | None = None
-        self.budget = 1.0
-        self.limit: int | None = None
+    allocation: Table
+    config: PreTrainedConfig
+    storage: Storage
+    factory: CacheFactory | None = None
+    budget: float = 1.0
+    limit: int | None = None
+    rotary_limit: int | None = None
+
+    @in_default_mode
+    def __init__(
+        self,
+        model: Any,
+        adapter: "KVAdapter",
+        budget: "float | str | Budget | RankTable | BitTable | Mapping | CacheConfig | None" = None,
+    ):
+        options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
+        adapter.check(model)
+        factory, dtype = None, None if options.dtype is None else getattr(torch, options.dtype)
+        if isinstance(options.budget, RankTable | BitTable | Mapping):
+            table = _given_table(adapter, options)
+        else:
+            factory = CacheFactory(adapter, options, advise=dtype is None or dtype.itemsize == 2)
+            table = factory.required(factory.budget)
+        if isinstance(table, BitTable):
+            dtype = dtype or (model.dtype if model.dtype.itemsize == 2 else torch.bfloat16)
+            if dtype.itemsize != 2:
+                raise BudgetError(
+                    f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits; or say quantise=False"
+                )
+        self._assemble(
+            {layer: adapter._layer_bases(row) for row, layer in enumerate(adapter.fingerprint["layers"])},
+            table,
+            attention.text_config(model),
+            Storage(options.sinks, options.window, BLOCK, CHUNK),
+            device=attention.layer_devices(model),
+            dtype=dtype,
+            exact_prompt=options.exact_prompt,
+            keep_tokens=options.keep_tokens,
+        )
+        if factory is not None:
+            self._start(factory, (dtype or model.dtype).itemsize)
+        self.model = weakref.ref(model)
+        attention.attach(model)
+        attention.warn_of_rotation(model, stacklevel=3)
+
+    def _assemble(
+        self,
+        bases: dict[int, dict[str, Tensor]],
+        table: Table,
+        config: PreTrainedConfig,
+        storage: Storage,
+        *,
+        device: torch.device | Mapping[int, torch.device],
+        dtype: torch.dtype | None = None,
+        exact_prompt: bool = True,
+        keep_tokens: float = 1.0,
+    ) -> None:
+        """Empty layers from bases by layer index and a table whose rows follow the same layers.
+
+        Args:
+            device: of all bases, or of each layer's.
+        """
+        layers = attention.stock_layers(config)
+        for row, (index, layer_bases) in enumerate(bases.items()):
+            own = device[index] if isinstance(device, Mapping) else device
+            on_device = {name: tensor.to(own) for name, tensor in layer_bases.items()}
+            groups, exact, biases = storage.parts(on_device, members(table, row, on_device["key_encode"].shape[-1]))
+            hitters = HeavyHitters(keep_tokens, storage.sinks, storage.window) if keep_tokens < 1 else None
+            layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters, index)
+        super().__init__(layers=layers)
+        self.allocation, self.config, self.storage = table, config, storage
         self.rotary_limit = attention.rotary_limit(config)
 
-    def start(self, remake: Maker, itemsize: int) -> None:
+    def _start(self, factory: CacheFactory, itemsize: int) -> None:
         """Give an empty cache what it can be shrunk by, and its budget and limit.
 
         Raises:
             BudgetError: for a limit that not one token fits into.
         """
-        self.remake, self.budget = remake, remake.share
-        if remake.limit is not None:
-            self.limit = remake.limit.limit
-            least = self._expected(1, 1, itemsize, remake.table(remake.smallest))
+        self.factory, self.budget = factory, factory.share
+        if factory.limit is not None:
+            self.limit = factory.limit.limit
+            least = self._expected(1, 1, itemsize, factory.table(factory.smallest))
             if least > (self.limit or 0):
-                raise BudgetError(f"{remake.limit.given} is out of reach: a first token takes {_mib(least)}")
+                raise BudgetError(f"{factory.limit.given} is out of reach: a first token takes {_mib(least)}")
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if self.limit is not None and layer_idx <= self._nested()[0][0]:  # before any layer has taken in new tokens
@@ -108,7 +184,7 @@ class NestedCache(StoredCache):
         Raises:
             BudgetError: if they do not fit at the smallest budget; the cache is as it was.
         """
-        assert self.limit is not None and self.remake is not None
+        assert self.limit is not None and self.factory is not None
         first = self._nested()[0][1]
         dtype = first.storage_dtype or dtype or first.dtype
         if first.length:
@@ -116,17 +192,17 @@ class NestedCache(StoredCache):
         tokens, draft = first.length + new, first.may_go(new) if new else first.room_for_drafts
         if self._expected(batch, tokens, dtype.itemsize, draft=draft) <= self.limit:
             return
-        budget, smallest = self.budget, self.remake.smallest
+        budget, smallest = self.budget, self.factory.smallest
         while budget > smallest:
             budget = max(STEP_DOWN * budget, smallest)
-            table = self.remake.table(budget)
+            table = self.factory.table(budget)
             ahead = tokens // 8 if budget > smallest else 0
             if table is not None and self._expected(batch, tokens + ahead, dtype.itemsize, table, draft) <= self.limit:
                 return self._store_by(table, budget)
-        table = self.remake.table(smallest)
+        table = self.factory.table(smallest)
         needed = _mib(self._expected(batch, tokens, dtype.itemsize, table, draft))
         what = f"{tokens} tokens of {batch} texts" if batch > 1 else f"{tokens} tokens"
-        limit = self.remake.limit.given if self.remake.limit else f"limit={self.limit}"
+        limit = self.factory.limit.given if self.factory.limit else f"limit={self.limit}"
         raise BudgetError(f"{limit}: {what} take {needed} at the smallest budget, {smallest:.4g}, and do not fit")
 
     def _expected(self, batch: int, tokens: int, itemsize: int, table: Table | None = None, draft: int = 0) -> int:
@@ -134,7 +210,7 @@ class NestedCache(StoredCache):
 
         ``draft``: how many of them may be taken back, which costs room.
         """
-        nested, table = self._nested(), self.ranks if table is None else table
+        nested, table = self._nested(), self.allocation if table is None else table
         width, total = nested[0][1].groups[0].width, 0
         for (_, layer), size, full in zip(nested, table.token_bytes(width, itemsize), table.full(width), strict=True):
             exact = self.storage.exact(full)
@@ -160,33 +236,31 @@ class NestedCache(StoredCache):
             BudgetError: if the budget is no share, out of reach, or larger than the one in use; nothing has changed.
             CacheMismatchError: if the cache was made with a table of its own and not with a budget.
         """
-        if self.remake is None:
+        if self.factory is None:
             raise CacheMismatchError("this cache was made with a table, not with a budget: it cannot be shrunk")
         asked = read_share(budget)
         assert asked.share is not None
         if asked.share > self.budget:
             raise BudgetError(f"{asked.given} is larger than the one in use, {self.budget:g}: a cache only shrinks")
-        self._store_by(self.remake.required(asked), asked.share)
+        self._store_by(self.factory.required(asked), asked.share)
 
     def _store_by(self, table: Table, budget: float) -> None:
         """Store by another table, which keeps no more of anything unless the cache is empty."""
-        assert self.remake is not None
-        if self.offloading and torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # copies may be under way
+        assert self.factory is not None
         with default_mode(gradients=False):
             for row, (_, layer) in enumerate(self._nested()):
-                members = _members(table, row, layer.groups[0].width)
-                if members != [(group.heads, group.layouts) for group in layer.groups]:
-                    bases = self.remake.bases(row, layer.groups[0].device)
-                    layer.move(*self.storage.parts(bases, members, layer.groups))
-        self.ranks, self.budget = table, budget
+                stored_alike = members(table, row, layer.groups[0].width)
+                if stored_alike != [(group.heads, group.layouts) for group in layer.groups]:
+                    bases = self.factory.bases(row, layer.groups[0].device)
+                    layer.move(*self.storage.parts(bases, stored_alike, layer.groups))
+        self.allocation, self.budget = table, budget
 
     def reset(self) -> None:
         """Forget all tokens: the cache is as it was when it was made, at its first budget and limit."""
         super().reset()
-        if self.remake is not None:
-            self._store_by(self.remake.required(self.remake.budget), self.remake.share)
-            self.limit = None if self.remake.limit is None else self.remake.limit.limit
+        if self.factory is not None:
+            self._store_by(self.factory.required(self.factory.budget), self.factory.share)
+            self.limit = None if self.factory.limit is None else self.factory.limit.limit
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._room_for_batch(lambda rows: rows.repeat_interleave(repeats))
@@ -227,79 +301,26 @@ class NestedCache(StoredCache):
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes that a stock cache in bf16 would hold for the same tokens and batch, without slack."""
-        return sum(_layer_elements(layer) for layer in self.layers) * 2
+        """Bytes that a stock cache of the stored dtype would hold for the same tokens and batch, without slack."""
+        return sum(_layer_full_nbytes(layer) for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """What is held, of the bytes of a full cache of the stored dtype; 0 while nothing is."""
+        return self.nbytes / self.full_nbytes if self.full_nbytes else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """What layers are put together from: exact tokens, blocks in which they are encoded, and growth, all in tokens."""
+def _given_table(adapter: "KVAdapter", options: CacheConfig) -> Table:
+    """An allocation that the user gave in place of a budget.
 
-    sinks: int = 0
-    window: int = 0
-    block: int = BLOCK
-    chunk: int = CHUNK
-
-    def exact(self, full: bool) -> ExactStore | None:
-        """An empty exact store, if a layer has one: there is none where nothing is compressed, at ``full`` ranks."""
-        return ExactStore(self.sinks, self.window, self.block) if (self.sinks or self.window) and not full else None
-
-    def parts(
-        self, bases: dict[str, Tensor], members: Members, present: Sequence[RankGroup] = ()
-    ) -> tuple[list[RankGroup], ExactStore | None, list[Tensor | None]]:
-        """Groups, exact store and biases of a layer: all empty, but for what groups in use hold that stays as it is.
-
-        Args:
-            bases: of the layer, see `RankGroup`.
-            present: groups in use.
-        """
-        width = bases["key_encode"].shape[-1]
-        full = all(len(layout.plain) == width for _, pair in members for layout in pair)
-        groups: list[RankGroup] = []
-        for heads, pair in members:
-            start = groups[-1].stop if groups else 0
-            same = next((group for group in present if group.heads == heads), None)
-            groups.append(RankGroup(heads, start, bases, pair, self.chunk, full, same))
-        return groups, self.exact(full), shared_biases(groups, bases)
-
-
-def make_cache(
-    bases: dict[int, dict[str, Tensor]],
-    ranks: Table,
-    config: PreTrainedConfig,
-    *,
-    device: torch.device | Mapping[int, torch.device],
-    dtype: torch.dtype | None = None,
-    sinks: int = 0,
-    window: int = 0,
-    block: int = BLOCK,
-    exact_prompt: bool = True,
-    chunk: int = CHUNK,
-    offloading: bool = False,
-    tokens: float = 1.0,
-) -> NestedCache:
-    """Assemble a cache from bases by layer index and a rank table whose rows follow the same layers.
-
-    Args:
-        device: of all bases, or of each layer's.
+    Raises:
+        BudgetError: if it does not fit the adapter, or if there is another budget beside it.
     """
-    layers, storage = attention.stock_layers(config), Storage(sinks, window, block, chunk)
-    for row, (index, layer_bases) in enumerate(bases.items()):
-        own = device[index] if isinstance(device, Mapping) else device
-        on_device = {name: tensor.to(own) for name, tensor in layer_bases.items()}
-        groups, exact, biases = storage.parts(on_device, _members(ranks, row, on_device["key_encode"].shape[-1]))
-        hitters = HeavyHitters(tokens, sinks, window) if tokens < 1 else None
-        layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters, index)
-    cache = NestedCache(layers, ranks, config, offloading=offloading)
-    cache.storage = storage
-    return cache
-
-
-def _members(table: Table, row: int, width: int) -> Members:
-    """Heads of a layer that are stored alike, and how; by their first heads, most often the model's order."""
-    if isinstance(table, RankTable):
-        return [(heads, (Layout.of_rank(k), Layout.of_rank(v))) for heads, (k, v) in sorted(table.groups(row))]
-    return [(h, (Layout.of_bits(k, width), Layout.of_bits(v, width))) for h, (k, v) in sorted(table.groups(row))]
+    for name in ("limit", "allocation"):
+        if getattr(options, name) is not None:
+            raise BudgetError(f"{name}={getattr(options, name)!r}: an allocation is a budget by itself, leave it out")
+    table = options.budget
+    return adapter.bits(1, table) if isinstance(table, BitTable) else adapter.ranks(1, table)
 
 
 def _mib(size: int) -> str:
@@ -318,8 +339,8 @@ def _layer_nbytes(layer) -> int:
     return sum(t.untyped_storage().nbytes() for t in _stored(layer))
 
 
-def _layer_elements(layer) -> int:
-    """Elements that a stock layer holds for the same tokens."""
+def _layer_full_nbytes(layer) -> int:
+    """Bytes that a stock layer would hold for the same tokens."""
     if isinstance(layer, NestedLayer):
-        return layer.full_elements
-    return sum(t.numel() for t in _stored(layer))
+        return layer.full_elements * layer.dtype.itemsize if layer.length else 0
+    return sum(t.nbytes for t in _stored(layer))

@@ -141,5 +141,5 @@ class NestedHandle:
     def __getattr__(self, name: str):
         raise AttributeError(
             f"a nested cache layer was read as a tensor ('{name}'): the model's attention implementation is not "
-            f"'{attention.NAME}'. Call nestling.kv.attach(model), or make the cache with adapter.cache(model, ...)."
+            f"'{attention.NAME}'. Call nestling.kv.attach(model), or make a cache, NestedCache(model, adapter)."
         )

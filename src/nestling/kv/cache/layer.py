@@ -17,7 +17,6 @@ from nestling.kv.cache.eviction import HeavyHitters
 from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.handle import NestedHandle
-from nestling.kv.cache.packed import PackedRows
 from nestling.kv.cache.shrink import take
 from nestling.kv.cache.split import Split
 from nestling.kv.cache.stored import StoredLayer
@@ -217,9 +216,6 @@ class NestedLayer(StoredLayer):
             exact: an empty store, used if this layer has none yet since nothing was compressed.
             biases: of the groups.
         """
-        away = self.stored_on not in (None, self.device) if self.length else False
-        if away:
-            self.prefetch()
         if self.length:
             held = self._order()
             order = [held.index(head) for group in groups for head in group.heads]
@@ -240,17 +236,6 @@ class NestedLayer(StoredLayer):
             if self.hitters is not None:
                 self.hitters.apply(lambda tensor: _reordered(tensor, there))
         self._store_in(groups, exact, biases)
-        if away:
-            self.offload()
-
-    @property
-    def stored_on(self) -> torch.device | None:
-        """Where the tokens held are: on the model's device or, offloaded, in host memory. None if there are none."""
-        if self.exact is not None and self.exact.data:
-            return self.exact.data[0].device
-        rows = self.groups[0].rows[0]
-        data = (rows.codes if isinstance(rows, PackedRows) else rows).data
-        return None if data is None else data.device
 
     def heads_first(self, states: Tensor) -> Tensor:
         """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""

@@ -63,13 +63,6 @@ class StoredLayer(CacheLayerMixin):
         if self._shape is not None:
             self._apply(lambda t: t[:, indices], len(torch.arange(self._shape[0])[indices.cpu()]))
 
-    def offload(self) -> None:
-        self._apply(lambda t: t.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self._apply(lambda t: t.to(self.device, non_blocking=True))
-
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self._parts())
@@ -102,13 +95,11 @@ class StoredCache(Cache):
 
     def __getstate__(self) -> dict:
         """All but what belongs to this process: the model is known again by its weights (`integration.owner`)."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("model", "prefetch_stream")}
+        return {name: value for name, value in self.__dict__.items() if name != "model"}
 
     def __setstate__(self, state: dict) -> None:
         self.model = None
         self.__dict__.update(state)
-        if self.offloading:  # which has a stream made
-            super().__init__(self.layers, offloading=True, offload_only_non_sliding=self.only_non_sliding)
 
     def __deepcopy__(self, memo) -> "StoredCache":
         twin = type(self).__new__(type(self))

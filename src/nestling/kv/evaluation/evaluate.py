@@ -24,6 +24,8 @@ from nestling.errors import DataError, EvaluationError
 from nestling.jobs.progress import progress_bar
 from nestling.jobs.results import ResultStore
 from nestling.kv.adapter import KVAdapter
+from nestling.kv.cache.cache import NestedCache
+from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import check_length
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.tasks import (
@@ -92,14 +94,17 @@ def evaluate(
     allocation = adapter.allocation if config.allocation is None else config.allocation
     named, quantised = isinstance(allocation, str), config.bits and adapter.quantises
     method = _method(adapter, allocation if named else "ranks") + "-bits" * quantised
-    options = {name: getattr(config, name) for name in ("bits", "sinks", "window", "paper", "exact_prompt")}
-    options |= {"allocation": allocation, "context": config.context or config.length}
-    options["dtype"] = config.dtype and getattr(torch, config.dtype)
-    sizes = config.budgets if named else [None]
-    if config.context is None and not config.paper and any(size is not None and size.share != 1 for size in sizes):
+    options = {name: getattr(config, name) for name in ("sinks", "window", "exact_prompt", "dtype")}
+    if config.paper:
+        options |= {"sinks": 0, "window": 0, "exact_prompt": False}
+    options |= {"quantise": config.bits, "context": config.context or config.length}
+    sizes: list[Any] = config.budgets if named else [allocation]
+    configs = [CacheConfig(budget=size, allocation=allocation if named else None, **options) for size in sizes]
+    if config.context is None and not config.paper and any(named and size.share != 1 for size in sizes):
         check_length(config.length, config.sinks, config.window)
     candidates = [
-        Candidate(method, size.share if size else None, bind(adapter.cache, model, size, **options)) for size in sizes
+        Candidate(method, size.share if named else None, bind(NestedCache, model, adapter, cache))
+        for size, cache in zip(sizes, configs, strict=True)
     ]
     attention.attach(model)
     return compare(model, tokenizer, texts, candidates, config, progress=progress, store=store)

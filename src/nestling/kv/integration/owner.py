@@ -32,7 +32,7 @@ class Owner:
             return
         weights = _sample(module)
         if not _alike(getattr(module, "config", self.config), self.config) or not _equal(self._weights, weights):
-            raise CacheMismatchError("this cache was made for another model: make one with adapter.cache(model, ...)")
+            raise CacheMismatchError("this cache was made for another model: make a NestedCache of its own")
         self._module, self._weights = weakref.ref(module), weights
 
     def __getstate__(self) -> tuple:
