@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-embed test test-slow test-all test-versions lint bench clean
+.PHONY: help install demo demo-embed test test-slow test-all test-versions lint bench docs clean
 
 help:
 	@echo "make install   environment in $(VENV)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-versions  some of them with the oldest and the newest transformers and sentence-transformers"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, into benchmarks/results"
+	@echo "make docs      the documents as a site, into site"
 	@echo "make clean     caches and build folders"
 
 install: $(STAMP)
@@ -88,6 +89,10 @@ bench: install
 	$(BIN)/python benchmarks/kv_quality.py
 	$(BIN)/python benchmarks/kv_speed.py
 
+docs: install
+	$(PIP) install -q -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
