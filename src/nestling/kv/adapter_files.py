@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import jinja2
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -116,7 +117,7 @@ def _may_have_card(folder: Path, text: str) -> bool:
     old = _stored(folder / OLD_CONFIG_FILE)
     if old is None or old.get("kind") != KIND:
         return False
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # of a damaged config
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, jinja2.TemplateError):  # damaged config
         return content == _default_card(old).encode()
     return False
 
@@ -236,41 +237,19 @@ def _download(repo_id: str) -> Path:
 
 
 def _default_card(config: dict) -> str:
-    model = config["model"]
-    return (
-        "---\nlibrary_name: nestling\ntags: [kv-cache, nestling]\n"
-        + (f"base_model: {config['base_model']}\n" if config.get("base_model") else "")
-        + "---\n\n# Nested KV-cache bases\n\n"
-        f"For a `{model['model_type']}` model with {len(model['layers'])} compressed layers, "
-        f"{model['num_key_value_heads']} KV heads of width {model['head_dim']}. "
-        f"Basis: {config.get('basis', 'unknown')}, calibrated on {config.get('tokens', 'unknown')} tokens.\n\n"
-        + _measured(config.get("training"))
-        + "```python\nfrom nestling import KVAdapter, NestedCache\n\n"
-        'adapter = KVAdapter.from_pretrained("this folder")\n'
-        "cache = NestedCache(model, adapter, 0.25)\nmodel.generate(**inputs, past_key_values=cache)\n```\n"
+    """What an adapter is, how it was made, and, once trained, the KL at the start and at the end of that."""
+    training = config.get("training") or {}
+    points = [p for p in training.get("curve", []) if any(name.startswith("kl_") for name in p)]
+    template = jinja2.Template(
+        Path(__file__).with_name("card.md.jinja").read_text("utf-8"), keep_trailing_newline=True
     )
+    return template.render(
+        config, points=[points[0], points[-1]] if points else [], nan=math.nan,
+        names=[name for name in points[0] if name.startswith("kl_")] if points else [],
+        shares=shares_of(training.get("sampling", "")),
+    )  # fmt: skip
 
 
 def shares_of(sampling: str) -> str:
     """What the shares are of at which a training is measured, in words."""
     return "16 bits a coordinate" if sampling == "bits" else "the ranks"
-
-
-def _measured(training: dict | None) -> str:
-    """The card's table of a training: KL at its start and at its end."""
-    points = [p for p in (training or {}).get("curve", []) if any(name.startswith("kl_") for name in p)]
-    if training is None or not points:
-        return ""
-    names = [name for name in points[0] if name.startswith("kl_")]
-    shares = " | ".join(f"{float(name[3:]):.4g}" for name in names)
-    rows = "".join(
-        f"| {point['tokens']:,} | " + " | ".join(f"{point.get(name, math.nan):.4f}" for name in names) + " |\n"
-        for point in (points[0], points[-1])
-    )
-    exact = f"{training['sinks']} first and {training['window']} recent tokens exact"
-    return (
-        f"Trained with the `{training['preset']}` preset ({training['sampling']} sampling, learning rate "
-        f"{training['learning_rate']:g}) in {training['seconds']} s. KL to the full model on held-out text, nats per "
-        f"token, at shares of {shares_of(training['sampling'])}, {exact}:\n\n"
-        f"| tokens trained on | {shares} |\n| ---: |{' ---: |' * len(names)}\n{rows}\n"
-    )
