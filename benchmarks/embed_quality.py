@@ -34,7 +34,7 @@ def measured(sized: Sized, way: str, job: Job, data: Path, name: str) -> list[di
     partial = job.work / f"{way}-{sized.ladder.full}.partial.json"
     found = evaluator.rows(model, model_name=name, method=way, partial=partial)
     cost = {"minutes": sized.minutes, "peak_mib": sized.peak_mib}
-    named = ("model", "method", "cup")
+    named = ("model", "method", "size")
     return [{**{key: row[key] for key in named}, "seed": job.seed, **row, **cost} for row in found]
 
 
@@ -84,7 +84,7 @@ def main(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, found, {**meta, "settings": old["meta"]["settings"], "runs": runs})
     console = Console()
-    columns = ("model", "method", "cup", "seed", "mean_sts", "mean_ndcg", "mean_recall", "minutes", "peak_mib")
+    columns = ("model", "method", "size", "seed", "mean_sts", "mean_ndcg", "mean_recall", "minutes", "peak_mib")
     console.print(table([{key: row.get(key) for key in columns} for row in found]))
 
 

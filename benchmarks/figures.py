@@ -37,7 +37,7 @@ def embed_quality() -> Figure:
         if row["encoder"] == MODEL and (row["batch"], row["tokens"]) == SHAPE
     }
     rows = [
-        {**row, "method": ENCODERS[row["method"]], "speed": speed[row["cup"]], "sts": 100 * row["mean_sts"]}
+        {**row, "method": ENCODERS[row["method"]], "speed": speed[row["size"]], "sts": 100 * row["mean_sts"]}
         for row in load("embed_quality")
         if row["model"] == MODEL and row["seed"] == 0
     ]

@@ -183,7 +183,7 @@ def main(
             found += arm(chosen, study, data, label)
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, found, {**run_meta(time.monotonic() - began), "settings": old["meta"]["settings"]})
-    columns = ("model", "method", "seed", "pretrain_steps", "pretrain_tokens", "pretrain_minutes", "cup", "mean_sts",
+    columns = ("model", "method", "seed", "pretrain_steps", "pretrain_tokens", "pretrain_minutes", "size", "mean_sts",
                "mean_ndcg", "minutes")  # fmt: skip
     Console().print(table([{key: row.get(key) for key in columns} for row in found]))
 

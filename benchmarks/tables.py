@@ -195,8 +195,8 @@ def kv_shrink() -> str:
 def encoder_rows(model: str) -> list[dict]:
     """Quality by method and size. The largest of the separate models is the one that was fine-tuned at full size."""
     rows = [row for row in load("embed_quality") if row["model"] == model]
-    largest = max((row["cup"] for row in rows), key=layers)
-    full = [row for row in rows if row["method"] == "full-then-cut" and row["cup"] == largest]
+    largest = max((row["size"] for row in rows), key=layers)
+    full = [row for row in rows if row["method"] == "full-then-cut" and row["size"] == largest]
     return rows + [row | {"method": "separate"} for row in full]
 
 
@@ -206,9 +206,9 @@ def layers(size: str) -> int:
 
 def by_size(lines: Mapping[Any, list[dict]], first: Mapping[str, tuple[str, Format]], kind: str) -> str:
     """A row for each training, a column for each size, and their mean."""
-    sizes = sorted({row["cup"] for own in lines.values() for row in own}, key=layers)
+    sizes = sorted({row["size"] for own in lines.values() for row in own}, key=layers)
     rows = [
-        {**own[0], **{row["cup"]: row[kind] for row in own}, "mean": sum(row[kind] for row in own) / len(own)}
+        {**own[0], **{row["size"]: row[kind] for row in own}, "mean": sum(row[kind] for row in own) / len(own)}
         for own in lines.values()
     ]
     return table(rows, {**first, **{size: (size, times_100) for size in (*sizes, "mean")}})
@@ -229,20 +229,20 @@ def embed_short() -> str:
     speed = {row["model"]: row["over_full"] for row in load("embed_speed") if row["encoder"] == "mpnet"}
     lines = {size: {"size": size, "speed": speed[size]} for size in speed if size != "minilm"}
     for row in encoder_rows("mpnet"):
-        lines[row["cup"]][row["method"]] = row["mean_sts"]
+        lines[row["size"]][row["method"]] = row["mean_sts"]
     methods = {method: (ENCODERS[method], times_100) for method in ("cut", "cut-aligned", "srl", "separate")}
     return table(lines.values(), {"size": ("size", str), **methods, "speed": ("speed over full size", digits)})
 
 
 def embed_student() -> str:
-    rows = [row for row in encoder_rows("mpnet") if row["cup"] == "6x128"]
+    rows = [row for row in encoder_rows("mpnet") if row["size"] == "6x128"]
     return table(rows, {"method": ("6x128", ENCODERS.__getitem__), **{k: (t, times_100) for k, t in MEASURES.items()}})
 
 
 def embed_minilm() -> str:
     rows = [row for row in encoder_rows("mpnet") if row["method"] == "srl"] + load("embed_quality")[-1:]
     for row in rows:
-        row["encoder"] = f"{MODELS[row['model']]}, {row['cup']}"
+        row["encoder"] = f"{MODELS[row['model']]}, {row['size']}"
     return table(rows, {"encoder": ("encoder", str), **{k: (t, times_100) for k, t in MEASURES.items()}})
 
 

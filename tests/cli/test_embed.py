@@ -91,7 +91,7 @@ def test_align_makes_cups_without_training(place):
     assert run("embed", "export", place / "aligned", "--cup", "1x8", "--out", place / "first").exit_code == 0
     measured = run("embed", "eval", place / "aligned", "--sts", place / "sts.jsonl", "--json", place / "aligned.json")
     assert measured.exit_code == 0, measured.output
-    assert [row["cup"] for row in json.loads((place / "aligned.json").read_text())["rows"]] == ["1x8", "2x16", "4x32"]
+    assert [row["size"] for row in json.loads((place / "aligned.json").read_text())["rows"]] == ["1x8", "2x16", "4x32"]
 
 
 def test_train_on_pairs_from_several_files_and_a_teacher(place):
@@ -122,7 +122,7 @@ def test_eval_measures_labelled_sets(place):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     rows = json.loads((place / "eval.json").read_text())["rows"]
-    assert [row["cup"] for row in rows] == [f"{depth}x{width}" for depth in (1, 2, 4) for width in (8, 16, 32)]
+    assert [row["size"] for row in rows] == [f"{depth}x{width}" for depth in (1, 2, 4) for width in (8, 16, 32)]
     assert {"sts", "ndcg_set", "recall_set", "mean_sts"} <= set(rows[0])
     assert (place / "eval.html").read_text().count("<svg") == 2
 
@@ -135,7 +135,7 @@ def test_eval_without_labels_is_agreement_with_the_full_size(place):
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         rows = json.loads((place / "agree.json").read_text())["rows"]
-        assert [row["cup"] for row in rows][-1] == cups[-1] and (model == "model" or len(rows) == 3)
+        assert [row["size"] for row in rows][-1] == cups[-1] and (model == "model" or len(rows) == 3)
         assert rows[-1]["agreement"] > 0.999 and rows[-1]["overlap"] > 0.95 > rows[0]["overlap"]
 
 
@@ -154,9 +154,9 @@ def test_export_all_cups_and_one_with_onnx(place):
     assert [row["vector_bytes"] for row in rows] == [32, 64, 128] and all(row["difference"] < 1e-5 for row in rows)
     measured = run("embed", "eval", place / "cups" / "2x16", "--sts", place / "sts.jsonl", "--json", place / "m.json")
     assert measured.exit_code == 0, measured.output
-    whole = {r["cup"]: r["sts"] for r in json.loads((place / "rows.json").read_text())["rows"]}
+    whole = {r["size"]: r["sts"] for r in json.loads((place / "rows.json").read_text())["rows"]}
     (row,) = json.loads((place / "m.json").read_text())["rows"]
-    assert row["cup"] == "2x16" and row["sts"] == pytest.approx(whole["2x16"], abs=1e-4)
+    assert row["size"] == "2x16" and row["sts"] == pytest.approx(whole["2x16"], abs=1e-4)
 
 
 def test_several_cups_are_all_exported_or_none(place):
@@ -270,7 +270,7 @@ def test_errors_are_one_clear_line(place, monkeypatch, arguments, words):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("short.txt").write_text("too short")
-    Path("agree.json").write_text('{"rows": [{"model": "other", "cup": "1x8"}]}')
+    Path("agree.json").write_text('{"rows": [{"model": "other", "size": "1x8"}]}')
     result = run("embed", *arguments)
     assert result.exit_code == 1
     assert words in flat(result)

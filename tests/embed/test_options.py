@@ -171,5 +171,5 @@ def test_what_fits_is_still_taken(encoder):
     """Cups in any form and order, sizes of other libraries' types."""
     model, texts = encoder(), some_texts(20, seed=9)
     rows = embed.agreement(model, texts, [(2, 16), "1x8"], batch_size=torch.tensor(4))
-    assert [row["cup"] for row in rows] == ["2x16", "1x8"]
+    assert [row["size"] for row in rows] == ["2x16", "1x8"]
     assert embed.agreement(model, texts, "1x8,2x16")[1] == embed.agreement(model, texts, [Cup(2, 16)])[0]

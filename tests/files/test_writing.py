@@ -21,7 +21,7 @@ from nestling.report.figures import write_png
 from nestling.report.page import write_html
 from nestling.report.results import write_json
 
-GRID = [{"cup": "1x8", "mean_sts": 0.5, "model": "m"}, {"cup": "2x16", "mean_sts": 0.75, "model": "m"}]
+GRID = [{"size": "1x8", "mean_sts": 0.5, "model": "m"}, {"size": "2x16", "mean_sts": 0.75, "model": "m"}]
 WRITERS = {
     "text": lambda path: write_file(path, "text"),
     "bytes": lambda path: write_file(path, b"bytes"),

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,18 +22,7 @@ Columns = Annotated[
 AS = "Texts are one a line, or stand between blank lines; default: as they look."
 Lines = Annotated[bool | None, typer.Option("--lines/--documents", help=AS)]
 Language = Annotated[str, typer.Option(help="Of documents, whose abbreviations end no sentence, such as de.")]
-Pairs = Annotated[list[str] | None, typer.Option(help=f"Pairs or triplets to train on: {KINDS}; may be repeated.")]
-PositiveLabel = Annotated[
-    str | None, typer.Option(help="Label of pairs that mean the same, where that cannot be known, such as 0.")
-]
-Scored = Annotated[str | None, typer.Option(help=f"Scored pairs to train on: {KINDS}.")]
-Sts = Annotated[list[str] | None, typer.Option(help=f"Scored pairs to measure on: {KINDS}; may be repeated.")]
-Retrieval = Annotated[
-    list[str] | None,
-    typer.Option(help="Folder in BEIR's layout to measure on, FOLDER:dev for another split; may be repeated."),
-]
-
-TEXT, STS = ("text",), ("sentence1", "sentence2", "score", "subset")
+TEXT = ("text",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +70,13 @@ def columns_of(given: str | None, *known: Iterable[str]) -> dict[str, str]:
         if not (new and equals and old) or new in found:
             raise OptionError(f"--columns {given!r}: expected names by names, such as anchor=question,positive=answer")
         found[new] = old
-        if not any(_those(found, names).get(new) for names in known):
+        if not any(those(found, names).get(new) for names in known):
             expected = ", ".join(dict.fromkeys(name for names in known for name in names)) or "none"
             raise OptionError(f"--columns {given!r}: {new} is not read here; expected some of {expected}")
     return found
 
 
-def _those(columns: dict[str, str], known: Iterable[str]) -> dict[str, str]:
+def those(columns: dict[str, str], known: Iterable[str]) -> dict[str, str]:
     """Those of the columns that a reader knows."""
     names = tuple(known)
     fits = {new: new in names or ("negative" in names and new.startswith("negative")) for new in columns}
@@ -105,7 +93,7 @@ def texts_from(text: str | None, lines: bool | None = None, columns: dict[str, s
     from nestling.data.texts import read_texts
 
     show_what_is_told()
-    return read_texts(text, columns=_those(columns or {}, TEXT) or None, layout=layout_of(lines))
+    return read_texts(text, columns=those(columns or {}, TEXT) or None, layout=layout_of(lines))
 
 
 def sentences_from(
@@ -126,60 +114,6 @@ def sentences_from(
             f"{text}: no sentences of four words and more were found, expected prose; if each text stands by itself, "
             "say --lines"
         )
-    return found
-
-
-def pairs_from(pairs: list[str], columns: dict[str, str], positive: str | None) -> Rows:
-    """Rows of all files and data sets that ``--pairs`` names.
-
-    Raises:
-        DataError: they have different columns.
-    """
-    from nestling.data.pairs import KNOWN, read_pairs
-
-    show_what_is_told()
-    rows = Rows([])
-    for name in pairs:
-        found = read_pairs(name, columns=_those(columns, KNOWN) or None, positive=positive)
-        if rows and list(found[0]) != list(rows[0]):
-            raise DataError(
-                f"{name}: columns {', '.join(found[0])}, expected {', '.join(rows[0])} as in {pairs[0]}: train on one "
-                "kind at a time"
-            )
-        rows += found
-        rows.left_out += found.left_out
-    return rows
-
-
-def scored_from(scored: str, columns: dict[str, str]) -> Rows:
-    """Rows of what ``--scored`` or ``--sts`` names."""
-    from nestling.data.pairs import read_sts
-
-    show_what_is_told()
-    return read_sts(scored, columns=_those(columns, STS) or None)
-
-
-def evaluator_of(sts: list[str] | None, retrieval: list[str] | None, columns: dict[str, str], **options: Any) -> Any:
-    """An evaluator of the sets that are named, None if there are none."""
-    from nestling.embed import GridEvaluator
-
-    if not sts and not retrieval:
-        return None
-    scored = {name: scored_from(source, columns) for name, source in _named(sts or []).items()}
-    return GridEvaluator(sts=scored, retrieval=_named(retrieval or []), **options)
-
-
-def _named(sources: list[str]) -> dict[str, str]:
-    """Sets by the name of their file, folder or data set, with its split if one is named."""
-    found: dict[str, str] = {}
-    for source in sources:
-        path = Path(source)
-        name = path.resolve().name if path.exists() else source.rstrip("/").rsplit("/", 1)[-1].replace(":", "_")
-        for ending in (".gz", ".jsonl", ".csv", ".tsv", ".parquet"):
-            name = name.removesuffix(ending)
-        if name in found:
-            raise OptionError(f"{source}: there is another set called {name}, {found[name]}: rename one")
-        found[name] = source
     return found
 
 

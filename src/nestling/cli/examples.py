@@ -25,7 +25,7 @@ EXAMPLES = {
     "embed train": ("nestling embed train minilm --out elastic --pairs pairs.jsonl --sts dev.jsonl",),
     "embed pretrain": ("nestling embed pretrain minilm --out pretrained --text documents.jsonl --steps 1000",),
     "embed eval": ("nestling embed eval elastic --sts dev.jsonl --html sizes.html",),
-    "embed export": ("nestling embed export elastic --out small --cup 2x64",),
+    "embed export": ("nestling embed export elastic --out small --size 2x64",),
     "demo kv": ("nestling demo kv --out report.html",),
     "demo embed": ("nestling demo embed --keep models",),
 }

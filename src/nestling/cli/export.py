@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from nestling.cli.terminal import (
-    Cups,
     Encoder,
     Json,
+    Sizes,
     check_outputs,
     console,
     errors_as_messages,
@@ -17,17 +17,17 @@ from nestling.cli.terminal import (
     show,
     write_results,
 )
-from nestling.errors import DataError, OptionError
+from nestling.errors import DataError
 
 
 @errors_as_messages
 def export(
     model: Encoder,
-    out: Annotated[Path, typer.Option(help="New folder, of the cup; of several, each gets its own within it.")],
-    cup: Annotated[
-        list[str] | None, typer.Option(help="Such as 6x128; may be repeated; default: all of the ladder.")
+    out: Annotated[Path, typer.Option(help="New folder, of the size; of several, each gets its own within it.")],
+    size: Annotated[
+        list[str] | None, typer.Option(help="Such as 6x128; may be repeated; default: all that MODEL has.")
     ] = None,
-    cups: Cups = None,
+    sizes: Sizes = None,
     onnx: Annotated[bool, typer.Option(help="Also write an ONNX graph.")] = False,
     int8: Annotated[bool, typer.Option(help="Also write an ONNX graph with int8 weights.")] = False,
     results: Annotated[
@@ -35,65 +35,49 @@ def export(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Write cups of MODEL as models of their own, all or none, checked against it, which any server loads."""
-    from nestling import embed
+    """Write sizes of MODEL as models of their own, all or none, checked against it, which any server loads."""
+    from nestling.embed import ElasticEncoder
+    from nestling.embed.ladder import Cup
+    from nestling.embed.model.folder import load_ladder
     from nestling.files.folders import write_folder
 
     check_outputs(json, folder=out, new=True)
-    encoder = loading(embed.load_encoder, model)
-    ladder, projections = ladder_of(model, cups, encoder)
-    given = cups is not None or embed.load_ladder(model) is not None
-    sizes = list(ladder) if not cup else [ladder.cup(name) if given else embed.Cup.parse(name) for name in cup]
-    rows = [] if results is None else _rows(results, model, [size.name for size in sizes])
+    encoder = loading(lambda name: ElasticEncoder.from_pretrained(name, sizes), model)
+    known = sizes is not None or load_ladder(model) is not None
+    wanted = [encoder.sizes.cup(name) if known else Cup.parse(name) for name in size or ()] or list(encoder.sizes)
+    rows = [] if results is None else _rows(results, model, [each.name for each in wanted])
 
-    def write(size: Any, folder: Path) -> dict[str, Any]:
-        with console.status(f"writing {size}"):
-            found = embed.export(
-                encoder, size, folder, ladder=ladder, projections=projections, rows=rows,
-                onnx=onnx or int8, int8=int8,
-            )  # fmt: skip
+    def write(each: Any, folder: Path) -> dict[str, Any]:
+        with console.status(f"writing {each}"):
+            found = encoder.export(each, folder, rows=rows, onnx=onnx or int8, int8=int8)
         checks = {name: getattr(found, name) for name in ("difference", "onnx_difference", "int8_cosine")}
-        row = {"model": model, "cup": size.name, "folder": folder.name, "MB": found.nbytes / 1e6}
-        return row | {"vector_bytes": 4 * size.dims} | {k: v for k, v in checks.items() if v is not None}
+        row = {"model": model, "size": each.name, "folder": folder.name, "MB": found.nbytes / 1e6}
+        return row | {"vector_bytes": 4 * each.dims} | {k: v for k, v in checks.items() if v is not None}
 
     start = time.perf_counter()
-    if len(cup or ()) == 1:
-        written = [write(sizes[0], out)]
+    if len(size or ()) == 1:
+        written = [write(wanted[0], out)]
     else:
-        written = write_folder(out, lambda new: [write(size, new / size.name) for size in sizes])
-    show(written, f"{model}: exported cups, and how far they are from it")
+        written = write_folder(out, lambda new: [write(each, new / each.name) for each in wanted])
+    show(written, f"{model}: exported sizes, and how far they are from it")
     console.print(f"Saved to {out}")
     write_results(json, written, time.perf_counter() - start)
 
 
-def ladder_of(model: str, cups: str | None, encoder: Any, projected: bool = True) -> tuple[Any, dict[int, Any]]:
-    """The cups asked for, or those the model was trained for, or some for its shape; and its projections."""
-    from nestling import embed
-    from nestling.embed.model.parts import Encoder as Parts
-
-    parts = Parts.of(encoder)
-    own = embed.load_ladder(model)
-    ladder = embed.Ladder.parse(cups) if cups else own or embed.Ladder.default(parts.depth, parts.dims)
-    projections = embed.load_projections(model) if projected else {}
-    if own and projections and (missing := sorted(set(ladder.layers) - set(own.layers))):
-        raise OptionError(f"{model} was trained with projections for its own cups {own}, not for layers {missing}")
-    return ladder, projections
-
-
-def _rows(path: Path, model: str, cups: list[str]) -> list[dict[str, Any]]:
-    """The rows of a results file that are of this model and some of these cups."""
+def _rows(path: Path, model: str, sizes: list[str]) -> list[dict[str, Any]]:
+    """The rows of a results file that are of this model and some of these sizes."""
     from nestling.report.results import read_rows
 
     try:
         rows = read_rows(path, DataError)
-        if not all(isinstance(row.get("cup"), str) for row in rows):
-            raise DataError("a row has no cup")
+        if not all(isinstance(row.get("size"), str) for row in rows):
+            raise DataError("a row has no size")
     except DataError as error:
         raise DataError(f"{path} holds no results of `embed eval --json` ({error})") from error
     models = sorted({str(row.get("model")) for row in rows})
-    own = [row for row in rows if Path(str(row.get("model"))) == Path(model) and row["cup"] in cups]
+    own = [row for row in rows if Path(str(row.get("model"))) == Path(model) and row["size"] in sizes]
     if not own:
         raise DataError(
-            f"{path} has no results of {model} at {', '.join(cups)}, it is of {', '.join(models)}: measure it first"
+            f"{path} has no results of {model} at {', '.join(sizes)}, it is of {', '.join(models)}: measure it first"
         )
     return own

@@ -60,5 +60,10 @@ def _config(class_: type[Config], given: dict[str, Any]) -> Config:
     for option_ in _options(class_):
         value, check = values[option_.name], option_.metadata["check"]
         if check is not None and not (value is None and option_.default is None):
-            values[option_.name] = check(f"--{option_.name.replace('_', '-')}", value)
+            values[option_.name] = check(_flag(option_), value)
     return class_(**values)
+
+
+def _flag(option_: Field) -> str:
+    flags = option_.metadata["flags"]
+    return flags[0].partition("/")[0] if flags else f"--{option_.name.replace('_', '-')}"

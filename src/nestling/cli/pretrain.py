@@ -1,7 +1,6 @@
 """The command ``nestling embed pretrain``."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +9,10 @@ import typer
 from nestling.cli.data import KINDS, TEXT, TextSource, show_what_is_told
 from nestling.cli.options import takes
 from nestling.cli.terminal import (
-    Cups,
     Encoder,
     Html,
     Json,
+    Sizes,
     check_checkpoints,
     check_outputs,
     console,
@@ -42,14 +41,14 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder for the model; checkpoints go beside it.")],
     source: TextSources,
     config: PretrainConfig,
-    cups: Cups = None,
+    sizes: Sizes = None,
     pooling: Annotated[
         str | None, typer.Option(help="mean or cls, for a folder of transformers' own, which has no pooling.")
     ] = None,
     json: Json = None,
     html: Html = None,
 ) -> None:
-    """Pre-train MODEL on text alone, so that every cup can rebuild what it reads: a start for `embed train`."""
+    """Pre-train MODEL on text alone, so that every size can rebuild what it reads: a start for `embed train`."""
     from nestling import embed
     from nestling.embed.training.arguments import rank
 
@@ -59,14 +58,12 @@ def pretrain(
     texts = embed.Texts(
         source.text or [None], config.skip_bad, columns=source.named(TEXT) or None, layout=source.layout
     )
-    encoder = loading(partial(embed.load_encoder, pooling=pooling), model)
-    if cups is None and Path(model).is_dir():
-        cups = str(embed.load_ladder(model) or "") or None
-    trained = embed.pretrain(encoder, texts, cups, replace(config, output_dir=out))
+    encoder = loading(lambda name: embed.ElasticEncoder.from_pretrained(name, sizes, pooling=pooling), model)
+    encoder.pretrain(texts, replace(config, output_dir=out))
     if rank() > 0:  # under torchrun the first process speaks for all
         return
-    info = trained.info
-    show(_first_and_last(trained), f"{model}: nats per masked token, by the encoder and by the decoder")
+    info = encoder.info["pretraining"]
+    show(_first_and_last(encoder.sizes, info), f"{model}: nats per masked token, by the encoder and by the decoder")
     for count, what in ((info["bad_lines"], "Bad lines"), (info["left_out"], "Windows with nothing to mask")):
         if count:
             console.print(f"{what} left out: {count:,}")
@@ -74,17 +71,17 @@ def pretrain(
         f"{info['steps']:,} steps, {info['tokens']:,} tokens in {info['seconds']} s, {info['head']} masked-language "
         f"head. Saved to {out}"
     )
-    write_curve(model, trained, json, html, "pre-training of every cup")
+    write_curve(model, info, json, html, "pre-training of every size")
 
 
-def _first_and_last(trained: Any) -> list[dict[str, Any]]:
-    """The losses of a pre-training at the first and the last point of the curve, a row a cup."""
-    points = [point for point in trained.info["curve"] if "loss" in point]
+def _first_and_last(sizes: Any, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The losses of a pre-training at the first and the last point of the curve, a row a size."""
+    points = [point for point in info["curve"] if "loss" in point]
     rows = []
-    for cup in trained.ladder:
-        row: dict[str, Any] = {"cup": cup.name}
+    for size in sizes:
+        row: dict[str, Any] = {"size": size.name}
         for kind in ("mlm", "dec"):
-            found = [point[f"{kind}_{cup}"] for point in points if f"{kind}_{cup}" in point]
+            found = [point[f"{kind}_{size}"] for point in points if f"{kind}_{size}" in point]
             row |= {f"{kind} first": found[0], f"{kind} last": found[-1]} if found else {}
         rows.append(row)
     return rows

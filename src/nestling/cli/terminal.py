@@ -49,9 +49,8 @@ part, less_than_one = partial(number, above=0, maximum=1), partial(number, minim
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
 Encoder = Annotated[str, typer.Argument(help="Hub id, folder, or the alias minilm.", metavar="MODEL")]
-Cups = Annotated[
-    str | None,
-    typer.Option(help="Ladder, such as 2x32,4x64,6x128; default: the one it was trained for, or one for its shape."),
+Sizes = Annotated[
+    str | None, typer.Option(help="Such as 2x32,4x64,6x128; default: those it was saved with, or some for its shape.")
 ]
 Sinks = Annotated[int, typer.Option(help="Leading tokens kept exact."), natural]
 Window = Annotated[int, typer.Option(help="Recent tokens kept exact, at least."), natural]
@@ -214,12 +213,11 @@ def write_results(path: Path | None, rows: list[dict], seconds: float | None = N
         console.print(f"Results: {path}")
 
 
-def write_curve(model: str, trained: Any, json: Path | None, html: Path | None, what: str) -> None:
+def write_curve(model: str, info: Any, json: Path | None, html: Path | None, what: str) -> None:
     """The curve of an encoder's training, as JSON and as a page, where they are wanted."""
-    info = trained.info
     write_results(json, [{"model": model, **point} for point in info["curve"]], info["seconds"])
     if html is not None:
         from nestling.embed.report import write_training
 
-        write_training(html, trained, title=f"{model}: {what}")
+        write_training(html, info, title=f"{model}: {what}")
         console.print(f"Report: {html}")

@@ -1,4 +1,4 @@
-"""`nestling demo embed`: an encoder made elastic by following itself, one cup of it exported and put to use."""
+"""`nestling demo embed`: an encoder made elastic by following itself, one size of it exported and put to use."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from sentence_transformers import SentenceTransformer
 
 from nestling.data.sentences import sentences
 from nestling.data.texts import read_texts
-from nestling.embed.evaluation.agreement import COLUMNS, agreement, full_vectors
-from nestling.embed.export.export import export
-from nestling.embed.ladder import Ladder
+from nestling.embed.elastic import ElasticEncoder
+from nestling.embed.evaluation.agreement import COLUMNS, full_vectors
 from nestling.embed.model.folder import check_place
-from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.parts import Encoder
-from nestling.embed.model.projection import fit_projections
 from nestling.embed.report import write_demo
-from nestling.embed.training.train import Trained, train
+from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.trainer import without_bars
 from nestling.files.temporary import private_temporary_folder
 from nestling.report.tables import table
@@ -36,68 +33,62 @@ QUERIES = (
 )
 
 
-def run(model: str, out: Path, steps: int, cup: str | None, keep: Path | None, console: Console) -> list[dict]:
-    """The demo: cups cut, cups aligned with the full model in closed form, and cups that have followed the full model.
+def run(model: str, out: Path, steps: int, size: str | None, keep: Path | None, console: Console) -> list[dict]:
+    """The demo: sizes cut, sizes aligned with the full model in closed form, and sizes that have followed it.
 
     Args:
-        cup: the one that is exported and searched with; the second of the ladder by default.
-        keep: a folder for the trained model and the cup, which are thrown away otherwise.
+        size: the one that is exported and searched with; the second smallest by default.
+        keep: a folder for the trained encoder and the size, which are thrown away otherwise.
     """
     if keep is not None:
         check_place(keep / "elastic", "training", resume=False)
     with console.status(f"loading {model}"):
-        encoder = load_encoder(model)
-    parts = Encoder.of(encoder)
-    ladder = Ladder.default(parts.depth, parts.dims)
-    size = ladder.cups[min(1, len(ladder) - 1)] if cup is None else ladder.cup(cup)
+        encoder = ElasticEncoder.from_pretrained(model)
+    sizes = encoder.sizes
+    shown = sizes.cups[min(1, len(sizes) - 1)] if size is None else sizes.cup(size)
     pages = list(read_texts(None))
     openings = [_opening(page) for page in pages]
     with private_temporary_folder() as thrown_away:
         folder = thrown_away if keep is None else keep
         by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
-        rows, trained = _learn(encoder, ladder, pages, folder / "elastic", steps, model, console)
-        exported = export(encoder, size, folder / size.name, ladder=ladder, projections=trained.projections)
+        rows = _learn(encoder, pages, folder / "elastic", steps, model, console)
+        exported = encoder.export(shown, folder / shown.name, rows=())
         with without_bars():
             small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
-        costs = _costs({f"full {ladder.full}": encoder, f"cup {size}": small}, openings)
-        by_cup = small.encode(openings), small.encode(list(QUERIES))
-    console.print(table(costs, title=f"{size} as a model of its own"))
+        costs = _costs({f"full {sizes.full}": encoder.model, f"size {shown}": small}, openings)
+        by_size = small.encode(openings), small.encode(list(QUERIES))
+    console.print(table(costs, title=f"{shown} as a model of its own"))
     titles = [page.splitlines()[0] for page in pages]
-    answers = _answers({f"by {size}": by_cup, "by the full model": by_full}, titles)
+    answers = _answers({f"by {shown}": by_size, "by the full model": by_full}, titles)
     console.print(table(answers, title="Search in the pages"))
-    write_demo(out, rows, trained, costs, answers, title=f"nestling: {model} in {len(ladder)} sizes")
+    write_demo(out, rows, encoder.info["training"], costs, answers, title=f"nestling: {model} in {len(sizes)} sizes")
     console.print()
     console.print(f"Report: {out}" + ("" if keep is None else f"; models: {keep}"))
     return rows
 
 
 def _learn(
-    encoder: SentenceTransformer, ladder: Ladder, pages: list[str], folder: Path, steps: int, name: str,
-    console: Console,
-) -> tuple[list[dict[str, Any]], Trained]:  # fmt: skip
+    encoder: ElasticEncoder, pages: list[str], folder: Path, steps: int, name: str, console: Console
+) -> list[dict[str, Any]]:
     """Train on seven of eight pages; agreement with the model as it was, on the others, before and after."""
-    held_out = sentences(pages[::8], longest=LONGEST)
+    unseen = sentences(pages[::8], longest=LONGEST)
     texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
     with console.status("measuring"):
-        reference = full_vectors(encoder, held_out)
-        start = fit_projections(
-            encoder, texts[::3], ladder.layers[:-1], flatten=0.0
-        )  # a thousand are enough for a start
-        rows = agreement(encoder, held_out, ladder, reference, projections={}, method="cut")
-        rows += agreement(encoder, held_out, ladder, reference, projections=start, method="aligned")
+        reference = full_vectors(encoder.model, unseen)
+        rows = encoder.agreement(unseen, reference=reference, method="cut")
+        encoder.align(texts[::3], progress=False)  # a thousand are enough for a start
+        rows = rows + encoder.agreement(unseen, reference=reference, method="aligned")
     began = time.perf_counter()
-    trained = train(
-        encoder, texts, ladder, folder=folder, projection=start, steps=steps, batch_size=BATCH, learning_rate=RATE,
-    )  # fmt: skip
+    encoder.train(texts, TrainConfig(output_dir=folder, steps=steps, batch_size=BATCH, learning_rate=RATE))
     console.print(
         f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
         f"{time.perf_counter() - began:.0f} s; no labels."
     )
     with console.status("measuring"):
-        rows += agreement(encoder, held_out, ladder, reference, projections=trained.projections, method="distilled")
-    title = f"{name}: agreement of every cup with the full model, on {len(held_out)} held-out sentences"
+        rows = rows + encoder.agreement(unseen, reference=reference, method="distilled")
+    title = f"{name}: agreement of every size with the full model, on {len(unseen)} held-out sentences"
     console.print(table(rows, COLUMNS, title=title))
-    return rows, trained
+    return rows
 
 
 def _opening(page: str) -> str:

@@ -128,6 +128,12 @@ class Ladder:
         """The depths that occur, each once, shallow first."""
         return tuple(sorted({cup.layers for cup in self.cups}))
 
+    @property
+    def grid(self) -> Ladder:
+        """Every depth of the ladder at every width of it."""
+        dims = {cup.dims for cup in self.cups}
+        return Ladder((layers, width) for layers in self.layers for width in dims)
+
     def cup(self, name: Any) -> Cup:
         """The cup of that name, in a form that `Cup.parse` takes.
 

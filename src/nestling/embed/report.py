@@ -9,7 +9,6 @@ from typing import Any
 from nestling.embed.evaluation.agreement import COLUMNS, NOTE
 from nestling.embed.evaluation.results import FLOPS, cost_figure, grid_figure
 from nestling.embed.ladder import Cup
-from nestling.embed.training.result import Trained
 from nestling.report.figures import curve
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
@@ -32,12 +31,11 @@ def write_evaluation(path: Path, rows: Sequence[Row], *, title: str, grid: bool)
     write_html(path, title, intro, sections, run_meta())
 
 
-def write_training(path: Path, trained: Trained, *, title: str) -> None:
+def write_training(path: Path, info: Mapping[str, Any], *, title: str) -> None:
     """The loss of every cup by step, what was measured on held-out data, and the settings."""
-    settings = dict(trained.info)
     write_html(
         path, title, "An encoder, trained at every size at once.",
-        [*training_sections(trained.info), Section("Settings", rows=_settings(settings))], run_meta(),
+        [*training_sections(info), Section("Settings", rows=_settings(info))], run_meta(),
     )  # fmt: skip
 
 
@@ -45,10 +43,10 @@ def training_sections(info: Mapping[str, Any]) -> list[Section]:
     """The curves of a training: losses, and held-out means if there are any."""
     points = info["curve"]
     measured = [
-        {"step": p["step"], "value": p[name], "cup": name.rsplit("_mean_", 1)[0]}
+        {"step": p["step"], "value": p[name], "size": name.rsplit("_mean_", 1)[0]}
         for p in points
         for name in p
-        if name.endswith(("_mean_sts", "_mean_ndcg"))
+        if name.endswith(("_mean_sts", "_mean_ndcg", "_mean_agreement"))
     ]
     losses = [
         {"step": p["step"], "loss": value, "part": name.replace("_", " ").replace("kl", "KL")}
@@ -63,8 +61,8 @@ def training_sections(info: Mapping[str, Any]) -> list[Section]:
         note = "Nats per masked token: by the encoder (mlm), and by the decoder from the sentence vector (dec)."
     sections = [Section("Loss of every cup", note, figure=figure)]
     if measured:
-        what = "mean Spearman or nDCG@10"
-        figure = curve(measured, "step", "value", "cup", title="Held-out data", xlabel="step", ylabel=what)
+        what = "mean Spearman, nDCG@10 or agreement"
+        figure = curve(measured, "step", "value", "size", title="Held-out data", xlabel="step", ylabel=what)
         sections.append(Section("Quality while training", figure=figure))
     stock = [
         {k.removeprefix("eval_"): v for k, v in p.items() if k == "step" or k.startswith("eval_")} for p in points
@@ -75,10 +73,17 @@ def training_sections(info: Mapping[str, Any]) -> list[Section]:
 
 
 def write_demo(
-    path: Path, rows: Sequence[Row], trained: Trained, costs: Sequence[Row], answers: Sequence[Row], *, title: str
+    path: Path,
+    rows: Sequence[Row],
+    info: Mapping[str, Any],
+    costs: Sequence[Row],
+    answers: Sequence[Row],
+    *,
+    title: str,
 ) -> None:
     """The demo: agreement before and after, the training, what a cup costs and what it finds."""
-    points = [{**row, "share": Cup.parse(row["cup"]).layers / trained.ladder.full.layers} for row in rows]
+    deepest = max(Cup.parse(row["size"]).layers for row in rows)
+    points = [{**row, "share": Cup.parse(row["size"]).layers / deepest} for row in rows]
     figure = curve(
         points, "share", "agreement", "method", title="Agreement with the full model", xlabel=FLOPS,
         ylabel="mean Spearman on held-out sentences",
@@ -86,13 +91,13 @@ def write_demo(
     sections = [
         Section("Before and after", f"{NOTE} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
                        figure=figure),
-        *training_sections(trained.info),
-        Section("What a cup costs", "Encode times are medians of three rounds in turn, on this machine.",
+        *training_sections(info),
+        Section("What a size costs", "Encode times are medians of three rounds in turn, on this machine.",
                        rows=costs),
         Section("Searching the pages", "The two nearest pages.", rows=answers),
     ]  # fmt: skip
     intro = (
-        "One encoder, made elastic by following itself: no labels, no other model. Every cup is cut out of the same "
+        "One encoder, made elastic by following itself: no labels, no other model. Every size is cut out of the same "
         "weights, and its folder loads in stock sentence-transformers."
     )
     write_html(path, title, intro, sections, run_meta())

@@ -19,7 +19,7 @@ LADDER = Ladder.parse("1x8,2x16,4x32")
 
 def test_the_full_cup_agrees_with_itself(encoder):
     row = agreement(encoder(), TEXTS, LADDER, method="m")[-1]
-    assert row == {"method": "m", "cup": "4x32", "agreement": pytest.approx(1), "overlap": 1}
+    assert row == {"method": "m", "size": "4x32", "agreement": pytest.approx(1), "overlap": 1}
 
 
 def test_rows_are_those_of_a_loop_over_texts(encoder):

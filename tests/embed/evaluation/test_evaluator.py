@@ -42,10 +42,10 @@ def test_every_cup_equals_a_cut_model_in_stock_evaluators(backbones, tmp_path, f
     rows, data = scored(), searched()
     evaluator = GridEvaluator(DEEPER, sts={"s": rows}, retrieval={"r": data}, batch_size=7)
     found = evaluator.rows(sentence_model(backbones(family), pooling), model_name="tiny", method="cut")
-    assert [row["cup"] for row in found] == DEEPER.split(",")
+    assert [row["size"] for row in found] == DEEPER.split(",")
     for row in found:
-        depth, dims = map(int, row["cup"].split("x"))
-        folder = shutil.copytree(backbones(family), tmp_path / row["cup"])
+        depth, dims = map(int, row["size"].split("x"))
+        folder = shutil.copytree(backbones(family), tmp_path / row["size"])
         cut_folder(folder, depth)
         expected = stock(sentence_model(folder, pooling), rows, data, dims)
         assert (row["s"], row["ndcg_r"], row["recall_r"]) == pytest.approx(expected, abs=2e-3)
@@ -64,13 +64,13 @@ def test_at_full_size_numbers_are_those_of_the_stock_evaluators(encoder):
 def test_the_grid_and_the_default_ladder(encoder):
     model, sts = encoder(), {"a": scored(20), "b": scored(20, seed=5)}
     grid = GridEvaluator(LADDER, sts=sts, grid=True).rows(model)
-    assert [row["cup"] for row in grid] == [f"{k}x{d}" for k in (1, 2, 4) for d in (4, 8, 32)]
-    cells = {row["cup"]: row for row in grid}
+    assert [row["size"] for row in grid] == [f"{k}x{d}" for k in (1, 2, 4) for d in (4, 8, 32)]
+    cells = {row["size"]: row for row in grid}
     for row in GridEvaluator(LADDER, sts=sts).rows(model):
-        assert row["mean_sts"] == pytest.approx(cells[row["cup"]]["mean_sts"], abs=1e-5)
+        assert row["mean_sts"] == pytest.approx(cells[row["size"]]["mean_sts"], abs=1e-5)
         assert row["mean_sts"] == pytest.approx((row["a"] + row["b"]) / 2)
         assert "mean_ndcg" not in row
-    assert [row["cup"] for row in GridEvaluator(sts=sts).rows(model)][-1] == f"{LAYERS}x{HIDDEN}"
+    assert [row["size"] for row in GridEvaluator(sts=sts).rows(model)][-1] == f"{LAYERS}x{HIDDEN}"
 
 
 def test_texts_are_encoded_once_and_the_model_is_left_as_it_was(encoder, monkeypatch):
@@ -138,7 +138,7 @@ def test_during_training(encoder, tmp_path):
     assert model.model_card_data.eval_results_dict[evaluator] == first
     assert evaluator(model, str(tmp_path / "eval"), epoch=1.0, steps=20) == pytest.approx(first)
     kept = json.loads((tmp_path / "eval" / "grid_dev.json").read_text())
-    assert [(row["steps"], row["cup"]) for row in kept["rows"]] == [(s, cup) for s in (10, 20) for cup in cups]
+    assert [(row["steps"], row["size"]) for row in kept["rows"]] == [(s, cup) for s in (10, 20) for cup in cups]
     (tmp_path / "eval" / "grid_dev.json").write_text("[]")
     with pytest.raises(EvaluationError, match="grid_dev.json is damaged"):
         evaluator(model, str(tmp_path / "eval"))
@@ -249,13 +249,14 @@ def test_what_cannot_be_measured_is_refused(encoder, tmp_path):
 def measured(method, gain=0.0):
     cells = [(k, d) for k in (1, 2, 4) for d in (4, 8)]
     return [
-        {"model": "m", "method": method, "cup": f"{k}x{d}", "s": 0.1 * k + gain, "mean_sts": 0.1 * k + 0.01 * d + gain}
+        {"model": "m", "method": method, "size": f"{k}x{d}", "s": 0.1 * k + gain}
+        | {"mean_sts": 0.1 * k + 0.01 * d + gain}
         for k, d in cells
     ]
 
 
 def test_results_as_files(tmp_path):
-    rows = measured("cut") + [row for row in measured("srl", 0.2) if row["cup"] != "2x4"]
+    rows = measured("cut") + [row for row in measured("srl", 0.2) if row["size"] != "2x4"]
     rows[0]["mean_sts"] = math.nan
     files = save_results(tmp_path / "new" / "results", rows, {"note": 1})
     assert sorted(path.name for path in files) == ["cost.png", "grid.json", "grid.md", "grid.png"]
@@ -265,13 +266,13 @@ def test_results_as_files(tmp_path):
     lines = files[1].read_text().splitlines()
     assert lines[0] == "| model | method | cup | s | mean_sts |" and len(lines) == 2 + len(rows)
     assert lines[3] == "| m | cut | 1x8 | 10 | 18 |"
-    assert markdown(rows, ["cup", "s"]).splitlines()[2] == "| 1x4 | 10 |"
-    agreed = [{"cup": "1x4", "agreement": 0.5, "overlap": 0.25, "minutes": 1.5, "peak_mib": 8.25, "seed": 0}]
+    assert markdown(rows, ["size", "s"]).splitlines()[2] == "| 1x4 | 10 |"
+    agreed = [{"size": "1x4", "agreement": 0.5, "overlap": 0.25, "minutes": 1.5, "peak_mib": 8.25, "seed": 0}]
     assert markdown(agreed).splitlines()[2] == "| 1x4 | 50 | 25 | 1.5 | 8.25 | 0 |"
 
 
 def test_figures_show_what_was_measured():
-    rows = measured("cut") + [row for row in measured("srl", 0.2) if row["cup"] != "2x4"]
+    rows = measured("cut") + [row for row in measured("srl", 0.2) if row["size"] != "2x4"]
     figure = grid_figure(rows)
     panels = [axes for axes in figure.axes if axes.get_title(loc="left") in ("cut", "srl")]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["1", "2", "4"]
@@ -284,6 +285,6 @@ def test_figures_show_what_was_measured():
     other = [row | {"model": "n"} for row in measured("cut")]
     lines = {line.get_label(): line for line in cost_figure(measured("cut") + other).axes[0].lines}
     assert {"cut, m", "cut, n"} <= set(lines) and "cut" not in lines
-    costs = {row["cup"]: 10.0 * i for i, row in enumerate(rows)}
+    costs = {row["size"]: 10.0 * i for i, row in enumerate(rows)}
     axes = cost_figure(rows, costs=costs, label="ms a text").axes[0]
     assert axes.get_xlabel() == "ms a text" and "FLOPs" in cost_figure(rows).axes[0].get_xlabel()

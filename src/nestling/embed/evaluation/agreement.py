@@ -1,4 +1,4 @@
-"""How well cups agree with a full model on plain texts: what can be measured where there is no labelled data."""
+"""How well sizes agree with a full model on plain texts: what can be measured where there is no labelled data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
 from nestling.embed.ladder import Cup, Ladder
@@ -18,10 +19,10 @@ from nestling.options import whole
 
 NEIGHBOURS = 10
 NOTE = (
-    "Agreement is Spearman's correlation between a text's similarities to all others by the cup and by the full "
+    "Agreement is Spearman's correlation between a text's similarities to all others by the size and by the full "
     "model, the mean over texts; overlap is the share of its ten nearest neighbours that both find."
 )
-COLUMNS = {"method": "method", "cup": "cup", "agreement": "agreement", "overlap": f"overlap@{NEIGHBOURS}"}
+COLUMNS = {"method": "method", "size": "size", "agreement": "agreement", "overlap": f"overlap@{NEIGHBOURS}"}
 
 
 def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = None, batch_size: int = 32) -> Tensor:
@@ -38,7 +39,7 @@ def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = No
 def agreement(
     model: nn.Module,
     texts: Iterable[Any],
-    cups: Ladder | Iterable[Cup],
+    sizes: Ladder | Iterable[Cup],
     reference: Tensor | None = None,
     *,
     projections: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
@@ -46,16 +47,16 @@ def agreement(
     method: str = "",
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
-    """A row for each cup: ``method, cup``, and how close its rankings are to those of a full model.
+    """A row for each size: ``method, size``, and how close its rankings are to those of a full model.
 
-    ``agreement`` is Spearman's correlation between a text's similarities to all other texts by the cup and by the
+    ``agreement`` is Spearman's correlation between a text's similarities to all other texts by the size and by the
     reference, the mean over texts. ``overlap`` is the share of its ten nearest neighbours that the two have in common.
 
     Args:
         texts: strings, or rows with a column ``text``, in a list, a data frame, a data set or any iterable.
         reference: unit vectors ``[n, D]`` of the texts, compared by cosine; by default the vectors of this model at
-            full size, which like its cups are compared by its own similarity.
-        projections: by depth, as the cups were trained with; by default the model's own, if it was trained with any.
+            full size, which like its sizes are compared by its own similarity.
+        projections: by depth, as the sizes were trained with; by default the model's own, if it was trained with any.
         prompt: in front of texts; by default the model's own.
         method: what the rows say in that column.
         batch_size: texts in a forward.
@@ -69,7 +70,7 @@ def agreement(
         raise EvaluationError(
             f"{len(texts)} texts are too few to compare rankings on: give more than {NEIGHBOURS + 1}"
         )
-    sizes = [Ladder.parse([cup]).full for cup in (Ladder.parse(cups) if isinstance(cups, str) else cups)]
+    asked = [Ladder.parse([size]).full for size in (Ladder.parse(sizes) if isinstance(sizes, str) else sizes)]
     similarity = Similarity.of(Encoder.of(model).model)
     if reference is None:
         wanted = _rows(full_vectors(model, texts, prompt, batch_size), similarity)
@@ -80,14 +81,51 @@ def agreement(
     ranks, nearest = _ranks(wanted), wanted.topk(NEIGHBOURS).indices
     used = _prompt(model, prompt)
     turned = chosen(projections, model)
-    found = encode(model, texts, widths(sizes), prompt=used, projections=turned, batch_size=batch_size)
+    found = encode(model, texts, widths(asked), prompt=used, projections=turned, batch_size=batch_size)
     rows = []
-    for cup in sizes:
-        similar = _rows(similarity.finished(found[cup.layers][:, : cup.dims]), similarity)
+    for size in asked:
+        similar = _rows(similarity.finished(found[size.layers][:, : size.dims]), similarity)
         shared = (similar.topk(NEIGHBOURS).indices[:, :, None] == nearest[:, None, :]).any(-1)
         spearman = torch.nn.functional.cosine_similarity(_ranks(similar), ranks, dim=-1).mean()
-        rows.append({"method": method, "cup": cup.name, "agreement": float(spearman), "overlap": _mean(shared)})
+        rows.append({"method": method, "size": size.name, "agreement": float(spearman), "overlap": _mean(shared)})
     return rows
+
+
+class AgreementEvaluator(BaseEvaluator):
+    """Measures `agreement` during a training, of texts without labels.
+
+    Called, it returns ``mean_agreement`` of every size (``"6x128_mean_agreement"``) and their ``mean``, its
+    ``primary_metric``.
+
+    Args:
+        texts: more than eleven.
+        reference: vectors ``[n, D]`` that the sizes should agree with, as of `agreement`.
+        prompt: in front of texts.
+    """
+
+    def __init__(self, texts: Sequence[str], reference: Tensor, prompt: str = ""):
+        super().__init__()
+        self.texts, self.reference, self.prompt, self.name = list(texts), reference, prompt, ""
+        self.ladder: Ladder | None = None
+        self.projections: Mapping[int, Any] | None = None
+        self.primary_metric = "mean"
+
+    def metric_names(self, model: nn.Module) -> list[str]:
+        """What a call during a training of that model returns."""
+        return [*(f"{size}_mean_agreement" for size in self._sizes(model)), "mean"]
+
+    def __call__(
+        self, model: nn.Module, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        rows = agreement(
+            model, self.texts, self._sizes(model), self.reference, projections=self.projections, prompt=self.prompt
+        )
+        metrics = {f"{row['size']}_mean_agreement": row["agreement"] for row in rows}
+        return metrics | {"mean": sum(metrics.values()) / len(metrics)}
+
+    def _sizes(self, model: nn.Module) -> Ladder:
+        encoder = Encoder.of(model)
+        return self.ladder or Ladder.default(encoder.depth, encoder.dims)
 
 
 def _rows(vectors: Tensor, similarity: Similarity) -> Tensor:

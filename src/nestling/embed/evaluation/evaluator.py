@@ -141,10 +141,7 @@ class GridEvaluator(BaseEvaluator):
         ladder = self.ladder or Ladder.default(encoder.depth, encoder.dims)
         # The ladder's own check wants the full cup, which training needs and measuring does not.
         Ladder({*ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
-        if not self.grid:
-            return list(ladder)
-        dims = sorted({cup.dims for cup in ladder})
-        return [Cup(layers, width) for layers in ladder.layers for width in dims]
+        return list(ladder.grid if self.grid else ladder)
 
     def metric_names(self, model: nn.Module) -> list[str]:
         """What a call during a training of that model returns.
@@ -206,7 +203,7 @@ class GridEvaluator(BaseEvaluator):
         measured = [kept.columns(part, names) for part in parts]
         for cup in cups:
             metrics = {key: value for columns in measured for key, value in columns[cup.name].items()}
-            rows.append({"model": model_name, "method": method, "cup": cup.name, **metrics, **_means(metrics)})
+            rows.append({"model": model_name, "method": method, "size": cup.name, **metrics, **_means(metrics)})
         return rows
 
     def _texts(self, part: str) -> int:
@@ -277,7 +274,7 @@ class GridEvaluator(BaseEvaluator):
         """
         rows = self.rows(model)
         kinds = [key for key in ("mean_sts", "mean_ndcg") if key in rows[0]]
-        metrics: dict[str, float] = {f"{row['cup']}_{key}": row[key] for row in rows for key in kinds}
+        metrics: dict[str, float] = {f"{row['size']}_{key}": row[key] for row in rows for key in kinds}
         metrics |= {key: sum(row[key] for row in rows) / len(rows) for key in kinds}
         metrics["mean"] = sum(metrics[key] for key in kinds) / len(kinds)
         if output_path is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from nestling.embed.model.similarity import COSINE, Similarity
 
 # Columns of results that are no metrics; all others are, sets of scored pairs under names of their own.
-BESIDE = ("model", "method", "cup", "seed", "epoch", "steps", "minutes", "seconds", "peak_mib")
+BESIDE = ("model", "method", "size", "seed", "epoch", "steps", "minutes", "seconds", "peak_mib")
 CUTOFF, DEPTH = 10, 100  # of nDCG and of recall
 CHUNK = 1 << 24  # scores held at once
 

@@ -54,11 +54,11 @@ def grid_figure(rows: Sequence[Row], column: str | None = None) -> Figure:
         column: what is shown; by default the mean of STS, or of nDCG where there is no STS.
     """
     column = column or _means(rows)[0]
-    depths, dims = (sorted({getattr(Cup.parse(row["cup"]), side) for row in rows}) for side in ("layers", "dims"))
+    depths, dims = (sorted({getattr(Cup.parse(row["size"]), side) for row in rows}) for side in ("layers", "dims"))
     panels: dict[str, list[list[Any]]] = {}
     for row in rows:
         cells = panels.setdefault(_line(row, rows), [[None] * len(dims) for _ in depths])
-        cup = Cup.parse(row["cup"])
+        cup = Cup.parse(row["size"])
         cells[depths.index(cup.layers)][dims.index(cup.dims)] = row.get(column)
     return heat_maps(
         panels,
@@ -90,7 +90,7 @@ def cost_figure(
     column = column or _means(rows)[0]
     widest: dict[tuple[str, int], tuple[Cup, Row]] = {}
     for row in rows:
-        cup = Cup.parse(row["cup"])
+        cup = Cup.parse(row["size"])
         best = widest.setdefault((_line(row, rows), cup.layers), (cup, row))
         if cup.dims > best[0].dims:
             widest[_line(row, rows), cup.layers] = (cup, row)

@@ -16,6 +16,7 @@ from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
 
+MEANS = ("mean_sts", "mean_ndcg", "mean_agreement")  # what is measured while training
 KINDS = {"texts": "texts without labels", "pairs": "pairs", "scored": "scored pairs", "rows": "rows"}
 
 
@@ -29,7 +30,7 @@ def card(
 ) -> str:
     """The card of an exported cup: what it is, how it is used, what was measured."""
     similarity, prompts = Similarity.of(served), stored_prompts(served)
-    own = [row for row in rows if row.get("cup") == cup.name]
+    own = [row for row in rows if row.get("size") == cup.name]
     labelled = "Spearman's correlation, nDCG@10 and recall@100, all x 100."
     return _card(
         "cup", source, cup.name, cup=cup, ladder=ladder, onnx=onnx, similarity=similarity, limit=longest(served),
@@ -39,6 +40,18 @@ def card(
         asymmetric=prompts["query"] or prompts["passage"], rows=markdown(own).rstrip() if own else "",
         note=f"{NOTE} All x 100." if any("agreement" in row for row in own) else labelled,
     )  # fmt: skip
+
+
+def card_of(
+    model: SentenceTransformer, ladder: Ladder, made: str, info: Mapping[str, Any],
+    projections: Mapping[int, Projection],
+) -> str:  # fmt: skip
+    """The card of an encoder of several sizes, by how they were made; "" if they are cut out as they are."""
+    if made == "training":
+        return trained_card(model, ladder, info, projections)
+    if made == "pretraining":
+        return pretrained_card(model, ladder, info)
+    return aligned_card(model, ladder, info, projections)
 
 
 def trained_card(
@@ -53,7 +66,7 @@ def trained_card(
 def aligned_card(
     model: SentenceTransformer, ladder: Ladder, info: Mapping[str, Any], projections: Mapping[int, Projection]
 ) -> str:
-    """The card of a model whose small cups were aligned with it and not trained."""
+    """The card of a model whose small cups were aligned with it, or are cut out as they are, and not trained."""
     return _elastic_card(model, ladder, info, projections, trained=False)
 
 
@@ -64,15 +77,15 @@ def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mappin
 
 def measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row a cup of what was measured before the training, and at the step whose weights were kept."""
-    points = [p for p in training.get("curve", ()) if any(name.endswith(("mean_sts", "mean_ndcg")) for name in p)]
+    points = [p for p in training.get("curve", ()) if any(name.endswith(MEANS) for name in p)]
     before: Mapping[str, Any] = next((p for p in points if p["step"] == 0), {})
     last = points[-1] if points and points[-1]["step"] else {}
     after = next((p for p in points if p["step"] == training.get("best_step")), last)
     rows = []
     for cup in ladder:
-        row: dict[str, Any] = {"cup": cup.name}
+        row: dict[str, Any] = {"size": cup.name}
         for when, point in (("before", before), ("after", after)):
-            for kind in ("mean_sts", "mean_ndcg"):
+            for kind in MEANS:
                 name = f"{cup.name}_{kind}"
                 row |= {f"{kind} {when}": value for key, value in point.items() if f"_{key}".endswith(f"_{name}")}
         rows.append(row)

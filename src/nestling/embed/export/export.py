@@ -113,7 +113,7 @@ def export(
             f"projections={shown(projections)}: expected projections by depth, as load_projections gives them"
         )
     ladder = Ladder([size]) if ladder is None else Ladder.parse(ladder)
-    projection = _projection(encoder, size, own_projections(model) if projections is None else projections)
+    projection = projection_of(encoder, size, own_projections(model) if projections is None else projections)
     Similarity.of(encoder.model)
     _check(encoder, size, ladder, folder, projection)
     if int8 and not onnx:
@@ -150,8 +150,12 @@ def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, projection:
         raise ExportError(f"the projection is of width {projection.encode.shape[0]}, the embeddings of {encoder.dims}")
 
 
-def _projection(encoder: Encoder, cup: Cup, projections: Mapping[int, Projection]) -> Projection | None:
-    """The one of the cup's depth. The full model's may have none."""
+def projection_of(encoder: Encoder, cup: Cup, projections: Mapping[int, Projection]) -> Projection | None:
+    """The one of the size's depth. The full model's may have none.
+
+    Raises:
+        ExportError: there are some, but none for that depth.
+    """
     if projections and cup.layers not in projections and cup.layers < encoder.depth:
         raise ExportError(
             f"there is no projection for {cup}, only for layers {sorted(projections)}: choose a cup of those"
@@ -168,7 +172,12 @@ def _check_new(folder: Path) -> None:
         raise ExportFileError(str(error)) from error
 
 
-def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, projection: Projection | None) -> None:
+def cut_out(encoder: Encoder, cup: Cup, projection: Projection | None) -> SentenceTransformer:
+    """A size as a model of stock modules, whose weights are copies, on the CPU.
+
+    Raises:
+        ExportError: an adapter (LoRA) cannot be merged.
+    """
     transformer = copy.deepcopy(encoder.shortened(cup.layers)).cpu()
     if has_adapters(transformer):
         try:
@@ -183,13 +192,17 @@ def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, projection:
         backbone.pooler = None  # BERT's, which no pooling of sentence-transformers reads
     head = [copy.deepcopy(module).cpu() for module in encoder.head]
     similarity = Similarity.of(encoder.model)
-    small = SentenceTransformer(
+    return SentenceTransformer(
         modules=[transformer, *_narrowed(head, encoder, cup.dims, projection), *[Normalize()] * similarity.unit],
         prompts=served_prompts(encoder.model),
         default_prompt_name=encoder.model.default_prompt_name,
         similarity_fn_name=similarity.name,  # type: ignore[arg-type]
         device="cpu",
     )
+
+
+def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, projection: Projection | None) -> None:
+    small = cut_out(encoder, cup, projection)
     small.save_pretrained(str(folder), create_model_card=False)
     dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
     rewrite(folder, small, dims)

@@ -33,6 +33,7 @@ from nestling.files.writing import check_folder, naming, sync
 from nestling.report.results import plain
 
 LADDER_FILE, PROJECTIONS_FILE, CARD_FILE = "nestling.json", "projections.safetensors", "README.md"
+MADE = ("training", "pretraining", "alignment")
 FORMER_FILE = "rotations.safetensors"  # as earlier releases called it, under "rotations" in nestling.json
 PARTS = Parts(LADDER_FILE, (PROJECTIONS_FILE, CARD_FILE))
 
@@ -51,6 +52,16 @@ def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
     if found is None:
         return None
     return Ladder([Cup.parse(str(found["cup"]))]) if "cup" in found else Ladder.from_json(found)
+
+
+def load_info(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """How an encoder's sizes were made, as ``{"training": {...}}`` or another of `MADE`; empty if it is not said.
+
+    Raises:
+        LadderError, LoadError: as `load_ladder`.
+    """
+    found = read(name) or {}
+    return {key: found[key] for key in MADE if found.get(key) is not None}
 
 
 def load_projections(name: str | os.PathLike[str]) -> dict[int, Projection]:
@@ -144,7 +155,7 @@ def _check(found: Fields) -> None:
     found.text("rotations", (FORMER_FILE,), default=None)
     for name in ("projected", "rotated"):
         found.flag(name, default=None)
-    for name in ("training", "pretraining", "alignment"):
+    for name in MADE:
         found.object(name, default=None)
     if (sums := found.object("sha256", default=None)) is not None:
         for name in sums.values:

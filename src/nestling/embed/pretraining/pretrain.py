@@ -30,7 +30,7 @@ from nestling.embed.pretraining.masking import Masking
 from nestling.embed.training.arguments import check_changes, relevant, training_arguments
 from nestling.embed.training.job import ladder_of
 from nestling.embed.training.result import Trained, check_places, save
-from nestling.embed.training.trainer import Watch, check_finite, without_bars
+from nestling.embed.training.trainer import ProgressCallback, check_finite, without_bars
 from nestling.errors import MissingExtraError, OptionError, TrainingError
 from nestling.files.fields import Fields
 from nestling.jobs.arguments import rehearsed, remove_printer, stopped
@@ -106,7 +106,7 @@ def pretrain(
         "arguments": relevant(config.arguments or {}),
     }  # fmt: skip
     data = checksum([window.ids.tolist() for window in first.windows])
-    watch = Watch(ladder, config.steps, config.progress)
+    watch = ProgressCallback(ladder, config.steps, config.progress)
 
     def batches(place: Place) -> MaskedBatches:
         parts = (options.process_index, options.world_size, options.gradient_accumulation_steps)

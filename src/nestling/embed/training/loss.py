@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,38 +18,14 @@ from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.taps import taps
 from nestling.embed.training.base_losses import Batches, cached_value, caches_gradients, value
+from nestling.embed.training.config import LossConfig
 from nestling.embed.training.lengths import embed_by_length, gathered
 from nestling.embed.training.teacher import checked_teacher, rows_of
 from nestling.errors import OptionError
 from nestling.losses import similarity_kl
-from nestling.options import flag, number, shown
+from nestling.options import flag
 
 Parts = dict[str, Tensor]
-
-
-def _weights(name: str, value: Any) -> dict[Any, float]:
-    if not isinstance(value, Mapping):
-        raise OptionError(f"{name}={shown(value)}: expected weights by cup, such as {{'12x768': 3.0}}")
-    return {cup: number(f"{name}[{cup}]", weight, above=0) for cup, weight in value.items()}
-
-
-RECIPE: dict[str, Callable[[str, Any], Any]] = {
-    "kl_weight": partial(number, minimum=0), "temperature": partial(number, above=0), "weights": _weights,
-    "cascade": flag, "normalize": flag,
-}  # fmt: skip
-
-
-def checked_recipe(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a `StarbucksLoss`, as plain numbers.
-
-    Raises:
-        OptionError: one is unknown, or has a value that it cannot have.
-    """
-    if not isinstance(options, Mapping):
-        raise OptionError(f"recipe={shown(options)}: expected options by name, some of {', '.join(RECIPE)}")
-    if unknown := [str(name) for name in options if name not in RECIPE]:
-        raise OptionError(f"recipe has no {', '.join(unknown)}: expected some of {', '.join(RECIPE)}")
-    return {name: RECIPE[name](name, value) for name, value in options.items()}
 
 
 class StarbucksLoss(CachedLossMixin, nn.Module):
@@ -68,15 +43,10 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
             ``CachedLossMixin`` (CachedMultipleNegativesRankingLoss): the embeddings of all cups are cached together.
             None, with a teacher: the cups follow it and nothing else.
         cups: a `Ladder`, or what `Ladder.parse` takes; the full model must be in it.
-        kl_weight: of the KL, between softmaxes of each query's similarities to all other columns of the batch, against
-            the loss; 0: no distillation.
-        temperature: similarities are divided by it, those of the teacher too.
-        weights: of cups, by name, as in ``{"12x768": 3.0}``; 1 for those that are not named.
-        cascade: the teacher of each cup is the next larger one (no narrower than it), and not the full one.
-        normalize: vectors are normalised after they were cut, as by an export that ends in Normalize, so that the
-            loss and the KL see cosines as retrieval does. To losses of cosines that makes no difference; a loss of
-            distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach). Without it
-            both see vectors as they are, for dot products.
+        config: weights, temperature and the rest. The KL is between softmaxes of each query's similarities to all
+            other columns of the batch; sizes weigh 1 unless ``weights`` names them (``"full"`` is the full one).
+            Without ``normalize`` the loss and the KL see vectors as they are, for dot products; with it a loss of
+            distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach).
         projections: ``{depth: Projection}``, applied to pooled vectors before they are cut; parameters of the loss.
         teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
             from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
@@ -108,26 +78,14 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
         model: SentenceTransformer,
         loss: nn.Module | None,
         cups: Ladder | str | Iterable[Any],
+        config: LossConfig | None = None,
         *,
-        kl_weight: float = 1.0,
-        temperature: float = 0.05,
-        weights: Mapping[str, float] | None = None,
-        cascade: bool = False,
-        normalize: bool = True,
         projections: Mapping[int, Projection] | None = None,
         teacher: Tensor | np.ndarray | None = None,
         gather_across_devices: bool = False,
     ):
         super().__init__()
-        given = checked_recipe(
-            {
-                "kl_weight": kl_weight,
-                "temperature": temperature,
-                "weights": weights or {},
-                "cascade": cascade,
-                "normalize": normalize,
-            }  # fmt: skip
-        )
+        config = LossConfig.of(config)
         encoder = Encoder.of(model)
         self.cups = Ladder.parse(cups).check(encoder.depth, encoder.dims)
         self.uses_gradient_cache = loss is not None and caches_gradients(loss)
@@ -138,9 +96,10 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
                 self.loss.mini_batch_size,
                 self.loss.mini_batch_num_tokens,
             )
-        self.cascade, self.normalize = cascade, normalize
-        self.kl_weight, self.temperature = given["kl_weight"], given["temperature"]
-        named = {self.cups.cup(name): weight for name, weight in given["weights"].items()}
+        self.cascade, self.normalize = config.cascade, config.normalize
+        self.kl_weight, self.temperature = config.kl_weight, config.temperature
+        full = self.cups.full
+        named = {full if name == "full" else self.cups.cup(name): w for name, w in (config.weights or {}).items()}
         self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
         self.projections = nn.ModuleDict({str(depth): projection for depth, projection in (projections or {}).items()})
         # Not a buffer: a table of all texts need not be on the model's device, nor in memory.

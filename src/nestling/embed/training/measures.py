@@ -10,6 +10,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 
+from nestling.embed.evaluation.agreement import AgreementEvaluator
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.modes import in_eval_mode
@@ -18,6 +19,7 @@ from nestling.errors import EvaluationError, NestlingError, OptionError
 from nestling.options import shown
 
 Metrics = dict[str, float]
+OURS = (GridEvaluator, AgreementEvaluator)  # they measure every size
 
 
 class Measures:
@@ -42,7 +44,7 @@ class Measures:
         self.first: dict[int, Any] = {}
         self.names: dict[str, None] = {}
         for leaf in _leaves(self.evaluator):
-            if isinstance(leaf, GridEvaluator):
+            if isinstance(leaf, OURS):
                 self.names |= dict.fromkeys(_with_ladder(leaf, ladder).metric_names(model))
             else:
                 self.first[id(leaf)] = found = _measure(leaf, model)
@@ -55,7 +57,7 @@ class Measures:
         """The name of the evaluator's main metric."""
         if isinstance(self.evaluator, SequentialEvaluator):
             return "sequential_score"
-        if isinstance(self.evaluator, GridEvaluator):
+        if isinstance(self.evaluator, OURS):
             return f"{self.evaluator.name}{'_' * bool(self.evaluator.name)}mean"
         return getattr(self.evaluator, "primary_metric", None) or next(iter(self.names))
 
@@ -92,7 +94,7 @@ class Measures:
             several = copy(evaluator)
             several.evaluators = [self._during(part, projections) for part in evaluator.evaluators]
             return several
-        if not isinstance(evaluator, GridEvaluator):
+        if not isinstance(evaluator, OURS):
             return _Measured(evaluator, self.first[id(evaluator)])
         grid = _with_ladder(evaluator, self.ladder)
         if evaluator.projections is None:
@@ -131,7 +133,7 @@ def _leaves(evaluator: Any) -> Iterator[Any]:
         yield evaluator
 
 
-def _with_ladder(grid: GridEvaluator, ladder: Ladder) -> GridEvaluator:
+def _with_ladder(grid: Any, ladder: Ladder) -> Any:
     found = copy(grid)
     found.ladder = grid.ladder or ladder
     return found

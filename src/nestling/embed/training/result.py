@@ -32,17 +32,17 @@ from nestling.jobs import checkpoints
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training wrote; the model itself was trained in place.
+    """What a training made; the model itself was trained in place.
 
     Attributes:
-        folder: a sentence-transformers folder, with ``nestling.json``.
-        ladder: the cups that were trained.
+        folder: a sentence-transformers folder, with ``nestling.json``; None if nothing was written.
+        ladder: the sizes that were trained.
         projections: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
         info: settings, seconds (of all runs), and ``curve``, the losses and measurements by step; as in
             ``nestling.json``.
     """
 
-    folder: Path
+    folder: Path | None
     ladder: Ladder
     projections: dict[int, Projection] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def check_places(model: nn.Module, out: Path, name: str, resume: bool) -> None:
 
 
 def save(model: SentenceTransformer, trained: Trained, name: str, card: str, resumed: bool = False) -> None:
-    """Write the folder, whole or not at all.
+    """Write the folder of what was trained, whole or not at all.
 
     Adapters (LoRA) are merged into its weights, and prompts are under the names by which stock code uses them.
 
@@ -82,6 +82,9 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
         TrainingError: the weights in the folder are other ones.
         FileError: it cannot be written.
     """
+    folder = trained.folder
+    if folder is None:
+        raise TrainingError("there is no folder to save to")
 
     def fill(new: Path) -> None:
         served = copied(merged(Encoder.of(model).model))
@@ -91,12 +94,13 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
         named = {"projections": PROJECTIONS_FILE} if trained.projections else {}
         if trained.projections:
             write_projections(new / PROJECTIONS_FILE, trained.projections)
-        if may_have_card(trained.folder):
+        if may_have_card(folder):
             (new / CARD_FILE).write_text(card, "utf-8")
-        write_ladder(new, trained.ladder.to_json() | named | {name: trained.info})
-        _check_same(new, trained.folder)
+        write_ladder(new, trained.ladder.to_json() | named | ({name: trained.info} if name else {}))
+        if resumed:
+            _check_same(new, folder)
 
-    write_folder(trained.folder, fill, over=PARTS if resumed else None)
+    write_folder(folder, fill, over=PARTS if resumed else None)
 
 
 def _check_same(new: Path, folder: Path) -> None:

@@ -8,70 +8,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.folder import read_projections, write_projections
-from nestling.embed.model.own import own_projections
 from nestling.embed.model.projection import Projection, fit_projections
-from nestling.embed.training.data import Examples
+from nestling.embed.training.job import TrainingJob
 
 SAMPLE = 10_000  # texts that projections are taken from
 
 
-def turned_depths(ladder: Ladder) -> list[int]:
-    """The depths that have a projection. The full model's has none, unless narrower cups share its depth."""
+def projected_depths(ladder: Ladder) -> list[int]:
+    """The depths that have a projection. The full model's has none, unless narrower sizes share its depth."""
     full = ladder.full
     return sorted({cup.layers for cup in ladder if cup.layers < full.layers or cup.dims < full.dims})
 
 
-def blank(projection: str | Mapping[int, Projection] | None, ladder: Ladder, trained: bool) -> dict[int, Projection]:
+def blank(job: TrainingJob) -> dict[int, Projection]:
     """Projections of the same shape as those that were asked for, to try a loss with."""
-    if isinstance(projection, Mapping):
-        found = {depth: deepcopy(module) for depth, module in projection.items()}
+    if isinstance(job.projections, Mapping):
+        found = {depth: deepcopy(module) for depth, module in job.projections.items()}
     else:
-        found = {
-            depth: Projection(torch.eye(ladder.full.dims)) for depth in (turned_depths(ladder) if projection else ())
-        }
+        depths = projected_depths(job.ladder) if job.projections else ()
+        found = {depth: Projection(torch.eye(job.ladder.full.dims)) for depth in depths}
     for module in found.values():
-        module.requires_grad_(trained)
+        module.requires_grad_(job.trains_projections)
     return found
 
 
-def own_start(model: SentenceTransformer, ladder: Ladder) -> dict[int, Projection]:
-    """The projections that a model was trained with before, if they are all that a ladder needs; else none."""
-    own = {depth: turn for depth, turn in own_projections(model).items() if depth in ladder.layers}
-    fit = all(turn.encode.shape[0] == ladder.full.dims for turn in own.values())
-    return own if fit and set(turned_depths(ladder)) <= own.keys() else {}
+def chosen_start(
+    kind: str, own: Mapping[int, Projection] | None, ladder: Ladder
+) -> str | dict[int, Projection] | None:
+    """What small sizes start from: ``"auto"`` is the encoder's own projections, if they are all that is needed."""
+    if kind == "auto":
+        fitting = {depth: turn for depth, turn in (own or {}).items() if depth in ladder.layers}
+        fit = all(turn.encode.shape[0] == ladder.full.dims for turn in fitting.values())
+        if fitting and fit and set(projected_depths(ladder)) <= fitting.keys():
+            return fitting
+        kind = "aligned"
+    return None if kind == "none" or not projected_depths(ladder) else kind
 
 
 def start_projections(
-    model: SentenceTransformer,
-    projection: str | Mapping[int, Projection] | None,
-    ladder: Ladder,
-    examples: Examples,
-    prompts: Mapping[str, str],
-    path: Path,
-    written: bool,
-    teacher: Tensor | None = None,
-    numbers: Tensor | None = None,
+    job: TrainingJob, path: Path, written: bool, teacher: Tensor | None = None, numbers: Tensor | None = None
 ) -> dict[int, Projection]:
     """Copies of the projections that were asked for.
 
     Args:
-        projection: as of `nestling.embed.training.train.train`, or a kind of `fit_projections`.
-        prompts: of the columns of the examples.
         path: a file that they are written to.
         written: read it, if it exists: a training that goes on, or another process of one, must not find others.
         teacher, numbers: embeddings by a teacher, and which of them the texts have, ``[rows, columns]``.
     """
-    if not projection:
+    start = job.projections
+    if not start:
         return {}
     if written and path.is_file():
         return read_projections(path)
-    if isinstance(projection, str):
-        every = [(prompts.get(name, ""), text) for name, column in examples.columns.items() for text in column]
+    if isinstance(start, str):
+        columns = job.examples.columns
+        every = [(job.prompts.get(name, ""), text) for name, column in columns.items() for text in column]
         places = {prompt + text: place for place, (prompt, text) in enumerate(every)}
         few = list(places)[:: -(-len(places) // SAMPLE)]
         asked = [every[places[text]][0] for text in few]
@@ -79,9 +74,11 @@ def start_projections(
         if teacher is not None and numbers is not None:
             target = teacher[numbers.T.flatten()[torch.tensor([places[text] for text in few])]]
         # Where texts are all there is, similarities themselves are followed.
-        flatten = 0.0 if examples.kind == "texts" else 0.5
-        depths = turned_depths(ladder)
-        kind: Any = projection
-        projection = fit_projections(model, few, depths, kind=kind, target=target, flatten=flatten, prompts=asked)
-    write_projections(path, projection)
+        flatten = 0.0 if job.examples.kind == "texts" else 0.5
+        kind: Any = start
+        start = fit_projections(
+            job.encoder.outer, few, projected_depths(job.ladder), kind=kind, target=target, flatten=flatten,
+            prompts=asked,
+        )  # fmt: skip
+    write_projections(path, start)
     return read_projections(path)

@@ -140,7 +140,7 @@ def check_finite(parts: dict[str, Tensor]) -> None:
         raise TrainingError(f"the loss is not finite ({', '.join(bad)})")
 
 
-class Watch(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """The progress bar with the loss of each cup, the training curve, and a look at the gradients.
 
     Attributes:

@@ -1,0 +1,306 @@
+"""`ElasticEncoder`: a text encoder, its sizes and its projections in one object and one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
+from torch import Tensor, nn
+
+from nestling.embed.evaluation.agreement import agreement
+from nestling.embed.evaluation.evaluator import GridEvaluator
+from nestling.embed.export.card import card_of
+from nestling.embed.export.export import Exported, export
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.folder import load_info, load_ladder, load_projections
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.projection import Projection
+from nestling.embed.pretraining.pretrain import pretrain
+from nestling.embed.sized import Size, SizedEncoder
+from nestling.embed.training.align import align
+from nestling.embed.training.config import TrainConfig
+from nestling.embed.training.result import Trained, save
+from nestling.embed.training.train import train
+from nestling.errors import FileError, NestlingError, OptionError
+from nestling.files.temporary import private_temporary_folder
+from nestling.options import flag, path, text
+
+
+class ElasticEncoder(SizedEncoder):
+    """A text encoder of several sizes, each of some layers and some coordinates, out of one set of weights.
+
+    Make it with `from_pretrained`. A size never changes the model that it is cut from: several threads may encode at
+    different sizes at once.
+
+    Attributes:
+        model: the stock SentenceTransformer.
+        sizes: the sizes that are aligned, trained, measured and saved together, smallest first, the full one last.
+        projections: by depth, what is applied to pooled vectors before they are cut; empty before `align` or `train`.
+        info: how the sizes were made, as in ``nestling.json``: ``{"training": {...}}`` or ``{"alignment": {...}}``.
+        rows: what `evaluate` or `agreement` measured last.
+
+    Example:
+        >>> encoder = ElasticEncoder.from_pretrained("minilm").align(texts)
+        >>> vectors = encoder.encode(texts, size="2x96")
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str] | SentenceTransformer, sizes: Any = None, *, pooling: str | None = None
+    ) -> ElasticEncoder:
+        """Load an encoder, with the sizes and projections that lie beside it, if there are any.
+
+        Args:
+            name: the alias ``minilm``, a folder in any release's format, a hub id, or a SentenceTransformer, which is
+                taken as it is.
+            sizes: by default those that the encoder was saved with, or some for its shape.
+            pooling: ``"mean"`` or ``"cls"`` for a folder of transformers' own, which has none.
+
+        Raises:
+            LoadError: there is no such encoder, it is damaged, or it is no sentence encoder.
+            LadderError: what lies beside it is damaged, or the sizes do not fit it.
+        """
+        if isinstance(name, nn.Module):
+            return cls(name, sizes)
+        model = load_encoder(name, pooling)
+        own, projections = load_ladder(name), load_projections(name)
+        return cls(model, own if sizes is None else sizes, projections, load_info(name))
+
+    def align(
+        self, texts: Iterable[Any], *, prompt: str | None = None, batch_size: int = 32, progress: bool = True
+    ) -> ElasticEncoder:
+        """Let small sizes agree with the full one, in closed form, from one pass over texts without labels.
+
+        It sets `projections`: reduced-rank regressions of the full model's vectors on those of each depth. Weights
+        stay as they are, and so does the full size, unless narrower ones share its depth: then it is centred too.
+
+        Args:
+            texts: some thousands like those that will be embedded, as strings or rows with a column ``text``, in a
+                list, a data frame, a data set or any iterable; 10,000 of them, from all over, are read.
+            prompt: in front of each text; by default the one that ``encode`` uses by itself.
+            batch_size: texts in a forward.
+            progress: show a progress bar.
+
+        Returns:
+            The encoder itself.
+
+        Raises:
+            ExampleError: there are no texts, one is blank or no string, or all are the same.
+            LadderError, UnsupportedEncoderError: the sizes do not fit the model.
+            OptionError: an option cannot be, or all sizes are the full one, so that there is nothing to align.
+        """
+        self.projections, info = align(
+            self.model, texts, self.sizes, prompt=prompt, batch_size=batch_size, progress=progress
+        )
+        self.info = {"alignment": info}
+        return self
+
+    def train(
+        self,
+        data: Any,
+        config: TrainConfig | None = None,
+        *,
+        evaluator: BaseEvaluator | Sequence[BaseEvaluator] | None = None,
+        teacher: ElasticEncoder | SentenceTransformer | None = None,
+        loss: Any = None,
+    ) -> ElasticEncoder:
+        """Train the model, so that every size is good by itself; it never ends below its start on what is measured.
+
+        It starts from the encoder's projections, or else from those that `align` would find. The start and ten
+        checkpoints are measured: by the evaluator, or else on some rows of the data, which are then not trained on.
+        The best checkpoint is kept, and the start where none is better: ``info["training"]["kept"]`` says which.
+
+        What is learned follows from the data:
+
+        * pairs (`read_pairs`): MultipleNegativesRankingLoss at every size, and small ones follow the full one;
+        * scored pairs (`read_sts`): CoSENTLoss likewise;
+        * texts: no labels. Every size, the full one too, follows the similarities of the full model as it was.
+
+        A training that is stopped by an error or an interrupt puts the model back as it was; ``resume=True`` goes on
+        from the last checkpoint. Under ``torchrun`` every process calls this; the loss is that of the global batch.
+
+        Args:
+            data: strings, or rows with the columns ``anchor, positive[, negative...]``, ``query, passage[,
+                negative...]``, ``sentence1, sentence2, score``, ``text``, or another form of `read_pairs`; with a
+                ``loss`` of your own, any columns of texts and one of labels. In a list, a data frame, a data set or
+                any other iterable. What is left out of them is counted in ``info["training"]["left_out"]``.
+            config: see `TrainConfig`; with an ``output_dir`` the result is saved there, and can be resumed.
+            evaluator: measures on held-out data before, ten times during and after the training. If it has no sizes,
+                or no projections, it is given those of the training. Evaluators of sentence-transformers measure the
+                full model; of a list the last one counts.
+            teacher: another encoder, of any kind and width, that all sizes follow, beside the loss if there are pairs.
+            loss: a base loss of the model for `StarbucksLoss`, its class or the name of that, a function that makes
+                one, or a whole `StarbucksLoss`.
+
+        Returns:
+            The encoder itself.
+
+        Raises:
+            ExampleError: the rows cannot be trained on (which one, and why).
+            LadderError, UnsupportedEncoderError: the sizes do not fit the model.
+            OptionError: an option is out of range or unknown, or two do not go together. Like all of the above it is
+                raised before anything is computed or written.
+            EvaluationError: the evaluator cannot measure this model.
+            TrainingError: the loss or a gradient is not finite (step and part are named), a checkpoint cannot be
+                written, or the folders are another training's. The last whole checkpoint is kept.
+        """
+        guide = teacher.model if isinstance(teacher, ElasticEncoder) else teacher
+        sizes = None if isinstance(getattr(loss, "cups", None), Ladder) else self.sizes
+        trained = train(
+            self.model, data, sizes, config, projections=self.projections, loss=loss, teacher=guide,
+            evaluator=evaluator,
+        )  # fmt: skip
+        return self._became(trained, "training")
+
+    def pretrain(self, texts: Any, config: Any) -> ElasticEncoder:
+        """Pre-train the model as a masked autoencoder at every size (SMAE): a start for `train`, not yet an encoder.
+
+        Args:
+            texts: a file or data set as `nestling.data.texts.read_texts` names them, `Texts` of several, or strings or
+                rows with a field ``text`` in anything that can be read again.
+            config: see `PretrainConfig`.
+
+        Returns:
+            The encoder itself.
+
+        Raises:
+            As `nestling.embed.pretraining.pretrain.pretrain`.
+        """
+        return self._became(pretrain(self.model, texts, self.sizes, config), "pretraining")
+
+    def evaluate(
+        self,
+        sts: Mapping[str, Any] | None = None,
+        retrieval: Mapping[str, Any] | None = None,
+        *,
+        evaluator: GridEvaluator | None = None,
+        prompts: Mapping[str, str] | None = None,
+        batch_size: int = 32,
+        method: str = "",
+        model_name: str | None = None,
+        partial: str | os.PathLike[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Measure every size on scored pairs and retrieval sets, from one forward a text.
+
+        Args:
+            sts, retrieval, prompts, batch_size: as of `GridEvaluator`.
+            evaluator: one that was made beforehand, in place of these.
+            method, model_name: what the rows say in those columns; by default the name that it was loaded by.
+            partial: a JSON file by which a killed measurement goes on.
+
+        Returns:
+            A row a size, as of `GridEvaluator.rows`; kept in `rows` for `choose` and the cards of exports.
+
+        Raises:
+            As `GridEvaluator` and `GridEvaluator.rows`.
+        """
+        if evaluator is None:
+            evaluator = GridEvaluator(
+                sts=sts, retrieval=retrieval, prompts=prompts, batch_size=batch_size, progress=True
+            )
+        elif sts or retrieval:
+            raise OptionError("an evaluator has its own sts and retrieval: leave those out")
+        measures = copy(evaluator)
+        measures.ladder, measures.projections = evaluator.ladder or self.sizes, self._fitting()
+        name = str(self.model.model_card_data.base_model or "") if model_name is None else model_name
+        self.rows = measures.rows(self.model, model_name=name, method=method, partial=partial)
+        return self.rows
+
+    def agreement(
+        self,
+        texts: Iterable[Any],
+        *,
+        reference: Tensor | None = None,
+        prompt: str | None = None,
+        method: str = "",
+        batch_size: int = 32,
+    ) -> list[dict[str, Any]]:
+        """How well every size agrees with the full one on plain texts, where there are no labels; see `agreement`.
+
+        Returns:
+            A row a size: ``method, size, agreement, overlap``; kept in `rows` for `choose` and the cards of exports.
+
+        Raises:
+            EvaluationError: there are too few texts, or they are none.
+        """
+        self.rows = agreement(
+            self.model, texts, self.sizes, reference, projections=self._fitting(), prompt=prompt, method=method,
+            batch_size=batch_size,
+        )  # fmt: skip
+        return self.rows
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that stock sentence-transformers loads as the full model, and `from_pretrained` as it is.
+
+        Raises:
+            FileError: it exists, or cannot be written.
+        """
+        name = next(iter(self.info), "")
+        info = self.info.get(name, {})
+        trained = Trained(path("folder", folder), self.sizes, self.projections, info)
+        save(self.model, trained, name, card_of(self.model, self.sizes, name, info, self.projections))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the encoder to the hub and return its address. Other files of the repository stay as they are.
+
+        Raises:
+            FileError: the repository cannot be made or written to.
+        """
+        from huggingface_hub import HfApi
+
+        private, api = flag("private", private), HfApi(token=token)
+        try:
+            address = api.create_repo(text("repo_id", repo_id), private=private, exist_ok=True)
+            with private_temporary_folder() as work:
+                self.save_pretrained(work / "encoder")
+                api.upload_folder(repo_id=repo_id, folder_path=work / "encoder", commit_message="nestling encoder")
+        except NestlingError:
+            raise
+        except Exception as error:  # of the hub, of the network, of the access
+            raise FileError(
+                f"{repo_id} cannot be written to ({type(error).__name__}: {error}): check the id, the network, and "
+                "whether your token may write there"
+            ) from error
+        return str(address)
+
+    def export(
+        self,
+        size: Size,
+        folder: str | os.PathLike[str],
+        *,
+        onnx: bool = False,
+        int8: bool = False,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Exported:
+        """Write a size as a stock model of its own, checked against this one; see `nestling.embed.export.export`.
+
+        Args:
+            size: such as ``"2x96"``.
+            folder: must not exist yet.
+            onnx: also write an ONNX graph: ids and mask to embeddings, any batch and length.
+            int8: also write one with int8 weights.
+            rows: for the model card's table; by default what was measured last.
+
+        Raises:
+            ExportError, ExportFileError, LadderError: as there.
+        """
+        return export(
+            self.model, self._size(size), Path(folder), ladder=self.sizes, projections=self.projections,
+            rows=self.rows if rows is None else rows, onnx=onnx, int8=int8,
+        )  # fmt: skip
+
+    def _fitting(self) -> dict[int, Projection]:
+        """The projections, if there are none or one for each small size."""
+        for size in self.sizes:
+            self._size(size)
+        return self.projections
+
+    def _became(self, trained: Trained, name: str) -> ElasticEncoder:
+        self.sizes, self.projections, self.info, self.rows = trained.ladder, trained.projections, {}, []
+        self.info[name] = trained.info
+        return self

@@ -1,0 +1,192 @@
+"""A text encoder read at any size: its first layers, and the first coordinates of their projected vectors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from nestling.embed.evaluation.choose import chosen_size
+from nestling.embed.export.export import cut_out, projection_of
+from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.model.encode import encode, served_prompts, stored_prompts, strings_of, widths
+from nestling.embed.model.parts import Encoder
+from nestling.embed.model.projection import Projection
+from nestling.embed.model.similarity import Similarity
+from nestling.errors import OptionError
+from nestling.options import number, shown, text, whole
+
+Size = str | Cup | tuple[int, int]
+Vectors = np.ndarray | Tensor
+
+
+class SizedEncoder:
+    """The part of an `ElasticEncoder` that only reads: vectors of any size, and which one to choose."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        sizes: Any = None,
+        projections: Mapping[int, Projection] | None = None,
+        info: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+            model: a SentenceTransformer, which is used as it is, without a copy.
+            sizes: such as ``"1x64,2x96,6x384"``, or names or pairs (layers, dims); by default some for its shape.
+            projections: ``{depth: Projection}``.
+            info: see the class.
+
+        Raises:
+            UnsupportedEncoderError: the model has no layers to cut.
+            LadderError: a size is deeper or wider than the model.
+        """
+        parts = Encoder.of(model)
+        full = Cup(parts.depth, parts.dims)
+        ladder = Ladder.default(*_shape(full)) if sizes is None else Ladder.parse(sizes)
+        Ladder({*ladder, full}).check(*_shape(full))  # the full size itself may be left out where nothing is trained
+        self.model, self.sizes = parts.model, ladder
+        self.projections: dict[int, Projection] = dict(projections or {})
+        self.info: dict[str, Any] = dict(info or {})
+        self.rows: list[dict[str, Any]] = []
+
+    def encode(
+        self,
+        texts: Any,
+        size: Size | None = None,
+        *,
+        sizes: Iterable[Size] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """The vectors of texts at any size, from one forward through as many layers as that takes.
+
+        They are those of the exported size: of unit length, unless the model compares by something else than cosines.
+
+        Args:
+            texts: a string, or strings in a list, an array, a data frame or a data set with a column ``text``.
+            size: such as ``"2x96"``; by default the full one.
+            sizes: several, which together cost what the deepest one does.
+            prompt_name: of the model's prompts, such as ``"query"``; by default the one that it uses by itself.
+            prompt: in front of each text, instead of a stored one; ``""`` for none.
+            batch_size: texts in a forward.
+            convert_to_tensor: tensors on the CPU, not arrays.
+
+        Returns:
+            fp32 ``[n, dims]``, or ``[dims]`` for a string; with ``sizes`` a dict of them by the size's name.
+
+        Raises:
+            LadderError: the model does not have that size.
+            OptionError: there is no such prompt, or ``size`` and ``sizes`` are both given.
+            EvaluationError: texts are no strings, or a vector is not finite.
+            ExportError: there are projections, and none for that depth.
+        """
+        if size is not None and sizes is not None:
+            raise OptionError(f"size={size} and sizes={shown(sizes)}: give one of the two")
+        wanted = [self._size(each) for each in ([size] if sizes is None else sizes)]
+        single = isinstance(texts, str)
+        said, similarity = [texts] if single else strings_of(texts), Similarity.of(self.model)
+        pooled = encode(
+            self.model, said, widths(wanted), prompt=self._prompt(prompt_name, prompt), batch_size=batch_size,
+            projections=self.projections,
+        )  # fmt: skip
+        vectors = {each.name: similarity.finished(pooled[each.layers][:, : each.dims]) for each in wanted}
+        found = {
+            name: (rows if convert_to_tensor else rows.numpy())[0 if single else slice(None)]
+            for name, rows in vectors.items()
+        }
+        return found[wanted[0].name] if sizes is None else found
+
+    def similarity(self, first: Vectors, second: Vectors) -> Tensor:
+        """The model's own similarity of vectors ``[n, d]`` and ``[m, d]`` of one size, ``[n, m]``."""
+        return self.model.similarity(first, second)
+
+    def cut(self, size: Size) -> SentenceTransformer:
+        """A size as a stock SentenceTransformer of its own, in memory; its weights are copies.
+
+        Raises:
+            LadderError, ExportError: as `encode`.
+        """
+        wanted, parts = self._size(size), Encoder.of(self.model)
+        return cut_out(parts, wanted, projection_of(parts, wanted, self.projections)).to(self.model.device).eval()
+
+    def choose(
+        self,
+        *,
+        quality: float | None = None,
+        texts_per_second: float | None = None,
+        bytes: int | None = None,
+        texts: Sequence[str] | None = None,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The size that fits a need: the cheapest of that quality, or the best that is quick and small enough.
+
+        Args:
+            quality: share of the full size's measured quality, such as 0.97.
+            texts_per_second: at least so many on this machine, measured on ``texts``.
+            bytes: of a vector, in fp32, at most.
+            texts: a hundred or more like those that will be embedded.
+            rows: measured; by default what `evaluate` or `agreement` measured last.
+
+        Raises:
+            OptionError: nothing is asked for, no size will do, or what is needed was not measured.
+        """
+        if quality is None and texts_per_second is None and bytes is None:
+            raise OptionError("expected quality, texts_per_second or bytes: what should the size be chosen by?")
+        quality = None if quality is None else number("quality", quality, above=0)
+        bytes = None if bytes is None else whole("bytes", bytes)
+        known = self.rows if rows is None else rows
+        if quality is not None and not known:
+            raise OptionError("quality: nothing was measured yet, call evaluate or agreement first, or give rows")
+        speeds = None
+        if texts_per_second is not None:
+            number("texts_per_second", texts_per_second, above=0)
+            if not texts:
+                raise OptionError("texts_per_second is measured on texts like yours: give texts")
+            speeds = self._speeds(list(texts))
+        return chosen_size(
+            self.sizes, known, quality=quality, bytes=bytes, speeds=speeds, texts_per_second=texts_per_second
+        ).name
+
+    def _size(self, size: Any) -> Cup:
+        """A size of the model, whether or not it is among `sizes`."""
+        parts = Encoder.of(self.model)
+        full = Cup(parts.depth, parts.dims)
+        wanted = full if size is None else Ladder.parse([size]).full
+        Ladder({wanted, full}).check(full.layers, full.dims)
+        projection_of(parts, wanted, self.projections)
+        return wanted
+
+    def _prompt(self, name: str | None, prompt: str | None) -> str:
+        if prompt is not None:
+            return text("prompt", prompt)
+        if name is None:
+            return stored_prompts(self.model)["sts"]
+        known = served_prompts(self.model)
+        if name not in known:
+            raise OptionError(f"prompt_name={shown(name)}: the model has {', '.join(known)}")
+        return known[name]
+
+    def _speeds(self, texts: list[str]) -> dict[Cup, float]:
+        """Texts a second at each size, from the fastest of three passes; dims cost nothing to encode."""
+        depths = {}
+        for layers in self.sizes.layers:
+            seconds = [_seconds(lambda: self.encode(texts, (layers, 1))) for _ in range(3)]  # noqa: B023
+            depths[layers] = len(texts) / min(seconds)
+        return {size: depths[size.layers] for size in self.sizes}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _shape(size: Cup) -> tuple[int, int]:
+    return size.layers, size.dims
