@@ -38,7 +38,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def common(folder: Path, text: str = "text.jsonl", steps: int = 6) -> list[object]:
-    return ["--text", folder / text, "--cups", CUPS, "--steps", steps, "--batch-size", 8, "--length", 16]
+    return ["--text", folder / text, "--sizes", CUPS, "--steps", steps, "--batch-size", 8, "--length", 16]
 
 
 def test_it_prints_and_writes_the_losses_of_every_cup(place):
@@ -78,7 +78,7 @@ def test_a_folder_of_transformers_own_needs_a_pooling(place):
     arguments = ["pretrain", place / "backbone", "--out", place / "own", *common(place, steps=1)]
     result = run(*arguments)
     assert result.exit_code == 1 and "has no modules.json" in flat(result)
-    result = run(*arguments, "--pooling", "cls", "--no-decoder", "--cups", "4x32")
+    result = run(*arguments, "--pooling", "cls", "--no-decoder", "--sizes", "4x32")
     assert result.exit_code == 0 and "dec first" not in flat(result), result.output
     assert json.loads((place / "own" / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "cls"
 

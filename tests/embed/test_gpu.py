@@ -5,14 +5,15 @@ import copy
 import pytest
 import torch
 
-from nestling import embed
 from nestling.embed.model.encode import encode
+from nestling.embed.pretraining.pretrain import pretrain
 
 from .families import FAMILIES
 from .pretraining.test_autoencoder import KNOWN, autoencoder, batch, gradients
 from .pretraining.test_pretrain import config as pretrain_config
 from .pretraining.test_pretrain import texts
 from .training.test_train import CUPS, pairs
+from .ways import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -48,8 +49,8 @@ def test_trainings_follow_the_cpu(encoder, tmp_path, kind):
         model, folder, cpu = encoder("modernbert").to(device), tmp_path / f"{device}-{len(curves)}", device == "cpu"
         options = {"learning_rate": 1e-3, "batch_size": 8, "progress": False, "use_cpu": cpu, "logging_steps": 2}
         if kind == "pretrain":
-            trained = embed.pretrain(model, texts(), CUPS, pretrain_config(output_dir=folder, **options))
+            trained = pretrain(model, texts(), CUPS, pretrain_config(output_dir=folder, **options))
         else:
-            trained = embed.train(model, pairs(), CUPS, folder=folder, steps=12, **options)
+            trained = train(model, pairs(), CUPS, folder=folder, steps=12, **options)
         curves.append([point["loss"] for point in trained.info["curve"] if "loss" in point])
     assert len(curves[0]) > 3 and curves[1] == pytest.approx(curves[0], rel=0.02)

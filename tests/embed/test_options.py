@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from nestling import embed
+from nestling.embed.evaluation.agreement import agreement
+from nestling.embed.export.export import export
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.encode import encode
+from nestling.embed.model.projection import fit_projections
+from nestling.embed.model.taps import taps
 from nestling.errors import EvaluationError, LadderError, NestlingError, OptionError
 
 from .families import some_texts
 from .training.test_train import CUPS, TEXTS, scored
+from .ways import align
 
 WRONG_SIZES = (0, -1, -3, 2.5, math.nan, math.inf, "8", None, True, [8], 1 + 0j)
 WRONG_SWITCHES = (1, 0, "yes", None, [])
@@ -23,11 +28,11 @@ def test_batches_of_no_size(encoder, tmp_path, value):
     """They encoded nothing, and returned what was in the memory."""
     model = encoder()
     for call in (
-        lambda: embed.align(model, TEXTS, CUPS, folder=tmp_path / "out", batch_size=value, progress=False),
+        lambda: align(model, TEXTS, CUPS, folder=tmp_path / "out", batch_size=value, progress=False),
         lambda: embed.GridEvaluator(sts=STS, batch_size=value),
-        lambda: embed.agreement(model, TEXTS, CUPS, batch_size=value),
-        lambda: embed.agreement(model, TEXTS, CUPS, torch.ones(len(TEXTS), 32), batch_size=value),
-        lambda: embed.fit_projections(model, TEXTS, [1], batch_size=value),
+        lambda: agreement(model, TEXTS, CUPS, batch_size=value),
+        lambda: agreement(model, TEXTS, CUPS, torch.ones(len(TEXTS), 32), batch_size=value),
+        lambda: fit_projections(model, TEXTS, [1], batch_size=value),
         lambda: encode(model, TEXTS, {1: 8}, batch_size=value),
         lambda: embed.PretrainConfig(batch_size=value),
     ):
@@ -49,8 +54,8 @@ def test_switches(encoder, tmp_path, value):
     for name, call in {
         "grid": lambda: embed.GridEvaluator(sts=STS, grid=value),
         "progress": lambda: embed.GridEvaluator(sts=STS, progress=value),
-        "onnx": lambda: embed.export(model, "1x8", tmp_path / "out", onnx=value),
-        "int8": lambda: embed.export(model, "1x8", tmp_path / "out", int8=value),
+        "onnx": lambda: export(model, "1x8", tmp_path / "out", onnx=value),
+        "int8": lambda: export(model, "1x8", tmp_path / "out", int8=value),
         "skip_bad": lambda: embed.Texts(["x.txt"], skip_bad=value),
         "normalize": lambda: embed.StarbucksLoss(model, None, CUPS, teacher=torch.ones(2, 3), normalize=value),
         "gather": lambda: embed.StarbucksLoss(
@@ -60,7 +65,7 @@ def test_switches(encoder, tmp_path, value):
         with pytest.raises(OptionError, match=name):
             call()
     with pytest.raises(OptionError, match="progress"):
-        embed.align(model, TEXTS, CUPS, folder=tmp_path / "out", progress=value)
+        align(model, TEXTS, CUPS, folder=tmp_path / "out", progress=value)
     assert not list(tmp_path.iterdir())
 
 
@@ -69,8 +74,8 @@ def test_folders(encoder, tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
     model = encoder()
     for call in (
-        lambda: embed.align(model, TEXTS, CUPS, folder=value, progress=False),
-        lambda: embed.export(model, "1x8", value),
+        lambda: align(model, TEXTS, CUPS, folder=value, progress=False),
+        lambda: export(model, "1x8", value),
     ):
         with pytest.raises(OptionError, match="folder"):
             call()
@@ -86,12 +91,12 @@ def test_ladders(encoder, tmp_path, cups):
     model = encoder()
     if cups is not None:  # the model's own
         with pytest.raises(LadderError):
-            embed.align(model, TEXTS, cups, folder=tmp_path / "out", progress=False)
+            align(model, TEXTS, cups, folder=tmp_path / "out", progress=False)
     if cups not in ("9x8", "1x999"):
         with pytest.raises(LadderError):
             Ladder.parse(cups)
     with pytest.raises(LadderError):
-        embed.export(model, cups[-1] if isinstance(cups, list) else cups, tmp_path / "out")
+        export(model, cups[-1] if isinstance(cups, list) else cups, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -108,8 +113,8 @@ def test_depths(encoder, layers):
     model = encoder()
     features = model.preprocess(TEXTS[:2])
     with pytest.raises(LadderError):
-        embed.taps(model, features, layers)
-    assert list(embed.taps(model, features, iter([2, 1]))) == [1, 2]
+        taps(model, features, layers)
+    assert list(taps(model, features, iter([2, 1]))) == [1, 2]
 
 
 @pytest.mark.parametrize("texts", ["one string of texts", 5, None, [1, 2], [None] * 20, [b"x"] * 20], ids=repr)
@@ -117,9 +122,9 @@ def test_texts_that_are_none(encoder, tmp_path, texts):
     """A string is a list of its letters, to Python."""
     model = encoder()
     for call in (
-        lambda: embed.align(model, texts, CUPS, folder=tmp_path / "out", progress=False),
-        lambda: embed.agreement(model, texts, CUPS),
-        lambda: embed.fit_projections(model, texts, [1]),
+        lambda: align(model, texts, CUPS, folder=tmp_path / "out", progress=False),
+        lambda: agreement(model, texts, CUPS),
+        lambda: fit_projections(model, texts, [1]),
     ):
         with pytest.raises(NestlingError):
             call()
@@ -130,7 +135,7 @@ def test_one_string_is_no_list_of_texts(encoder):
     with pytest.raises(EvaluationError, match="some words"):
         encode(encoder(), "some words", {1: 8})
     with pytest.raises(EvaluationError, match="2"):
-        embed.fit_projections(encoder(), ["some words", 5], [1])
+        fit_projections(encoder(), ["some words", 5], [1])
 
 
 @pytest.mark.parametrize(
@@ -149,20 +154,20 @@ def test_evaluators(options):
 @pytest.mark.parametrize("value", [math.nan, math.inf, "x", None, [1]], ids=repr)
 def test_numbers_of_projections(encoder, value):
     with pytest.raises(OptionError, match="flatten"):
-        embed.fit_projections(encoder(), TEXTS, [1], flatten=value)
+        fit_projections(encoder(), TEXTS, [1], flatten=value)
 
 
 def test_references_of_other_texts(encoder):
     model = encoder()
     for shape in ((3, 32), (len(TEXTS),)):
         with pytest.raises(EvaluationError, match="reference"):
-            embed.agreement(model, TEXTS, CUPS, torch.ones(shape))
+            agreement(model, TEXTS, CUPS, torch.ones(shape))
 
 
 def test_prompts_are_strings(encoder, tmp_path):
     for value in (5, ["x"], b"x"):
         with pytest.raises(OptionError, match="prompt"):
-            embed.align(encoder(), TEXTS, CUPS, folder=tmp_path / "out", prompt=value, progress=False)
+            align(encoder(), TEXTS, CUPS, folder=tmp_path / "out", prompt=value, progress=False)
         with pytest.raises(OptionError, match="prompt"):
             encode(encoder(), TEXTS, {1: 8}, prompt=value)
 
@@ -170,6 +175,6 @@ def test_prompts_are_strings(encoder, tmp_path):
 def test_what_fits_is_still_taken(encoder):
     """Cups in any form and order, sizes of other libraries' types."""
     model, texts = encoder(), some_texts(20, seed=9)
-    rows = embed.agreement(model, texts, [(2, 16), "1x8"], batch_size=torch.tensor(4))
+    rows = agreement(model, texts, [(2, 16), "1x8"], batch_size=torch.tensor(4))
     assert [row["size"] for row in rows] == ["2x16", "1x8"]
-    assert embed.agreement(model, texts, "1x8,2x16")[1] == embed.agreement(model, texts, [Cup(2, 16)])[0]
+    assert agreement(model, texts, "1x8,2x16")[1] == agreement(model, texts, [Cup(2, 16)])[0]

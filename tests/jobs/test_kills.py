@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from nestling import embed, kv, models
-from nestling.embed.model.folder import read_projections, write_projections
+from nestling import kv, models
+from nestling.embed.export.export import export
+from nestling.embed.ladder import Ladder
+from nestling.embed.model.folder import load_ladder, load_projections, read_projections, write_projections
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.projection import fit_projections
 from nestling.embed.training.result import Trained, save
 from nestling.embed.training.teacher import write_table
 from nestling.jobs.results import ResultStore
@@ -78,7 +82,7 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def turns(encoder):
     texts = list(dict.fromkeys(some_texts(100, seed=3)))
-    return [embed.fit_projections(encoder, texts[::step], [1, 2]) for step in (1, 2)]
+    return [fit_projections(encoder, texts[::step], [1, 2]) for step in (1, 2)]
 
 
 class Adapter(Kind):
@@ -121,7 +125,7 @@ class Aligned(Kind):
     fresh = True
 
     def __init__(self, encoder, turns):
-        self.encoder, self.turns, self.ladder = encoder, turns, embed.Ladder.parse("1x8,2x16,4x32")
+        self.encoder, self.turns, self.ladder = encoder, turns, Ladder.parse("1x8,2x16,4x32")
 
     def write(self, place, version):
         save(self.encoder, Trained(place, self.ladder, self.turns[version], {}), "alignment", "card")
@@ -129,8 +133,8 @@ class Aligned(Kind):
     def read(self, place):
         if not place.exists():
             return None
-        embed.load_encoder(place)
-        found = embed.load_projections(place)
+        load_encoder(place)
+        found = load_projections(place)
         return [torch.equal(turns[1].encode, found[1].encode) for turns in self.turns].index(True)
 
 
@@ -155,13 +159,13 @@ class Export(Kind):
         self.encoder = encoder
 
     def write(self, place, version):
-        embed.export(self.encoder, "2x16", place)
+        export(self.encoder, "2x16", place)
 
     def read(self, place):
         if not place.exists():
             return None
-        assert embed.load_encoder(place).get_embedding_dimension() == 16 and (place / "README.md").is_file()
-        return int(str(embed.load_ladder(place)) == "2x16")
+        assert load_encoder(place).get_embedding_dimension() == 16 and (place / "README.md").is_file()
+        return int(str(load_ladder(place)) == "2x16")
 
 
 class Json(Kind):

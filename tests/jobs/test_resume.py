@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestling import embed, kv
+from nestling import kv
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.pretraining.pretrain import pretrain
 from nestling.errors import TrainingError
+from tests.embed.ways import train
 
 from ..embed.families import save_backbone, sentence_model, some_texts
 from ..embed.pretraining.test_pretrain import config as pretrain_config
@@ -59,13 +62,13 @@ def of_embed(folder: Path, resume: bool) -> list[torch.Tensor]:
     model = sentence_model(folder.parent / "bert")
     teacher = sentence_model(folder.parent / "bert", "cls")
     rows = [{"anchor": text, "positive": f"{text} w9"} for text in TEXTS]
-    found = embed.train(model, rows, "1x8,4x32", folder=folder, teacher=teacher, resume=resume, dropout=True, **QUICK)
+    found = train(model, rows, "1x8,4x32", folder=folder, teacher=teacher, resume=resume, dropout=True, **QUICK)
     return [*model.state_dict().values(), *(turn.encode for turn in found.projections.values())]
 
 
 def of_pretrain(folder: Path, resume: bool) -> list[torch.Tensor]:
     model = sentence_model(folder.parent / "bert")
-    embed.pretrain(model, TEXTS, "1x8,4x32", pretrain_config(output_dir=folder, resume=resume, **QUICK))
+    pretrain(model, TEXTS, "1x8,4x32", pretrain_config(output_dir=folder, resume=resume, **QUICK))
     return list(model.state_dict().values())
 
 
@@ -142,9 +145,9 @@ def test_an_adapter_goes_on(tmp_path):
 
     def run(resume: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        model = embed.load_encoder(tmp_path / "encoder")
+        model = load_encoder(tmp_path / "encoder")
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["query", "value"]))
-        embed.train(model, rows, "1x8,4x32", folder=tmp_path / "out", resume=resume, **QUICK)
+        train(model, rows, "1x8,4x32", folder=tmp_path / "out", resume=resume, **QUICK)
         return [value.clone() for value in model.state_dict().values()]
 
     result = run(False)

@@ -14,11 +14,14 @@ from typing import Any
 import pandas
 import torch
 
-from nestling import embed, kv
+from nestling import kv
 from nestling.data.pairs import read_pairs, read_sts
 from nestling.data.retrieval import read_retrieval
 from nestling.data.texts import read_multiple_choice, read_texts
-from nestling.embed.pretraining.pretrain import Place
+from nestling.embed.export.export import export
+from nestling.embed.model.folder import load_ladder, load_projections
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.pretraining.pretrain import Place, pretrain
 from nestling.errors import AdapterError, BudgetError, EvaluationError
 from nestling.files.gguf import check_gguf
 from nestling.files.reading import read_object
@@ -26,6 +29,7 @@ from nestling.jobs.checkpoints import begin
 from nestling.jobs.results import ResultStore
 from nestling.models import load_model
 from nestling.report.results import read_rows
+from tests.embed.ways import align, train
 
 from ..embed.families import save_backbone, sentence_model, some_texts
 from ..embed.pretraining.test_pretrain import config as pretrain_config
@@ -104,10 +108,10 @@ def _checkpoints(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefa
     kv.train(model, None, ids, adapter, config)
     encoder = sentence_model(save_backbone("bert", place / "bert"))
     quick = dict(steps=4, save_steps=2, batch_size=4, progress=False, use_cpu=True)
-    embed.pretrain(encoder, some_texts(20, longest=9), "1x8,4x32", pretrain_config(output_dir=place / "pre", **quick))
+    pretrain(encoder, some_texts(20, longest=9), "1x8,4x32", pretrain_config(output_dir=place / "pre", **quick))
     encoder = sentence_model(place / "bert")
     pairs = [{"anchor": text, "positive": f"{text} w9"} for text in dict.fromkeys(some_texts(20, longest=9))]
-    embed.train(encoder, pairs, "1x8,4x32", folder=place / "trained", **quick)
+    train(encoder, pairs, "1x8,4x32", folder=place / "trained", **quick)
     found = {}
     checks = {"training": lambda path: None, "pre-checkpoints": Place.of, "trained-checkpoints": lambda path: None}
     for name, check in checks.items():
@@ -144,12 +148,12 @@ def _newest(folder: Path) -> str:
 def _encoders(place: Path) -> dict[str, Artefact]:
     texts = some_texts(30, longest=9)
     encoder = sentence_model(place / "bert")
-    aligned = embed.align(encoder, texts, "1x8,2x16,4x32", folder=place / "aligned", progress=False)
-    embed.export(encoder, "2x16", place / "cup", ladder=aligned.ladder, projections=aligned.projections)
+    aligned = align(encoder, texts, "1x8,2x16,4x32", folder=place / "aligned", progress=False)
+    export(encoder, "2x16", place / "cup", ladder=aligned.ladder, projections=aligned.projections)
 
     def read(folder: Path) -> Any:
-        found = embed.load_encoder(folder)
-        ladder, turns = embed.load_ladder(folder), embed.load_projections(folder)
+        found = load_encoder(folder)
+        ladder, turns = load_ladder(folder), load_projections(folder)
         vectors = torch.as_tensor(found.encode(texts[:2], show_progress_bar=False))
         return [vectors, *(turn.encode for turn in turns.values()), str(ladder)]
 

@@ -19,6 +19,7 @@ from nestling.embed.export.export import Exported, export
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.folder import load_info, load_ladder, load_projections
 from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.own import own_projections
 from nestling.embed.model.projection import Projection
 from nestling.embed.pretraining.pretrain import pretrain
 from nestling.embed.sized import Size, SizedEncoder
@@ -66,7 +67,7 @@ class ElasticEncoder(SizedEncoder):
             LadderError: what lies beside it is damaged, or the sizes do not fit it.
         """
         if isinstance(name, nn.Module):
-            return cls(name, sizes)
+            return cls(name, sizes, own_projections(name))
         model = load_encoder(name, pooling)
         own, projections = load_ladder(name), load_projections(name)
         return cls(model, own if sizes is None else sizes, projections, load_info(name))

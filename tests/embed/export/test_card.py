@@ -7,12 +7,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from nestling import embed
 from nestling.embed.export.export import export
 from nestling.embed.export.origin import origin_of
 from nestling.embed.model.loading import load_encoder
 
 from ..families import sentence_model, some_texts
+from ..ways import align, train
 
 TEXTS = some_texts(40, seed=1)
 CARD = """---
@@ -62,11 +62,11 @@ def test_a_folder_hands_on_what_its_card_says(encoder, tmp_path):
     cup = front(export(model, "2x8", tmp_path / "cup").folder)
     wanted = {"license": "cc-by-4.0", "language": ["en", "de"], "base_model": "some-lab/some-base"}
     assert {key: cup[key] for key in wanted} == wanted and "datasets" not in cup
-    trained = embed.train(
+    trained = train(
         model, TEXTS, "2x8,4x32", folder=tmp_path / "trained", steps=1, progress=False, save_strategy="no"
     ).folder
     again = export(load_encoder(trained), "2x8", tmp_path / "again").folder  # of what was trained, too
-    aligned = embed.align(load_encoder(trained), TEXTS, "2x8,4x32", folder=tmp_path / "aligned", progress=False).folder
+    aligned = align(load_encoder(trained), TEXTS, "2x8,4x32", folder=tmp_path / "aligned", progress=False).folder
     for folder in (trained, again, aligned):
         assert {key: front(folder)[key] for key in wanted} == wanted
 

@@ -15,9 +15,10 @@ from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from sentence_transformers.util import pairwise_dot_score
 from torch.nn.functional import normalize
 
-from nestling import embed
+from nestling.embed.evaluation.agreement import agreement
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.export.export import export
+from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.encode import encode, stored_prompts
 from nestling.embed.model.folder import load_projections
 from nestling.embed.model.loading import load_encoder
@@ -30,6 +31,7 @@ from nestling.errors import ExportError, NestlingError, OptionError, Unsupported
 
 from ..families import FAMILIES, WORDS, sentence_model, some_texts
 from ..sets import scored, searched
+from ..ways import align, train
 
 TEXTS = some_texts(17, seed=9)
 E5 = {"query": "w11 w12 ", "passage": "w13 "}
@@ -95,8 +97,8 @@ def rows(*columns):
 def test_prompts_of_a_training_become_the_models_own(encoder, tmp_path, columns, asked, uses):
     model = encoder()
     model.prompts = dict(E5)
-    options = dict(steps=1, progress=False, save_strategy="no", projection=None)
-    trained = embed.train(model, rows(*columns), "2x8,4x32", folder=tmp_path / "out", prompts=asked, **options)
+    options = dict(steps=1, progress=False, save_strategy="no", projection="none")
+    trained = train(model, rows(*columns), "2x8,4x32", folder=tmp_path / "out", prompts=asked, **options)
     assert stored_prompts(model) == uses
     whole = SentenceTransformer(str(trained.folder), device="cpu")
     cup = served(load_encoder(trained.folder), "2x8", tmp_path / "cup")
@@ -115,14 +117,14 @@ def test_a_training_that_fails_leaves_the_prompts(encoder, tmp_path, monkeypatch
     model.prompts, model.default_prompt_name = {"usual": "w20 "}, "usual"
     monkeypatch.setattr("nestling.embed.training.run.CupTrainer", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        embed.train(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", steps=1, prompts="w9 ", progress=False)
+        train(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", steps=1, prompts="w9 ", progress=False)
     assert model.prompts == {"usual": "w20 "} and model.default_prompt_name == "usual"
 
 
 def test_an_aligned_folder_has_the_prompts_that_stock_code_uses(encoder, tmp_path):
     model = encoder()
     model.prompts = {**E5, "document": ""}
-    embed.align(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", progress=False)
+    align(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", progress=False)
     assert model.prompts == {**E5, "document": ""}
     whole = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     close(whole.encode_document(TEXTS), model.encode(TEXTS, prompt="w13 "))
@@ -131,9 +133,7 @@ def test_an_aligned_folder_has_the_prompts_that_stock_code_uses(encoder, tmp_pat
 def test_alignment_leaves_prompts_out_where_pooling_does(backbones, tmp_path):
     """The vectors that are aligned are those that will be served."""
     model = sentence_model(backbones("bert"), include_prompt=False)
-    found = embed.align(
-        model, TEXTS, "2x8,4x32", folder=tmp_path / "out", prompt="w11 w12 ", progress=False
-    ).projections[2]
+    found = align(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", prompt="w11 w12 ", progress=False).projections[2]
     vectors = encode(model, TEXTS, {2: 32, 4: 32}, prompt="w11 w12 ")
     close(found.mean, vectors[2].mean(0))
     assert (vectors[2].mean(0) - encode(model, [f"w11 w12 {t}" for t in TEXTS], {2: 32})[2].mean(0)).abs().max() > 1e-3
@@ -214,7 +214,7 @@ def test_projections_keep_what_counts(backbones, name, kind):
 
 def test_projections_that_would_change_it_are_refused(backbones, tmp_path):
     with pytest.raises(UnsupportedEncoderError, match="Manhattan distance"):
-        embed.align(measured("manhattan")(backbones), TEXTS, "2x8,4x32", folder=tmp_path / "out", progress=False)
+        align(measured("manhattan")(backbones), TEXTS, "2x8,4x32", folder=tmp_path / "out", progress=False)
     with pytest.raises(OptionError, match="centred"):
         fit_projections(measured("dot")(backbones), TEXTS, [2], kind="centred")
     assert not list(tmp_path.iterdir())
@@ -230,15 +230,15 @@ def test_training_that_would_make_cosines_of_it_is_refused(backbones, tmp_path, 
         (rows("anchor", "positive"), {"teacher": sentence_model(backbones("bert"))}),
     ):
         with pytest.raises(OptionError, match="lengths count"):
-            embed.train(model, data, "2x8,4x32", folder=tmp_path / "out", steps=1, progress=False, **options)
+            train(model, data, "2x8,4x32", folder=tmp_path / "out", steps=1, progress=False, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_training_by_dot_products_with_a_loss_of_them(backbones, tmp_path):
     model = measured("dot")(backbones)
     loss = CoSENTLoss(model, similarity_fct=pairwise_dot_score)
-    options = dict(steps=2, progress=False, save_strategy="no", recipe={"normalize": False})
-    trained = embed.train(model, scored(), "2x8,4x32", folder=tmp_path / "out", loss=loss, **options)
+    options = dict(steps=2, progress=False, save_strategy="no", normalize=False)
+    trained = train(model, scored(), "2x8,4x32", folder=tmp_path / "out", loss=loss, **options)
     cup = served(load_encoder(trained.folder), "2x8", tmp_path / "cup")
     assert cup.similarity_fn_name == "dot"
     wanted = encode(model, TEXTS, {2: 8}, projections=trained.projections)[2]
@@ -255,12 +255,12 @@ def test_the_width_of_a_model_is_its_truncate_dim(backbones, tmp_path, tail):
     assert Encoder.of(model).dims == 16
     assert taps(model, model.preprocess(TEXTS), [2, 4])[4].shape == (17, 16)
     close(normalize(encode(model, TEXTS, {4: 16})[4], dim=-1), normalize(torch.tensor(model.encode(TEXTS)), dim=-1))
-    aligned = embed.align(model, TEXTS, "2x8,4x16", folder=tmp_path / "out", progress=False)
+    aligned = align(model, TEXTS, "2x8,4x16", folder=tmp_path / "out", progress=False)
     loaded = load_encoder(aligned.folder).cpu()
     assert loaded.truncate_dim == 16 and loaded.encode(TEXTS).shape == (17, 16)
     for size, turns in (("2x8", aligned.projections), ("4x16", aligned.projections), ("2x16", {})):
         cup = served(loaded, size, tmp_path / f"{size}-{len(turns)}", projections=turns)
-        layers, dims = embed.Cup.parse(size).layers, embed.Cup.parse(size).dims
+        layers, dims = Cup.parse(size).layers, Cup.parse(size).dims
         wanted = encode(model, TEXTS, {layers: dims}, projections=turns)[layers]
         close(cup.encode(TEXTS), normalize(wanted, dim=-1))
         assert cup.truncate_dim is None and cup.get_embedding_dimension() == dims
@@ -272,7 +272,7 @@ def test_widths_that_cannot_be(encoder, backbones):
     model = encoder()
     model.truncate_dim = 0
     with pytest.raises(UnsupportedEncoderError, match="truncate_dim=0"):
-        embed.align(model, TEXTS, folder="never", progress=False)
+        align(model, TEXTS, folder="never", progress=False)
     model.truncate_dim = 100  # no cut at all
     assert Encoder.of(model).dims == 32
     turned = measured("dot", tail=[Normalize()])(backbones)
@@ -286,7 +286,7 @@ def test_widths_that_cannot_be(encoder, backbones):
 
 @pytest.fixture
 def aligned(encoder, tmp_path):
-    return embed.align(encoder(), some_texts(60), "2x8,4x32", folder=tmp_path / "aligned", progress=False)
+    return align(encoder(), some_texts(60), "2x8,4x32", folder=tmp_path / "aligned", progress=False)
 
 
 def test_a_loaded_model_remembers_its_projections(aligned, tmp_path):
@@ -300,9 +300,9 @@ def test_a_loaded_model_remembers_its_projections(aligned, tmp_path):
     for own, given in ((None, turns), ({}, {})):
         found = GridEvaluator("2x8", **sets, projections=own).rows(model)
         assert found == GridEvaluator("2x8", **sets, projections=given).rows(model)
-    cups = embed.Ladder.parse("2x8")
-    assert embed.agreement(model, TEXTS, cups) == embed.agreement(model, TEXTS, cups, projections=turns)
-    assert embed.agreement(model, TEXTS, cups) != embed.agreement(model, TEXTS, cups, projections={})
+    cups = Ladder.parse("2x8")
+    assert agreement(model, TEXTS, cups) == agreement(model, TEXTS, cups, projections=turns)
+    assert agreement(model, TEXTS, cups) != agreement(model, TEXTS, cups, projections={})
 
 
 def test_stock_code_does_not_know_them_and_is_told(aligned, tmp_path):
@@ -315,12 +315,12 @@ def test_stock_code_does_not_know_them_and_is_told(aligned, tmp_path):
 def test_a_trained_model_remembers_the_projections_it_was_trained_with(aligned, tmp_path):
     """Those that it had are where a training starts, and are forgotten for what it is trained with."""
     options = dict(steps=1, progress=False, save_strategy="no", learning_rate=1e-9)
-    for name, projection, rate in (("own", "auto", None), ("none", None, 5e-3), ("pca", "pca", None)):
+    for name, projection, rate in (("own", "auto", 0), ("none", "none", 5e-3), ("pca", "pca", 0)):
         model = load_encoder(aligned.folder).cpu()
-        trained = embed.train(
+        trained = train(
             model, TEXTS, "2x8,4x32", folder=tmp_path / name, projection=projection, projection_rate=rate, **options
         )
-        assert own_projections(model).keys() == trained.projections.keys() == ({2} if projection else set())
+        assert own_projections(model).keys() == trained.projections.keys() == (set() if name == "none" else {2})
         if name == "own":
             close(trained.projections[2].encode, aligned.projections[2].encode)
         wanted = encode(model, TEXTS, {2: 8}, projections=trained.projections)[2]
@@ -329,8 +329,8 @@ def test_a_trained_model_remembers_the_projections_it_was_trained_with(aligned, 
 
 def test_projections_of_another_ladder_are_not_a_start(aligned, tmp_path):
     model = load_encoder(aligned.folder).cpu()
-    options = dict(steps=1, progress=False, save_strategy="no", learning_rate=1e-9, projection_rate=None)
-    trained = embed.train(model, TEXTS, "1x8,2x8,4x32", folder=tmp_path / "out", **options)
+    options = dict(steps=1, progress=False, save_strategy="no", learning_rate=1e-9, projection_rate=0)
+    trained = train(model, TEXTS, "1x8,2x8,4x32", folder=tmp_path / "out", **options)
     assert trained.projections.keys() == {1, 2}
     assert (trained.projections[2].encode - aligned.projections[2].encode).abs().max() > 0.01
 

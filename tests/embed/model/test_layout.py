@@ -15,13 +15,14 @@ from sentence_transformers.base.modules import Dense, Normalize, Router, Transfo
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, StaticEmbedding
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from nestling import embed
 from nestling.embed.export.export import export
 from nestling.embed.model.encode import encode
 from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.taps import taps
 from nestling.errors import LoadError, UnsupportedEncoderError
 
 from ..families import FAMILIES, WORDS, save_backbone, sentence_model, some_texts, tokenizer
+from ..ways import train
 
 TEXTS = some_texts(9, seed=1)
 LORA = dict(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["query", "value"])
@@ -182,8 +183,8 @@ def test_an_adapter_is_exported_merged(encoder, tmp_path, wrapped, off):
 
 def test_training_an_adapter_gives_a_folder_that_loads(encoder, tmp_path):
     model = adapted(encoder(), False)
-    options = dict(steps=1, learning_rate=0.1, progress=False, save_strategy="no", projection=None)
-    embed.train(model, TEXTS, "1x8,4x32", folder=tmp_path / "out", **options)
+    options = dict(steps=1, learning_rate=0.1, progress=False, save_strategy="no", projection="none")
+    train(model, TEXTS, "1x8,4x32", folder=tmp_path / "out", **options)
     wanted = model.eval().encode(TEXTS)
     close(SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS), wanted)
     close(load_encoder(tmp_path / "out").cpu().encode(TEXTS), wanted)
@@ -321,5 +322,5 @@ def test_unrelated_weights_are_not_taken_for_an_encoder(tmp_path):
 
 def test_types():
     with pytest.raises(UnsupportedEncoderError, match="starts with a StaticEmbedding: it has no layers to cut"):
-        embed.taps(SentenceTransformer(modules=[StaticEmbedding(tokenizer()._tokenizer, embedding_dim=8)]), {}, [1])
+        taps(SentenceTransformer(modules=[StaticEmbedding(tokenizer()._tokenizer, embedding_dim=8)]), {}, [1])
     assert issubclass(LoadError, ValueError) and Transformer is not Pooling

@@ -13,6 +13,7 @@ from nestling.errors import TrainingError
 
 from ..families import some_texts
 from ..sets import scored
+from ..ways import train
 from .test_layout import adapted
 
 TEXTS = some_texts(40, seed=1)
@@ -27,7 +28,7 @@ def test_the_best_checkpoint_of_an_alias_with_an_adapter(encoder, tmp_path, monk
     before = model.encode(TEXTS)
     dev = embed.GridEvaluator(sts={"dev": scored()})
     options = dict(steps=4, learning_rate=1e-2, evaluator=dev, progress=False)
-    embed.train(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", **options)
+    train(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", **options)
     wanted = model.eval().encode(TEXTS)
     found = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)  # stock, without PEFT's files
     assert np.abs(found - wanted).max() < 1e-5 and not (tmp_path / "out" / "adapter_config.json").exists()

@@ -12,8 +12,8 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModelForMaskedLM
 
-from nestling.embed import load_encoder
 from nestling.embed.ladder import Ladder
+from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.parts import Encoder
 from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
 from nestling.embed.pretraining.collate import Collator

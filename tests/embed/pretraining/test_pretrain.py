@@ -13,8 +13,9 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from nestling import embed
-from nestling.embed import Texts, load_ladder
+from nestling.embed import Texts
+from nestling.embed.model.folder import load_ladder
+from nestling.embed.model.loading import load_encoder
 from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
 from nestling.embed.pretraining.config import PretrainConfig
 from nestling.embed.pretraining.pretrain import pretrain
@@ -22,6 +23,7 @@ from nestling.errors import DataError, LadderError, MaskingError, TrainingError,
 from nestling.jobs.checkpoints import last_whole
 
 from ..families import VOCAB, WORDS, some_texts
+from ..ways import train
 
 CUPS = "1x8,2x16,4x32"
 FAST = dict(steps=12, batch_size=8, length=16, learning_rate=1e-3, progress=False, use_cpu=True, sizes_per_step=0)
@@ -76,8 +78,8 @@ def test_the_result_is_a_start_for_train(encoder, tmp_path):
     info = json.loads((tmp_path / "out" / "nestling.json").read_text())["pretraining"]
     assert info["tokens"] == trained.info["tokens"] > 12 * 8 * 4 and info["decoder"] is True
     assert info["passes"] == 1 and {"mlm_1x8", "dec_4x32"} < set(info["curve"][0])
-    again = embed.load_encoder(tmp_path / "out")
-    embed.train(again, texts(16), load_ladder(tmp_path / "out"), folder=tmp_path / "next", steps=2, progress=False)
+    again = load_encoder(tmp_path / "out")
+    train(again, texts(16), load_ladder(tmp_path / "out"), folder=tmp_path / "next", steps=2, progress=False)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert not any(str(tmp_path) in path.read_text("utf-8") for path in files if path.suffix in (".json", ".md"))
@@ -123,6 +125,9 @@ sys.path.insert(0, {root!r})
 import torch
 from tests.embed.families import sentence_model
 from tests.embed.pretraining.test_pretrain import run
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.folder import load_ladder
+from ..ways import train
 torch.set_num_threads(1)
 run(sentence_model({backbone!r}), sys.argv[1], steps={steps}, save_steps=1, logging_steps=1, dropout={dropout},
     resume=len(sys.argv) > 2)

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy, kl_div, normalize
 
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.projection import Projection
-from nestling.embed.training.loss import StarbucksLoss
 from nestling.errors import LadderError
 
 from ..families import FAMILIES, HIDDEN, LAYERS, some_texts
+from ..ways import loss_of
 
 CUPS = Ladder.parse("1x8,2x16,4x32")
 
@@ -58,7 +58,7 @@ def info_nce(embeddings, scale=20.0):
 def test_all_parts_by_hand(encoder):
     model = encoder("bert")
     features = columns(model)
-    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, kl_weight=2.0, weights={"2x16": 3.0})
+    loss = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, kl_weight=2.0, weights={"2x16": 3.0})
     parts = loss(features, None)
     assert list(parts) == ["1x8", "kl_1x8", "2x16", "kl_2x16", "4x32"]
 
@@ -85,7 +85,7 @@ def test_the_released_retrieval_loss(encoder):
     model = encoder("bert", "cls").double()
     features = columns(model)
     base = losses.MultipleNegativesRankingLoss(model, scale=1.0, similarity_fct=lambda a, b: a @ b.mT)
-    loss = StarbucksLoss(model, base, CUPS, temperature=1.0, normalize=False)
+    loss = loss_of(model, base, CUPS, temperature=1.0, normalize=False)
 
     expected, teacher = 0, None
     states = [
@@ -135,7 +135,7 @@ def test_every_base_loss_at_every_cup(name, encoder):
     base = getattr(losses, name)(model)
     count, labels = LABELLED[name] if name in LABELLED else (UNLABELLED[name], None)
     features = columns(model, count)
-    parts = StarbucksLoss(model, base, CUPS)(features, labels)
+    parts = loss_of(model, base, CUPS)(features, labels)
     by_depth = vectors(model, features)
     for cup in CUPS:
         cut = [normalize(v[:, : cup.dims], dim=-1) for v in by_depth[cup.layers]]
@@ -154,7 +154,7 @@ def test_one_column_is_ranked_against_itself(encoder):
     model = encoder("bert")
     features = columns(model, 1, size=5)
     base = losses.GlobalOrthogonalRegularizationLoss(model)
-    parts = StarbucksLoss(model, base, CUPS)(features)
+    parts = loss_of(model, base, CUPS)(features)
     by_depth = {depth: v[0] for depth, v in vectors(model, features).items()}
 
     def rows(cup):
@@ -171,7 +171,7 @@ def test_one_text_has_nothing_to_follow(encoder):
     model = encoder("bert")
     for count in (1, 2):
         base = losses.GlobalOrthogonalRegularizationLoss(model)
-        parts = StarbucksLoss(model, base, CUPS)(columns(model, count, size=1))
+        parts = loss_of(model, base, CUPS)(columns(model, count, size=1))
         assert all(parts[f"kl_{cup.name}"] == 0 for cup in CUPS.cups[:-1])
 
 
@@ -180,7 +180,7 @@ def test_where_the_gradient_of_the_kl_goes(options, encoder):
     """Never to the teacher, which is the full cup or the next larger one."""
     model = encoder("bert")
     features = columns(model)
-    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, **options)
+    loss = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, **options)
     parts = loss(features, None)
     found = gradients(model, parts["kl_1x8"])
 
@@ -203,7 +203,7 @@ def test_several_cups_of_one_depth(encoder):
     model = encoder("bert")
     features = columns(model, 2)
     cups = Ladder.parse("2x4,2x16,4x8,4x32")
-    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), cups)
+    loss = loss_of(model, losses.MultipleNegativesRankingLoss(model), cups)
     assert loss.represent(dict(features[0]))["sentence_embedding"].shape == (6, 16 + 32)
     by_depth = vectors(model, features)
     parts = loss(features, None)
@@ -216,7 +216,7 @@ def test_a_cascade_over_cups_that_are_not_zipped(encoder):
     """A teacher is never narrower than its student."""
     model = encoder("bert")
     base = losses.MultipleNegativesRankingLoss(model)
-    loss = StarbucksLoss(model, base, "1x8,1x16,2x4,3x12,4x32", cascade=True)
+    loss = loss_of(model, base, "1x8,1x16,2x4,3x12,4x32", cascade=True)
     followed = {student.name: teacher.name for student, teacher in loss.teachers.items()}
     assert followed == {"1x8": "1x16", "1x16": "4x32", "2x4": "3x12", "3x12": "4x32"}
     assert total(loss(columns(model, 2))).isfinite()
@@ -229,9 +229,9 @@ OPTIONS = [{"cascade": True, "weights": {"4x32": 2.5, "1x8": 0.5}}, {"kl_weight"
 def test_cached_gradients_are_the_direct_ones(family, options, encoder):
     model = encoder(family).double()
     features = columns(model, size=7)
-    direct = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, **options)
+    direct = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, **options)
     base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3)
-    cached = StarbucksLoss(model, base, CUPS, **options)
+    cached = loss_of(model, base, CUPS, **options)
     one, other = direct(features, None), cached(features, None)
     assert list(one) == list(other)
     torch.testing.assert_close(one, other)
@@ -260,7 +260,7 @@ def test_any_ladder_in_any_batches(tiny_bert, cups, count, size, mini_batch, wei
         (losses.MultipleNegativesRankingLoss, {}, order),
     ):
         features = [tiny_bert.preprocess([column[row] for row in rows]) for column in texts]
-        loss = StarbucksLoss(tiny_bert, kind(tiny_bert, **options), cups, weights={cups.cups[0].name: weight})
+        loss = loss_of(tiny_bert, kind(tiny_bert, **options), cups, weights={cups.cups[0].name: weight})
         parts = loss(features)
         assert all(value >= -1e-9 for name, value in parts.items() if name.startswith("kl_"))
         results.append((parts, gradients(tiny_bert, total(parts))))
@@ -276,7 +276,7 @@ def test_cached_gradients_with_dropout(encoder):
     """The second forward draws the dropout of the first: as if there had been one."""
     model = encoder("bert").train()
     features = columns(model, 2)
-    direct = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)
+    direct = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS)
     base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=6)
 
     def separately(seed):
@@ -287,7 +287,7 @@ def test_cached_gradients_with_dropout(encoder):
     one = separately(3)
     expected = gradients(model, one)
     torch.manual_seed(3)
-    other = total(StarbucksLoss(model, base, CUPS)(features, None))
+    other = total(loss_of(model, base, CUPS)(features, None))
     found = gradients(model, other)
     assert one.item() == pytest.approx(other.item(), rel=1e-5)
     for name in expected:
@@ -299,7 +299,7 @@ def test_features_are_left_alone(encoder):
     model = encoder("bert", include_prompt=False)
     features = columns(model, 2, prompt="w5 w6 ")
     before = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in f.items()} for f in features]
-    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)
+    loss = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS)
     first, second = loss(features, None), loss(features, None)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     for was, now in zip(before, features, strict=True):
@@ -322,7 +322,7 @@ def test_a_teacher_of_another_width(cascade, cached, encoder):
     labels = torch.randint(40, (6, 3), generator=torch.Generator().manual_seed(1))
     kind = losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
     base = kind(model, mini_batch_size=4) if cached else kind(model)
-    loss = StarbucksLoss(model, base, CUPS, teacher=rows, temperature=0.1, cascade=cascade, kl_weight=0.5)
+    loss = loss_of(model, base, CUPS, teacher=rows, temperature=0.1, cascade=cascade, kl_weight=0.5)
     parts = loss(features, labels)
     assert [name for name in parts if name.startswith("kl_")] == ["kl_1x8", "kl_2x16", "kl_4x32"]
     by_depth = vectors(model, features)
@@ -341,7 +341,7 @@ def test_a_teacher_of_another_width(cascade, cached, encoder):
         expected = 0.5 * kl_div((student / 0.1).log_softmax(-1), (teacher / 0.1).softmax(-1), reduction="batchmean")
         torch.testing.assert_close(parts[f"kl_{cup.name}"], expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(parts[cup.name], info_nce([v[:, : cup.dims] for v in by_depth[cup.layers]]))
-    assert loss.state_dict().keys() == StarbucksLoss(model, base, CUPS).state_dict().keys()  # the table is not saved
+    assert loss.state_dict().keys() == loss_of(model, base, CUPS).state_dict().keys()  # the table is not saved
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_a_teacher_of_another_width(cascade, cached, encoder):
 )
 def test_labels_that_are_no_rows_of_the_teacher(labels, reason, encoder):
     model = encoder("bert")
-    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, teacher=table())
+    loss = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, teacher=table())
     with pytest.raises(ValueError, match=reason):
         loss(columns(model, 2), labels)
 
@@ -366,12 +366,12 @@ def test_losses_that_lack_their_labels(encoder):
     features = columns(model, 2)
     for name in ("CoSENTLoss", "CosineSimilarityLoss", "OnlineContrastiveLoss"):
         with pytest.raises(ValueError, match=f"{name} needs labels and there are none"):
-            StarbucksLoss(model, getattr(losses, name)(model), CUPS)(features, None)
-    taught = StarbucksLoss(model, losses.CoSENTLoss(model), CUPS, teacher=table())
+            loss_of(model, getattr(losses, name)(model), CUPS)(features, None)
+    taught = loss_of(model, losses.CoSENTLoss(model), CUPS, teacher=table())
     with pytest.raises(ValueError, match="those of a StarbucksLoss with a teacher are the teacher's"):
         taught(features, torch.zeros(6, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"expected labels for 6 texts, got labels \[5\]"):
-        StarbucksLoss(model, losses.CoSENTLoss(model), CUPS)(features, torch.rand(5))
+        loss_of(model, losses.CoSENTLoss(model), CUPS)(features, torch.rand(5))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_losses_that_lack_their_labels(encoder):
 def test_ladders_that_do_not_fit(cups, reason, encoder):
     model = encoder("bert")
     with pytest.raises(LadderError, match=reason):
-        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), cups)
+        loss_of(model, losses.MultipleNegativesRankingLoss(model), cups)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_ladders_that_do_not_fit(cups, reason, encoder):
 def test_options_out_of_range(options, reason, encoder):
     model = encoder("bert")
     with pytest.raises(ValueError, match=reason):
-        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, **options)
+        loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, **options)
 
 
 def test_losses_that_embed_by_themselves(encoder):
@@ -414,9 +414,9 @@ def test_losses_that_embed_by_themselves(encoder):
     guided = losses.CachedGISTEmbedLoss(model, encoder("bert"))
     for base in (guided, losses.MegaBatchMarginLoss(model, use_mini_batched_version=False), nn.MSELoss()):
         with pytest.raises(ValueError, match=f"{type(base).__name__} embeds texts by itself"):
-            StarbucksLoss(model, base, CUPS)
+            loss_of(model, base, CUPS)
     with pytest.raises(ValueError, match="EmbedDistillLoss compares coordinates .* as its teacher"):
-        StarbucksLoss(model, losses.EmbedDistillLoss(model), CUPS)
+        loss_of(model, losses.EmbedDistillLoss(model), CUPS)
 
 
 def test_projections_come_before_the_cut(encoder):
@@ -425,8 +425,8 @@ def test_projections_come_before_the_cut(encoder):
     turn = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(2)))[0]
     shift = torch.linspace(-1, 1, HIDDEN)
     projected = {2: Projection(turn, shift), 4: Projection(turn)}
-    loss = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, projections=projected)
-    parts, plain = loss(features), StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+    loss = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, projections=projected)
+    parts, plain = loss(features), loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
     by_depth = vectors(model, features)
     torch.testing.assert_close(parts["2x16"], info_nce([((v - shift) @ turn)[:, :16] for v in by_depth[2]]))
     torch.testing.assert_close(parts["1x8"], plain["1x8"])
@@ -439,7 +439,7 @@ def test_projections_come_before_the_cut(encoder):
 def test_projections_that_no_cup_takes(projection, encoder):
     model = encoder("bert")
     with pytest.raises(ValueError, match=r"no cup of 1x8,2x16,4x32 takes a projection of (32|8) coordinates at depth"):
-        StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS, projections=projection)
+        loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, projections=projection)
 
 
 def test_a_teacher_in_a_file(encoder, tmp_path):
@@ -447,7 +447,7 @@ def test_a_teacher_in_a_file(encoder, tmp_path):
     np.save(tmp_path / "teacher.npy", rows.numpy())
     base, labels = losses.MultipleNegativesRankingLoss(model), torch.arange(12).view(6, 2)
     mapped = np.load(tmp_path / "teacher.npy", mmap_mode="c")
-    parts = [StarbucksLoss(model, base, CUPS, teacher=t)(columns(model, 2), labels) for t in (rows, mapped)]
+    parts = [loss_of(model, base, CUPS, teacher=t)(columns(model, 2), labels) for t in (rows, mapped)]
     torch.testing.assert_close(*parts, rtol=0, atol=0)
 
 
@@ -457,7 +457,7 @@ def test_a_compiled_model_trains(cached, encoder):
     model = encoder("bert")
     features = columns(model, 2)
     base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
-    loss = StarbucksLoss(model, base if cached else losses.MultipleNegativesRankingLoss(model), CUPS)
+    loss = loss_of(model, base if cached else losses.MultipleNegativesRankingLoss(model), CUPS)
     expected = gradients(model, total(loss(features)))
     loss.model = torch.compile(model, backend="eager")
     loss.model(dict(features[0]))
@@ -473,7 +473,7 @@ def test_equal_texts_and_empty_ones(encoder):
     model = encoder("bert")
     for texts in (["w9"] * 4, [""] * 4):
         features = [model.preprocess(texts), model.preprocess(texts)]
-        parts = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+        parts = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
         assert all(part.isfinite() for part in parts.values())
         assert parts["kl_1x8"].item() == pytest.approx(0, abs=1e-6)
         assert all(gradient.isfinite().all() for gradient in gradients(model, total(parts)).values())
@@ -483,9 +483,9 @@ def test_half_precision_is_divided_in_full(encoder):
     """Vectors in bf16 are cut, normalised and compared in fp32."""
     model = encoder("bert")
     features = columns(model, 2)
-    exact = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+    exact = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
     model.bfloat16()
-    parts = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
+    parts = loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS)(features)
     assert all(part.dtype == torch.float32 for part in parts.values())
     torch.testing.assert_close(total(parts), total(exact), rtol=0.1, atol=0.1)
 
@@ -493,11 +493,11 @@ def test_half_precision_is_divided_in_full(encoder):
 def test_what_a_model_card_says(encoder):
     model = encoder("bert")
     base = losses.MultipleNegativesRankingLoss(model)
-    config = StarbucksLoss(model, base, "1x8,4x32", weights={"4x32": 2}, cascade=True).get_config_dict()
+    config = loss_of(model, base, "1x8,4x32", weights={"4x32": 2}, cascade=True).get_config_dict()
     assert config["loss"] is base and config["cups"] == "1x8,4x32" and config["weights"] == {"4x32": 2}
     assert config["temperature"] == 0.05 and config["cascade"] is True
-    assert "temperature" not in StarbucksLoss(model, base, "4x32", kl_weight=0).get_config_dict()
-    assert "2410.13230" in StarbucksLoss(model, base, "4x32").citation
+    assert "temperature" not in loss_of(model, base, "4x32", kl_weight=0).get_config_dict()
+    assert "2410.13230" in loss_of(model, base, "4x32").citation
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -510,7 +510,7 @@ def test_the_stock_trainer(cached, encoder, tmp_path):
     )
     base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
     base = base if cached else losses.MultipleNegativesRankingLoss(model)
-    loss = StarbucksLoss(model, base, CUPS, teacher=table(16))
+    loss = loss_of(model, base, CUPS, teacher=table(16))
     args = SentenceTransformerTrainingArguments(
         str(tmp_path), max_steps=4, per_device_train_batch_size=8, per_device_eval_batch_size=8, logging_steps=1,
         eval_strategy="steps", eval_steps=4, learning_rate=1e-2, use_cpu=True, report_to=[], disable_tqdm=True,
@@ -535,12 +535,12 @@ def test_a_teacher_alone(encoder):
     """Without a loss there is the KL of every cup, the full one's too."""
     model = encoder()
     table = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
-    loss = StarbucksLoss(model, None, "1x8,4x32", teacher=table)
+    loss = loss_of(model, None, "1x8,4x32", teacher=table)
     features, rows = [model.preprocess(some_texts(4))], torch.arange(4)[:, None]
     parts = loss(features, rows)
     assert set(parts) == {"kl_1x8", "kl_4x32"}
-    whole = StarbucksLoss(model, losses.MultipleNegativesRankingLoss(model), "1x8,4x32", teacher=table)
+    whole = loss_of(model, losses.MultipleNegativesRankingLoss(model), "1x8,4x32", teacher=table)
     pair = whole([features[0], features[0]], rows.expand(-1, 2))
     assert set(pair) == {"1x8", "kl_1x8", "4x32", "kl_4x32"}
     with pytest.raises(ValueError, match="nothing holds the full cup where it is"):
-        StarbucksLoss(model, None, "1x8,4x32")
+        loss_of(model, None, "1x8,4x32")

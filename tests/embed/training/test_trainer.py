@@ -11,10 +11,11 @@ from transformers.trainer_callback import ExportableState
 
 from nestling.embed import GridEvaluator
 from nestling.embed.pretraining.pretrain import pretrain
-from nestling.embed.training.train import train
 from nestling.errors import TrainingError
 
 from ..families import some_texts
+from ..pretraining.test_pretrain import config as pretrainconfig
+from ..ways import train
 from .test_train import CUPS, TEXTS, pairs, same, scored
 
 FAST = dict(steps=8, batch_size=8, learning_rate=1e-3, progress=False)
@@ -293,12 +294,13 @@ def test_a_pretraining_goes_on_with_the_same_objects(encoder, tmp_path):
     texts = some_texts(40, seed=6, longest=30)
     options = dict(steps=6, batch_size=4, learning_rate=1e-3, progress=False, save_steps=2)
     whole, live = encoder("bert"), encoder("bert")
-    pretrain(whole, texts, CUPS, folder=tmp_path / "whole", **options)
+    pretrain(whole, texts, CUPS, pretrainconfig(output_dir=tmp_path / "whole", **options))
     for callbacks, resume in (([Interrupt(4)], False), ([Interrupt(6)], True)):
         with pytest.raises(KeyboardInterrupt):
-            pretrain(live, texts, CUPS, folder=tmp_path / "out", callbacks=callbacks, resume=resume, **options)
+            config = pretrainconfig(output_dir=tmp_path / "out", callbacks=callbacks, resume=resume, **options)
+            pretrain(live, texts, CUPS, config)
         same(live, encoder("bert"))
-    pretrain(live, texts, CUPS, folder=tmp_path / "out", resume=True, **options)
+    pretrain(live, texts, CUPS, pretrainconfig(output_dir=tmp_path / "out", resume=True, **options))
     same(live, whole)
 
 

@@ -22,13 +22,15 @@ def _weights(name: str, value: Any) -> dict[str, float]:
         value = dict(_pair(name, item, "a size and a number, such as 12x768=3") for item in value)
     if not isinstance(value, Mapping):
         raise OptionError(f"{name}={shown(value)}: expected weights by size, such as {{'12x768': 3.0}}")
-    found = {}
-    for size, weight in value.items():
-        try:
-            found[str(size)] = number(name, float(weight) if isinstance(weight, str) else weight, above=0)
-        except ValueError:
-            raise OptionError(f"{name} {size}={weight}: expected a number above 0, such as 12x768=3") from None
-    return found
+    return {str(size): number(f"{name}[{size}]", _plain(weight), above=0) for size, weight in value.items()}
+
+
+def _plain(weight: Any) -> Any:
+    """A number that was written as text, as one."""
+    try:
+        return float(weight) if isinstance(weight, str) else weight
+    except ValueError:
+        return weight
 
 
 def _prompts(name: str, value: Any) -> str | dict[str, str]:
@@ -141,8 +143,6 @@ class TrainConfig(LossConfig):
         super().__post_init__()
         if self.steps is not None and self.epochs is not None:
             raise OptionError(f"steps={self.steps} and epochs={self.epochs:g}: both say how long, leave one out")
-        if self.resume and self.output_dir is None:
-            raise OptionError("resume=True without output_dir: name the folder of the training that goes on")
 
     @classmethod
     def paper(cls, **changes: Any) -> "TrainConfig":

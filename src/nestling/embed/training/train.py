@@ -74,6 +74,8 @@ def train(
             raise MissingExtraError(f"training needs {package}: pip install 'nestling[train,embed]'")
     config, encoder = TrainConfig.of(config), Encoder.of(model)
     callbacks = made_callbacks(config.callbacks)
+    if config.resume and config.output_dir is None:
+        raise OptionError("resume=True without output_dir: name the folder of the training that goes on")
     if config.output_dir is not None:
         check_places(model, config.output_dir, "training", config.resume)
     fit_length(encoder.transformer)
