@@ -19,6 +19,7 @@ from rich.console import Console
 from nestling import embed
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
+from nestling.embed.model.loading import load_encoder
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
@@ -59,7 +60,7 @@ def main(
         raise typer.BadParameter(f"--ways has no {', '.join(sorted(unknown))}: expected some of {', '.join(WAYS)}")
     if "srl-teacher" in chosen and teacher is None:
         raise typer.BadParameter("the way srl-teacher needs --teacher: name one, or leave the way out of --ways")
-    encoder = embed.load_encoder(model)
+    encoder = load_encoder(model)
     rows = triplets(data, steps * batch, seed, stored_prompts(encoder))
     cups, dev = Ladder.parse(ladder), dev_set(data)
     job = Job(model, cups, rows, dev, work, steps, batch, learning_rate, seed, teacher, bf16, length)

@@ -26,6 +26,8 @@ from nestling.data.pairs import Pair
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.fingerprint import checksum
 from nestling.embed.model.folder import PROJECTIONS_FILE, read_projections, write_projections
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.projection import fit_projections
 from nestling.embed.training.data import Examples, order
 from nestling.embed.training.trainer import CupTrainer
 from nestling.report.results import write_json
@@ -120,7 +122,7 @@ def apart(function: Callable, *args: Any) -> Any:
 
 
 def loaded(name: str | Path, length: int) -> SentenceTransformer:
-    model = embed.load_encoder(name)
+    model = load_encoder(name)
     model.max_seq_length = length
     return model
 
@@ -168,7 +170,7 @@ def student(job: Job) -> list[Sized]:
 
 
 def stock(job: Job, name: str) -> list[Sized]:
-    """A loss of sentence-transformers with its own trainer, on the batches of `embed.train`."""
+    """A loss of sentence-transformers with its own trainer, on the batches of `ElasticEncoder.train`."""
     return [_once(job, name, job.ladder, _stock, name)]
 
 
@@ -198,22 +200,21 @@ def _ours(
     job: Job, folder: Path, ladder: Ladder, start: Path | None = None, teacher: str | Path | None = None,
     plain: bool = False,
 ) -> float:  # fmt: skip
-    """`embed.train` of the model, or of a smaller start. A teacher's embedding of all texts is in the time."""
+    """A training of the model, or of a smaller start. A teacher's embedding of all texts is in the time."""
     model = job.encoder() if start is None else loaded(start, TRAINED_LENGTH)
-    guide = None if teacher is None else embed.load_encoder(teacher)
+    guide = None if teacher is None else load_encoder(teacher)
     if guide is not None and teacher == job.teacher:
         guide.__class__ = Unprompted
         guide.max_seq_length = TRAINED_LENGTH
         guide.bfloat16()  # its cosines move by 1e-4, and it is much larger than its students
-    options: dict[str, Any] = {} if guide is None else {"teacher": guide}
-    if plain:
-        options |= {"projection": None, "recipe": {"weights": {ladder.full.name: 1.0}}}
-    began = time.monotonic()
-    embed.train(
-        model, job.rows, ladder, folder=folder, steps=job.steps, batch_size=job.batch, seed=job.seed,
-        learning_rate=job.learning_rate, evaluator=job.evaluator(ladder), prompts="", teacher_prompts="",
-        eval_on_start=False, save_steps=max(1, job.steps // 3), bf16=job.bf16, **options,
+    make = embed.TrainConfig.paper if plain else embed.TrainConfig
+    config = make(
+        output_dir=folder, steps=job.steps, batch_size=job.batch, seed=job.seed, learning_rate=job.learning_rate,
+        prompts="", teacher_prompts=None if guide is None else "", bf16=job.bf16,
+        arguments={"eval_on_start": False, "save_steps": max(1, job.steps // 3)},
     )  # fmt: skip
+    began = time.monotonic()
+    embed.ElasticEncoder(model, ladder).train(job.rows, config, evaluator=job.evaluator(ladder), teacher=guide)
     return (time.monotonic() - began - Timed.seconds) / 60
 
 
@@ -241,7 +242,7 @@ def _stock(job: Job, folder: Path, name: str) -> float:
 
 def _projections(job: Job, kind: Any, path: Path) -> None:
     texts = list(dict.fromkeys(text for row in job.rows for text in row.values()))[:10_000]
-    write_projections(path, embed.fit_projections(job.encoder(), texts, job.ladder.layers[:-1], kind=kind))
+    write_projections(path, fit_projections(job.encoder(), texts, job.ladder.layers[:-1], kind=kind))
 
 
 def _small(job: Job, cup: Cup) -> Path:
@@ -253,7 +254,7 @@ def _small(job: Job, cup: Cup) -> Path:
 
 
 def _export(job: Job, cup: Cup, folder: Path) -> None:
-    embed.export(job.encoder(), cup, folder)
+    embed.ElasticEncoder(job.encoder(), [cup]).export(cup, folder)
 
 
 def projections_of(sized: Sized) -> dict | None:

@@ -22,6 +22,7 @@ from timing import medians
 
 from nestling import embed
 from nestling.embed.ladder import Ladder
+from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.parts import Encoder
 from nestling.jobs.progress import progress_bar
 from nestling.report.results import run_meta, write_json
@@ -84,16 +85,16 @@ def main(
 ):
     began = time.monotonic()
     torch.set_num_threads(threads)
-    encoder, name = embed.load_encoder(model), Path(model).name
+    encoder, name = load_encoder(model), Path(model).name
     encoder.max_seq_length = 128
     parts = Encoder.of(encoder)
     cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)
     with TemporaryDirectory() as folder:
         models = {}
         for cup in cups:
-            exported = embed.export(encoder, cup, Path(folder) / cup.name)
+            exported = embed.ElasticEncoder(encoder, cups).export(cup, Path(folder) / cup.name)
             models[cup.name] = SentenceTransformer(str(exported.folder), device="cpu")
-        models[Path(beside).name] = embed.load_encoder(beside)
+        models[Path(beside).name] = load_encoder(beside)
         rows = encoding(models, steps)
     full = {(row["batch"], row["tokens"]): row["texts_per_s"] for row in rows if row["model"] == cups.full.name}
     sizes = {key: sum(p.numel() * p.element_size() for p in m.parameters()) / 2**20 for key, m in models.items()}

@@ -23,6 +23,8 @@ from timing import medians
 from nestling import embed
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
+from nestling.embed.model.loading import load_encoder
+from nestling.embed.model.projection import fit_projections
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
@@ -44,7 +46,7 @@ def losses_of(ladder: Ladder, texts: list[str]) -> dict[str, Callable]:
     """By name, the loss of a model around a base loss of it."""
 
     def srl(model, base):
-        turns = embed.fit_projections(model, texts, ladder.layers[:-1])
+        turns = fit_projections(model, texts, ladder.layers[:-1])
         loss = embed.StarbucksLoss(model, base, ladder, projections=turns)
         loss.projections.requires_grad_(True)
         return loss
@@ -75,7 +77,7 @@ def main(
 ):
     began = time.monotonic()
     torch.set_num_threads(threads)
-    rows = triplets(data, batch, 0, stored_prompts(embed.load_encoder(model)))
+    rows = triplets(data, batch, 0, stored_prompts(load_encoder(model)))
     columns = [[row[name] for row in rows] for name in ("anchor", "positive", "negative")]
     work = ways(model, Ladder.parse(ladder), columns)
     median = medians(work, steps)

@@ -31,6 +31,7 @@ from nestling import embed
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.folder import read
+from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.parts import Encoder
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -66,15 +67,14 @@ class Study:
 
 def _pretrain(study: Study, kind: str, folder: Path) -> None:
     job = study.job
-    embed.pretrain(
-        embed.load_encoder(job.model), embed.Texts(study.texts, layout="documents"),
-        Ladder([job.ladder.full]) if kind == "mlm" else job.ladder,
-        embed.PretrainConfig(
-            output_dir=folder, steps=study.steps, batch_size=study.batch, length=study.length,
-            learning_rate=study.learning_rate, seed=job.seed, bf16=job.bf16,
-            resume=Path(f"{folder}-checkpoints").is_dir(), **KINDS[kind],
-        ),
+    sizes = Ladder([job.ladder.full]) if kind == "mlm" else job.ladder
+    config = embed.PretrainConfig(
+        output_dir=folder, steps=study.steps, batch_size=study.batch, length=study.length,
+        learning_rate=study.learning_rate, seed=job.seed, bf16=job.bf16,
+        resume=Path(f"{folder}-checkpoints").is_dir(), **KINDS[kind],
     )  # fmt: skip
+    encoder = embed.ElasticEncoder(load_encoder(job.model), sizes)
+    encoder.pretrain(embed.Texts(study.texts, layout="documents"), config)
 
 
 def arm(name: str, study: Study, data: Path, label: str) -> list[dict]:
@@ -112,7 +112,7 @@ def random_start(
     """
     if folder.is_dir():
         return folder
-    words = embed.load_encoder(tokenizer).tokenizer
+    words = load_encoder(tokenizer).tokenizer
     if texts:
         words = words.train_new_from_iterator(iter(embed.Texts(texts, layout="documents")), vocabulary)
     torch.manual_seed(seed)
@@ -158,7 +158,7 @@ def main(
     place = work / f"{label}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
     model = start or str(random_start(place / "start", layers, dims, tokenizer, seed, text, vocabulary, kind))
-    encoder = embed.load_encoder(model)
+    encoder = load_encoder(model)
     parts = Encoder.of(encoder)
     cups = Ladder.parse(ladder) if ladder else Ladder.default(parts.depth, parts.dims)
     rows = triplets(data, steps * batch, seed, stored_prompts(encoder))

@@ -23,8 +23,8 @@ from smae import random_start
 from smae_naive import naive
 from timing import medians
 
-from nestling import embed
 from nestling.embed.ladder import Ladder
+from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.parts import Encoder
 from nestling.embed.pretraining.autoencoder import MaskedAutoencoder
 from nestling.embed.pretraining.collate import Collator
@@ -77,7 +77,7 @@ def timed(smae: MaskedAutoencoder, batch: dict[str, torch.Tensor], turns: int, b
 def peak_mib(method: str, model: str, ladder: str, count: int, length: int, bf16: bool, threads: int) -> float:
     """In a process of its own: what two steps need beside the model, its gradients among it."""
     torch.set_num_threads(threads)
-    smae = autoencoder(embed.load_encoder(model), ladder)
+    smae = autoencoder(load_encoder(model), ladder)
     batch = masked(smae, count, length)
     cuda = smae.encoder.device.type == "cuda"
     before = torch.cuda.memory_allocated() / 2**20 if cuda else _mib("VmRSS")
@@ -110,7 +110,7 @@ def main(
     label = name or (Path(model).name if model else f"random-{layers}x{dims}")
     work.mkdir(parents=True, exist_ok=True)
     source = model or str(random_start(work / f"{label}-start", layers, dims, "minilm", 0))
-    smae = autoencoder(embed.load_encoder(source), ladder)
+    smae = autoencoder(load_encoder(source), ladder)
     given = masked(smae, batch, length)
     found = timed(smae, given, turns, bf16)
     difference = abs(found["naive"]["loss"] / found["nestling"]["loss"] - 1)

@@ -60,14 +60,14 @@ def run(tmp_path, monkeypatch):
     """``run(seed, **options)``: the script with a way that trains nothing; what it wrote."""
 
     def measured(sized, way, job, data, name):
-        cup = {"model": name, "method": way, "cup": "4x32"}
+        cup = {"model": name, "method": way, "size": "4x32"}
         return [cup | {"seed": job.seed, "mean_sts": 0.5 + job.seed}]
 
     monkeypatch.setattr(quality, "measured", measured)
     monkeypatch.setattr(quality, "apart", lambda function, *args: function(*args))
     monkeypatch.setattr(quality, "triplets", lambda data, count, seed, prompts: ROWS)
     monkeypatch.setattr(quality, "dev_set", lambda data: [])
-    monkeypatch.setattr(quality.embed, "load_encoder", lambda name: None)
+    monkeypatch.setattr(quality, "load_encoder", lambda name: None)
     monkeypatch.setattr(quality, "stored_prompts", lambda encoder: {})
 
     def start(seed, **options):

@@ -73,7 +73,7 @@ def test_every_arm_is_measured_once(place, monkeypatch):
     result = study()
     assert result.exit_code == 0, result.output
     rows = json.loads((place / "smae.json").read_text())["rows"]
-    cups = {method: [r["cup"] for r in rows if r["method"] == method] for method in {r["method"] for r in rows}}
+    cups = {method: [r["size"] for r in rows if r["method"] == method] for method in {r["method"] for r in rows}}
     assert set(cups) == {"srl", "mlm-srl", "smae-separate"}
     assert all(sorted(found) == ["2x16", "4x32"] for found in cups.values())
     tokens = {r["method"]: r.get("pretrain_tokens") for r in rows}
@@ -97,7 +97,7 @@ def test_speed_is_that_of_the_same_losses(place, monkeypatch):
 def test_a_random_start_is_a_sentence_encoder_of_that_shape(place, tmp_path):
     folders = [smae.random_start(tmp_path / name, 3, 64, str(place / "model"), seed) for name, seed in
                (("a", 0), ("b", 0), ("c", 1))]  # fmt: skip
-    states = [sentence.state_dict() for sentence in map(smae.embed.load_encoder, folders)]
+    states = [sentence.state_dict() for sentence in map(smae.load_encoder, folders)]
     name = "0.model.encoder.layer.2.output.dense.weight"
     assert states[0][name].shape == (64, 256) and torch.equal(states[0][name], states[1][name])
     assert not torch.equal(states[0][name], states[2][name])

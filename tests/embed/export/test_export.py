@@ -181,7 +181,7 @@ def test_an_export_can_be_cut_again(encoder, tmp_path):
 
 def test_the_ladder_and_the_card(encoder, tmp_path):
     model, ladder = encoder(), Ladder.parse("1x4,2x4,2x8,2x16,4x32")
-    rows = [{"model": "tiny", "method": "srl", "cup": cup, "mean_sts": 0.5} for cup in ("2x8", "4x32")]
+    rows = [{"model": "tiny", "method": "srl", "size": cup, "mean_sts": 0.5} for cup in ("2x8", "4x32")]
     folder = export(model, "2x8", tmp_path / "cup", ladder=str(ladder), rows=rows).folder
     stored = json.loads((folder / "nestling.json").read_text())
     assert Ladder.from_json(stored) == ladder and stored["cup"] == "2x8"
@@ -199,7 +199,7 @@ def test_the_card_explains_what_was_measured(encoder, tmp_path):
         ("labelled", {"mean_sts": 0.5}, "nDCG@10 and recall@100"),
         ("agreeing", {"agreement": 0.5}, "text's similarities to all others"),
     ):
-        folder = export(encoder(), "2x8", tmp_path / name, rows=[{"cup": "2x8", "minutes": 1.5} | row]).folder
+        folder = export(encoder(), "2x8", tmp_path / name, rows=[{"size": "2x8", "minutes": 1.5} | row]).folder
         card = (folder / "README.md").read_text()
         assert said in card and ("nDCG" in card) == (name == "labelled") and "| 2x8 | 1.5 | 50 |" in card
 

@@ -24,7 +24,7 @@ def remember(model: SentenceTransformer, projections: Mapping[int, Projection]) 
 
 
 def own_projections(model: nn.Module) -> dict[int, Projection]:
-    """The projections of a model that `load_encoder` has loaded or `embed.train` trained; empty if it has none.
+    """The projections of a model that `load_encoder` has loaded or a training has trained; empty if it has none.
 
     A model that stock code has loaded from such a folder has those of the folder, with a warning.
 
@@ -41,7 +41,7 @@ def own_projections(model: nn.Module) -> dict[int, Projection]:
     if found:
         warnings.warn(
             f"the model was loaded from {folder}, whose cups were trained with projections: they are used; load it "
-            "with embed.load_encoder, or give projections={} to leave them out",
+            "with ElasticEncoder.from_pretrained, or give projections={} to leave them out",
             stacklevel=3,
         )
     return found
