@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from nestling.cli import app
-from nestling.cli.data import TextSource, columns_of, evaluator_of, pairs_from, sentences_from, texts_from
+from nestling.cli.data import TextSource, columns_of, sentences_from, texts_from
+from nestling.cli.sets import evaluator_of, pairs_from
 from nestling.data.pairs import KNOWN
 from nestling.errors import DataError, OptionError
 
