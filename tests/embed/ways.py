@@ -7,6 +7,7 @@ from typing import Any
 from nestling.embed import ElasticEncoder, LossConfig, StarbucksLoss, TrainConfig
 from nestling.embed.model.own import own_projections
 from nestling.embed.training.result import Trained
+from nestling.embed.training.train import train as train_model
 
 FIELDS = {field.name for field in fields(TrainConfig)}
 
@@ -26,7 +27,9 @@ def train(model, data, cups=None, *, folder=None, loss=None, teacher=None, evalu
     """What `ElasticEncoder.train` calls, of a stock model."""
     config = config_of(folder, **options)
     projections = own_projections(model) if projections is None else projections
-    return train(model, data, cups, config, projections=projections, loss=loss, teacher=teacher, evaluator=evaluator)
+    return train_model(
+        model, data, cups, config, projections=projections, loss=loss, teacher=teacher, evaluator=evaluator
+    )
 
 
 def loss_of(model, loss, sizes, *, projections=None, teacher=None, gather_across_devices=False,

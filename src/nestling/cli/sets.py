@@ -10,7 +10,7 @@ from nestling.data.told import Rows
 from nestling.errors import DataError, OptionError
 
 STS = ("sentence1", "sentence2", "score", "subset")
-COLUMNS = "What columns are called there, such as anchor=question,positive=answer."
+COLUMNS = "Names of columns there, such as text=body; commas between several."
 LANGUAGE = "Language of documents, whose abbreviations end no sentence, such as de."
 
 
