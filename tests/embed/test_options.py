@@ -16,7 +16,7 @@ from nestling.errors import EvaluationError, LadderError, NestlingError, OptionE
 
 from .families import some_texts
 from .training.test_train import CUPS, TEXTS, scored
-from .ways import align
+from .ways import align, loss_of
 
 WRONG_SIZES = (0, -1, -3, 2.5, math.nan, math.inf, "8", None, True, [8], 1 + 0j)
 WRONG_SWITCHES = (1, 0, "yes", None, [])
@@ -57,7 +57,7 @@ def test_switches(encoder, tmp_path, value):
         "onnx": lambda: export(model, "1x8", tmp_path / "out", onnx=value),
         "int8": lambda: export(model, "1x8", tmp_path / "out", int8=value),
         "skip_bad": lambda: embed.Texts(["x.txt"], skip_bad=value),
-        "normalize": lambda: embed.StarbucksLoss(model, None, CUPS, teacher=torch.ones(2, 3), normalize=value),
+        "normalize": lambda: loss_of(model, None, CUPS, teacher=torch.ones(2, 3), normalize=value),
         "gather": lambda: embed.StarbucksLoss(
             model, None, CUPS, teacher=torch.ones(2, 3), gather_across_devices=value
         ),

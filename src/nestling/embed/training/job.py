@@ -20,7 +20,7 @@ from nestling.embed.model.modes import in_eval_mode
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection, check_turns
 from nestling.embed.model.similarity import Similarity
-from nestling.embed.training.arguments import check_changes, processes, relevant
+from nestling.embed.training.arguments import processes, relevant
 from nestling.embed.training.base_losses import check_labels
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples
@@ -97,7 +97,6 @@ class TrainingJob:
         if self.distils and self.examples.labels is not None:
             raise OptionError("a teacher takes the place of labels: give pairs or texts, or leave the teacher out")
         check_labels(self.given, self.examples.labels)
-        check_changes(config.arguments or {})
         self._check_similarity()
 
     def _check_similarity(self) -> None:

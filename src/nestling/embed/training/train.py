@@ -25,7 +25,7 @@ from nestling.embed.model.layers import fit_length
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
-from nestling.embed.training.arguments import processes, training_arguments
+from nestling.embed.training.arguments import check_changes, processes, training_arguments
 from nestling.embed.training.base_losses import made
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples, order
@@ -82,6 +82,7 @@ def train(
     inner = made(loss, model)
     examples = Examples.of(data, own_loss=inner is not None)
     changes = dict(config.arguments or {})
+    check_changes(changes)
     kept = None
     if evaluator is not None or changes.get("eval_strategy") == "no":
         config = replace(config, held_out=0)
