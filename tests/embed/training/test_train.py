@@ -246,7 +246,7 @@ def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
     )
     points = {p["step"]: p["mean"] for p in trained.info["curve"] if "mean" in p}
     assert list(points) == [0, 6, 12, 18, 24, 30]
-    best = max((step for step in points if step), key=lambda step: points[step])
+    best = max(points, key=lambda step: points[step])  # the start, where nothing is better
     assert trained.info["best_step"] == best
     measure = GridEvaluator(CUPS, sts={"dev": scored()}, projections=trained.projections)
     assert measure(model)["mean"] == pytest.approx(points[best])
@@ -254,7 +254,7 @@ def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
     (row,) = [line.split("|")[2:4] for line in card.splitlines() if line.startswith("| 1x8 |")]
     curve = {p["step"]: p for p in trained.info["curve"]}
     wanted = [round(100 * curve[step]["1x8_mean_sts"], 2) for step in (0, best)]
-    assert "| cup | mean_sts before | mean_sts after |" in card and list(map(float, row)) == pytest.approx(
+    assert "| size | mean_sts before | mean_sts after |" in card and list(map(float, row)) == pytest.approx(
         wanted, abs=0.1
     )
     assert GridEvaluator(sts={"dev": scored()}).ladder is None

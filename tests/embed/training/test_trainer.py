@@ -72,10 +72,15 @@ def test_evaluators_measure_and_choose(encoder, tmp_path, make, metric):
     model = encoder()
     trained = run(model, tmp_path / "out", evaluator=make(), eval_steps=2)
     best = trained.info["best_step"]
+    if best == 0:  # no checkpoint is better than the start, which is what is left
+        same(model, encoder())
+        best = 8
     state = json.loads((tmp_path / "out-checkpoints" / f"checkpoint-{best}" / "trainer_state.json").read_text())
     values = {entry["step"]: entry[f"eval_{metric}"] for entry in state["log_history"] if f"eval_{metric}" in entry}
-    assert trained.info["best"] == max(value for step, value in values.items() if step)
-    assert set(values) == set(range(0, best + 1, 2)) and values[best] == trained.info["best"]
+    assert trained.info["best"] == max(values.values()) == values[trained.info["best_step"]]
+    assert set(values) == set(range(0, best + 1, 2))
+    if trained.info["best_step"] == 0:
+        return
     kept = SentenceTransformer(str(tmp_path / "out-checkpoints" / f"checkpoint-{best}"), device="cpu")
     torch.testing.assert_close(model.encode(TEXTS[:4]), kept.encode(TEXTS[:4]))
 
@@ -109,7 +114,7 @@ def test_a_metric_by_name(encoder, tmp_path):
     for i, name in enumerate(names):
         evaluator = GridEvaluator(sts={"dev": STS})
         trained = run(encoder(), tmp_path / f"{i}", evaluator=evaluator, eval_steps=2, metric_for_best_model=name)
-        points = {p["step"]: p for p in trained.info["curve"] if p["step"] and "mean" in p}
+        points = {p["step"]: p for p in trained.info["curve"] if "mean" in p}
         column = name.removeprefix("eval_")
         assert trained.info["best"] == max(point[column] for point in points.values())
 
