@@ -125,9 +125,6 @@ sys.path.insert(0, {root!r})
 import torch
 from tests.embed.families import sentence_model
 from tests.embed.pretraining.test_pretrain import run
-from nestling.embed.model.loading import load_encoder
-from nestling.embed.model.folder import load_ladder
-from ..ways import train
 torch.set_num_threads(1)
 run(sentence_model({backbone!r}), sys.argv[1], steps={steps}, save_steps=1, logging_steps=1, dropout={dropout},
     resume=len(sys.argv) > 2)
