@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from nestling.cli import app
 from nestling.cli.embed import _show_training
+from nestling.embed import ElasticEncoder
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.folder import load_projections
 
@@ -217,16 +218,27 @@ def test_export_int8(place):
 
 
 def test_the_demo_on_a_tiny_model(place):
-    result = run(
-        "demo", "embed", "--model", place / "model", "--steps", 2, "--out", place / "demo.html", "--keep",
-        place / "kept", "--json", place / "demo.json",
-    )  # fmt: skip
+    arguments = ("demo", "embed", "--model", place / "model", "--out", place / "demo.html", "--keep", place / "kept")
+    result = run(*arguments, "--json", place / "demo.json")
     assert result.exit_code == 0, result.output
     rows = json.loads((place / "demo.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"cut", "aligned", "distilled"} and len(rows) % 3 == 0
+    encoder = ElasticEncoder.from_pretrained(place / "kept")
+    assert [row["size"] for row in rows] == [size.name for size in encoder.sizes] and encoder.projections
+    for row, size in zip(rows, encoder.sizes, strict=True):
+        named = {name: p.numel() for name, p in encoder.model[0].model.named_parameters() if "pooler" not in name}
+        deeper = [
+            n for name, n in named.items() if (at := re.search(r"layer\.(\d+)\.", name)) and int(at[1]) >= size.layers
+        ]
+        words = named["embeddings.word_embeddings.weight"]
+        count = sum(named.values()) - sum(deeper)
+        count += sum(p.numel() for module in list(encoder.cut(size))[1:] for p in module.parameters())
+        assert row["parameters"] == pytest.approx(count / 1e6) and row["word_share"] == pytest.approx(words / count)
+        assert row["vector"] == 4 * size.dims and row["speed"] > 0 and -1 <= row["cut"] <= 1
+    assert rows[-1]["cut"] == pytest.approx(1) and "Word embeddings are" in result.output
     page = (place / "demo.html").read_text()
     assert "Searching the pages" in page and "<svg" in page
-    assert len(list((place / "kept").glob("*/modules.json"))) == 2
+    again = run(*arguments)
+    assert again.exit_code == 1 and "kept exists" in again.output
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,6 @@ BAD_NUMBERS = [
     ("embed pretrain m --out new --steps 3", ("--sizes-per-step",), ("-5",)),
     ("embed pretrain m --out new --steps 3", ("--encoder-ratio", "--decoder-ratio"), ("-1", "0", "2", "nan")),
     ("embed eval m", ("--batch-size",), ("-3", "0")),
-    ("demo embed", ("--steps",), ("-3", "0")),
     ("demo kv", ("--tokens", "--context"), ("-3",)),
 ]  # fmt: skip
 

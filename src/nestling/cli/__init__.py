@@ -4,6 +4,8 @@ The commands of a wing are in a file of their own.
 """
 
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -73,18 +75,24 @@ def demo_kv(
 def demo_embed(
     model: Annotated[str, typer.Option(help="Hub id, folder, or alias.")] = "minilm",
     out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report-embed.html"),
-    steps: Annotated[int, typer.Option(help="Steps of training."), positive] = 60,
-    cup: Annotated[str | None, typer.Option(help="Cup to export and use; default: the second of the ladder.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Keep the trained model and the cup in this folder.")] = None,
+    size: Annotated[str | None, typer.Option(help="Size to search with; default: the second smallest.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="New folder for the encoder; default: elastic, or elastic-2 and so on.")
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Make an encoder elastic by following itself, compare cups before and after, export one and search with it."""
+    """Give an encoder several sizes without training it, compare them, search with one; a page shows it all."""
     from nestling.embed.demo import run
 
-    check_outputs(out, json, folder=keep)
+    folder = next(path for path in _folders("elastic") if not path.exists()) if keep is None else keep
+    check_outputs(out, json, folder=folder, new=True)
     start = time.perf_counter()
-    rows = run(model, out, steps, cup, keep, console)
+    rows = run(model, out, size, folder, console)
     write_results(json, rows, time.perf_counter() - start)
+
+
+def _folders(name: str) -> Iterator[Path]:
+    return (Path(name if number == 1 else f"{name}-{number}") for number in count(1))
 
 
 add_examples({"kv": kv_app, "embed": embed_app, "demo": demo_app})

@@ -1,4 +1,4 @@
-"""`nestling demo embed`: an encoder made elastic by following itself, one size of it exported and put to use."""
+"""`nestling demo embed`: an encoder made elastic without training, a table of its sizes, a search with one of them."""
 
 from __future__ import annotations
 
@@ -9,86 +9,86 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from sentence_transformers import SentenceTransformer
 
 from nestling.data.sentences import sentences
 from nestling.data.texts import read_texts
 from nestling.embed.elastic import ElasticEncoder
-from nestling.embed.evaluation.agreement import COLUMNS, full_vectors
-from nestling.embed.model.folder import check_place
+from nestling.embed.evaluation.agreement import full_vectors
 from nestling.embed.model.parts import Encoder
 from nestling.embed.report import write_demo
-from nestling.embed.training.config import TrainConfig
-from nestling.embed.training.trainer import without_bars
-from nestling.files.temporary import private_temporary_folder
 from nestling.report.tables import table
 
 LONGEST = 20  # words of a sentence; longer ones are cut
-BATCH, RATE = 48, 2e-4
 QUERIES = (
     "What happens when an error is raised?",
     "repeat a block for every item of a list",
     "a small function without a name",
     "wait for something without blocking",
 )
+COLUMNS = {
+    "size": "size", "parameters": "million parameters", "word_share": "of them words", "vector": "bytes a vector",
+    "speed": "texts a second", "cut": "agreement, cut", "aligned": "agreement, aligned",
+}  # fmt: skip
 
 
-def run(model: str, out: Path, steps: int, size: str | None, keep: Path | None, console: Console) -> list[dict]:
-    """The demo: sizes cut, sizes aligned with the full model in closed form, and sizes that have followed it.
+def run(model: str, out: Path, size: str | None, keep: Path, console: Console) -> list[dict]:
+    """The demo: align, measure every size, search with one, and write the report.
 
     Args:
-        size: the one that is exported and searched with; the second smallest by default.
-        keep: a folder for the trained encoder and the size, which are thrown away otherwise.
+        size: the one that is searched with; by default the second smallest.
+        keep: a new folder for the encoder.
+
+    Returns:
+        A row a size, as in `COLUMNS`.
     """
-    if keep is not None:
-        check_place(keep / "elastic", "training", resume=False)
+    start = time.perf_counter()
     with console.status(f"loading {model}"):
         encoder = ElasticEncoder.from_pretrained(model)
-    sizes = encoder.sizes
-    shown = sizes.cups[min(1, len(sizes) - 1)] if size is None else sizes.cup(size)
+    if size is not None:
+        encoder.sizes.cup(size)  # a size that there is not is said now
     pages = list(read_texts(None))
     openings = [_opening(page) for page in pages]
-    with private_temporary_folder() as thrown_away:
-        folder = thrown_away if keep is None else keep
-        by_full = encoder.encode(openings), encoder.encode(list(QUERIES))  # before the model is trained
-        rows = _learn(encoder, pages, folder / "elastic", steps, model, console)
-        exported = encoder.export(shown, folder / shown.name, rows=())
-        with without_bars():
-            small = SentenceTransformer(str(exported.folder), local_files_only=True)  # stock: nestling is not needed
-        costs = _costs({f"full {sizes.full}": encoder.model, f"size {shown}": small}, openings)
-        by_size = small.encode(openings), small.encode(list(QUERIES))
-    console.print(table(costs, title=f"{shown} as a model of its own"))
-    titles = [page.splitlines()[0] for page in pages]
-    answers = _answers({f"by {shown}": by_size, "by the full model": by_full}, titles)
-    console.print(table(answers, title="Search in the pages"))
-    write_demo(out, rows, encoder.info["training"], costs, answers, title=f"nestling: {model} in {len(sizes)} sizes")
-    console.print()
-    console.print(f"Report: {out}" + ("" if keep is None else f"; models: {keep}"))
-    return rows
-
-
-def _learn(
-    encoder: ElasticEncoder, pages: list[str], folder: Path, steps: int, name: str, console: Console
-) -> list[dict[str, Any]]:
-    """Train on seven of eight pages; agreement with the model as it was, on the others, before and after."""
     unseen = sentences(pages[::8], longest=LONGEST)
     texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
-    with console.status("measuring"):
+    with console.status("measuring the sizes as they are"):
         reference = full_vectors(encoder.model, unseen)
-        rows = encoder.agreement(unseen, reference=reference, method="cut")
-        encoder.align(texts[::3], progress=False)  # a thousand are enough for a start
-        rows = rows + encoder.agreement(unseen, reference=reference, method="aligned")
+        cut = encoder.agreement(unseen, reference=reference, method="cut")
     began = time.perf_counter()
-    encoder.train(texts, TrainConfig(output_dir=folder, steps=steps, batch_size=BATCH, learning_rate=RATE))
+    encoder.align(texts)
+    seconds = time.perf_counter() - began
+    console.print(f"Aligned on {len(texts):,} sentences in {seconds:.0f} s: no labels, no training, no gradient.")
+    with console.status("measuring them again"):
+        aligned = encoder.agreement(unseen, reference=reference, method="aligned")
+        rows = _sizes(encoder, openings)
+    for row, before, after in zip(rows, cut, aligned, strict=True):
+        row |= {"cut": before["agreement"], "aligned": after["agreement"]}
     console.print(
-        f"Followed itself on {len(texts):,} sentences, {steps} steps of {BATCH}, in "
-        f"{time.perf_counter() - began:.0f} s; no labels."
+        table(rows, COLUMNS, title=f"{model} in {len(rows)} sizes; agreement on {len(unseen)} unseen sentences")
     )
-    with console.status("measuring"):
-        rows = rows + encoder.agreement(unseen, reference=reference, method="distilled")
-    title = f"{name}: agreement of every size with the full model, on {len(unseen)} held-out sentences"
-    console.print(table(rows, COLUMNS, title=title))
+    words = words_are(rows)
+    console.print(words)
+    chosen = size or rows[min(1, len(rows) - 1)]["size"]
+    full = rows[-1]["size"]
+    answers = _answers(encoder, {f"by {chosen}": chosen, f"by the full {full}": full}, openings, pages)
+    console.print(table(answers, title=f"Search in {len(pages)} pages, the two nearest"))
+    encoder.save_pretrained(keep)
+    elapsed = time.perf_counter() - start
+    write_demo(out, rows, COLUMNS, answers, words, title=f"nestling: {model} in {len(rows)} sizes", seconds=elapsed)
+    console.print(f"Report: {out}")
+    console.print(
+        f"The encoder, all sizes in one: {keep}. One size alone: nestling embed export {keep} --size {chosen}"
+    )
     return rows
+
+
+def words_are(rows: Sequence[dict]) -> str:
+    """What layers cannot save: the word embeddings, which every size has."""
+    small, full = rows[0], rows[-1]
+    return (
+        f"Word embeddings are {full['word_share']:.0%} of the parameters of {full['size']} and "
+        f"{small['word_share']:.0%} of those of {small['size']}: fewer layers make a small encoder quick, and its "
+        "vectors short, but the words stay."
+    )
 
 
 def _opening(page: str) -> str:
@@ -96,30 +96,34 @@ def _opening(page: str) -> str:
     return " ".join([page.splitlines()[0], *sentences([page], longest=LONGEST)[:3]])
 
 
-def _costs(models: dict[str, SentenceTransformer], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """What each model takes, with encode times in turn, so that other work on the machine slows all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+def _sizes(encoder: ElasticEncoder, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """What each size takes. Encode times are taken in turn, so that other work on the machine slows all alike."""
+    seconds: dict[str, list[float]] = {size.name: [] for size in encoder.sizes}
     for _ in range(3):
-        for name, model in models.items():
+        for name, taken in seconds.items():
             start = time.perf_counter()
-            model.encode(list(texts), batch_size=32)
-            seconds[name].append(time.perf_counter() - start)
-    return [
-        {
-            "model": name,
-            "million parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-            "MB of weights": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
-            "bytes per vector": 4 * Encoder.of(model).dims,
-            "texts per second": len(texts) / median(seconds[name]),
-        }
-        for name, model in models.items()
-    ]
+            encoder.encode(list(texts), size=name)
+            taken.append(time.perf_counter() - start)
+    rows = []
+    for size in encoder.sizes:
+        small = encoder.cut(size)
+        words = Encoder.of(small).backbone.get_input_embeddings().weight.numel()  # type: ignore[operator]
+        count = sum(p.numel() for p in small.parameters())
+        rows.append({
+            "size": size.name, "parameters": count / 1e6, "word_share": words / count, "vector": 4 * size.dims,
+            "speed": len(texts) / median(seconds[size.name]),
+        })  # fmt: skip
+    return rows
 
 
-def _answers(found: dict[str, tuple[Any, Any]], titles: Sequence[str]) -> list[dict[str, Any]]:
-    """The two best pages of each query, by each model."""
+def _answers(
+    encoder: ElasticEncoder, sizes: dict[str, str], openings: Sequence[str], pages: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The two best pages of each query, by each size."""
+    titles = [page.splitlines()[0] for page in pages]
     rows: list[dict[str, Any]] = [{"query": query} for query in QUERIES]
-    for name, (pages, queries) in found.items():
-        for row, scores in zip(rows, queries @ pages.T, strict=True):
-            row[name] = "; ".join(titles[i] for i in scores.argsort()[::-1][:2])
+    for name, size in sizes.items():
+        found, queries = encoder.encode(list(openings), size=size), encoder.encode(list(QUERIES), size=size)
+        for row, scores in zip(rows, encoder.similarity(queries, found), strict=True):
+            row[name] = "; ".join(titles[i] for i in scores.topk(min(2, len(titles))).indices.tolist())
     return rows

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nestling.embed.evaluation.agreement import COLUMNS, NOTE
-from nestling.embed.evaluation.results import FLOPS, cost_figure, grid_figure
-from nestling.embed.ladder import Cup
+from nestling.embed.evaluation.agreement import NOTE
+from nestling.embed.evaluation.results import cost_figure, grid_figure
 from nestling.report.figures import curve
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
 
 Row = Mapping[str, Any]
-METHODS = "Cut: the model as it was; aligned: by a linear map, without training; distilled: after the training."
 COSTS = "Layers save encode time, dims save index bytes and search time; neither saves the other."
 
 
@@ -75,32 +73,32 @@ def training_sections(info: Mapping[str, Any]) -> list[Section]:
 def write_demo(
     path: Path,
     rows: Sequence[Row],
-    info: Mapping[str, Any],
-    costs: Sequence[Row],
+    columns: Mapping[str, str],
     answers: Sequence[Row],
+    words: str,
     *,
     title: str,
+    seconds: float,
 ) -> None:
-    """The demo: agreement before and after, the training, what a cup costs and what it finds."""
-    deepest = max(Cup.parse(row["size"]).layers for row in rows)
-    points = [{**row, "share": Cup.parse(row["size"]).layers / deepest} for row in rows]
+    """The demo: what each size takes and how well it agrees with the full one, and what one of them finds."""
+    points = [
+        {"size": row["size"], "agreement": row[method], "method": method}
+        for method in ("cut", "aligned")
+        for row in rows
+    ]
     figure = curve(
-        points, "share", "agreement", "method", title="Agreement with the full model", xlabel=FLOPS,
-        ylabel="mean Spearman on held-out sentences",
+        points, "size", "agreement", "method", title="Agreement with the full model", xlabel="size",
+        ylabel="mean Spearman on unseen sentences",
     )  # fmt: skip
     sections = [
-        Section("Before and after", f"{NOTE} {COSTS} {METHODS}", rows=rows, columns=COLUMNS,
-                       figure=figure),
-        *training_sections(info),
-        Section("What a size costs", "Encode times are medians of three rounds in turn, on this machine.",
-                       rows=costs),
-        Section("Searching the pages", "The two nearest pages.", rows=answers),
-    ]  # fmt: skip
+        Section("The sizes", f"{NOTE.partition(';')[0]}. {COSTS} {words}", rows=rows, columns=columns, figure=figure),
+        Section("Searching the pages", "The two nearest pages to each query.", rows=answers),
+    ]
     intro = (
-        "One encoder, made elastic by following itself: no labels, no other model. Every size is cut out of the same "
-        "weights, and its folder loads in stock sentence-transformers."
+        "One encoder in several sizes: each is some of its layers and some of its numbers, aligned with the full "
+        "model in closed form from plain sentences. Nothing was trained."
     )
-    write_html(path, title, intro, sections, run_meta())
+    write_html(path, title, intro, sections, run_meta(seconds))
 
 
 def _shown(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from nestling.visible import visible
 
 Row = Mapping[str, Any]
-SHARES = ("share", "budget", "bytes_share")  # are shown as percentages
+SHARES = ("share", "budget", "bytes_share", "word_share")  # are shown as percentages
 
 
 @dataclass
