@@ -40,7 +40,7 @@ def place(monkeypatch, tmp_path):
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr(nestling.models, "load_model", load)
-    monkeypatch.setattr(nestling.embed, "load_encoder", load)
+    monkeypatch.setattr("nestling.embed.elastic.load_encoder", load)
     monkeypatch.setattr("nestling.kv.KVAdapter.from_pretrained", load)
     monkeypatch.setattr("nestling.data.texts.read_texts", load)
     monkeypatch.chdir(tmp_path)
