@@ -14,7 +14,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in FILES.items()}
 MOST_LINES = 350
 MOST_PARAMETERS = 8
-STILL_WIDE = 19
+STILL_WIDE = 6
 # A room may import those before it: basis, errors and the like belong to none. `cli` shows both wings.
 ROOMS = ("files", "data", "jobs", "report", "kv", "embed", "cli")
 KV = ("quantisation", "allocation", "integration", "cache", "simulation", "calibration", "training", "evaluation")

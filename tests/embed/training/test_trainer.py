@@ -14,7 +14,7 @@ from nestling.embed.pretraining.pretrain import pretrain
 from nestling.errors import TrainingError
 
 from ..families import some_texts
-from ..pretraining.test_pretrain import config as pretrainconfig
+from ..pretraining.test_pretrain import config as pretrain_config
 from ..ways import train
 from .test_train import CUPS, TEXTS, pairs, same, scored
 
@@ -299,13 +299,13 @@ def test_a_pretraining_goes_on_with_the_same_objects(encoder, tmp_path):
     texts = some_texts(40, seed=6, longest=30)
     options = dict(steps=6, batch_size=4, learning_rate=1e-3, progress=False, save_steps=2)
     whole, live = encoder("bert"), encoder("bert")
-    pretrain(whole, texts, CUPS, pretrainconfig(output_dir=tmp_path / "whole", **options))
+    pretrain(whole, texts, CUPS, pretrain_config(output_dir=tmp_path / "whole", **options))
     for callbacks, resume in (([Interrupt(4)], False), ([Interrupt(6)], True)):
         with pytest.raises(KeyboardInterrupt):
-            config = pretrainconfig(output_dir=tmp_path / "out", callbacks=callbacks, resume=resume, **options)
+            config = pretrain_config(output_dir=tmp_path / "out", callbacks=callbacks, resume=resume, **options)
             pretrain(live, texts, CUPS, config)
         same(live, encoder("bert"))
-    pretrain(live, texts, CUPS, pretrainconfig(output_dir=tmp_path / "out", resume=True, **options))
+    pretrain(live, texts, CUPS, pretrain_config(output_dir=tmp_path / "out", resume=True, **options))
     same(live, whole)
 
 
