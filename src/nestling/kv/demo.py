@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import TextStreamer
-from transformers.cache_utils import Cache, DynamicCache, HQQQuantizedLayer, QuantoQuantizedLayer
+from transformers.cache_utils import Cache, DynamicCache, HQQQuantizedLayer
 
 from nestling.data.texts import read_texts
 from nestling.errors import OptionError
@@ -20,7 +20,6 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import built_in
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.factory import bits_at
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
 from nestling.kv.evaluation.config import EvalConfig
@@ -125,7 +124,7 @@ def run(model: str, out: Path, context: int, tokens: int, console: Console) -> l
     nested = partial(_nested, language_model, adapter)
     config = attention.text_config(language_model)
     sizes: dict[str, Callable[[], Any]] = {"full": lambda: DynamicCache(config=config)}
-    sizes |= {f"{100 * share:.3g}%": partial(nested, share) for share in SIZES}
+    sizes |= {f"{100 * share:.3g}%": partial(nested, share, context=context) for share in SIZES}
     ids = _text(tokenizer, pages[1::8], context)
     compiled()
     console.print(
@@ -159,7 +158,7 @@ def run(model: str, out: Path, context: int, tokens: int, console: Console) -> l
         model,
         adapter,
         (rows, answers, measured),
-        (bits_at(adapter, SIZES[-1]), name),
+        (cache.allocation, name),
         time.perf_counter() - start,
     )
     console.print(f"Report: {out}")
@@ -238,39 +237,29 @@ def _measure(model, tokenizer, nested, pages: list[str], console: Console) -> li
         Candidate("nestling", share, partial(nested, share, exact_prompt=False, context=config.length))
         for share in MEASURED
     ]
-    for name, kind, options in (
-        ("int8, hqq", _HQQ, {"nbits": 8, "axis_key": 1, "axis_value": 1}),
-        ("int4, quanto", _Quanto, {"nbits": 4}),
-    ):
-        layers = attention.text_config(model).num_hidden_layers
-        make = partial(_integers, kind, layers, **options)
+    layers = attention.text_config(model).num_hidden_layers
+    for bits in (8, 4):
+        make = partial(_integers, layers, bits)
         try:
             make()
         except (ImportError, ValueError) as error:
-            console.print(f"{name} is left out: {error}", style="dim")
+            console.print(f"int{bits} is left out: {error}", style="dim")
         else:
-            candidates.append(Candidate(name, None, make))
+            candidates.append(Candidate(f"int{bits}, hqq", None, make))
     return compare(model, tokenizer, pages, candidates, config)
 
 
-def _integers(kind: type, layers: int, **options: Any) -> Cache:
-    return Cache(layers=[kind(**options) for _ in range(layers)])
+def _integers(layers: int, bits: int) -> Cache:
+    """transformers' quantised cache by hqq, along its better axis: groups of 64, up to 127 recent tokens exact."""
+    return Cache(layers=[_HQQ(nbits=bits, axis_key=1, axis_value=1) for _ in range(layers)])
 
 
-class _Bf16:
-    """Before transformers' quantised layers, which keep scales and recent tokens in the dtype that they are given."""
+class _HQQ(HQQQuantizedLayer):
+    """It keeps scales and recent tokens in the dtype that it is given: 16 bits, whatever the model computes in."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states.bfloat16(), value_states.bfloat16(), *args, **kwargs)  # type: ignore[misc]
+        keys, values = super().update(key_states.bfloat16(), value_states.bfloat16(), *args, **kwargs)
         return keys.to(key_states.dtype), values.to(value_states.dtype)
-
-
-class _Quanto(_Bf16, QuantoQuantizedLayer):
-    pass
-
-
-class _HQQ(_Bf16, HQQQuantizedLayer):
-    pass
 
 
 def _write(out: Path, model: str, adapter: KVAdapter, results, smallest, seconds: float) -> None:
