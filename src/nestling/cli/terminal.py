@@ -44,8 +44,7 @@ console, messages = PlainConsole(), PlainConsole(stderr=True)
 
 # Checks of options, beside their help: `errors_as_messages` runs them before the command.
 positive, natural = partial(whole, minimum=1), partial(whole, minimum=0)
-above_zero, not_negative = partial(number, above=0), partial(number, minimum=0)
-part, less_than_one = partial(number, above=0, maximum=1), partial(number, minimum=0, below=1)
+not_negative = partial(number, minimum=0)
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
 Encoder = Annotated[str, typer.Argument(help="Hub id, folder, or the alias minilm.", metavar="MODEL")]
@@ -54,7 +53,6 @@ Sizes = Annotated[
 ]
 Sinks = Annotated[int, typer.Option(help="Leading tokens kept exact."), natural]
 Window = Annotated[int, typer.Option(help="Recent tokens kept exact, at least."), natural]
-Seed = Annotated[int, typer.Option(), natural]
 Html = Annotated[Path | None, typer.Option(help="Write a report page to this file.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write {rows, meta} to this file.")]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from nestling.errors import OptionError
 from nestling.jobs import arguments
 from nestling.jobs.arguments import check_arguments, refused_options, renamed
-from nestling.options import number, share, whole
 
 OURS = arguments.OURS | {  # under other names, or not at all
     "max_steps": "use steps",
@@ -32,35 +30,9 @@ OURS = arguments.OURS | {  # under other names, or not at all
     "torch_compile": "layers are read with hooks, which compiled code does not run: the model stays uncompiled",
 }
 OURS |= {name: OURS["torch_compile"] for name in ("torch_compile_backend", "torch_compile_mode")}
-NUMBERS: dict[str, Callable[[str, Any], Any]] = {
-    "steps": whole,
-    "epochs": partial(number, above=0),
-    "batch_size": whole,
-    "mini_batch_size": whole,
-    "length": whole,
-    "cups_per_step": whole,
-    "learning_rate": partial(number, above=0),
-    "projection_rate": partial(number, above=0),
-    "warmup": partial(number, minimum=0, below=1),
-    "encoder_ratio": share,
-    "decoder_ratio": share,
-    "seed": partial(whole, minimum=0, maximum=2**32 - 1),
-}
-OPTIONAL = ("steps", "batch_size", "mini_batch_size", "length", "cups_per_step", "projection_rate")  # may be None
 # Changes that leave the result as it is, so that a training can be resumed with others.
 FREE = ("logging", "dataloader", "ddp", "report_to", "run_name", "log_level", "use_cpu", "save_total_limit",
         "gradient_checkpointing", "activation_checkpointing")  # fmt: skip
-
-
-def checked(**given: Any) -> list[Any]:
-    """Numbers of a training, as plain ones.
-
-    Raises:
-        OptionError: one is out of range, or no number.
-    """
-    return [
-        None if value is None and name in OPTIONAL else NUMBERS[name](name, value) for name, value in given.items()
-    ]
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
