@@ -70,7 +70,14 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 
 def tiny_fit(model, ids: torch.Tensor, **options):
     """An adapter for a tiny model, calibrated on ids ``[n, 64]`` for caches that compress all but the sinks."""
-    given = {"length": 64, "sensitivity_windows": 4, "sensitivity_length": 32, "window": 0, **options}
+    given = {
+        "basis": "balanced",
+        "length": 64,
+        "sensitivity_windows": 4,
+        "sensitivity_length": 32,
+        "window": 0,
+        **options,
+    }
     return kv.fit(model, None, ids, kv.FitConfig(**given), progress=False)
 
 

@@ -56,6 +56,7 @@ def fit(
 ) -> None:
     """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
     from nestling import kv
+    from nestling.kv.adapter_config import basis_of
     from nestling.kv.adapter_files import check_place, expected_bytes
     from nestling.models import load_model
 
@@ -74,6 +75,7 @@ def fit(
         f"{layers} layers x {heads} KV heads of width {width}, {used:,} tokens in {seconds:.0f} s "
         f"({used / seconds:.0f} tokens/s), worst condition number {adapter.info['condition']:.1f}. Saved to {out}"
     )
+    console.print(f"Bases: {basis_of(adapter.info)}")
     write_results(json, [{"model": model, "seconds": seconds, **adapter.info}], seconds)
 
 

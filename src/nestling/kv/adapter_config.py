@@ -34,8 +34,9 @@ def read_config(path: Path) -> dict[str, Any]:
         checksum = fields.text(key, default=None)
         if checksum is not None and not re.fullmatch("[0-9a-f]{64}", checksum):
             raise AdapterError(f"{path}: {key!r} must be 64 hexadecimal digits, got {short(checksum)}")
-    for key in ("nestling", "card", "base_model", "basis"):
+    for key in ("nestling", "card", "base_model"):
         fields.text(key, default=None)
+    _check_basis(path, config.get("basis"))
     for key in ("tokens", "length", "skip", "sinks", "window"):
         fields.whole(key, default=None)
     fields.number("condition", 0, default=None)
@@ -53,6 +54,25 @@ def read_config(path: Path) -> dict[str, Any]:
     if (training := fields.object("training", default=None)) is not None:
         _check_training(training)
     return config
+
+
+def basis_of(info: dict) -> str:
+    """The bases of an adapter in a few words, by its ``info``: ``"pca"``, ``"balanced for 41 of 60, PCA for 19"``."""
+    basis = info.get("basis", "unknown")
+    if isinstance(basis, str):
+        return basis
+    names = [name for side in SIDES for name in basis[side]]
+    return f"balanced for {names.count('balanced')} of {len(names)}, PCA for {names.count('pca')}"
+
+
+def _check_basis(path: Path, basis: Any) -> None:
+    """The name of the basis of all layers, or those of each layer by side."""
+    if isinstance(basis, str | None):
+        return
+    by_side = [basis.get(side) for side in SIDES] if isinstance(basis, dict) else [None]
+    if all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in by_side):
+        return
+    raise AdapterError(f"{path}: 'basis' must be a name, or lists of names by side, got {short(basis)}")
 
 
 def _check_model(model: Fields) -> None:

@@ -29,7 +29,7 @@ from nestling.errors import AdapterError, FileError, NestlingError
 from nestling.files.folders import Parts, read_sealed, sha256, waiting, write_folder
 from nestling.files.reading import LARGEST, read_object, read_tensors, read_text, tensor_shapes
 from nestling.files.writing import check_folder
-from nestling.kv.adapter_config import FORMAT, KIND, SIDES, read_config
+from nestling.kv.adapter_config import FORMAT, KIND, SIDES, basis_of, read_config
 from nestling.kv.allocation.ranks import edges
 from nestling.kv.integration.structure import fingerprint, text_config
 
@@ -244,7 +244,7 @@ def _default_card(config: dict) -> str:
         Path(__file__).with_name("card.md.jinja").read_text("utf-8"), keep_trailing_newline=True
     )
     return template.render(
-        config, points=[points[0], points[-1]] if points else [], nan=math.nan,
+        config, basis=basis_of(config), points=[points[0], points[-1]] if points else [], nan=math.nan,
         names=[name for name in points[0] if name.startswith("kl_")] if points else [],
         shares=shares_of(training.get("sampling", "")),
     )  # fmt: skip

@@ -36,8 +36,9 @@ def test_noise_is_the_sum_over_tokens_of_squared_gradients(fitted, ids, family):
     made, text = fitted(family), ids[:2, :24]
     layers, heads, width = made.adapter.shape
     noise = Noise(made.adapter, torch.device("cpu"))
-    sensitivity(made.model, made.adapter, [text], sinks=0, window=0, seed=3, noise=noise)
-    found, steps, errors = noise.measured(text.numel())
+    sensitivity(made.model, made.adapter, [text], sinks=0, window=0, seed=3, noise=[noise])
+    costs = noise.measured(text.numel())
+    found, steps, errors = costs.noise, costs.step, costs.errors
     assert all(
         len(errors[side]) == len(WIDTHS) and sorted(errors[side], reverse=True) == errors[side] for side in SIDES
     )

@@ -7,7 +7,8 @@ from nestling.config import Config, option
 from nestling.kv.allocation.budget import SINKS, WINDOW
 from nestling.options import choice, number, whole
 
-BASES = ("balanced", "pca")
+BASES = ("balanced", "pca")  # for queries and outputs, and the paper's
+AUTO = "auto"  # of both the better one for each layer and side
 METHODS = ("blend", "greedy")
 PIECES, LENGTH = 16, 512  # texts on which costs of coordinates are measured, and their tokens
 natural = partial(whole, minimum=0)
@@ -21,7 +22,11 @@ class FitConfig(Config):
     caches that compress everything.
     """
 
-    basis: str = option("balanced", "balanced, or pca (the paper's baseline).", partial(choice, known=BASES))
+    basis: str = option(
+        AUTO,
+        "balanced, pca (the paper's), or auto: for the keys and the values of each layer the better one, as measured.",
+        partial(choice, known=(AUTO, *BASES)),
+    )
     tokens: int = option(65536, "Tokens to calibrate on; all of the text if it is shorter.", whole)
     length: int = option(1024, "Tokens per window: bases fit the positions that were seen.", whole)
     batch_tokens: int = option(4096, "Tokens per forward pass.", whole, cli=False)

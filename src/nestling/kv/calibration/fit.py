@@ -11,9 +11,10 @@ from nestling.errors import OptionError
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.cache.exact import SKIP, capacity
-from nestling.kv.calibration.config import FitConfig
+from nestling.kv.calibration.choice import choose
+from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.moments import collect_moments, make_bases
-from nestling.kv.calibration.sensitivity import measure
+from nestling.kv.calibration.sensitivity import at_full_ranks, at_half
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
@@ -69,7 +70,10 @@ def fit(
     batches = windows.split(max(1, config.batch_tokens // length))
     with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"))
-    bases = make_bases(model, moments, config.basis)
+        task = bar.add_task("bases", total=1)
+        names = BASES if config.basis == AUTO else (config.basis,)
+        bases = {name: make_bases(model, moments, name) for name in names}
+        bar.advance(task)
     info = {
         "basis": config.basis,
         "base_model": Path(lm_config.name_or_path).name if lm_config.name_or_path else None,
@@ -78,8 +82,17 @@ def fit(
         "skip": SKIP,
         "sinks": config.sinks,
         "window": config.window,
-        "condition": max(float(b.condition.max()) for pair in bases.values() for b in pair),
     }
-    means = {i: m.means(config.basis) for i, m in moments.items()}
-    adapter = KVAdapter.from_bases(lm_config, bases, means, info)
-    return measure(model, adapter, windows, config, sort=config.basis == "balanced", progress=progress)
+    adapters = {}
+    for name, pairs in bases.items():
+        means = {i: m.means(name) for i, m in moments.items()}
+        adapters[name] = KVAdapter.from_bases(lm_config, pairs, means, info)
+    costs = at_full_ranks(model, [*adapters.values()], windows, config, progress)
+    if config.basis == AUTO:
+        candidates = dict(zip(adapters, zip(adapters.values(), costs, strict=True), strict=True))
+        with progress_bar(progress) as bar:
+            adapter = choose(model, candidates, windows, config, bar)
+    else:
+        adapter = costs[0].of(adapters[config.basis])
+    adapter.info["condition"] = max(float(torch.linalg.cond(e.double()).max()) for e in adapter.encode.values())
+    return at_half(model, adapter, windows, config, sort=config.basis != "pca", progress=progress)

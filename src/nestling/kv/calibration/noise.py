@@ -1,12 +1,15 @@
-"""Noise: what it costs if coordinates are off by a little, token by token, as quantised ones are.
+"""What coordinates cost if they are dropped, and if they are off by a little token by token, as quantised ones are.
 
 Dropping a coordinate moves all tokens together, and what it does to them cancels or adds up; the errors of a quantiser
 are independent. With labels y drawn from the model, noise of variance s^2 on coordinate i of every token costs about
 ``s^2 / 2 * sum over tokens of E[(d log p(y) / d z_ti)^2]`` nats of KL: squares of the same gradients, summed in the
 other order.
+
+At full ranks what is read does not depend on the bases, nor does its gradient: one pass measures any number of them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +17,40 @@ from torch import Tensor
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.cache.exact import SKIP
-from nestling.kv.quantisation.quantiser import WIDTHS, chosen_steps
+from nestling.kv.quantisation.quantiser import chosen_steps
 
 EVERY = 8  # tokens of which one is kept as a sample
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What coordinates cost at full ranks, by side, in nats of KL per token.
+
+    Attributes:
+        energy: if a coordinate was at its mean, ``[L, Hkv, D]``.
+        noise: if it was off by as much as it varies, independently for every token, ``[L, Hkv, D]``.
+        step: of quantisers, ``[L, Hkv, D]``, see `nestling.kv.quantisation.quantiser`.
+        error: their errors at all widths, ``[L, Hkv, D, widths]``, as shares of the mean squares.
+    """
+
+    energy: dict[str, Tensor]
+    noise: dict[str, Tensor]
+    step: dict[str, Tensor]
+    error: dict[str, Tensor]
+
+    @property
+    def errors(self) -> dict[str, list[float]]:
+        """The errors on average, weighted by noise."""
+        errors = {}
+        for side, noise in self.noise.items():
+            weight = noise.double() / noise.double().sum().clamp_min(1e-300)
+            errors[side] = (weight[..., None] * self.error[side]).flatten(0, 2).sum(0).tolist()
+        return errors
+
+    def of(self, adapter: KVAdapter) -> KVAdapter:
+        """The adapter with these costs; what was searched by other ones is left out."""
+        info = {**adapter.info, "errors": self.errors}
+        return replace(adapter, energy=self.energy, noise=self.noise, step=self.step, paths={}, info=info)
 
 
 class Noise:
@@ -27,36 +61,31 @@ class Noise:
             torch.stack([getattr(adapter, name)[side] for side in SIDES]).to(device)
             for name in ("encode", "decode", "mean")
         )
-        self.squares = torch.zeros(2, *adapter.shape, dtype=torch.float64, device=device)
+        self.dropped, self.squares = torch.zeros(2, 2, *adapter.shape, dtype=torch.float64, device=device)
         self.samples: list[list[list[Tensor]]] = [[[] for _ in range(adapter.shape[0])] for _ in SIDES]
 
     def __call__(self, side: int, row: int, states: Tensor, cut: Tensor) -> None:
         """Keys (side 0) or values (side 1) of a layer, ``[B, Hkv, T, D]``, and what the attention reads of them."""
         mean, encode, decode = (part[side, row].to(states.device) for part in (self.mean, self.encode, self.decode))
-        z = (states[:, :, SKIP::EVERY].detach().float() - mean[:, None]) @ encode
-        self.samples[side][row].append(z.transpose(0, 1).flatten(1, 2).cpu())
+        z = (states.detach().float() - mean[:, None]) @ encode
+        self.samples[side][row].append(z[:, :, SKIP::EVERY].transpose(0, 1).flatten(1, 2).cpu())
 
         def add(gradient: Tensor) -> None:
-            squares = (gradient.float() @ decode.mT).square().sum((0, 2)).double()
-            self.squares[side, row] += squares.to(self.squares.device)
+            by_coordinate = gradient.float() @ decode.mT
+            together = (z * by_coordinate).sum(2).double().square().sum(0)
+            self.dropped[side, row] += together.to(self.dropped.device)
+            self.squares[side, row] += by_coordinate.square().sum((0, 2)).double().to(self.squares.device)
 
         cut.register_hook(add)
 
-    def measured(self, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[float]]]:
-        """Noise, steps and errors of quantisers, by side.
-
-        Returns:
-            Noise ``[L, Hkv, D]``, in nats of KL per token, if a coordinate was off by as much as it varies; steps
-            ``[L, Hkv, D]``, see `quantise`; and the errors at `WIDTHS` on average, weighted by noise, as shares.
-        """
+    def measured(self, tokens: int) -> Costs:
+        """What coordinates cost per token, of so many tokens."""
+        energy = {side: (self.dropped[i].cpu() / (2 * tokens)).float() for i, side in enumerate(SIDES)}
         noise, steps, errors = {}, {}, {}
         for number, side in enumerate(SIDES):
             rows = [self._of_layer(number, row, tokens) for row in range(len(self.samples[number]))]
-            cost, step, error = (torch.stack(part) for part in zip(*rows, strict=True))
-            noise[side], steps[side] = cost, step
-            weight = cost.double() / cost.double().sum().clamp_min(1e-300)
-            errors[side] = [float((weight * error[..., i]).sum()) for i in range(len(WIDTHS))]
-        return noise, steps, errors
+            noise[side], steps[side], errors[side] = (torch.stack(part) for part in zip(*rows, strict=True))
+        return Costs(energy, noise, steps, errors)
 
     def _of_layer(self, side: int, row: int, tokens: int) -> Sequence[Tensor]:
         samples = torch.cat(self.samples[side][row], 1)

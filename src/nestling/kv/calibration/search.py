@@ -29,23 +29,23 @@ BATCH_TOKENS = 2048  # of one forward pass
 
 
 class KLMeter:
-    """Mean KL to the full model, in nats per token, of rank tables; the full model is read once.
+    """Mean KL to the full model, in nats per token, of tables of ranks or bits; the full model is read once.
 
     Attributes:
         forwards: texts that were read compressed so far, each counted as one forward pass.
     """
 
-    def __init__(self, model, adapter: KVAdapter, windows: Tensor, sinks: int, window: int):
-        """``windows``: token ids ``[n, T]``."""
+    def __init__(self, model, adapter: KVAdapter, windows: Tensor, sinks: int, window: int, teacher=None):
+        """``windows``: token ids ``[n, T]``; ``teacher``: that of another meter on the same ones, if there is one."""
         self.student = Student(model, adapter, sinks=sinks, window=window).eval()
         self.windows = windows.to(attention.input_device(model))
         self.forwards = 0
         with torch.no_grad():
-            self.teacher = [self.student.teacher(w[None]) for w in self.windows]
+            self.teacher = teacher or [self.student.teacher(w[None]) for w in self.windows]
 
     @torch.no_grad()
     def __call__(self, tables: Tensor) -> Tensor:
-        """KL ``[n]`` of rank tables ``[n, 2, L, Hkv]``."""
+        """KL ``[n]`` of rank tables ``[n, 2, L, Hkv]``, or of bits of blocks ``[n, 2, L, Hkv, blocks]``."""
         tables = tables.to(self.windows.device)
         total = torch.zeros(len(tables), dtype=torch.float64)
         for ids, teacher in zip(self.windows, self.teacher, strict=True):

@@ -8,7 +8,7 @@ It is measured as caches will be read: sinks and recent tokens are exact for eve
 from farther away counts. Most of what a head reads is near, and which heads read far is a small part of what they do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from nestling.kv.allocation.budget import SINKS, WINDOW
 from nestling.kv.allocation.ranks import halvable
 from nestling.kv.cache.exact import capacity
 from nestling.kv.calibration.config import FitConfig
-from nestling.kv.calibration.noise import Noise
+from nestling.kv.calibration.noise import Costs, Noise
 from nestling.kv.integration import attach as attention
 from nestling.kv.simulation.student import Student
 
@@ -38,7 +38,7 @@ def sensitivity(
     sinks: int = SINKS,
     window: int = WINDOW,
     seed: int = 0,
-    noise: Noise | None = None,
+    noise: Sequence[Noise] = (),
 ) -> dict[str, Tensor]:
     """The KL per token expected from fixing each coordinate at its mean, fp32 ``[L, Hkv, D]`` by side.
 
@@ -50,7 +50,7 @@ def sensitivity(
         ranks: ``[2, L, Hkv]``, where the masks stand: at 1 below, at 0 from there on. By default all at 1.
         sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
         seed: of the labels.
-        noise: is shown the same passes.
+        noise: are shown the same passes.
     """
     total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
     start = torch.ones_like(total, dtype=torch.float32)
@@ -98,28 +98,48 @@ def measure(
     Raises:
         OptionError: if a piece holds no more than the exact tokens.
     """
-    size, pieces = attention.text_config(model).vocab_size, config.sensitivity_windows
-    options = {"sinks": config.sinks, "window": config.window, "seed": config.seed}
-    for share, count in ((1.0, -(-pieces // 2)), (HALF, pieces)):
-        batches = spread(windows, count, config.sensitivity_length, size)
-        if batches[0].shape[1] <= (exact := capacity(config.sinks, config.window)):
-            raise OptionError(
-                f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need "
-                "longer windows, or fewer sinks and a smaller window"
-            )
-        noise = Noise(adapter, attention.input_device(model)) if share == 1 else None
-        ranks = None if share == 1 else adapter.ranks(halvable(share, adapter.shape[2]) * adapter.full_elements)
-        with progress_bar(progress) as bar:
-            track = bar.track(batches, description="energies")
-            stacked = None if ranks is None else ranks.stacked
-            energy = sensitivity(model, adapter, track, stacked, noise=noise, **options)
-        adapter = replace(adapter, energy=energy, paths={})  # searched by other energies
-        if noise is not None:
-            cost, step, errors = noise.measured(sum(ids.numel() for ids in batches))
-            adapter = replace(adapter, noise=cost, step=step, info={**adapter.info, "errors": errors})
-        if sort:
-            adapter = order_by_energy(adapter)
-    return adapter
+    (costs,) = at_full_ranks(model, [adapter], windows, config, progress)
+    return at_half(model, costs.of(adapter), windows, config, sort, progress)
+
+
+def at_full_ranks(
+    model, adapters: Sequence[KVAdapter], windows: Tensor, config: FitConfig, progress: bool
+) -> list[Costs]:
+    """What the coordinates of several adapters cost, by one pass over half of the pieces; see `measure`."""
+    batches = _pieces(model, windows, config, -(-config.sensitivity_windows // 2))
+    noises = [Noise(adapter, attention.input_device(model)) for adapter in adapters]
+    _energies(model, adapters[0], batches, config, progress, noise=noises)
+    tokens = sum(ids.numel() for ids in batches)
+    return [noise.measured(tokens) for noise in noises]
+
+
+def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort: bool, progress: bool) -> KVAdapter:
+    """An adapter that has costs, with energies that were measured at half of its ranks; see `measure`."""
+    adapter = order_by_energy(adapter) if sort else adapter
+    ranks = adapter.ranks(halvable(HALF, adapter.shape[2]) * adapter.full_elements)
+    batches = _pieces(model, windows, config, config.sensitivity_windows)
+    adapter = replace(adapter, energy=_energies(model, adapter, batches, config, progress, ranks=ranks.stacked))
+    return order_by_energy(adapter) if sort else adapter
+
+
+def _energies(
+    model, adapter: KVAdapter, batches, config: FitConfig, progress: bool, ranks: Tensor | None = None, noise=()
+) -> dict[str, Tensor]:
+    with progress_bar(progress) as bar:
+        track = bar.track(batches, description="costs of coordinates")
+        return sensitivity(
+            model, adapter, track, ranks, sinks=config.sinks, window=config.window, seed=config.seed, noise=noise
+        )
+
+
+def _pieces(model, windows: Tensor, config: FitConfig, count: int) -> tuple[Tensor, ...]:
+    batches = spread(windows, count, config.sensitivity_length, attention.text_config(model).vocab_size)
+    if batches[0].shape[1] <= (exact := capacity(config.sinks, config.window)):
+        raise OptionError(
+            f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need "
+            "longer windows, or fewer sinks and a smaller window"
+        )
+    return batches
 
 
 def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[Tensor, ...]:

@@ -114,7 +114,8 @@ def _method(adapter: KVAdapter, allocation: str) -> str:
     """The name in results: basis and allocation, or the preset that it was trained with, at the trained allocation."""
     if training := adapter.info.get("training"):
         return training["preset"] if allocation == training["allocation"] else f"{training['preset']}-{allocation}"
-    return f"{adapter.info.get('basis', 'nested')}-{allocation}"
+    basis = adapter.info.get("basis", "nested")
+    return f"{basis if isinstance(basis, str) else 'auto'}-{allocation}"
 
 
 @attention.leaves_as_found

@@ -3,7 +3,7 @@
 Nothing is stored smaller here: every key and value is projected onto its coordinates and back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +149,7 @@ class Masked:
         cut: what is read of keys or values: of (states ``[B, Hkv, T, D]``, side, row).
         sinks, window: leading tokens, and most recent ones of every query, that are read exact as in `ExactStore`.
         served: layer indices that came by: a model that drops the argument on its way would train nothing.
-        watch: is shown keys or values and what is read of them: (side, row, states, cut), ``[B, Hkv, T, D]`` both.
+        watch: are shown keys or values and what is read of them: (side, row, states, cut), ``[B, Hkv, T, D]`` both.
     """
 
     rows: dict[int, int]
@@ -157,7 +157,7 @@ class Masked:
     sinks: int
     window: int
     served: set[int]
-    watch: Callable[[int, int, Tensor, Tensor], None] | None = None
+    watch: Sequence[Callable[[int, int, Tensor, Tensor], None]] = ()
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
         """Attention output ``[B, Tq, Hq, D]`` of a whole text without padding, causal."""
@@ -174,8 +174,8 @@ class Masked:
 
     def _read(self, states: Tensor, side: int, row: int) -> Tensor:
         found = self.cut(states, side, row)
-        if self.watch is not None:
-            self.watch(side, row, states, found)
+        for watcher in self.watch:
+            watcher(side, row, states, found)
         return found
 
     def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:

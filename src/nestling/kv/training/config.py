@@ -8,14 +8,14 @@ from typing import Any, Self
 from nestling.config import Config, option
 from nestling.errors import OptionError
 from nestling.kv.allocation.budget import SINKS, WINDOW, Budget, read_shares
-from nestling.kv.calibration.config import BASES, natural
+from nestling.kv.calibration.config import AUTO, BASES, natural
 from nestling.options import choice, flag, number, path, shown, text, whole
 
 SAMPLINGS = ("path", "independent", "bits")
 BUDGETS = "75,50,37.5,25"
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
-        "basis": "balanced",
+        "basis": AUTO,
         "sampling": "path",
         "allocation": "energy",
         "kl_weight": 1.0,
@@ -71,7 +71,7 @@ class TrainConfig(Config):
         None, f"Peak learning rate (AdamW). {DEFAULT}", partial(number, above=0), cli=float | None
     )
     basis: str = option(
-        None, "Of the calibration, where no adapter is given.", partial(choice, known=BASES), cli=False
+        None, "Of the calibration, where no adapter is given.", partial(choice, known=(AUTO, *BASES)), cli=False
     )
     sampling: str = option(
         None, "See `nestling.kv.training.sampling.schedule`.", partial(choice, known=SAMPLINGS), cli=False
