@@ -17,12 +17,12 @@ from nestling.kv.allocation.bits import CHOICES, bit_steps, bit_table_of, losses
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.noise import Costs
 from nestling.kv.calibration.search import KLMeter
-from nestling.kv.calibration.sensitivity import spread
+from nestling.kv.integration import attach as attention
 from nestling.kv.quantisation.packing import BLOCK
 
 ALONE = 0.125  # of the bits, where a side of a layer is measured by itself
 TOGETHER = (0.25, 0.125)  # of the bits, at which whole adapters are measured
-WINDOWS, LENGTH = 2, 1024  # texts that whole adapters are measured on, and their tokens
+WINDOWS = 4  # of text that nothing was fitted on, where there is enough
 
 Candidates = Mapping[str, tuple[KVAdapter, Costs]]
 
@@ -32,7 +32,8 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
 
     Args:
         candidates: adapters for the same model, by the name of their basis, with their costs.
-        windows: token ids ``[n, T]``.
+        windows: token ids ``[n, T]``, of texts that the bases were not fitted on. Whole adapters read pairs of them in
+            one, since bases that fit the positions they have seen best are not always those for later ones.
         config: exact tokens, and the length of the pieces on which a side of a layer is measured by itself.
         bar: a progress bar.
 
@@ -42,7 +43,7 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
     names = list(candidates)
     layers = next(iter(candidates.values()))[0].shape[0]
     sides = torch.stack([torch.full((2, layers), place) for place in range(len(names))])
-    (piece,) = spread(windows, 1, config.sensitivity_length, 1)
+    piece = windows[:1, : config.sensitivity_length]
     alone = bar.add_task("bases, layer by layer", total=2 * layers * len(names))
     meters, teacher = [], None
     for adapter, _ in candidates.values():
@@ -59,8 +60,10 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
                 bar.advance(alone)
     mixtures = torch.cat((sides, kl.argmin(0, keepdim=True))).unique(dim=0)
     adapters = [mixed(candidates, chosen) for chosen in mixtures]
-    (texts,) = spread(windows, WINDOWS, min(LENGTH, windows.shape[1]), 1)
-    return adapters[int(measured(model, adapters, texts, config, bar).argmin())]
+    positions = getattr(attention.text_config(model), "max_position_embeddings", None)
+    if len(windows) > 1 and positions and 2 * windows.shape[1] <= positions:
+        windows = windows[: len(windows) // 2 * 2].reshape(len(windows) // 2, -1)
+    return adapters[int(measured(model, adapters, windows, config, bar).argmin())]
 
 
 def measured(model, adapters: list[KVAdapter], texts: Tensor, config: FitConfig, bar) -> Tensor:

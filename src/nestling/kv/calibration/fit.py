@@ -11,7 +11,7 @@ from nestling.errors import OptionError
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.cache.exact import SKIP, capacity
-from nestling.kv.calibration.choice import choose
+from nestling.kv.calibration.choice import WINDOWS, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.moments import collect_moments, make_bases
 from nestling.kv.calibration.sensitivity import at_full_ranks, at_half
@@ -66,12 +66,17 @@ def fit(
     if length <= SKIP:
         raise OptionError(f"length={length}: windows need more than the {SKIP} leading tokens, which are left out")
     check_gradients(model)
-    windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=max(1, config.tokens // length))))
+    count, auto = max(1, config.tokens // length), config.basis == AUTO
+    windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=count + WINDOWS * auto)))
+    held_out = windows
+    if auto and len(windows) > 1:
+        count = min(count, max(1, len(windows) - WINDOWS))
+        windows, held_out = windows[:count], windows[count:][:WINDOWS]
     batches = windows.split(max(1, config.batch_tokens // length))
     with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"))
         task = bar.add_task("bases", total=1)
-        names = BASES if config.basis == AUTO else (config.basis,)
+        names = BASES if auto else (config.basis,)
         bases = {name: make_bases(model, moments, name) for name in names}
         bar.advance(task)
     info = {
@@ -88,11 +93,12 @@ def fit(
         means = {i: m.means(name) for i, m in moments.items()}
         adapters[name] = KVAdapter.from_bases(lm_config, pairs, means, info)
     costs = at_full_ranks(model, [*adapters.values()], windows, config, progress)
-    if config.basis == AUTO:
+    if auto:
         candidates = dict(zip(adapters, zip(adapters.values(), costs, strict=True), strict=True))
         with progress_bar(progress) as bar:
-            adapter = choose(model, candidates, windows, config, bar)
+            adapter = choose(model, candidates, held_out, config, bar)
     else:
         adapter = costs[0].of(adapters[config.basis])
-    adapter.info["condition"] = max(float(torch.linalg.cond(e.double()).max()) for e in adapter.encode.values())
+    condition = max(float(torch.linalg.cond(encode.double()).max()) for encode in adapter.encode.values())
+    adapter.info["condition"] = round(condition, 4)  # of bases in fp32: an orthogonal one has 1
     return at_half(model, adapter, windows, config, sort=config.basis != "pca", progress=progress)
