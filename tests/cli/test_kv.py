@@ -38,13 +38,14 @@ def place(tmp_path_factory) -> Path:
         "--tokens", 1024, "--length", 128, "--json", folder / "fit.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert re.search(r"Bases: balanced for \d of 6, PCA for \d", result.output)
     return folder
 
 
 def test_fit_writes_an_adapter_and_results(place):
     assert kv.KVAdapter.from_pretrained(place / "adapter").info["tokens"] == 1024
     row = json.loads((place / "fit.json").read_text())["rows"][0]
-    assert row["basis"] == "balanced" and row["seconds"] > 0
+    assert list(row["basis"]) == ["key", "value"] and len(row["basis"]["key"]) == 3 and row["seconds"] > 0
 
 
 def test_the_demo_calibrates_asks_and_measures(place, monkeypatch):

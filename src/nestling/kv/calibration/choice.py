@@ -1,8 +1,9 @@
 """Which basis each layer gets for its keys and for its values: the one whose errors the model's predictions mind less.
 
-Predicted costs do not tell: keys that are normalised, as in Gemma 3, lose several times as much as predicted in
-balanced bases. So it is measured, by the KL to the full model where one side of one layer alone is quantised, in each
-basis to equally many bits. What comes of it is measured as a whole beside each basis everywhere, and the best is kept.
+Predicted costs do not tell: in balanced bases, normalised keys as those of Gemma 3 lose several times as much as
+predicted on text of another kind than the calibration's. So it is measured, by the KL to the full model where one side
+of one layer alone is quantised, in each basis to equally many bits. What comes of it is measured as a whole beside
+each basis everywhere, and the best is kept.
 """
 
 from collections.abc import Mapping
@@ -43,11 +44,11 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
     names = list(candidates)
     layers = next(iter(candidates.values()))[0].shape[0]
     sides = torch.stack([torch.full((2, layers), place) for place in range(len(names))])
-    piece = windows[:1, : config.sensitivity_length]
+    pieces = windows[[0, -1] if len(windows) > 1 else [0], : config.sensitivity_length]
     alone = bar.add_task("bases, layer by layer", total=2 * layers * len(names))
     meters, teacher = [], None
     for adapter, _ in candidates.values():
-        meters.append(KLMeter(model, adapter, piece, config.sinks, config.window, teacher))
+        meters.append(KLMeter(model, adapter, pieces, config.sinks, config.window, teacher))
         teacher = meters[-1].teacher
     kl = torch.empty(len(names), 2, layers, dtype=torch.float64)
     for place, (adapter, costs) in enumerate(candidates.values()):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nestling.data.texts import read_texts
 from nestling.data.windows import token_windows
 from nestling.errors import OptionError
 from nestling.jobs.progress import progress_bar
@@ -72,6 +73,9 @@ def fit(
     if auto and len(windows) > 1:
         count = min(count, max(1, len(windows) - WINDOWS))
         windows, held_out = windows[:count], windows[count:][:WINDOWS]
+    if auto and tokenizer is not None:  # bases that fit one kind of text best may fail on another
+        pages = torch.stack(list(token_windows(tokenizer, read_texts(None), length, limit=WINDOWS)))
+        held_out = torch.cat((held_out[: WINDOWS // 2], pages[: WINDOWS // 2]))
     batches = windows.split(max(1, config.batch_tokens // length))
     with progress_bar(progress) as bar:
         moments = collect_moments(model, bar.track(batches, description="moments"))
