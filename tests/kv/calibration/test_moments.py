@@ -469,7 +469,7 @@ def test_ids_and_strings_are_the_same_text(ids):
             return {"input_ids": [int(i) for i in text.split()]}
 
     texts = [" ".join(map(str, row)) for row in ids.tolist()]
-    config = kv.FitConfig(length=64, sensitivity_windows=2, sensitivity_length=16, window=0)
+    config = kv.FitConfig(basis="pca", length=64, sensitivity_windows=2, sensitivity_length=16, window=0)
     one, other = (
         kv.fit(tiny_model("llama-gqa"), t, x, config, progress=False) for t, x in ((None, ids), (Numbers(), texts))
     )
