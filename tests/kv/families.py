@@ -1,17 +1,15 @@
 """Tiny random models of every supported family, made in milliseconds, and caches of them."""
 
-from collections.abc import Mapping
-
-import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nestling import kv
 from nestling.kv.allocation.bits import BitTable
-from nestling.kv.cache import cache as cache_module
+from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import BLOCK
+from nestling.kv.cache.storage import Storage
 
 BASE = dict(
     vocab_size=97,
@@ -81,26 +79,25 @@ def tiny_fit(model, ids: torch.Tensor, **options):
     return kv.fit(model, None, ids, kv.FitConfig(**given), progress=False)
 
 
-def nested_cache(model, adapter, budget=None, *, paper: bool = False, chunk: int = 0, **options) -> NestedCache:
+def nested_cache(model, adapter, budget=None, *, paper: bool = False, **options) -> NestedCache:
     """A cache of ranks in the model's own precision, unless the options say otherwise.
 
     Args:
         paper: the options of `CacheConfig.paper`.
-        chunk: tokens by which its storage grows.
     """
-    tables = BitTable, Mapping
-    if not options.get("quantise") and not isinstance(budget, tables):
+    if not options.get("quantise") and not isinstance(budget, BitTable):
         options = {"dtype": model.dtype, **options}
     options = {"budget": budget, "quantise": False, **options}
-    with pytest.MonkeyPatch.context() as patch:
-        if chunk:
-            patch.setattr(cache_module, "CHUNK", chunk)
-        return NestedCache(model, adapter, CacheConfig.paper(**options) if paper else CacheConfig(**options))
+    return NestedCache(model, adapter, CacheConfig.paper(**options) if paper else CacheConfig(**options))
 
 
-def cache_of_bases(bases, ranks, config, *, sinks=0, window=0, block=BLOCK, chunk=cache_module.CHUNK, **options):
+def cache_of_bases(bases, ranks, config, *, sinks=0, window=0, block=BLOCK, dtype=torch.float32, **options):
     """A cache from bases by layer index, without a model."""
     cache = NestedCache.__new__(NestedCache)
-    storage = cache_module.Storage(sinks, window, block, chunk)
-    cache._assemble(bases, ranks, config, storage, **{"device": torch.device("cpu"), **options})
+    rows = list(bases.values())
+
+    def of_row(row, members):
+        return LayerBases.of(rows[row], members, half=dtype.itemsize == 2)
+
+    cache._assemble(list(bases), of_row, ranks, config, Storage(sinks, window, block), dtype, CacheConfig(**options))
     return cache

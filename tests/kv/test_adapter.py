@@ -495,7 +495,7 @@ def test_the_same_architecture_with_other_weights_is_served(made):
 def test_shares_are_of_the_stored_precision(made, ids, dtype, itemsize):
     full = made.adapter.full_elements
     assert full == 2 * 3 * 2 * 16
-    options = dict(dtype=dtype, sinks=0, window=0, chunk=1)
+    options = dict(dtype=dtype, sinks=0, window=0)
     for share in (0.55, 0.8, 1.0):
         cache = nested_cache(made.model, made.adapter, share, **options)
         assert cache.share == cache.full_nbytes == 0

@@ -203,7 +203,7 @@ def test_bits_are_not_advised_to_an_adapter_that_cannot():
 @pytest.mark.parametrize("bits", [True, False])
 def test_the_smallest_limit_that_is_named_works(bits):
     model, adapter = made()
-    options = dict(quantise=bits, sinks=2, window=3, context=1000, chunk=4)
+    options = dict(quantise=bits, sinks=2, window=3, context=1000)
     with pytest.raises(BudgetError, match="limit='0.0001MiB' is out of reach") as caught:
         nested_cache(model, adapter, limit="0.0001MiB", **options)
     least = float(re.search(r"takes ([\d.]+) MiB", str(caught.value))[1])

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from nestling import kv
+from nestling.kv.cache.bases import LayerBases
 
 from ..families import nested_cache, tiny_fit, tiny_model
 
@@ -116,11 +117,10 @@ def test_a_file_may_be_read_onto_another_device(fitted, ids):
     for name in ("full", "ranks", "bits"):
         cache = filled(made, name, ids[:1, :30])
         for layer in cache.layers:
-            layer.device = torch.device("cuda")
-            for group in layer.groups:
-                group.device = torch.device("cuda")
+            layer.device, bases = torch.device("cuda"), layer.bases
+            layer.bases = LayerBases(bases.sides, bases.biases, bases.width, torch.device("cuda"))
         twin = through_torch_save(cache)
-        assert {part.device.type for layer in twin.layers for part in (layer, *layer.groups)} == {"cpu"}
+        assert {part.device.type for layer in twin.layers for part in (layer, layer.bases)} == {"cpu"}
         twin.shrink({"full": 0.8, "ranks": 0.58, "bits": 0.38}[name])
         assert torch.isfinite(goes_on(made.model, twin, ids[1:2, :30])).all()
 

@@ -107,11 +107,11 @@ def test_shares_of_tokens_and_coordinates_multiply_in_bytes(fitted, ids):
     case = fitted("llama-gqa")
     text, sizes = ids.reshape(1, -1)[:, :500], {}
     for share in (1.0, 0.5):
-        cache = nested_cache(case.model, case.adapter, 0.75, keep_tokens=share, sinks=2, window=8, chunk=16)
+        cache = nested_cache(case.model, case.adapter, 0.75, keep_tokens=share, sinks=2, window=8)
         case.model(input_ids=text, **cached(case.model, cache))
         mass = sum(0 if layer.hitters is None else layer.hitters.nbytes for layer in cache.layers)
         sizes[share] = cache.nbytes - mass
-        assert cache.get_seq_length() == 500 and cache.full_nbytes == 500 * 3 * 2 * 2 * 16 * 2
+        assert cache.get_seq_length() == 500 and cache.full_nbytes == 500 * 3 * 2 * 2 * 16 * 4
     assert mass == 3 * 2 * 250 * 4
     assert sizes[0.5] == pytest.approx(0.5 * sizes[1.0], rel=0.06)
 

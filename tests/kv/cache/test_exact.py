@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.cache import matmul as products
+from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.exact import BLOCK, ExactStore, capacity
-from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import Layout
 
 from .test_cache import one_layer
@@ -40,7 +40,7 @@ def test_no_token_is_lost_or_moved(sinks, window, block, operations):
     store, text, left = ExactStore(sinks, window, block), [], []
     oldest = 0  # of the tokens after the sinks, the first that may still be exact
     for number, (verb, count) in enumerate(operations):
-        room = window + block - 1 if window else 0
+        draft = 0
         if verb == "crop":
             count = min(count, len(text))
             coded = store.crop(count)
@@ -48,7 +48,7 @@ def test_no_token_is_lost_or_moved(sinks, window, block, operations):
         else:
             count += 1
             if verb == "draft" and window:  # what was exact before it stays here
-                room = max(room, len(text) + count - sinks - by_rule(len(text), sinks, window, block))
+                draft = len(text) + count - by_rule(len(text), sinks, window, block)
             start = 1000 * number + len(text)
             for gone in store.append(numbered(start, count), torch.float32, count if verb == "draft" else 0):
                 left += numbers(gone)
@@ -57,12 +57,16 @@ def test_no_token_is_lost_or_moved(sinks, window, block, operations):
             continue
         beyond = max(len(text) - sinks, 0)
         expected = min(max(by_rule(len(text), sinks, window, block), oldest), beyond)
-        oldest = min(max(oldest, beyond - room), beyond)
+        full = capacity(sinks, window, block)
+        exact, spare = len(text) - len(left), max(len(left) - oldest, 0)
+        short = max(exact, min(exact + min(spare, 3 * len(left) // 4), full - 1))
+        size = max(full if len(text) >= 4 * full else short, draft)
+        oldest = min(max(oldest, beyond - (size - store.first)), beyond)
         held = numbers(store.view())
         assert all(torch.equal(a.flatten(0, 1), b) for a, b in zip(store.view(), store.flat(), strict=True))
         assert held[: store.first] + left + held[store.first :] == text
         assert (store.first, store.left) == (min(sinks, len(text)), len(left)) and len(left) == expected
-        assert store.data[0].shape == (2, 1, sinks + max(room, capacity(0, window, block)), 3)
+        assert store.data[0].shape == (2, 1, size, 3)
 
 
 def by_rule(length: int, sinks: int, window: int, block: int) -> int:
@@ -87,13 +91,23 @@ def test_a_draft_that_is_taken_back_leaves_no_trace(steps):
         if text:
             assert (store.length, store.left) == (plain.length, plain.left)
             assert numbers(store.view()) == numbers(plain.view())
-            assert store.nbytes == plain.nbytes
+            assert store.nbytes <= plain.nbytes  # fewer spare ones in a short text
+
+
+@pytest.mark.parametrize("back", range(1, BLOCK - 1))
+def test_nearly_as_much_can_be_taken_back_from_a_short_text(back):
+    for length in range(4 + 8 + 2 * BLOCK, 4 * capacity(4, 8)):
+        store = ExactStore(4, 8)
+        store.append(numbered(0, length), torch.float32)
+        store.crop(back)
+        assert store.length - store.first >= 8
+        assert store.size <= max(store.length, capacity(4, 8) - 1)
 
 
 @pytest.mark.parametrize("back", range(1, BLOCK))
 def test_without_drafts_the_window_survives_a_few_steps_back(back):
-    """Token by token nothing more is held, and up to 15 tokens can be taken back from any place."""
-    for length in range(60, 60 + BLOCK):
+    """Token by token nothing more is held, and up to 15 tokens can be taken back from any place of a long text."""
+    for length in range(4 * capacity(4, 8) + BLOCK, 4 * capacity(4, 8) + 2 * BLOCK):
         store = ExactStore(4, 8)
         for n in range(length):
             store.append(numbered(n, 1), torch.float32)
@@ -108,9 +122,12 @@ def test_blocks_leave_when_there_is_no_room(sinks, window):
     """One token before the boundary nothing has left; at it a whole block does, and the window stays."""
     store, addresses = ExactStore(sinks, window), set()
     full = sinks + window + BLOCK - 1
-    for n in range(full + 3 * BLOCK):
+    for n in range(4 * full + 3 * BLOCK):
         gone = store.append(numbered(n, 1), torch.float32)
-        addresses.add(store.data[0].data_ptr())
+        if n + 1 < 4 * full:
+            assert store.size == max(store.length, min(store.length + 3 * store.left // 4, full - 1))
+        else:
+            addresses.add(store.data[0].data_ptr())
         boundary = n >= full and (n - full) % BLOCK == 0
         assert [numbers(g) for g in gone] == (
             [list(range(n - window - BLOCK + 1, n - window + 1))] if boundary else []
@@ -125,7 +142,9 @@ def test_room_is_only_for_what_is_exact():
     store = ExactStore(4, 8)
     assert store.nbytes == 0
     store.append(numbered(0, 2), torch.bfloat16)
-    assert store.nbytes == 2 * 2 * capacity(4, 8) * 3 * 2  # also for a short text
+    assert store.nbytes == 2 * 2 * 2 * 3 * 2  # of a short text, all of it
+    store.append(numbered(2, 200), torch.bfloat16)
+    assert store.nbytes == 2 * 2 * capacity(4, 8) * 3 * 2
     store.apply(lambda t: t.repeat_interleave(3, 1))
     assert store.nbytes == 3 * 2 * 2 * capacity(4, 8) * 3 * 2
     store.reset()
@@ -146,7 +165,7 @@ def decode(ranks: str, sinks: int, window: int, steps, batch: int = 1, prompt: i
     """Run a prompt and steps through a layer and its reference, and compare every output. Negative steps crop."""
     generator = torch.Generator().manual_seed(len(steps) + prompt)
     table = RankTable(*(torch.tensor([side]) for side in RANKS[ranks]))
-    options = dict(sinks=sinks, window=window, chunk=16, exact_prompt=False)
+    options = dict(sinks=sinks, window=window, exact_prompt=False)
     heads = len(RANKS[ranks][0])
     layer, module, reference = one_layer(heads, 2, 16, table, options, mean, generator)
     for count in (prompt, *steps):
@@ -222,11 +241,12 @@ def test_gradients_reach_the_query(batch):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_group_keeps_no_more_of_the_bases_than_its_ranks():
+@pytest.mark.parametrize("half", [True, False])
+def test_bases_keep_no_more_than_the_ranks(half):
     bases = {
         f"{side}_{name}": torch.eye(16).repeat(3, 1, 1) for side in ("key", "value") for name in ("encode", "decode")
     }
-    group = RankGroup([0, 2], 0, bases, (Layout.of_rank(4), Layout.of_rank(8)), chunk=16)
-    for side, rank in enumerate((4, 8)):
-        for matrices in (group.encode[side], group.decode[side]):
-            assert matrices.untyped_storage().nbytes() == 2 * rank * 16 * 4
+    of_layer = LayerBases.of(bases, [([0, 2], (Layout.of_rank(4), Layout.of_rank(8)))], half)
+    for side, rank in zip(of_layer.sides[0], (4, 8), strict=True):
+        for matrices in (side.encode, side.decode):
+            assert matrices.untyped_storage().nbytes() == 2 * rank * 16 * (2 if half else 4)

@@ -55,8 +55,8 @@ def test_a_cache_goes_on_in_another_mode(fitted, ids, name, first, second):
     made, lengths = fitted("llama-gqa"), [30, 1, 5, 1, 18, 1, 1]
     orders = [(first, second)[i % 2] for i in range(len(lengths))]
     assert all(p.requires_grad for p in made.model.parameters())
-    expected = feed(made.model, new_cache(made, name, chunk=16), ids[:2], lengths, [torch.no_grad] * len(lengths))
-    got = feed(made.model, new_cache(made, name, chunk=16), ids[:2], lengths, [MODES[mode] for mode in orders])
+    expected = feed(made.model, new_cache(made, name), ids[:2], lengths, [torch.no_grad] * len(lengths))
+    got = feed(made.model, new_cache(made, name), ids[:2], lengths, [MODES[mode] for mode in orders])
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 

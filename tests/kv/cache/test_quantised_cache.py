@@ -11,9 +11,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from nestling import kv
 from nestling.errors import AdapterError, BudgetError, CacheMismatchError
 from nestling.kv.allocation.bits import CHOICES, BitTable
+from nestling.kv.cache.buffer import room
 from nestling.kv.cache.exact import BLOCK
 from nestling.kv.cache.layer import NestedLayer
-from nestling.kv.cache.packed import Layout, PackedRows
+from nestling.kv.cache.packed import Coding, Layout, PackedRows
 from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration.attach import cached
 from nestling.kv.quantisation import cpu as kernels
@@ -36,9 +37,9 @@ def read_back(state, adapter, side: str, row: int, table) -> torch.Tensor:
     """Keys or values ``[B, Hkv, T, D]`` as a cache with that table gives them back."""
     out = torch.empty_like(state)
     for head in range(state.shape[1]):
-        encode, decode, mean, step = (
-            getattr(adapter, n)[side][row, head] for n in ("encode", "decode", "mean", "step")
-        )
+        encode, mean, step = (getattr(adapter, n)[side][row, head] for n in ("encode", "mean", "step"))
+        encode = encode.half().float()  # in which bases lie
+        decode = torch.linalg.inv(encode.double()).half().float()
         stored, centre = (state[:, head] @ encode).bfloat16().float(), mean @ encode
         z = torch.zeros_like(stored)
         for i in range(z.shape[-1]):
@@ -145,7 +146,7 @@ def test_rows_are_read_as_they_were_rounded(products, bits, lengths, seed):
     layout, width = Layout.of_bits(bits, 20), 20
     kept = [*layout.plain, *layout.coded]
     centre, step = torch.randn(2, 24, generator=rng), torch.rand(2, 24, generator=rng) + 0.2
-    rows = PackedRows(layout, centre[:, layout.coded], step[:, layout.coded], chunk=4)
+    rows = PackedRows(layout, Coding.of(layout, centre[:, layout.coded], step[:, layout.coded]))
     z = torch.randn(2, 3, 24, sum(lengths), generator=rng).bfloat16().float()
     z[:, :, width:] = 0
     for part in z[:, :, kept].split(lengths, -1):
@@ -165,13 +166,13 @@ def test_rows_are_read_as_they_were_rounded(products, bits, lengths, seed):
     torch.testing.assert_close(scores, 0.3 * query @ flat.mT, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(rows.weighted(weight), weight @ flat, rtol=1e-4, atol=1e-3)
     used = sum(b for b in bits if 0 < b < 16), len(layout.plain)
-    assert rows.nbytes == 2 * 3 * -(-rows.length // 4) * 4 * (used[0] + 2 * used[1])
+    assert rows.nbytes == 2 * 3 * room(rows.length) * (used[0] + 2 * used[1])
 
 
 def test_long_histories_are_unpacked_in_parts(monkeypatch):
     rng = torch.Generator().manual_seed(0)
     layout = Layout.of_bits([4, 3], 16)
-    rows = PackedRows(layout, torch.zeros(1, 16), torch.full((1, 16), 0.3), chunk=64)
+    rows = PackedRows(layout, Coding.of(layout, torch.zeros(1, 16), torch.full((1, 16), 0.3)))
     rows.append(torch.randn(1, 1, 16, 50, generator=rng), torch.bfloat16)
     query, found = torch.randn(1, 2, 16, generator=rng), []
     for size in (1000, 7):
@@ -237,7 +238,7 @@ def test_shrinking_up_is_refused_and_changes_nothing(fitted, ids):
 @pytest.mark.parametrize("budget", [0.5, 0.25, 0.125])
 def test_bytes_meet_the_budget(fitted, ids, budget):
     made = fitted("llama-gqa")
-    cache = nested_cache(made.model, made.adapter, budget, quantise=True, sinks=1, window=1, context=1024, chunk=1)
+    cache = nested_cache(made.model, made.adapter, budget, quantise=True, sinks=1, window=1, context=1024)
     with torch.no_grad():
         for part in ids.repeat(1, 16)[:1, :1024].split(128, 1):
             made.model(input_ids=part, **cached(made.model, cache))
@@ -289,7 +290,7 @@ def test_a_budget_below_the_smallest_and_other_precisions_are_refused(fitted):
 
 def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
     made = fitted("llama-gqa")
-    options = dict(quantise=True, sinks=2, window=3, exact_prompt=False, context=400, chunk=16)
+    options = dict(quantise=True, sinks=2, window=3, exact_prompt=False, context=400)
     cache = nested_cache(made.model, made.adapter, limit="0.05MiB", **options)
     text, budgets = ids.repeat(1, 8)[:1, :400], []
     with torch.no_grad():
@@ -299,8 +300,8 @@ def test_a_limit_in_bytes_holds_however_long_the_text_grows(fitted, ids):
             budgets.append(cache.budget)
     assert budgets[0] == 1 and budgets == sorted(budgets, reverse=True) and 2 < len(set(budgets)) < 20
     assert cache.full_nbytes > 3 * cache.nbytes > 0.1 * 2**20
-    with pytest.raises(BudgetError, match="limit='0.001MiB' is out of reach"):
-        nested_cache(made.model, made.adapter, limit="0.001MiB", **options)
+    with pytest.raises(BudgetError, match="limit='0.0003MiB' is out of reach"):
+        nested_cache(made.model, made.adapter, limit="0.0003MiB", **options)
     with pytest.raises(BudgetError, match="limit='0.0075MiB': 400 tokens take .* do not fit"):
         cache = nested_cache(made.model, made.adapter, limit="0.0075MiB", **options)
         made.model(input_ids=text, **cached(made.model, cache))

@@ -139,7 +139,7 @@ def test_other_families(family, ids):
 
 
 def test_bytes_are_those_of_storage(model, adapter, ids):
-    cache = nested_cache(model, adapter, 0.6, window=5, chunk=32)
+    cache = nested_cache(model, adapter, 0.6, window=5)
     stock_cache = DynamicCache(config=model.config)
     quantised = QuantizedCache("quanto", model.config, nbits=4, q_group_size=16, residual_length=64)
     with torch.no_grad():
@@ -425,7 +425,7 @@ def test_logits_that_are_not_finite_name_the_candidate(model, adapter, ids, toke
     ranks = adapter.ranks(96, "uniform")
 
     def broken():
-        return cache_of_bases(bases, ranks, model.config, device=model.device, exact_prompt=False)
+        return cache_of_bases(bases, ranks, model.config, exact_prompt=False)
 
     candidate = Candidate("broken", 0.5, broken)
     for options, where in (

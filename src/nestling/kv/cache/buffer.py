@@ -1,4 +1,4 @@
-"""Storage that grows with the tokens of a text: coordinates of some heads, in chunks, in place."""
+"""Storage that grows with the tokens of a text: coordinates of some heads, in place, by an eighth at a time."""
 
 from collections.abc import Callable
 
@@ -8,20 +8,38 @@ from torch import Tensor
 from nestling.kv.cache.matmul import cast, product, product_into
 from nestling.kv.integration.modes import ordinary, traced
 
+MULTIPLE = 16  # tokens: what kernels read at once, and what leaves the exact store at once
+GROWTH = 8  # storage grows by one part in so many
+
+
+def room(tokens: int, until: int = 0) -> int:
+    """Tokens that storage has places for when it holds ``tokens``: up to an eighth more, by multiples of `MULTIPLE`.
+
+    It depends on the number of tokens alone, not on how they came or went.
+
+    Args:
+        until: a number of tokens at which a budget has to be met: there is no room for more before they are there.
+    """
+    places = 0
+    while places < tokens:
+        places += max(MULTIPLE, places // (GROWTH * MULTIPLE) * MULTIPLE)
+    until = MULTIPLE * -(-until // MULTIPLE)
+    return until if tokens <= until < places else places
+
 
 class Buffer:
     """Coordinates of tokens that grow in place: ``[h, B, w, capacity]``, of which the first ``length`` are in use.
 
-    Growing copies once per chunk; appending writes in place, but not where a graph is built: there, storage is made
+    The capacity is `room` for them. Appending writes in place, but not where a graph is built: there, storage is made
     anew for every call, as transformers' own caches do. A coordinate of all tokens is a row: for the few queries
     of a decode step, products with such storage read up to twice as many bytes per second. The tensor is compact in w:
     no slice of a wider tensor, which would keep the full width alive.
 
-    ``by_token=True`` stores ``[h, B, capacity, w]`` instead, which is what SDPA reads.
+    ``by_token=True`` stores ``[h, B, capacity, w]`` instead, which is what SDPA reads. ``until``: see `room`.
     """
 
-    def __init__(self, chunk: int, by_token: bool = False):
-        self.chunk, self.dim = chunk, 2 if by_token else 3
+    def __init__(self, until: int = 0, by_token: bool = False):
+        self.until, self.dim = until, 2 if by_token else 3
         self.data: Tensor | None = None
         self._flat: Tensor | None = None  # the same memory
         self.length = 0
@@ -36,7 +54,7 @@ class Buffer:
             return
         if self.data is None or end > self.data.shape[self.dim]:
             shape = list(new.shape)
-            shape[self.dim] = -(-end // self.chunk) * self.chunk
+            shape[self.dim] = room(end, self.until)
             grown = new.new_empty(shape, dtype=dtype)
             if self.length:
                 grown.narrow(self.dim, 0, self.length).copy_(self.view())
@@ -46,25 +64,20 @@ class Buffer:
         self.length = end
 
     def __getstate__(self) -> dict:
-        held = None if self.data is None else self.view().detach().clone()  # and not what lies behind it in memory
-        return {**self.__dict__, "data": held, "_flat": None, "capacity": self._capacity}
+        states = None if self.data is None else self.view().detach().clone()  # and not what lies behind it in memory
+        return {**self.__dict__, "data": states, "_flat": None}
 
     def __setstate__(self, state: dict) -> None:
-        held, capacity = state["data"], state.pop("capacity")
         self.__dict__.update(state)
-        if held is not None:
-            shape = list(held.shape)
-            shape[self.dim] = capacity - self.length
-            self._store(torch.cat((held, held.new_zeros(shape)), self.dim))
+        if (states := state["data"]) is not None:
+            shape = list(states.shape)
+            shape[self.dim] = room(self.length, self.until) - self.length
+            self._store(torch.cat((states, states.new_zeros(shape)), self.dim))
 
     def __deepcopy__(self, memo) -> "Buffer":
-        held, twin = None if self.data is None else self.view(), Buffer.__new__(Buffer)
-        twin.__setstate__({**self.__dict__, "data": held, "capacity": self._capacity})
+        states, twin = None if self.data is None else self.view(), Buffer.__new__(Buffer)
+        twin.__setstate__({**self.__dict__, "data": states})
         return twin
-
-    @property
-    def _capacity(self) -> int:
-        return 0 if self.data is None else self.data.shape[self.dim]
 
     def view(self) -> Tensor:
         """The tokens in use, ``[h, B, w, length]`` or, by token, ``[h, B, length, w]``."""
@@ -107,17 +120,21 @@ class Buffer:
         self.append(kept, dtype)
 
     def crop(self, remove: int) -> None:
-        """Forget the last ``remove`` tokens."""
+        """Forget the last ``remove`` tokens, and give back the storage that is not needed any more."""
         self.length -= remove
+        if not traced(self.data) and room(self.length, self.until) < self._capacity:
+            self.apply(lambda storage: storage)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device.
-
-        Chunks that are not needed any more, after a crop, are left behind.
-        """
+        """Replace the storage by ``change(storage)``: batch selection (dimension 1), repetition, another device."""
         if self.data is not None:
-            needed = min(-(-self.length // self.chunk) * self.chunk, self._capacity)
-            self._store(change(self.data.narrow(self.dim, 0, needed)).contiguous())
+            places = min(room(self.length, self.until), self._capacity)
+            data = change(self.data.narrow(self.dim, 0, places)).contiguous()
+            self._store(data.clone() if data.nbytes < data.untyped_storage().nbytes() else data)
+
+    @property
+    def _capacity(self) -> int:
+        return 0 if self.data is None else self.data.shape[self.dim]
 
     def reset(self) -> None:
         self.data, self._flat, self.length = None, None, 0

@@ -7,7 +7,7 @@ together.
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,14 @@ from nestling.errors import BudgetError, CacheMismatchError
 from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.budget import Budget, read_share
 from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.cache.bases import LayerBases, Members, nbytes, shared
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.draft import DraftWatch
 from nestling.kv.cache.eviction import HeavyHitters
-from nestling.kv.cache.exact import BLOCK
-from nestling.kv.cache.factory import CacheFactory
+from nestling.kv.cache.exact import BLOCK, ExactStore
+from nestling.kv.cache.factory import CacheFactory, given_table
 from nestling.kv.cache.layer import NestedLayer
-from nestling.kv.cache.storage import CHUNK, Storage, Table, members
+from nestling.kv.cache.storage import Storage, Table, is_full, members
 from nestling.kv.cache.stored import StoredCache
 from nestling.kv.integration import attach as attention
 from nestling.kv.integration.modes import default_mode, in_default_mode
@@ -77,58 +78,53 @@ class NestedCache(StoredCache):
     ):
         options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
         adapter.check(model)
-        factory, dtype = None, None if options.dtype is None else getattr(torch, options.dtype)
+        factory, dtype = None, storage_dtype(model.dtype, options)
         if isinstance(options.budget, RankTable | BitTable | Mapping):
-            table = _given_table(adapter, options)
+            table = given_table(adapter, options)
         else:
-            factory = CacheFactory(adapter, options, advise=dtype is None or dtype.itemsize == 2)
+            factory = CacheFactory(adapter, options, advise=dtype.itemsize == 2)
             table = factory.required(factory.budget)
-        if isinstance(table, BitTable):
-            dtype = dtype or (model.dtype if model.dtype.itemsize == 2 else torch.bfloat16)
-            if dtype.itemsize != 2:
-                raise BudgetError(
-                    f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits; or say quantise=False"
-                )
-        self._assemble(
-            {layer: adapter._layer_bases(row) for row, layer in enumerate(adapter.fingerprint["layers"])},
-            table,
-            attention.text_config(model),
-            Storage(options.sinks, options.window, BLOCK, CHUNK),
-            device=attention.layer_devices(model),
-            dtype=dtype,
-            exact_prompt=options.exact_prompt,
-            keep_tokens=options.keep_tokens,
-        )
+        if isinstance(table, BitTable) and dtype.itemsize != 2:
+            raise BudgetError(
+                f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits; or say quantise=False"
+            )
+        layers, devices = adapter.fingerprint["layers"], attention.layer_devices(model)
+
+        def bases(row: int, stored_alike: Members) -> LayerBases:
+            return shared(adapter, row, stored_alike, devices[layers[row]], dtype.itemsize == 2)
+
+        storage = Storage(options.sinks, options.window, BLOCK, options.context)
+        self._assemble(layers, bases, table, attention.text_config(model), storage, dtype, options)
         if factory is not None:
-            self._start(factory, (dtype or model.dtype).itemsize)
+            self._start(factory, dtype.itemsize)
         self.model = weakref.ref(model)
         attention.attach(model)
         attention.warn_of_rotation(model, stacklevel=3)
 
     def _assemble(
         self,
-        bases: dict[int, dict[str, Tensor]],
+        indices: Sequence[int],
+        bases: Callable[[int, Members], LayerBases],
         table: Table,
         config: PreTrainedConfig,
         storage: Storage,
-        *,
-        device: torch.device | Mapping[int, torch.device],
-        dtype: torch.dtype | None = None,
-        exact_prompt: bool = True,
-        keep_tokens: float = 1.0,
+        dtype: torch.dtype,
+        options: CacheConfig,
     ) -> None:
-        """Empty layers from bases by layer index and a table whose rows follow the same layers.
+        """Empty layers.
 
         Args:
-            device: of all bases, or of each layer's.
+            indices: of the compressed layers, in the order of the table's rows.
+            bases: those of a row, for heads that are stored alike.
         """
-        layers = attention.stock_layers(config)
-        for row, (index, layer_bases) in enumerate(bases.items()):
-            own = device[index] if isinstance(device, Mapping) else device
-            on_device = {name: tensor.to(own) for name, tensor in layer_bases.items()}
-            groups, exact, biases = storage.parts(on_device, members(table, row, on_device["key_encode"].shape[-1]))
-            hitters = HeavyHitters(keep_tokens, storage.sinks, storage.window) if keep_tokens < 1 else None
-            layers[index] = NestedLayer(groups, exact, biases, config, dtype, exact_prompt, hitters, index)
+        layers, width = attention.stock_layers(config), attention.head_shape(config)[2]
+        for row, index in enumerate(indices):
+            stored_alike = members(table, row, width)
+            layer_bases, full = bases(row, stored_alike), is_full(width, stored_alike)
+            keep, groups = options.keep_tokens, storage.groups(layer_bases, stored_alike)
+            hitters = HeavyHitters(keep, storage.sinks, storage.window) if keep < 1 else None
+            exact, prompt = storage.exact(full), options.exact_prompt
+            layers[index] = NestedLayer(groups, exact, layer_bases, config, dtype, prompt, hitters, index)
         super().__init__(layers=layers)
         self.allocation, self.config, self.storage = table, config, storage
         self.rotary_limit = attention.rotary_limit(config)
@@ -148,7 +144,7 @@ class NestedCache(StoredCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if self.limit is not None and layer_idx <= self._nested()[0][0]:  # before any layer has taken in new tokens
-            self._make_room(key_states.shape[0], key_states.shape[2], key_states.dtype)
+            self._make_room(key_states.shape[0], key_states.shape[2])
         if self.rotary_limit is not None and layer_idx == self._nested()[0][0]:
             self._warn_of_rotation(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -178,7 +174,7 @@ class NestedCache(StoredCache):
     def _nested(self) -> list[tuple[int, NestedLayer]]:
         return [(i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, NestedLayer)]
 
-    def _make_room(self, batch: int, new: int, dtype: torch.dtype | None = None) -> None:
+    def _make_room(self, batch: int, new: int) -> None:
         """Shrink as far as ``new`` tokens take, and an eighth of all more, so that it is not done for every token.
 
         Raises:
@@ -186,38 +182,43 @@ class NestedCache(StoredCache):
         """
         assert self.limit is not None and self.factory is not None
         first = self._nested()[0][1]
-        dtype = first.storage_dtype or dtype or first.dtype
-        if first.length:
-            dtype = torch.promote_types(dtype, first.dtype)
-        tokens, draft = first.length + new, first.may_go(new) if new else first.room_for_drafts
-        if self._expected(batch, tokens, dtype.itemsize, draft=draft) <= self.limit:
+        itemsize = first.dtype.itemsize
+        tokens = first.length + new
+        if new:
+            places = ExactStore(self.storage.sinks, self.storage.window).with_draft(tokens, first.may_go(new))
+        else:
+            places = max(0 if layer.exact is None else layer.exact.size for _, layer in self._nested())
+        if self._expected(batch, tokens, itemsize, places=places) <= self.limit:
             return
         budget, smallest = self.budget, self.factory.smallest
         while budget > smallest:
             budget = max(STEP_DOWN * budget, smallest)
             table = self.factory.table(budget)
             ahead = tokens // 8 if budget > smallest else 0
-            if table is not None and self._expected(batch, tokens + ahead, dtype.itemsize, table, draft) <= self.limit:
+            counts = {tokens, tokens + ahead}  # in a short text more tokens may take less, since some leave
+            if table is not None and all(
+                self._expected(batch, count, itemsize, table, places) <= self.limit for count in counts
+            ):
                 return self._store_by(table, budget)
         table = self.factory.table(smallest)
-        needed = _mib(self._expected(batch, tokens, dtype.itemsize, table, draft))
+        needed = _mib(self._expected(batch, tokens, itemsize, table, places))
         what = f"{tokens} tokens of {batch} texts" if batch > 1 else f"{tokens} tokens"
         limit = self.factory.limit.given if self.factory.limit else f"limit={self.limit}"
         raise BudgetError(f"{limit}: {what} take {needed} at the smallest budget, {smallest:.4g}, and do not fit")
 
-    def _expected(self, batch: int, tokens: int, itemsize: int, table: Table | None = None, draft: int = 0) -> int:
+    def _expected(self, batch: int, tokens: int, itemsize: int, table: Table | None = None, places: int = 0) -> int:
         """Bytes that the nested layers take when the text has that many tokens, by the table in use or another one.
 
-        ``draft``: how many of them may be taken back, which costs room.
+        ``places``: at least so many of exact tokens, which drafts that may be taken back need.
         """
         nested, table = self._nested(), self.allocation if table is None else table
-        width, total = nested[0][1].groups[0].width, 0
+        width, total = nested[0][1].bases.width, 0
         for (_, layer), size, full in zip(nested, table.token_bytes(width, itemsize), table.full(width), strict=True):
-            exact = self.storage.exact(full)
+            exact, states = self.storage.exact(full), 2 * layer.heads * width * itemsize
             stored, held = layer.stored_after(tokens - layer.length, exact)
-            total += size * -(-stored // self.storage.chunk) * self.storage.chunk
+            total += self.storage.nbytes(tokens, size, states, full, stored, held)
             if exact is not None:
-                total += 2 * layer.heads * width * (exact.capacity + draft) * itemsize
+                total += states * max(places - exact.places(tokens, tokens - (held - stored), stored), 0)
             if layer.hitters is not None:
                 total += 4 * layer.heads * held
         return batch * total
@@ -249,10 +250,12 @@ class NestedCache(StoredCache):
         assert self.factory is not None
         with default_mode(gradients=False):
             for row, (_, layer) in enumerate(self._nested()):
-                stored_alike = members(table, row, layer.groups[0].width)
+                width, device = layer.bases.width, layer.bases.device
+                stored_alike = members(table, row, width)
                 if stored_alike != [(group.heads, group.layouts) for group in layer.groups]:
-                    bases = self.factory.bases(row, layer.groups[0].device)
-                    layer.move(*self.storage.parts(bases, stored_alike, layer.groups))
+                    bases = shared(self.factory.adapter, row, stored_alike, device, layer.dtype.itemsize == 2)
+                    groups = self.storage.groups(bases, stored_alike, layer.groups)
+                    layer.move(groups, self.storage.exact(is_full(width, stored_alike)), bases)
         self.allocation, self.budget = table, budget
 
     def reset(self) -> None:
@@ -286,18 +289,16 @@ class NestedCache(StoredCache):
     def nbytes(self) -> int:
         """Bytes of storage really held, by all layers: untyped storages, so slack and exact tokens are included.
 
-        Bases are not: see `basis_nbytes`.
+        Bases are not: see `shared_nbytes`.
         """
         return sum(_layer_nbytes(layer) for layer in self.layers)
 
     @property
-    def basis_nbytes(self) -> int:
+    def shared_nbytes(self) -> int:
         """Bytes of the bases, means and steps that this cache reads its coordinates by: the same however long the text
-        grows, neither in `nbytes` nor under ``limit``. Each cache and each copy of one has its own."""
-        tensors = [tensor for _, layer in self._nested() for tensor in layer.basis_tensors()]
-        return sum(
-            {(str(t.device), t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}.values()
-        )
+        grows, neither in `nbytes` nor under ``limit``. All caches of an adapter and an allocation on a device, and
+        copies of them, share them."""
+        return nbytes(layer.bases for _, layer in self._nested())
 
     @property
     def full_nbytes(self) -> int:
@@ -310,17 +311,11 @@ class NestedCache(StoredCache):
         return self.nbytes / self.full_nbytes if self.full_nbytes else 0.0
 
 
-def _given_table(adapter: "KVAdapter", options: CacheConfig) -> Table:
-    """An allocation that the user gave in place of a budget.
-
-    Raises:
-        BudgetError: if it does not fit the adapter, or if there is another budget beside it.
-    """
-    for name in ("limit", "allocation"):
-        if getattr(options, name) is not None:
-            raise BudgetError(f"{name}={getattr(options, name)!r}: an allocation is a budget by itself, leave it out")
-    table = options.budget
-    return adapter.bits(1, table) if isinstance(table, BitTable) else adapter.ranks(1, table)
+def storage_dtype(model: torch.dtype, options: CacheConfig) -> torch.dtype:
+    """The dtype that is stored: the one asked for; else the model's, or bfloat16 if that has more than 16 bits."""
+    if options.dtype is not None:
+        return getattr(torch, options.dtype)
+    return model if model in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def _mib(size: int) -> str:

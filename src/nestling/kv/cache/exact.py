@@ -10,6 +10,7 @@ from nestling.kv.integration.modes import ordinary, traced
 
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
 BLOCK = 16  # recent tokens that are encoded at once, when the store is full
+SHORT = 4  # in texts shorter than so many full stores, free places would be much of all bytes
 
 
 def capacity(sinks: int, window: int, block: int = BLOCK) -> int:
@@ -40,13 +41,17 @@ def coded(length, sinks: int, window: int, block: int = BLOCK):
 class ExactStore:
     """Keys and values of exact tokens, ``[Hkv, B, size, D]``: sinks, recent ones in order, and at the end spare ones.
 
-    A new token is written in place. When there is no room, the oldest recent tokens leave, ``block`` at a time, to be
-    encoded. So from ``window`` to ``window + block - 1`` recent tokens are exact. How many depends on the length of
-    the text alone, not on how it was cut into calls. With ``window=0`` there are none: tokens leave as they come.
+    From ``window`` to ``window + block - 1`` recent tokens are exact: when there would be more, the oldest leave,
+    ``block`` at a time, to be encoded. How many depends on the length of the text alone, not on how it was cut into
+    calls. With ``window=0`` there are none: tokens leave as they come.
+
+    A new token is written in place. In a text shorter than `SHORT` times the capacity the store grows with its tokens,
+    and has fewer free places; see `places`.
 
     Tokens that have left stay in the places that are free behind the recent ones until those are written to. They are
     the spare ones, which nothing reads: when a crop takes tokens back they become recent again. So after up to
-    ``block - 1`` tokens were taken back, the window is as long as ever. For longer drafts the store makes room.
+    ``block - 1`` tokens were taken back, of a short text some fewer, the window is as long as ever. For drafts the
+    store makes room.
 
     Attributes:
         length: sinks and recent tokens held.
@@ -85,6 +90,25 @@ class ExactStore:
         """How many of the tokens held and ``count`` new ones leave when those are appended."""
         return self.coded(self.total + count) - self.left
 
+    def places(self, tokens: int, left: int, spare: int) -> int:
+        """The size of the store without drafts.
+
+        In a short text three quarters of what has left may stay, and one place is not kept free: a cache of a quarter
+        takes no more than the full one at any length, and no more than .45 of it at 256 tokens.
+
+        Args:
+            tokens: of the text, of which ``left`` have left.
+            spare: how many of these are still here, or could be.
+        """
+        if tokens >= SHORT * self.capacity:
+            return self.capacity
+        exact = tokens - left
+        return max(exact, min(exact + min(spare, 3 * left // 4), self.capacity - 1))
+
+    def with_draft(self, tokens: int, keep: int) -> int:
+        """The size of the store if the last ``keep`` of so many tokens may be taken back, or less than it needs."""
+        return tokens - coded(tokens - keep, self.sinks, self.window, self.block) if keep and self.window else 0
+
     def append(self, states: Sequence[Tensor], dtype: torch.dtype, keep: int = 0) -> list[tuple[Tensor, ...]]:
         """Take in keys and values ``[Hkv, B, t, D]``; returns pairs, oldest first, that are no longer exact.
 
@@ -92,21 +116,23 @@ class ExactStore:
             dtype: of the storage, when it is made.
             keep: how many of the last tokens a crop may take back, so that the store is then what it was before them.
         """
-        end, size = self.total + states[0].shape[2], self.capacity
-        leave = self.leaving(states[0].shape[2])
-        if keep and self.window:
-            size = max(size, end - coded(end - keep, self.sinks, self.window, self.block))
-        if leave == 0 and size == self.size and not traced(*states) and not self.data[0].requires_grad:
-            self._write(self.data, states, self.length)
-            self.length += states[0].shape[2]
-            self.spare = min(self.spare, size - self.length)
-            return []
+        count = states[0].shape[2]
+        end, leave = self.total + count, self.leaving(count)
+        size = max(self.places(end, self.left + leave, self.spare + leave), self.with_draft(end, keep))
+        if leave == 0 and self.data and not traced(*states) and not self.data[0].requires_grad:
+            if size > self.size and not self.spare:
+                self._grow(size)
+            if size == self.size:
+                self._write(self.data, states, self.length)
+                self.length += count
+                self.spare = min(self.spare, size - self.length)
+                return []
         states = [state.to(dtype) for state in states]
         old, missing = self._parts(states), self.sinks - self.first
         sinks = [torch.cat((part[0], state[:, :, :missing]), 2) for part, state in zip(old, states, strict=True)]
         recent = [(part[1], state[:, :, missing:]) for part, state in zip(old, states, strict=True)]
         gone = _leaving(recent, leave)
-        count = sum(part.shape[2] for part in recent[0])
+        count = sum(part.shape[2] for part in recent[0])  # with those that leave
         rows = min(size - sinks[0].shape[2], self.spare + count)
         self.left += leave
         last = [_last((part[2], *sides), rows) for part, sides in zip(old, recent, strict=True)]
@@ -132,6 +158,12 @@ class ExactStore:
             self._write(data, [side[part] for side in sides], place)
         if data is not self.data:
             self._store(data)
+
+    def _grow(self, size: int) -> None:
+        """Have more free places behind the recent tokens."""
+        data = [ordinary(side.new_empty(*side.shape[:2], size, side.shape[3])) for side in self.data]
+        self._write(data, self.view(), 0)
+        self._store(data)
 
     @staticmethod
     def _write(data: Sequence[Tensor], states: Sequence[Tensor], start: int) -> None:
@@ -162,13 +194,14 @@ class ExactStore:
         self.left -= removed
         back = min(spare, max(self.left - coded(end, self.sinks, self.window, self.block), 0))
         self.left -= back
-        if removed + back == 0 and self.size <= self.capacity:
+        size = self.places(end, self.left, spare - back)
+        if removed + back == 0 and self.size == size:
             self.length = first + kept
             return 0
         parts = self._parts(())
-        rows = min(self.capacity - first, spare + kept)
+        rows = min(size - first, spare + kept)
         last = [_last((part[2][:, :, :spare], part[1][:, :, :kept]), rows) for part in parts]
-        self._arrange([part[0][:, :, :first].clone() for part in parts], last, back + kept, self.capacity)
+        self._arrange([part[0][:, :, :first].clone() for part in parts], last, back + kept, size)
         return removed + back
 
     def drop_spare(self) -> None:

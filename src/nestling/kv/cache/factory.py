@@ -4,7 +4,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from nestling.errors import AdapterError, BudgetError
 from nestling.kv.allocation.allocate import WITHOUT_BITS, steps_of
@@ -70,6 +69,19 @@ def read_request(config: CacheConfig) -> tuple[Budget, Budget | None]:
     return asked, limit
 
 
+def given_table(adapter: "KVAdapter", options: CacheConfig) -> RankTable | BitTable:
+    """An allocation that the user gave in place of a budget.
+
+    Raises:
+        BudgetError: if it does not fit the adapter, or if there is another budget beside it.
+    """
+    for name in ("limit", "allocation"):
+        if getattr(options, name) is not None:
+            raise BudgetError(f"{name}={getattr(options, name)!r}: an allocation is a budget by itself, leave it out")
+    table = options.budget
+    return adapter.bits(1, table) if isinstance(table, BitTable) else adapter.ranks(1, table)
+
+
 class CacheFactory:
     """The adapter, allocation and budget of a cache: plain data, which copies of the cache share.
 
@@ -123,10 +135,6 @@ class CacheFactory:
         if table is None:
             raise BudgetError(f"{budget.given} is below the smallest possible, {self._least()}")
         return table
-
-    def bases(self, row: int, device: torch.device) -> dict[str, Tensor]:
-        """The bases of a compressed layer, by its row in the adapter."""
-        return {name: tensor.to(device) for name, tensor in self.adapter._layer_bases(row).items()}
 
     def _least(self) -> str:
         """The smallest budget, why it is not smaller, and what would make it so."""

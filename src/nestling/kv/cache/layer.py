@@ -13,10 +13,12 @@ from transformers import PreTrainedConfig
 
 from nestling.errors import CacheMismatchError, OptionError
 from nestling.kv.cache import attention as coordinates
+from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.eviction import HeavyHitters
 from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.handle import NestedHandle
+from nestling.kv.cache.packed import PackedRows
 from nestling.kv.cache.shrink import take
 from nestling.kv.cache.split import Split
 from nestling.kv.cache.stored import StoredLayer
@@ -40,9 +42,9 @@ class NestedLayer(StoredLayer):
         self,
         groups: list[RankGroup],
         exact: ExactStore | None,
-        biases: Sequence[Tensor | None],
+        bases: LayerBases,
         config: PreTrainedConfig,
-        dtype: torch.dtype | None,
+        dtype: torch.dtype,
         exact_prompt: bool,
         hitters: HeavyHitters | None = None,
         index: int = 0,
@@ -50,8 +52,8 @@ class NestedLayer(StoredLayer):
         super().__init__()
         self.index = index
         self.hitters = hitters
-        self.config, self.storage_dtype, self.exact_prompt = config, dtype, exact_prompt
-        self._store_in(groups, exact, biases)
+        self.config, self.dtype, self.exact_prompt = config, dtype, exact_prompt
+        self._store_in(groups, exact, bases)
         self.length = 0
         self.traced = False  # whether a graph was built from what is stored
         self.record_past = False  # whether tokens are taken back, of those since the last crop
@@ -60,15 +62,37 @@ class NestedLayer(StoredLayer):
         self._shape: tuple[int, int, int] | None = None
         self.owner = Owner(config)
 
-    def _store_in(self, groups: list[RankGroup], exact: ExactStore | None, biases: Sequence[Tensor | None]) -> None:
-        self.groups, self.exact, self.biases = groups, exact, biases
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.bases: LayerBases
+        if (device := self._stored_on()) is not None:  # a file may be read onto another device
+            self.device = device
+            if self.bases.device != device:  # those of a layer that nothing is compressed in have no tensors
+                self.bases = LayerBases(self.bases.sides, self.bases.biases, self.bases.width, device)
+        for group, sides in zip(self.groups, self.bases.sides, strict=True):
+            group.use(sides)
+
+    def _stored_on(self) -> torch.device | None:
+        stored = [*(self.exact.data if self.exact is not None else ())]
+        for rows in (rows for group in self.groups for rows in group.rows):
+            data = (rows.codes if isinstance(rows, PackedRows) else rows).data
+            stored += [] if data is None else [data]
+        return stored[0].device if stored else None
+
+    @property
+    def biases(self) -> Sequence[Tensor | None]:
+        """See `LayerBases`."""
+        return self.bases.biases
+
+    def _store_in(self, groups: list[RankGroup], exact: ExactStore | None, bases: LayerBases) -> None:
+        self.groups, self.exact, self.bases = groups, exact, bases
         self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
         self.quantised = any(layout.widths for group in groups for layout in group.layouts)
         order = self._order()
         self.heads = len(order)
         self.order: tuple[Tensor, Tensor] | None = None  # from the model's order of heads to the groups', and back
         if order != sorted(order):
-            there = torch.tensor(order, device=groups[0].device)
+            there = torch.tensor(order, device=bases.device)
             self.order = there, there.argsort()
 
     def check_module(self, module) -> None:
@@ -76,7 +100,7 @@ class NestedLayer(StoredLayer):
         self.owner.check(module)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = self.storage_dtype or key_states.dtype, key_states.device
+        self.device = key_states.device
         if key_states.shape[1] != self.heads:
             raise CacheMismatchError(f"keys have {key_states.shape[1]} heads, this cache was made for {self.heads}")
         self.is_initialized = True
@@ -95,7 +119,6 @@ class NestedLayer(StoredLayer):
             self._shape = (batch, heads, width)
         if self.quantised:
             self._check_finite(key_states, value_states)
-        self._widen(key_states.dtype)
         if self.traced and not torch.is_grad_enabled():
             self._apply(lambda t: t.detach().clone())  # the graph may still be needed, but not by what comes
             self.traced = False
@@ -113,15 +136,6 @@ class NestedLayer(StoredLayer):
         self.length += count
         handle = NestedHandle(self, (key_states, value_states) if first else None, prompt, split)
         return handle, handle
-
-    def _widen(self, dtype: torch.dtype) -> None:
-        """Go on in a dtype that holds both what is stored and what comes, as joining tensors of both would give."""
-        if dtype == self.dtype or self.storage_dtype is not None:
-            return
-        wider = torch.promote_types(self.dtype, dtype)
-        if wider != self.dtype:
-            self.dtype = wider
-            self._apply(lambda t: t.to(wider) if t.is_floating_point() else t)
 
     def may_go(self, count: int) -> int:
         """How many of the last tokens may be taken back once ``count`` new ones have come."""
@@ -208,13 +222,13 @@ class NestedLayer(StoredLayer):
         """Heads of the model in the order in which they are stored."""
         return [head for group in self.groups for head in group.heads]
 
-    def move(self, groups: list[RankGroup], exact: ExactStore | None, biases: Sequence[Tensor | None]) -> None:
+    def move(self, groups: list[RankGroup], exact: ExactStore | None, bases: LayerBases) -> None:
         """Store what is held in other groups, which keep no more of it; tensors that both have are not copied.
 
         Args:
             groups: empty, or with what the present ones hold where it stays as it is; see `RankGroup`.
             exact: an empty store, used if this layer has none yet since nothing was compressed.
-            biases: of the groups.
+            bases: of the groups.
         """
         if self.length:
             held = self._order()
@@ -235,7 +249,7 @@ class NestedLayer(StoredLayer):
                     exact.apply(lambda tensor: _reordered(tensor, there))
             if self.hitters is not None:
                 self.hitters.apply(lambda tensor: _reordered(tensor, there))
-        self._store_in(groups, exact, biases)
+        self._store_in(groups, exact, bases)
 
     def heads_first(self, states: Tensor) -> Tensor:
         """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
@@ -272,11 +286,6 @@ class NestedLayer(StoredLayer):
             return exact.leaving(held), held
         return self.groups[0].length + self.exact.leaving(count), held
 
-    @property
-    def room_for_drafts(self) -> int:
-        """Exact tokens that there is room for beyond those that are paid for: there may have been drafts."""
-        return 0 if self.exact is None else max(self.exact.size - self.exact.capacity, 0)
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""
         if tokens_to_remove > 0:
@@ -303,11 +312,6 @@ class NestedLayer(StoredLayer):
             part.reset()
         self.length, self._shape, self.is_initialized, self.traced = 0, None, False, False
         self.record_past, self.pending, self.draft = False, 0, 0
-
-    def basis_tensors(self) -> list[Tensor]:
-        """All that coordinates are made and read by, and that does not depend on the text."""
-        found = [*self.biases, *(tensor for group in self.groups for tensor in group.basis_tensors())]
-        return [tensor for tensor in found if tensor is not None]
 
     def _parts(self) -> list:
         """All that stores something."""

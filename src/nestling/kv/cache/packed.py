@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestling.kv.cache.buffer import Buffer
 from nestling.kv.cache.matmul import cast, product
-from nestling.kv.integration.modes import restore, traced, without_gradient
+from nestling.kv.integration.modes import traced, without_gradient
 from nestling.kv.quantisation import cpu as kernels
 from nestling.kv.quantisation import quantiser as quantise
 from nestling.kv.quantisation.packing import BLOCK, pack, unpack
@@ -63,27 +63,50 @@ def runs_of(widths: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Coding:
+    """How the coded coordinates of some heads are quantised, fp32, in the order of a layout.
+
+    Attributes:
+        centre, step: ``[h, 1, w, 1]``, see `quantise`.
+        scale: ``[h, 1, w]``, the value of one code more.
+        offset: ``[w]``, what codes are counted from.
+    """
+
+    centre: Tensor
+    step: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, centre: Tensor, step: Tensor) -> "Coding":
+        """From centres and steps ``[h, w]``."""
+        runs = runs_of(layout.widths)
+        scale = torch.cat([quantise.scale(step[:, a : a + n], bits) for bits, a, n in runs], -1)[:, None]
+        offset = torch.cat([step.new_full((n,), quantise.offset(bits)) for bits, _, n in runs])
+        return cls(centre[:, None, :, None], step[:, None, :, None], scale, offset)
+
+    def __deepcopy__(self, memo: dict) -> "Coding":
+        return self
+
+
 class PackedRows:
     """Coordinates of tokens by a `Layout`; to a rank group what `Buffer` is where nothing is coded.
 
     Args:
-        centre, step: of the coded coordinates ``[h, w]``, in the order of the layout: see `quantise`.
+        until: see `nestling.kv.cache.buffer.room`.
     """
 
     dim = 3
 
-    def __init__(self, layout: Layout, centre: Tensor, step: Tensor, chunk: int):
-        self.layout, self.rank = layout, len(layout.plain)
-        self.plain = Buffer(chunk) if layout.plain else None
-        self.codes = Buffer(chunk)
+    def __init__(self, layout: Layout, coding: Coding, until: int = 0):
+        self.layout, self.coding, self.rank = layout, coding, len(layout.plain)
+        self.plain = Buffer(until) if layout.plain else None
+        self.codes = Buffer(until)
         self.traced = False  # whether a graph ended in the codes
-        self.centre, self.step = centre[:, None, :, None], step[:, None, :, None]
-        runs = runs_of(layout.widths)
-        self.scale = torch.cat([quantise.scale(step[:, a : a + n], bits) for bits, a, n in runs], -1)[:, None]
-        self.offset = torch.cat([step.new_full((n,), quantise.offset(bits)) for bits, _, n in runs])
 
-    def __setstate__(self, state: dict) -> None:
-        restore(self, state)
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "coding": None}  # which the layer has
 
     @property
     def length(self) -> int:
@@ -108,7 +131,7 @@ class PackedRows:
         Args:
             numbers: which of the coded blocks they are, rising; by default all.
         """
-        widths, centre, step = self.layout.widths, self.centre[heads], self.step[heads]
+        widths, centre, step = self.layout.widths, self.coding.centre[heads], self.coding.step[heads]
         if numbers is not None:
             widths = tuple(widths[number] for number in numbers)
             rows = [number * BLOCK + i for number in numbers for i in range(BLOCK)]
@@ -130,8 +153,8 @@ class PackedRows:
 
     def score(self, rows: Tensor, into: Tensor, scaling: float) -> None:
         """``scaling * rows @ coordinates``: of ``[h * B, n, w]`` into ``[h * B, n, length]``."""
-        scaled = rows[..., self.rank :] * (cast(self._of_batch(self.scale, len(rows)), rows.dtype) * scaling)
-        shift = scaled @ cast(self.offset, rows.dtype)[:, None]
+        scaled = rows[..., self.rank :] * (cast(self._of_batch(self.coding.scale, len(rows)), rows.dtype) * scaling)
+        shift = scaled @ cast(self.coding.offset, rows.dtype)[:, None]
         if self.plain is not None:
             self.plain.score(rows[..., : self.rank], into, scaling)
         if fused := kernels.products(self.codes.flat(), rows.dtype):
@@ -147,19 +170,19 @@ class PackedRows:
     def weighted(self, weight: Tensor) -> Tensor:
         """The sums of coordinates with weights ``[h * B, n, length]``: ``[h * B, n, w]``."""
         total = weight.sum(-1, keepdim=True)
-        out = -total * cast(self.offset, weight.dtype)
+        out = -total * cast(self.coding.offset, weight.dtype)
         if fused := kernels.products(self.codes.flat(), weight.dtype):
             out += fused.weighted(self.codes.whole(), self.length, self.layout.widths, weight)
         else:
             for start, count, codes in self._blocks(weight.dtype):
                 out += product(weight.narrow(2, start, count), codes.mT)
-        out *= cast(self._of_batch(self.scale, len(weight)), weight.dtype)
+        out *= cast(self._of_batch(self.coding.scale, len(weight)), weight.dtype)
         return out if self.plain is None else torch.cat((self.plain.weighted(weight), out), -1)
 
     def coordinates(self, dtype: torch.dtype) -> Tensor:
         """What is held, ``[h, B, length, w]``; coded ones about their means."""
         values = unpack(self.codes.view(), self.layout.widths).to(dtype).mT
-        values = (values - self.offset.to(dtype)) * self.scale[:, None].to(dtype)
+        values = (values - self.coding.offset.to(dtype)) * self.coding.scale[:, None].to(dtype)
         if self.traced and torch.is_grad_enabled():
             values = without_gradient(values)
         return values if self.plain is None else torch.cat((self.plain.coordinates(dtype), values), -1)

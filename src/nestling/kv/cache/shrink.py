@@ -34,7 +34,7 @@ class Held:
 
     def __init__(self, group: RankGroup, side: int):
         self.heads, self.layout, self.rows = group.heads, group.layouts[side], group.rows[side]
-        self.whole = group.encode[side] is None  # keys or values as they were
+        self.whole = group.bases[side].encode is None  # keys or values as they were
         self.place = {coordinate: place for place, coordinate in enumerate(self.layout.plain)}
         self.bits = dict(zip(self.layout.blocks, self.layout.widths, strict=True))
         self.bytes = dict(zip(self.layout.blocks, rows_of(self.layout.widths), strict=True))
@@ -91,7 +91,7 @@ Part = tuple[
 def _of_states(new: RankGroup, side: int, states: Tensor, slots: slice, dtype: torch.dtype) -> Part:
     """What a group keeps of keys or values ``[h, B, T, D]`` of the heads at some of its slots."""
     rows = new.rows[side]
-    if new.encode[side] is None:
+    if new.bases[side].encode is None:
         return (states if rows.dim == 2 else states.mT), NOTHING
     coordinates = new.coordinates(side, states, slots).to(dtype)
     if isinstance(rows, Buffer):

@@ -3,50 +3,83 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.ranks import RankTable
-from nestling.kv.cache.exact import BLOCK, ExactStore
-from nestling.kv.cache.groups import RankGroup, shared_biases
+from nestling.kv.cache.bases import LayerBases, Members
+from nestling.kv.cache.buffer import room
+from nestling.kv.cache.exact import BLOCK, ExactStore, coded
+from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import Layout
 
-CHUNK = 256  # tokens by which storage grows
-
 Table = RankTable | BitTable
-Members = list[tuple[list[int], tuple[Layout, Layout]]]  # heads that are stored alike, and how keys and values are
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What layers are put together from: exact tokens, blocks in which they are encoded, and growth, all in tokens."""
+    """What layers are put together from, in tokens.
+
+    Attributes:
+        sinks, window, block: exact ones, and how many are encoded at once.
+        context: at which a budget has to be met; 0 where there is none.
+    """
 
     sinks: int = 0
     window: int = 0
     block: int = BLOCK
-    chunk: int = CHUNK
+    context: int = 0
 
     def exact(self, full: bool) -> ExactStore | None:
         """An empty exact store, if a layer has one: there is none where nothing is compressed, at ``full`` ranks."""
         return ExactStore(self.sinks, self.window, self.block) if (self.sinks or self.window) and not full else None
 
-    def parts(
-        self, bases: dict[str, Tensor], members: Members, present: Sequence[RankGroup] = ()
-    ) -> tuple[list[RankGroup], ExactStore | None, list[Tensor | None]]:
-        """Groups, exact store and biases of a layer: all empty, but for what groups in use hold that stays as it is.
+    def until(self, full: bool) -> int:
+        """Tokens in coordinates at `context`: there is no room for more before they are there."""
+        return self.context if full else coded(self.context, self.sinks, self.window, self.block)
+
+    def groups(self, bases: LayerBases, members: Members, present: Sequence[RankGroup] = ()) -> list[RankGroup]:
+        """The groups of a layer, empty but for what groups in use hold that stays as it is.
 
         Args:
-            bases: of the layer, see `RankGroup`.
             present: groups in use.
         """
-        width = bases["key_encode"].shape[-1]
-        full = all(len(layout.plain) == width for _, pair in members for layout in pair)
+        full = is_full(bases.width, members)
         groups: list[RankGroup] = []
-        for heads, pair in members:
+        for (heads, pair), sides in zip(members, bases.sides, strict=True):
             start = groups[-1].stop if groups else 0
             same = next((group for group in present if group.heads == heads), None)
-            groups.append(RankGroup(heads, start, bases, pair, self.chunk, full, same))
-        return groups, self.exact(full), shared_biases(groups, bases)
+            groups.append(RankGroup(heads, start, sides, pair, until=self.until(full), by_token=full, present=same))
+        return groups
+
+    def nbytes(
+        self,
+        tokens: int,
+        coordinates: int,
+        states: int,
+        full: bool,
+        stored: int | None = None,
+        held: int | None = None,
+    ) -> int:
+        """Bytes that a layer holds of one text of so many tokens, whichever way they came.
+
+        Args:
+            coordinates: bytes of a token's coordinates.
+            states: bytes of its keys and values.
+            full: whether nothing is compressed.
+            stored, held: tokens in coordinates, and all that were not evicted; by default those of a text that was
+                only read.
+        """
+        held, exact = tokens if held is None else held, self.exact(full)
+        if exact is None:
+            return coordinates * room(held, self.until(full))
+        stored = exact.coded(tokens) if stored is None else stored
+        return coordinates * room(stored, self.until(full)) + states * exact.places(
+            tokens, tokens - (held - stored), stored
+        )
+
+
+def is_full(width: int, members: Members) -> bool:
+    """Whether nothing of a layer is compressed."""
+    return all(len(layout.plain) == width for _, pair in members for layout in pair)
 
 
 def members(table: Table, row: int, width: int) -> Members:

@@ -24,8 +24,6 @@ class StoredLayer(CacheLayerMixin):
 
     def __setstate__(self, state: dict) -> None:
         restore(self, state)
-        if self.is_initialized:
-            self.device = self._parts()[0].device
 
     def expand(self, dtype: torch.dtype) -> list[Tensor]:
         """Keys and values of all tokens held, decoded, ``[B, Hkv, T, D]``."""

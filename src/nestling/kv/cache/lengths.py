@@ -1,0 +1,80 @@
+"""What a cache takes in bytes at each length of text, told from its allocation: no model runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nestling.errors import OptionError
+from nestling.kv.allocation.bits import BitTable
+from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.cache.bases import LayerBases, nbytes
+from nestling.kv.cache.config import CacheConfig
+from nestling.kv.cache.exact import BLOCK
+from nestling.kv.cache.factory import CacheFactory, given_table
+from nestling.kv.cache.storage import Storage, Table, members
+from nestling.options import shown
+
+if TYPE_CHECKING:
+    from nestling.kv.adapter import KVAdapter
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+SIXTEEN_BITS = torch.bfloat16
+
+
+def bytes_by_length(adapter: "KVAdapter", budget: Any = None, lengths: Sequence[int] = LENGTHS) -> list[dict]:
+    """What a cache of one text holds once it has some numbers of tokens, however they came, in the compressed layers.
+
+    Args:
+        budget: as for `NestedCache`, or a `CacheConfig`; without a ``dtype`` the cache stores 16 bits.
+
+    Returns:
+        A row for each length: ``tokens``, ``bytes``, ``full_bytes`` (of the full cache in the stored dtype) and
+        ``share`` of them. Bases are not counted, see `shared_bytes`.
+
+    Raises:
+        OptionError: for options by which bytes depend on more than the length: a limit, or tokens that are evicted.
+        BudgetError: the budget or allocation cannot be met.
+    """
+    options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
+    table = _table(adapter, options)
+    if options.keep_tokens < 1:
+        raise OptionError(f"keep_tokens={shown(options.keep_tokens)}: which tokens are kept depends on the text")
+    storage = Storage(options.sinks, options.window, BLOCK, options.context)
+    (_, heads, width), itemsize = adapter.shape, _dtype(options).itemsize
+    states = 2 * heads * width * itemsize
+    layers = list(zip(table.token_bytes(width, itemsize), table.full(width), strict=True))
+    rows = []
+    for tokens in lengths:
+        held = sum(storage.nbytes(tokens, size, states, full) for size, full in layers)
+        full_bytes = tokens * adapter.full_elements * itemsize
+        rows.append({"tokens": tokens, "bytes": held, "full_bytes": full_bytes, "share": held / full_bytes})
+    return rows
+
+
+def shared_bytes(adapter: "KVAdapter", budget: Any = None) -> int:
+    """Bytes of the bases that all caches of an adapter and an allocation share: `NestedCache.shared_nbytes`.
+
+    Args:
+        budget: as for `bytes_by_length`.
+
+    Raises:
+        BudgetError: the budget or allocation cannot be met.
+    """
+    options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
+    table, half = _table(adapter, options), _dtype(options).itemsize == SIXTEEN_BITS.itemsize
+    layers, _, width = adapter.shape
+    return nbytes(LayerBases.of(adapter._layer_bases(row), members(table, row, width), half) for row in range(layers))
+
+
+def _table(adapter: "KVAdapter", options: CacheConfig) -> Table:
+    if isinstance(options.budget, RankTable | BitTable | Mapping):
+        return given_table(adapter, options)
+    factory = CacheFactory(adapter, options)
+    if factory.limit is not None:
+        raise OptionError(f"{factory.limit.given} is never exceeded at any length: give a share for bytes by length")
+    return factory.required(factory.budget)
+
+
+def _dtype(options: CacheConfig) -> torch.dtype:
+    return SIXTEEN_BITS if options.dtype is None else getattr(torch, options.dtype)
