@@ -1,56 +1,83 @@
-"""Draws the README's pictures from the committed results, into docs.
+"""Draws the README's picture from the committed results: docs/nestling.svg.
 
 python benchmarks/figures.py
 """
 
-import re
-
 import matplotlib
+from matplotlib import ticker
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from names import CACHES, ENCODERS, MODELS
 from tables import ROOT, load
 
-from nestling.report.figures import curve
+from nestling.report.figures import INK, MARKERS, PALETTE
 
-MODEL = "e5-small"
+CACHES = {  # method: name, and the rows of a line
+    "nestling": ("bits",),
+    "KIVI": ("kivi-int4", "kivi-int3", "kivi-int2"),
+    "HQQ (transformers)": ("hqq-int4", "hqq-int2"),
+    "plain integers": ("int8", "int4", "int3", "int2"),
+}
+ENCODER = "e5-small"
+ENCODERS = {
+    "nestling, one training": "srl",
+    "six separate models": "separate",
+    "Matryoshka2dLoss": "st-2d",
+    "the model, cut": "cut",
+}
 SHAPE = (32, 128)  # texts and tokens of the batch whose speed is shown
 
 
-def kv_bits() -> Figure:
-    """KL by bytes: ranks and bits together, and integers of each kind, a line from their 8 or 4 bits to their 2."""
+def caches(axes: Axes) -> None:
+    """KL to the full cache over bytes."""
     rows = [row for row in load("kv_bits") if row["model"] == "smollm2"]
-    names = [re.sub(r"int\d|, \d bits.*", "", CACHES[row["method"]]) or "plain integers" for row in rows]
-    kinds = [{**row, "kind": name} for row, name in zip(rows, names, strict=True)]
-    lines = ("nestling", "ranks only", "plain integers", "Hadamard", "KIVI", "Quanto")
-    shown = [row for row in kinds if row["kind"] in lines]
-    return curve(
-        shown, "bytes_share", "kl", "kind", title="SmolLM2-135M: what a smaller cache costs",
-        xlabel="share of the bf16 cache", ylabel="KL to the full cache, nats", log_y=True, percent_x=True,
-    )  # fmt: skip
+    for i, (name, methods) in enumerate(CACHES.items()):
+        line = sorted((row["bytes_share"], row["kl"]) for row in rows if row["method"] in methods)
+        _line(axes, line, i, name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+    _dress(axes, "KV cache: loss over size", "share of the bf16 cache (SmolLM2, 2,048 tokens)", "KL, nats a token")
 
 
-def embed_quality() -> Figure:
-    """STS by encoding speed: a line for each method, a point for each size."""
+def encoders(axes: Axes) -> None:
+    """STS over encoding speed, a point for each size."""
     speed = {
         row["model"]: row["texts_per_s"]
         for row in load("embed_speed")
-        if row["encoder"] == MODEL and (row["batch"], row["tokens"]) == SHAPE
+        if row["encoder"] == ENCODER and (row["batch"], row["tokens"]) == SHAPE
     }
-    rows = [
-        {**row, "method": ENCODERS[row["method"]], "speed": speed[row["size"]], "sts": 100 * row["mean_sts"]}
-        for row in load("embed_quality")
-        if row["model"] == MODEL and row["seed"] == 0
-    ]
-    return curve(
-        rows, "speed", "sts", "method", title=f"{MODELS[MODEL]}: quality and speed of six sizes",
-        xlabel="texts a second, one thread, 32 texts of 128 tokens", ylabel="STS, Spearman x 100",
-    )  # fmt: skip
+    rows = [row for row in load("embed_quality") if row["model"] == ENCODER and row["seed"] == 0]
+    full = next(row for row in rows if row["method"] == "full-then-cut" and row["cup"] == "12x384")
+    for i, (name, method) in enumerate(ENCODERS.items()):
+        own = [row for row in rows if row["method"] == method]
+        if method == "separate":  # its largest model is the one that was trained at full size
+            own.append(full)
+        _line(axes, sorted((speed[row["cup"]], 100 * row["mean_sts"]) for row in own), i, name)
+    _dress(axes, "Encoder: quality over speed", f"texts a second, one thread ({ENCODER}, six sizes)", "STS, Spearman x 100")
+
+
+def _line(axes: Axes, points: list[tuple[float, float]], place: int, name: str) -> None:
+    width = 2.4 if place == 0 else 1.4
+    axes.plot(*zip(*points, strict=True), label=name, color=PALETTE[place], marker=MARKERS[place], linewidth=width)
+
+
+def _dress(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontweight="bold")
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
 
 
 def main() -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "nestling", "svg.fonttype": "none"})
-    for draw in (kv_bits, embed_quality):
-        draw().savefig(ROOT / "docs" / f"{draw.__name__}.svg", metadata=dict.fromkeys(("Creator", "Date")))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    caches(left)
+    encoders(right)
+    figure.savefig(ROOT / "docs" / "nestling.svg", metadata=dict.fromkeys(("Creator", "Date")))
 
 
 if __name__ == "__main__":
