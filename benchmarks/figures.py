@@ -54,7 +54,12 @@ def encoders(axes: Axes) -> None:
         if method == "separate":  # its largest model is the one that was trained at full size
             own.append(full)
         _line(axes, sorted((speed[row["cup"]], 100 * row["mean_sts"]) for row in own), i, name)
-    _dress(axes, "Encoder: quality over speed", f"texts a second, one thread ({ENCODER}, six sizes)", "STS, Spearman x 100")
+    _dress(
+        axes,
+        "Encoder: quality over speed",
+        f"texts a second, one thread ({ENCODER}, six sizes)",
+        "STS, Spearman x 100",
+    )
 
 
 def _line(axes: Axes, points: list[tuple[float, float]], place: int, name: str) -> None:

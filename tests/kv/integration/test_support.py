@@ -284,9 +284,10 @@ def test_a_pickled_attached_model_runs_in_another_process(tmp_path):
     kv.attach(model)
     torch.save(model, tmp_path / "model.pt")
     script = (
-        "import sys, torch, nestling.kv as kv\n"
+        "import sys, torch\n"
         "model = torch.load(sys.argv[1], weights_only=False)\n"
         "model(input_ids=torch.arange(3, 20)[None])\n"
+        "from nestling import kv\n"
         "kv.detach(model)\n"
         "print(model.config._attn_implementation)\n"
     )

@@ -19,6 +19,7 @@ from nestling.errors import UnsupportedModelError
 from nestling.kv.integration.interface import (
     EXTRAS,
     NAME,
+    Before,
     Handle,
     PassThroughLayer,
     attention_forward,
@@ -108,7 +109,7 @@ def attach(model: PreTrainedModel) -> None:
     decoder_part(lm).set_attn_implementation(NAME)
     if implementation(lm) != NAME:
         raise UnsupportedModelError(f"{type(lm).__name__}: its attention cannot be switched")
-    setattr(lm, BEFORE, before)
+    setattr(lm, BEFORE, Before(before))
 
 
 def warn_of_rotation(model, stacklevel: int = 2) -> None:
@@ -134,7 +135,7 @@ def detach(model: PreTrainedModel) -> None:
     """
     lm = base_model(model)
     if isinstance(lm, PreTrainedModel) and implementation(lm) == NAME:
-        switch(lm, lm.__dict__.pop(BEFORE, "sdpa"))
+        switch(lm, str(lm.__dict__.pop(BEFORE, "sdpa")))
 
 
 @contextmanager

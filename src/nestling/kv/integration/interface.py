@@ -2,7 +2,7 @@
 
 No modelling code is patched. The function hands over to whatever object the cache returned in place of keys and
 values, and to stock SDPA for plain tensors (training, ``use_cache=False``, sliding-window layers, other caches). It is
-registered when this file is imported, so that a model that was attached and pickled runs after ``import nestling.kv``.
+registered when this file is imported, which unpickling an attached model does: it remembers an object of this file.
 """
 
 import warnings
@@ -18,6 +18,10 @@ from nestling.errors import UnsupportedModelError
 
 NAME = "nestling"
 EXTRAS = ("s_aux", "sinks", "softcap", "position_bias", "indices")  # what SDPA or a handle would leave out in silence
+
+
+class Before(str):
+    """The attention implementation that a model had before it was attached: kept on the model, and pickled with it."""
 
 
 class Handle(Protocol):
