@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from tests.docs.pages import ROOT, blocks, pages
 
 # Hours and large files become seconds here: text on a page -> what the test runs in its place.
-SMALLER: dict[str, str] = {}
+SMALLER = {"FitConfig(tokens=65_536)": "FitConfig(tokens=4_096)", "tokens=300_000": "tokens=2_048", "steps=500": "steps=3"}
+FILES = {"pairs.jsonl": "".join(json.dumps({"anchor": f"bird {n}", "positive": f"nest {n}"}) + "\n" for n in range(99))}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 TOLERANCE = 0.02  # of a number that is shown; other processors round differently
 
@@ -35,6 +37,8 @@ def numbers(text: str) -> list[float]:
 def test_the_snippets_of_a_page_print_what_it_shows(page: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "LICENSE", tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text, "utf-8")
     names: dict = {"__name__": "__main__"}
     for block in blocks(page):
         if block.language != "python":
