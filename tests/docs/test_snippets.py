@@ -12,8 +12,14 @@ import pytest
 from tests.docs.pages import ROOT, blocks, pages
 
 # Hours and large files become seconds here: text on a page -> what the test runs in its place.
-SMALLER = {"FitConfig(tokens=65_536)": "FitConfig(tokens=4_096)", "tokens=300_000": "tokens=2_048", "steps=500": "steps=3"}
-FILES = {"pairs.jsonl": "".join(json.dumps({"anchor": f"bird {n}", "positive": f"nest {n}"}) + "\n" for n in range(99))}
+SMALLER = {
+    "FitConfig(tokens=65_536)": "FitConfig(tokens=4_096)",
+    "tokens=300_000": "tokens=2_048",
+    "steps=500": "steps=3",
+}
+FILES = {
+    "pairs.jsonl": "".join(json.dumps({"anchor": f"bird {n}", "positive": f"nest {n}"}) + "\n" for n in range(99))
+}
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 TOLERANCE = 0.02  # of a number that is shown; other processors round differently
 

@@ -40,7 +40,6 @@ Allocation = Annotated[
 ]
 Budget = Annotated[str, typer.Option(help="Share of the full cache's bytes, such as 0.25, 25 or 25%.")]
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
-Bits = Annotated[bool, typer.Option("--bits", help="Quantise coordinates too, each at the width that pays.")]
 CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bfloat16, float16, float32 or model.")]
 
 
@@ -198,7 +197,8 @@ def evaluate(
         from nestling.kv.report import write_report
 
         least = min(config.budgets, key=lambda budget: budget.share)
-        allocation = bits_at(nested, least) if config.bits else ranks_at(nested, least, config.allocation)
+        quantised = config.quantise and nested.quantises
+        allocation = bits_at(nested, least) if quantised else ranks_at(nested, least, config.allocation)
         write_report(html, nested, result, allocation, title=f"{model}: quality and bytes")
         console.print(f"Report: {html}")
 

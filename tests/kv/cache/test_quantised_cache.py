@@ -268,7 +268,7 @@ def test_adapters_without_noise_have_caches_of_ranks(fitted, ids, tmp_path):
         for held in (cache, same):
             made.model(input_ids=ids, **cached(made.model, held))
     assert cache.nbytes == same.nbytes
-    config = kv.EvalConfig(budgets=[0.8], windows=1, length=40, sinks=0, window=0, bits=True)
+    config = kv.EvalConfig(budgets=[0.8], windows=1, length=40, sinks=0, window=0)
     assert not kv.evaluate(made.model, None, ids, old, config, progress=False)[1]["method"].endswith("bits")
     assert kv.evaluate(made.model, None, ids, made.adapter, config, progress=False)[1]["method"].endswith("-bits")
     old.save_pretrained(tmp_path / "old")

@@ -76,7 +76,10 @@ def adapter(model, ids):
 
 def run(model, adapter, ids=None, budgets=(1.0,), **options):
     tokenizer, store = options.pop("tokenizer", None), options.pop("store", None)
-    config = EvalConfig(**{"windows": 3, "length": 48, "chunk": 16, "window": 0, "budgets": budgets, **options})
+    if options.pop("paper", False):
+        options |= {"sinks": 0, "window": 0}
+    usual = {"windows": 3, "length": 48, "chunk": 16, "window": 0, "quantise": False}
+    config = EvalConfig(**{**usual, "budgets": budgets, **options})
     return evaluate(model, tokenizer, ids, adapter, config, progress=False, store=store)
 
 
@@ -451,7 +454,7 @@ def test_rank_tables_and_defaults(model, adapter, ids, tokenizer):
     table = adapter.ranks(96, "uniform")
     rows = run(model, adapter, ids, allocation=table)
     assert [(r["method"], r["budget"]) for r in rows] == [("full", None), ("balanced-ranks", None)]
-    config = EvalConfig(budgets=[0.6], windows=1, length=64, window=0)
+    config = EvalConfig(budgets=[0.6], windows=1, length=64, window=0, quantise=False)
     built_in = evaluate(model, tokenizer, None, adapter, config, progress=False)
     assert built_in[1]["kl"] > 0
 

@@ -48,19 +48,22 @@ class EvalConfig(Config):
         (), "Prompt length of a passkey test, in tokens; may be repeated.", wholes, cli=list[int] | None
     )
     budgets: Any = option(
-        "100,75,50,40",
+        "100,50,25,12.5",
         "Shares such as 0.25, 25 or 25%, separated by commas.",
         _shares,
         cli=str,
     )
     allocation: Any = option(
-        None, "energy, uniform or a searched one, such as greedy; by default the last searched.", cli=str | None
+        None,
+        "energy, uniform or the name of a searched one, such as greedy; by default energy, for ranks the last searched.",
+        cli=str | None,
     )
-    bits: bool = option(False, "Quantise coordinates too, each at the width that pays.", flag)
+    quantise: bool = option(
+        True, "Store each coordinate at the width that pays, of 0 to 16 bits, where the adapter can.", flag
+    )
     sinks: int = option(SINKS, "Leading tokens kept exact.", natural)
     window: int = option(WINDOW, "Recent tokens kept exact, at least.", natural)
     exact_prompt: bool = option(False, "The first prompt attends to exact keys and values.", flag, cli=False)
-    paper: bool = option(False, "Compress everything from token 0, as the paper does.", flag, cli=False)
     context: int | None = option(None, "Tokens at which budgets are met; default: the length.", whole, cli=False)
     dtype: Any = option(
         None,

@@ -91,16 +91,16 @@ def evaluate(
     """
     config = EvalConfig.of(config)
     adapter.check(model)
-    allocation = adapter.allocation if config.allocation is None else config.allocation
-    named, quantised = isinstance(allocation, str), config.bits and adapter.quantises
+    quantised = config.quantise and adapter.quantises and config.allocation in (None, "energy")
+    usual = "energy" if quantised else adapter.allocation
+    allocation = usual if config.allocation is None else config.allocation
+    named = isinstance(allocation, str)
     method = _method(adapter, allocation if named else "ranks") + "-bits" * quantised
     options = {name: getattr(config, name) for name in ("sinks", "window", "exact_prompt", "dtype")}
-    if config.paper:
-        options |= {"sinks": 0, "window": 0, "exact_prompt": False}
-    options |= {"quantise": config.bits, "context": config.context or config.length}
+    options |= {"quantise": config.quantise, "context": config.context or config.length}
     sizes: list[Any] = config.budgets if named else [allocation]
     configs = [CacheConfig(budget=size, allocation=allocation if named else None, **options) for size in sizes]
-    if config.context is None and not config.paper and any(named and size.share != 1 for size in sizes):
+    if config.context is None and any(named and size.share != 1 for size in sizes):
         check_length(config.length, config.sinks, config.window)
     candidates = [
         Candidate(method, size.share if named else None, bind(NestedCache, model, adapter, cache))
