@@ -55,7 +55,7 @@ class EvalConfig(Config):
     )
     allocation: Any = option(
         None,
-        "energy, uniform or the name of a searched one, such as greedy; by default energy, for ranks the last searched.",
+        "energy, uniform or a searched one, such as greedy; default: energy, or for ranks the last searched.",
         cli=str | None,
     )
     quantise: bool = option(
