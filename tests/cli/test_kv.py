@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from nestling import kv
 from nestling.cli import app
+from nestling.kv.cache.lengths import bytes_by_length, shared_bytes
 
 from ..kv.families import tiny_model
 
@@ -199,19 +200,22 @@ def test_search_writes_an_adapter_for_every_budget(place, method):
     rows = json.loads((place / "search.json").read_text())["rows"]
     assert [r["budget"] for r in rows] == [0.75, 0.6]
     assert rows[0]["keys"] + rows[0]["values"] == pytest.approx(1.5, abs=0.03)
-    shown = run("kv", "inspect", place / method, "--allocation", method)
+    shown = run("kv", "inspect", place / method, "--allocation", method, "--budget", "50%")
     assert shown.exit_code == 0, shown.output
 
 
-def test_inspect_shows_the_ranks(place):
+def test_inspect_shows_bits_and_bytes(place):
     result = run(
-        "kv", "inspect", place / "adapter", "--budget", 0.75, "--json", place / "ranks.json", "--png", place / "r.png"
+        "kv", "inspect", place / "adapter", "--budget", 0.75, "--json", place / "bits.json", "--png", place / "r.png"
     )
     assert result.exit_code == 0, result.output
-    rows = json.loads((place / "ranks.json").read_text())["rows"]
-    kept = sum(sum(r["keys"]) + sum(r["values"]) for r in rows)
+    rows = json.loads((place / "bits.json").read_text())["rows"]
     adapter = kv.KVAdapter.from_pretrained(place / "adapter")
-    assert adapter.full_elements * 0.75 - 8 < kept <= adapter.full_elements * 0.75
+    bits = [bits for row in rows if "layer" in row for side in ("keys", "values") for bits in row[side]]
+    assert 0.7 < sum(bits) / len(bits) / 16 <= 0.75
+    lengths = {row["tokens"]: row for row in rows if "tokens" in row}
+    assert [*lengths.values()] == bytes_by_length(adapter, 0.75)
+    assert lengths[8192]["share"] <= 0.75 and f"{shared_bytes(adapter, 0.75):,} bytes of bases" in result.output
     assert (place / "r.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -30,17 +30,11 @@ from nestling.kv.cache.config import CacheConfig
 from nestling.kv.calibration.config import FitConfig, SearchConfig
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.training.config import TrainConfig
-from nestling.options import choice
 
 kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, inspect.")
 
 Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", metavar="ADAPTER")]
-Allocation = Annotated[
-    str | None, typer.Option(help="energy, uniform or a searched one, such as greedy; by default the last searched.")
-]
-Budget = Annotated[str, typer.Option(help="Share of the full cache's bytes, such as 0.25, 25 or 25%.")]
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
-CacheDtype = Annotated[str, typer.Option(help="Precision of the stored cache: bfloat16, float16, float32 or model.")]
 
 
 @kv_app.command()
@@ -228,51 +222,31 @@ def generate(
 
 @kv_app.command()
 @errors_as_messages
+@takes(config=CacheConfig)
 def inspect(
     adapter: Adapter,
-    budget: Budget = "0.5",
-    allocation: Allocation = None,
+    config: CacheConfig,
     json: Json = None,
-    png: Annotated[Path | None, typer.Option(help="Write the heat map of ranks to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the heat map of bits to this file.")] = None,
 ) -> None:
-    """Show the ranks of every layer and head at a budget, as a table and a heat map."""
-    from rich.table import Table
-    from rich.text import Text as Styled
-
+    """Show what a cache takes: bits by layer and head, and bytes by length of text. No model is loaded."""
     from nestling import kv
-    from nestling.kv.allocation.budget import read_share
-    from nestling.kv.cache.factory import ranks_at
-    from nestling.kv.report import rank_maps, rank_rows, shade
+    from nestling.kv.allocation.budget import read_budget
+    from nestling.kv.cache.config import BUDGET
+    from nestling.kv.cache.lengths import allocation_of, bytes_by_length, shared_bytes
+    from nestling.kv.report import bit_rows, bits_map, bits_table
     from nestling.report.figures import write_png
 
     check_outputs(json, png)
-    wanted = read_share(budget, "--budget")
     nested = kv.KVAdapter.from_pretrained(adapter)
-    ranks, asked = ranks_at(nested, wanted, allocation), wanted.share
-    rows = rank_rows(nested, ranks)
-    width = nested.shape[2]
-    table = Table("layer", "keys", "values", "groups", title=f"ranks of {width} at {asked:.4g} of the full cache")
-    for row in rows:
-        cells = [
-            Styled.assemble(*((f" {r:3d} ", f"on {shade(r / width)}") for r in row[side]))
-            for side in ("keys", "values")
-        ]
-        table.add_row(str(row["layer"]), *cells, str(row["groups"]))
-    console.print(table)
-    kept = {side: int(getattr(ranks, side).sum()) / (nested.full_elements / 2) for side in ("keys", "values")}
-    share = ranks.elements / nested.full_elements
-    console.print(
-        f"{ranks.elements:,} of {nested.full_elements:,} elements per token ({share:.4f}); "
-        f"keys keep {kept['keys']:.3f}, values {kept['values']:.3f}; {ranks.elements * 2:,} bytes per token in bf16"
-    )
-    write_results(json, rows)
+    lengths, shared = bytes_by_length(nested, config), shared_bytes(nested, config)
+    allocation = allocation_of(nested, config)
+    share = read_budget(BUDGET if config.budget is None else config.budget, "--budget").share
+    rows, asked = bit_rows(nested, allocation), f" at {share:.4g} of the full cache"
+    console.print(bits_table(rows, f"bits per number, of 16,{asked}"))
+    show(lengths, f"bytes by length{asked}")
+    console.print(f"{shared:,} bytes of bases, which all caches of this adapter and allocation share")
+    write_results(json, [*rows, *lengths])
     if png is not None:
-        write_png(png, rank_maps(nested, ranks, f"Ranks at {asked:.0%}"))
+        write_png(png, bits_map(nested, allocation, f"Bits{asked}"))
         console.print(f"Heat map: {png}")
-
-
-def _dtype(name: str):
-    import torch
-
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "model": None}
-    return dtypes[choice("--cache-dtype", name, tuple(dtypes))]

@@ -1,7 +1,11 @@
-"""What `nestling.kv` shows: rank tables and maps, and HTML pages of measurements and trainings."""
+"""What `nestling.kv` shows: bits of layers and heads, and HTML pages of measurements and trainings."""
 
 from collections.abc import Sequence
 from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.bits import BitTable
@@ -22,32 +26,40 @@ QUALITY = (
 )
 
 
-def rank_rows(adapter: KVAdapter, ranks: RankTable) -> list[dict]:
-    """One row a compressed layer: its index, the ranks of its heads, and the number of rank groups it is stored in."""
-    keys, values = ranks.keys.tolist(), ranks.values.tolist()
+def bit_rows(adapter: KVAdapter, allocation: RankTable | BitTable) -> list[dict]:
+    """One row a compressed layer: its index, the bits per number of each head, and the groups it is stored in."""
+    keys, values = (side.tolist() for side in _bits_per_number(adapter, allocation))
     return [
-        {"layer": layer, "keys": keys[row], "values": values[row], "groups": len(ranks.groups(row))}
+        {"layer": layer, "keys": keys[row], "values": values[row], "groups": len(allocation.groups(row))}
         for row, layer in enumerate(adapter.fingerprint["layers"])
     ]
 
 
-def rank_maps(adapter: KVAdapter, ranks: RankTable, title: str):
-    """Heat maps of the ranks of keys and of values, layers downwards (a matplotlib Figure)."""
-    panels = {"keys": ranks.keys, "values": ranks.values}
-    return heat_maps(panels, title=title, row_label="layer", col_label="KV head", vmax=adapter.shape[2])
+def bits_table(rows: Sequence[dict], title: str) -> Table:
+    """Those rows for the terminal, the darker the more bits."""
+    table = Table("layer", "keys", "values", "groups", title=title)
+    for row in rows:
+        cells = [
+            Text.assemble(*((f" {bits:4.1f} ", f"on {_shade(bits / 16)}") for bits in row[side]))
+            for side in ("keys", "values")
+        ]
+        table.add_row(str(row["layer"]), *cells, str(row["groups"]))
+    return table
 
 
 def bits_map(adapter: KVAdapter, allocation: RankTable | BitTable, title: str):
     """Heat maps of the bits per number of keys and of values, layers downwards (a matplotlib Figure)."""
-    width = adapter.shape[2]
-    panels = {
-        side: table.double().mean(-1) if table.ndim == 3 else table * (16 / width)
-        for side, table in (("keys", allocation.keys), ("values", allocation.values))
-    }
+    panels = dict(zip(("keys", "values"), _bits_per_number(adapter, allocation), strict=True))
     return heat_maps(panels, title=title, row_label="layer", col_label="KV head", unit="bits per number")
 
 
-def shade(share: float) -> str:
+def _bits_per_number(adapter: KVAdapter, allocation: RankTable | BitTable) -> list[Tensor]:
+    """Of keys and of values, ``[L, Hkv]``."""
+    sides, width = (allocation.keys, allocation.values), adapter.shape[2]
+    return [side.double().mean(-1) if side.ndim == 3 else side * (16 / width) for side in sides]
+
+
+def _shade(share: float) -> str:
     """A background colour for the terminal, darker green for a larger share."""
     return f"rgb({int(40 * (1 - share))},{int(40 + 90 * share)},{int(60 * (1 - share))})"
 

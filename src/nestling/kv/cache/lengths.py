@@ -37,7 +37,7 @@ def bytes_by_length(adapter: "KVAdapter", budget: Any = None, lengths: Sequence[
         BudgetError: the budget or allocation cannot be met.
     """
     options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
-    table = _table(adapter, options)
+    table = allocation_of(adapter, options)
     if options.keep_tokens < 1:
         raise OptionError(f"keep_tokens={shown(options.keep_tokens)}: which tokens are kept depends on the text")
     storage = Storage(options.sinks, options.window, BLOCK, options.context)
@@ -62,12 +62,18 @@ def shared_bytes(adapter: "KVAdapter", budget: Any = None) -> int:
         BudgetError: the budget or allocation cannot be met.
     """
     options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
-    table, half = _table(adapter, options), _dtype(options).itemsize == SIXTEEN_BITS.itemsize
+    table, half = allocation_of(adapter, options), _dtype(options).itemsize == SIXTEEN_BITS.itemsize
     layers, _, width = adapter.shape
     return nbytes(LayerBases.of(adapter._layer_bases(row), members(table, row, width), half) for row in range(layers))
 
 
-def _table(adapter: "KVAdapter", options: CacheConfig) -> Table:
+def allocation_of(adapter: "KVAdapter", options: CacheConfig) -> Table:
+    """The allocation that a new cache of these options starts with.
+
+    Raises:
+        OptionError: the options have a limit alone, under which the allocation depends on the length.
+        BudgetError: the budget or allocation cannot be met.
+    """
     if isinstance(options.budget, RankTable | BitTable | Mapping):
         return given_table(adapter, options)
     factory = CacheFactory(adapter, options)
