@@ -501,9 +501,9 @@ def test_shares_are_of_the_stored_precision(made, ids, dtype, itemsize):
         assert cache.share == cache.full_nbytes == 0
         assert share * full - 8 < cache.allocation.elements <= share * full
         with torch.no_grad():
-            made.model(input_ids=ids[:1, :40], **cached(made.model, cache))
-        assert cache.nbytes == cache.allocation.elements * itemsize * 40 <= share * full * itemsize * 40
-        assert cache.full_nbytes == full * itemsize * 40 and cache.share == cache.allocation.elements / full
+            made.model(input_ids=ids[:1, :48], **cached(made.model, cache))
+        assert cache.nbytes == cache.allocation.elements * itemsize * 48 <= share * full * itemsize * 48
+        assert cache.full_nbytes == full * itemsize * 48 and cache.share == cache.allocation.elements / full
 
 
 def test_one_adapter_makes_caches_of_every_budget(made):
