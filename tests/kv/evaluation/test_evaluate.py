@@ -79,8 +79,7 @@ def run(model, adapter, ids=None, budgets=(1.0,), **options):
     tokenizer, store = options.pop("tokenizer", None), options.pop("store", None)
     if options.pop("paper", False):
         options |= {"sinks": 0, "window": 0}
-    usual = {"windows": 3, "length": 48, "chunk": 16, "window": 0, "quantise": False}
-    usual |= {} if options.get("quantise") else {"dtype": model.dtype}
+    usual = {"windows": 3, "length": 48, "chunk": 16, "window": 0, "quantise": False, "dtype": model.dtype}
     config = EvalConfig(**{**usual, "budgets": budgets, **options})
     return evaluate(model, tokenizer, ids, adapter, config, progress=False, store=store)
 
