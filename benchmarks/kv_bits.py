@@ -5,10 +5,10 @@
     python benchmarks/kv_bits.py --data FOLDER --model gemma3 --methods bits-balanced,bits-pca,int4,kivi-int2
 
 `bits` and `ranks` are of the trained adapter, and `bits-NAME` and `ranks-NAME` of another one (`--adapter`, `--name`);
-`bits-balanced` and `bits-pca` of ones that are calibrated here, on the Brown corpus. Ours keep 4 sinks and a recent
-window in bf16, which is counted; budgets are met at the length of the windows, and left out where ranks cannot meet
-them. Plain integers have the bytes that their groups and scales take; `quanto` and `hqq` are transformers'
-QuantizedCache.
+`bits-auto` (the default bases), `bits-balanced` and `bits-pca` of ones that are calibrated here, on the Brown corpus.
+Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the windows, and left
+out where ranks cannot meet them. Plain integers have the bytes that their groups and scales take; `quanto` and `hqq`
+are transformers' QuantizedCache.
 """
 
 import json
@@ -33,7 +33,11 @@ from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
-CALIBRATED = {"bits-balanced": "balanced-window", "bits-pca": "pca-window"}  # method: basis, as `fit` names it
+CALIBRATED = {  # method: basis, as `fit` names it
+    "bits-auto": "auto-window",
+    "bits-balanced": "balanced-window",
+    "bits-pca": "pca-window",
+}
 BASELINES = {
     **{f"int{b}": bind(baselines.int_cache, bits=b) for b in (8, 4, 3, 2)},
     **{f"hadamard-int{b}": bind(baselines.int_cache, bits=b, rotate=True) for b in (4, 3, 2)},
