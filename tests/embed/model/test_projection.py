@@ -5,7 +5,7 @@ import pytest
 import torch
 from sentence_transformers.base.modules import Dense
 
-from nestling.embed.model import projection as room
+from nestling.embed.model import projection as module
 from nestling.embed.model.encode import encode
 from nestling.embed.model.projection import Projection, fit_projections
 from nestling.embed.model.taps import taps
@@ -73,7 +73,7 @@ def best_of_rank(vectors, target, dims: int) -> float:
 def test_aligned_prefixes_tell_most_of_the_full_model(family, flatten, encoder, monkeypatch):
     """Each prefix is the best that linear maps of its size can do, and better than as many principal components."""
     monkeypatch.setattr("nestling.embed.model.projection.RIDGE", 1e-6)
-    monkeypatch.setattr("nestling.embed.model.room.OWN", 1e-3)
+    monkeypatch.setattr("nestling.embed.model.projection.OWN", 1e-3)
     model = encoder(family)
     texts = list(dict.fromkeys(some_texts(400)))
     vectors = encode(model, texts, {2: HIDDEN, 4: HIDDEN})
@@ -170,12 +170,12 @@ def test_the_alignment_is_the_balanced_basis(flatten, width):
     mix = torch.linspace(2, 0.3, HIDDEN, dtype=torch.float64)[:, None] * mix
     vectors = torch.randn(400, HIDDEN, generator=generator, dtype=torch.float64) @ mix
     target = torch.tanh(vectors @ torch.randn(HIDDEN, width, generator=generator, dtype=torch.float64) / 4)
-    encode, mean = room._aligned(vectors, target, flatten, centred=True)
+    encode, mean = module._aligned(vectors, target, flatten, centred=True)
     inputs, wanted = vectors - vectors.mean(0), target - target.mean(0)
-    own = inputs * (room.OWN * (wanted.square().sum() / inputs.square().sum()).sqrt())
+    own = inputs * (module.OWN * (wanted.square().sum() / inputs.square().sum()).sqrt())
     wanted = torch.cat((wanted, own), 1)
     covariance = inputs.mT @ inputs / 400
-    ridge = room.RIDGE * covariance.diagonal().mean() * torch.eye(HIDDEN, dtype=torch.float64)
+    ridge = module.RIDGE * covariance.diagonal().mean() * torch.eye(HIDDEN, dtype=torch.float64)
     predicts = torch.linalg.solve(covariance + ridge, inputs.mT @ wanted / 400)
     power, components = torch.linalg.eigh(predicts.mT @ covariance @ predicts)
     power, components = power.flip(0)[:HIDDEN], components.flip(1)[:, :HIDDEN]

@@ -115,7 +115,7 @@ def test_they_are_compiled_once_into_a_private_folder(cache):
     names = [library(cache).name, library(cache).with_suffix(".sha256").name]
     assert sorted(path.name for path in cache.iterdir()) == sorted(names)
     before = library(cache).stat()
-    assert in_another_process() == f"0 compiled C: on ({library(cache)})" and library(cache).stat() == before
+    assert in_another_process().startswith(f"0 compiled C: on ({library(cache)});") and library(cache).stat() == before
 
 
 @pytest.mark.parametrize("kind", ["empty", "half", "text", "fifo", "link", "folder", "no checksum", "other checksum"])
@@ -128,7 +128,7 @@ def test_a_library_that_is_not_what_was_compiled_is_compiled_again(cache, kind, 
         path.with_suffix(".sha256").unlink() if kind == "no checksum" else path.with_suffix(".sha256").write_text("0")
     else:
         path.write_bytes({"empty": b"", "half": whole[: len(whole) * 2 // 3], "text": b"hello"}[kind])
-    assert in_another_process() == f"0 compiled C: on ({path})"
+    assert in_another_process().startswith(f"0 compiled C: on ({path});")
     assert not path.is_symlink() and path.is_file() and path.stat().st_size == len(whole)
     assert path.with_suffix(".sha256").read_text().strip() == sha256(path)
 
