@@ -13,8 +13,9 @@ from tests.docs.pages import ROOT, blocks, pages
 
 # Hours and large files become seconds here: text on a page -> what the test runs in its place.
 SMALLER = {
-    "FitConfig(tokens=65_536)": "FitConfig(tokens=4_096)",
-    "tokens=300_000": "tokens=2_048",
+    "FitConfig(tokens=65_536)": 'FitConfig(basis="balanced", tokens=512, length=256, sensitivity_length=256)',
+    "TrainConfig(tokens=300_000,": "TrainConfig(tokens=512, length=256, batch_size=1,",
+    "EvalConfig(": "EvalConfig(length=256, context=1024, ",
     "steps=500": "steps=3",
 }
 FILES = {
