@@ -28,6 +28,20 @@ WINDOWS = 4  # of text that nothing was fitted on, where there is enough
 Candidates = Mapping[str, tuple[KVAdapter, Costs]]
 
 
+@torch.no_grad()
+def can_choose(model) -> bool:
+    """Whether `choose` can compare predictions: it needs the last hidden states of what transformers calls the decoder.
+
+    Some families (Llama 4, ModernBERT's decoder) name another part so: they get balanced bases.
+    """
+    decoder, _ = attention.decoder_and_head(model)
+    ids = torch.ones(1, 2, dtype=torch.long, device=attention.input_device(model))
+    try:
+        return hasattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state")
+    except TypeError:
+        return False
+
+
 def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, bar) -> KVAdapter:
     """The adapter whose bases were measured to be the best: one of the candidates, or a mixture of them.
 

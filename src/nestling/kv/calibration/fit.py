@@ -1,6 +1,7 @@
 """Calibration: nested bases for a model from text alone, without training."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from nestling.errors import OptionError
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.cache.exact import SKIP, capacity
-from nestling.kv.calibration.choice import WINDOWS, choose
+from nestling.kv.calibration.choice import WINDOWS, can_choose, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.moments import collect_moments, make_bases
 from nestling.kv.calibration.sensitivity import at_full_ranks, at_half
@@ -67,6 +68,8 @@ def fit(
     if length <= SKIP:
         raise OptionError(f"length={length}: windows need more than the {SKIP} leading tokens, which are left out")
     check_gradients(model)
+    if config.basis == AUTO and not can_choose(model):
+        config = replace(config, basis=BASES[0])
     count, auto = max(1, config.tokens // length), config.basis == AUTO
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=count + WINDOWS * auto)))
     held_out = windows
