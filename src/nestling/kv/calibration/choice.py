@@ -30,7 +30,7 @@ Candidates = Mapping[str, tuple[KVAdapter, Costs]]
 
 @torch.no_grad()
 def can_choose(model) -> bool:
-    """Whether `choose` can compare predictions: it needs the last hidden states of what transformers calls the decoder.
+    """Whether `choose` can compare predictions: it needs the last hidden states of the decoder that a model names.
 
     Some families (Llama 4, ModernBERT's decoder) name another part so: they get balanced bases.
     """
