@@ -5,7 +5,7 @@ The command line gives its options to the library, which checks them here before
 
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,22 @@ def whole(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -
     if number_ != int(number_) or number_ < minimum or (maximum is not None and number_ > maximum):
         raise OptionError(f"{name}={shown(value)} is out of range: expected {expected}")
     return int(number_)
+
+
+def natural(name: str, value: Any) -> int:
+    """``value`` as an integer of at least 0; see `whole`."""
+    return whole(name, value, minimum=0)
+
+
+def by_name(name: str, value: Any, owner: str) -> dict[str, Any]:
+    """``value`` as options by name, for ``owner``, which checks them itself.
+
+    Raises:
+        OptionError: it is not a mapping from strings.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise OptionError(f"{name}={shown(value)}: expected options of {owner} by name")
+    return dict(value)
 
 
 def wholes(name: str, values: Any, minimum: int = 1) -> list[int]:

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nestling.config import Config, option
-from nestling.errors import MaskingError, OptionError
-from nestling.options import flag, number, path, share, shown, whole
+from nestling.errors import MaskingError
+from nestling.options import by_name, flag, number, path, share, whole
 
 # Options that leave the result as it is, so that a pre-training can be resumed with others.
 FREE = ("output_dir", "skip_bad", "resume", "progress", "callbacks", "arguments")
 
 
-def _arguments(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise OptionError(f"{name}={shown(value)}: expected options of transformers' TrainingArguments by name")
-    return dict(value)
+_arguments = partial(by_name, owner="transformers' TrainingArguments")
 
 
 @dataclass(frozen=True, kw_only=True)

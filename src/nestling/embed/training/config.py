@@ -8,7 +8,7 @@ from typing import Any
 
 from nestling.config import Config, option
 from nestling.errors import OptionError
-from nestling.options import choice, flag, number, path, shown, text, whole
+from nestling.options import by_name, choice, flag, number, path, shown, text, whole
 
 PROJECTIONS = ("auto", "aligned", "centred", "pca", "none")
 # Options that leave the result as it is, so that a training can be resumed with others.
@@ -51,10 +51,7 @@ def _pair(name: str, item: Any, expected: str) -> tuple[str, str]:
     return key.strip(), value
 
 
-def _arguments(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise OptionError(f"{name}={shown(value)}: expected options of SentenceTransformerTrainingArguments by name")
-    return dict(value)
+_arguments = partial(by_name, owner="SentenceTransformerTrainingArguments")
 
 
 @dataclass(frozen=True, kw_only=True)

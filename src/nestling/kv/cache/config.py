@@ -7,7 +7,7 @@ from typing import Any, Self
 from nestling.config import Config, option
 from nestling.errors import OptionError
 from nestling.kv.allocation.budget import CONTEXT, SINKS, WINDOW, Budget, read_budget, read_limit
-from nestling.options import flag, share, shown, text, whole
+from nestling.options import flag, natural, share, shown, text, whole
 
 BUDGET = 0.25  # where neither a budget nor a limit is given
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # that a cache can store
@@ -28,10 +28,6 @@ def _budget(name: str, value: Any) -> Any:
 def _limit(name: str, value: Any) -> Any:
     limit = read_limit(value, name)
     return value if isinstance(value, str | Budget) else limit.limit
-
-
-def _natural(name: str, value: Any) -> int:
-    return whole(name, value, minimum=0)
 
 
 def _dtype(name: str, value: Any) -> str:
@@ -70,8 +66,8 @@ class CacheConfig(Config):
     quantise: bool = option(
         True, "Store each coordinate at the width that pays, of 0 to 16 bits, where the adapter can.", flag
     )
-    sinks: int = option(SINKS, "Leading tokens that are kept exact.", _natural)
-    window: int = option(WINDOW, "Recent tokens that are kept exact, at least, and up to 15 more.", _natural)
+    sinks: int = option(SINKS, "Leading tokens that are kept exact.", natural)
+    window: int = option(WINDOW, "Recent tokens that are kept exact, at least, and up to 15 more.", natural)
     exact_prompt: bool = option(
         True, "The first prompt attends to exact keys and values; only later reads see the compression.", flag
     )

@@ -5,13 +5,12 @@ from functools import partial
 
 from nestling.config import Config, option
 from nestling.kv.allocation.budget import SINKS, WINDOW
-from nestling.options import choice, number, whole
+from nestling.options import choice, natural, number, whole
 
 BASES = ("balanced", "pca")  # for queries and outputs, and the paper's
 AUTO = "auto"  # of both the better one for each layer and side
 METHODS = ("blend", "greedy")
 PIECES, LENGTH = 16, 512  # texts on which costs of coordinates are measured, and their tokens
-natural = partial(whole, minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from nestling.config import Config, option
 from nestling.errors import OptionError
 from nestling.kv.allocation.budget import SINKS, WINDOW, Budget, read_shares
-from nestling.options import choice, flag, shown, whole, wholes
+from nestling.options import choice, flag, natural, shown, whole, wholes
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-natural = partial(whole, minimum=0)
 
 
 def _tasks(name: str, value: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Options of the training of bases. torch is not imported, so that a command shows them quickly."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -8,8 +7,8 @@ from typing import Any, Self
 from nestling.config import Config, option
 from nestling.errors import OptionError
 from nestling.kv.allocation.budget import SINKS, WINDOW, Budget, read_shares
-from nestling.kv.calibration.config import AUTO, BASES, natural
-from nestling.options import choice, flag, number, path, shown, text, whole
+from nestling.kv.calibration.config import AUTO, BASES
+from nestling.options import by_name, choice, flag, natural, number, path, text, whole
 
 SAMPLINGS = ("path", "independent", "bits")
 BUDGETS = "75,50,37.5,25"
@@ -46,10 +45,7 @@ def _shares(name: str, value: Any) -> list[Budget]:
     return read_shares(value, name)
 
 
-def _arguments(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise OptionError(f"{name}={shown(value)}: expected options of transformers' TrainingArguments by name")
-    return dict(value)
+_arguments = partial(by_name, owner="transformers' TrainingArguments")
 
 
 @dataclass(frozen=True, kw_only=True)
