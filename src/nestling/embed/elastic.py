@@ -27,8 +27,8 @@ from nestling.embed.training.align import align
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.result import Trained, save
 from nestling.embed.training.train import train
-from nestling.errors import FileError, NestlingError, OptionError
-from nestling.files.temporary import private_temporary_folder
+from nestling.errors import FileError, OptionError
+from nestling.files.hub import upload
 from nestling.options import flag, path, text
 
 
@@ -252,22 +252,10 @@ class ElasticEncoder(SizedEncoder):
         Raises:
             FileError: the repository cannot be made or written to.
         """
-        from huggingface_hub import HfApi
-
-        private, api = flag("private", private), HfApi(token=token)
-        try:
-            address = api.create_repo(text("repo_id", repo_id), private=private, exist_ok=True)
-            with private_temporary_folder() as work:
-                self.save_pretrained(work / "encoder")
-                api.upload_folder(repo_id=repo_id, folder_path=work / "encoder", commit_message="nestling encoder")
-        except NestlingError:
-            raise
-        except Exception as error:  # of the hub, of the network, of the access
-            raise FileError(
-                f"{repo_id} cannot be written to ({type(error).__name__}: {error}): check the id, the network, and "
-                "whether your token may write there"
-            ) from error
-        return str(address)
+        return upload(
+            self.save_pretrained, text("repo_id", repo_id), private=flag("private", private), token=token,
+            message="nestling encoder", failure=FileError,
+        )  # fmt: skip
 
     def export(
         self,

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from nestling.errors import AdapterError, NestlingError
-from nestling.files.temporary import private_temporary_folder
+from nestling.errors import AdapterError
+from nestling.files.hub import upload
 from nestling.kv.adapter_files import CARD_FILE, CONFIG_FILE
 
 
@@ -15,28 +15,17 @@ def push(save: Callable[[Path], None], repo_id: str, private: bool, token: str |
     Raises:
         AdapterError: the repository cannot be made or written to.
     """
-    from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    try:
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        with private_temporary_folder() as work:
-            folder, other = work / "adapter", _has_other_card(repo_id, token)
-            if other:
-                folder.mkdir()
-                (folder / CARD_FILE).touch()  # so that the adapter's card gets another name
-            save(folder)
-            if other:
-                (folder / CARD_FILE).unlink()
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="nestling KV adapter")
-    except NestlingError:
-        raise
-    except Exception as error:  # of the hub, of the network, of the access
-        raise AdapterError(
-            f"{repo_id} cannot be written to ({type(error).__name__}: {error}): check the id, the network, and "
-            "whether your token may write there"
-        ) from error
-    return str(address)
+    def write(folder: Path) -> None:
+        other = _has_other_card(repo_id, token)
+        if other:
+            folder.mkdir()
+            (folder / CARD_FILE).touch()  # so that the adapter's card gets another name
+        save(folder)
+        if other:
+            (folder / CARD_FILE).unlink()
+
+    return upload(write, repo_id, private=private, token=token, message="nestling KV adapter", failure=AdapterError)
 
 
 def _has_other_card(repo_id: str, token: str | None) -> bool:
