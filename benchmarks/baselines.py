@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, HQQQuantizedLayer, QuantoQuantizedLayer
 
 from nestling import kv
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import compressible_layers, stock_layers
 from nestling.kv.quantisation.packing import pack, unpack
 
 GROUP = 32  # elements that share a scale and a minimum
@@ -29,8 +29,8 @@ def int_cache(config: PreTrainedConfig, bits: int, rotate: bool = False) -> Cach
     outliers over all coordinates; their width must be a power of two.
     """
     config = config.get_text_config(decoder=True)
-    layers = attention.stock_layers(config)
-    for index in attention.compressible_layers(config):
+    layers = stock_layers(config)
+    for index in compressible_layers(config):
         layers[index] = IntLayer(bits, rotate)
     return Cache(layers=layers)
 
@@ -38,8 +38,8 @@ def int_cache(config: PreTrainedConfig, bits: int, rotate: bool = False) -> Cach
 def kivi_cache(config: PreTrainedConfig, bits: int) -> Cache:
     """The same with keys quantised by channel in groups of 32 tokens, as KIVI does; up to 31 recent ones are exact."""
     config = config.get_text_config(decoder=True)
-    layers = attention.stock_layers(config)
-    for index in attention.compressible_layers(config):
+    layers = stock_layers(config)
+    for index in compressible_layers(config):
         layers[index] = KiviLayer(bits)
     return Cache(layers=layers)
 
@@ -227,7 +227,7 @@ class _HQQ(_Bf16, HQQQuantizedLayer):
 
 
 def _quantised(kind: type, config: PreTrainedConfig, bits: int, options: dict) -> Cache:
-    layers = attention.stock_layers(config.get_text_config(decoder=True))
+    layers = stock_layers(config.get_text_config(decoder=True))
     if other := {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}:
         raise ValueError(f"QuantizedCache serves full attention only; this model has {', '.join(sorted(other))}")
     return Cache(layers=[kind(nbits=bits, **options) for _ in layers])

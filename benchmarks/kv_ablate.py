@@ -62,7 +62,7 @@ class FreeBases(student.MaskedBases):
 
 
 def random_start(lm, adapter: kv.KVAdapter, windows: Tensor) -> kv.KVAdapter:
-    """Random orthogonal bases, with energies measured for them."""
+    """Random orthogonal bases, with costs measured for them."""
     rng = torch.Generator().manual_seed(0)
     encode = {s: torch.linalg.qr(torch.randn(adapter.encode[s].shape, generator=rng)).Q for s in SIDES}
     changed = replace(adapter, encode=encode)

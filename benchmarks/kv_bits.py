@@ -28,7 +28,7 @@ from nestling.errors import BudgetError
 from nestling.jobs.results import ResultStore
 from nestling.kv import EvalConfig
 from nestling.kv.evaluation.evaluate import Candidate, compare
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import text_config
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -56,7 +56,7 @@ def candidates(
     found = []
     for name in methods:
         if name in BASELINES:
-            found.append(Candidate(name, None, bind(BASELINES[name], attention.text_config(lm))))
+            found.append(Candidate(name, None, bind(BASELINES[name], text_config(lm))))
             continue
         options = {"context": context, "window": window, "exact_prompt": False, "dtype": torch.bfloat16}
         make = baselines.nested(lm, adapter(name), quantise=name != "ranks", **options)

@@ -30,16 +30,14 @@ from nestling.data.windows import token_windows
 from nestling.jobs.results import ResultStore
 from nestling.kv import EvalConfig
 from nestling.kv.evaluation.evaluate import Candidate, compare
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import text_config
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
 SEED = 0
 PAPER = {"sinks": 0, "window": 0, "exact_prompt": False}
-METHODS: dict[
-    str, tuple[str, dict]
-] = {  # name: adapter (basis, and how its energies are measured), options of its cache
+METHODS: dict[str, tuple[str, dict]] = {  # name: adapter (basis, and how its costs are measured), options of its cache
     "pca-uniform": ("pca", {"allocation": "uniform", **PAPER}),
     "balanced-uniform": ("balanced", {"allocation": "uniform", **PAPER}),
     "balanced-energy": ("balanced", {"allocation": "energy", **PAPER}),
@@ -126,7 +124,7 @@ def candidates(lm, adapters: dict[str, kv.KVAdapter], methods: list[str], sizes:
     found = []
     for name in methods:
         if name in BASELINES:
-            found.append(Candidate(name, None, bind(BASELINES[name], attention.text_config(lm))))
+            found.append(Candidate(name, None, bind(BASELINES[name], text_config(lm))))
             continue
         basis, options = METHODS[name]
         make = baselines.nested(lm, adapters[basis], quantise=False, context=context, dtype=torch.bfloat16, **options)

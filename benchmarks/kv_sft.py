@@ -26,8 +26,7 @@ from transformers import Trainer, TrainingArguments
 from nestling import kv
 from nestling.data.windows import answer_windows
 from nestling.jobs.progress import progress_bar
-from nestling.kv.integration import attach as attention
-from nestling.kv.integration.attach import cached
+from nestling.kv.integration.attach import attach, cached
 from nestling.losses import IGNORED
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
@@ -133,7 +132,7 @@ def main(
         measured = measure(lm, tokenizer, current, shares, tests[:questions], held_ids, held_labels)
         rows.extend({"model": Path(model).name, "method": stage, **row} for row in measured)
 
-    attention.attach(lm)
+    attach(lm)
     record("lora", bases)
     config = kv.TrainConfig(
         output_dir=second, length=length, batch_size=batch, tokens=int(epochs * ids.numel()), resume=second.is_dir(),

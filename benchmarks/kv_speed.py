@@ -29,8 +29,7 @@ from nestling import kv
 from nestling.jobs.progress import progress_bar
 from nestling.kv.allocation.bits import BitTable
 from nestling.kv.evaluation.evaluate import held_bytes
-from nestling.kv.integration import attach as attention
-from nestling.kv.integration.attach import cached
+from nestling.kv.integration.attach import attention_forward, cached, head_shape, text_config
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -41,7 +40,7 @@ REFERENCE = "same-storage"
 
 def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
     """Methods by name: functions that give an empty cache."""
-    config = attention.text_config(lm)
+    config = text_config(lm)
 
     def ranks(budget, **options) -> kv.NestedCache:
         options = {"context": 4096, "quantise": False, "dtype": lm.dtype, **options}
@@ -71,8 +70,8 @@ def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
 
 def fill(lm, cache, tokens: int) -> None:
     """Put ``tokens`` random keys and values into every layer."""
-    config = attention.text_config(lm)
-    _, heads, width = attention.head_shape(config)
+    config = text_config(lm)
+    _, heads, width = head_shape(config)
     for layer in range(config.num_hidden_layers):
         for part in torch.randn(2, 1, heads, tokens, width, dtype=lm.dtype, device=lm.device).split(FILL, 3):
             cache.update(part[0], part[1], layer)
@@ -80,8 +79,8 @@ def fill(lm, cache, tokens: int) -> None:
 
 def attention_step(lm, cache, modules) -> None:
     """One decode step's cache update and attention, in all layers, without the rest of the model."""
-    config = attention.text_config(lm)
-    query_heads, heads, width = attention.head_shape(config)
+    config = text_config(lm)
+    query_heads, heads, width = head_shape(config)
     new = torch.randn(2, 1, heads, 1, width, dtype=lm.dtype, device=lm.device)
     query = torch.randn(1, query_heads, 1, width, dtype=lm.dtype, device=lm.device)
     for layer, module in enumerate(modules):
@@ -89,7 +88,7 @@ def attention_step(lm, cache, modules) -> None:
         mask = None
         if isinstance(cache, StaticCache):  # it attends to all of its slots, under a mask
             mask = (torch.arange(keys.shape[2], device=lm.device) < cache.get_seq_length(layer))[None, None, None]
-        attention.attention_forward(module, query, keys, values, mask, scaling=module.scaling)
+        attention_forward(module, query, keys, values, mask, scaling=module.scaling)
 
 
 def attention_modules(lm) -> list:

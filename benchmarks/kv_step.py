@@ -15,7 +15,7 @@ from rich.console import Console
 from timing import medians
 
 from nestling import kv
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import attach, decoder_and_head
 from nestling.kv.simulation.student import Student
 from nestling.kv.training.config import PRESETS, TrainConfig
 from nestling.kv.training.sampling import schedule
@@ -29,7 +29,7 @@ def jobs(lm, adapter: kv.KVAdapter, ids: torch.Tensor) -> dict:
 
     def teacher() -> None:
         with torch.no_grad():
-            attention.decoder_and_head(lm)[0](input_ids=ids, use_cache=False)
+            decoder_and_head(lm)[0](input_ids=ids, use_cache=False)
 
     def plain() -> None:
         inputs = lm.get_input_embeddings()(ids).detach().requires_grad_()
@@ -62,7 +62,7 @@ def main(
     torch.set_num_threads(threads)
     lm, _ = load_model(model)
     lm.requires_grad_(False)
-    attention.attach(lm)
+    attach(lm)
     nested, rows = kv.KVAdapter.from_pretrained(adapter), []
     for shape in shapes.split(","):
         batch, length = map(int, shape.split("x"))

@@ -88,7 +88,7 @@ def main(
     bf16: bool = typer.Option(False, help="Autocast to bf16: faster where the processor has it."),
 ):
     began = time.monotonic()
-    lm, tokenizer = load_model(model, torch.float32)  # on a GPU too: --bf16 is for the passes, energies stay precise
+    lm, tokenizer = load_model(model, torch.float32)  # on a GPU too: --bf16 is for the passes, costs stay precise
     windows = corpus(data, tokenizer, tokens, length, seed)
     changes = {}
     for item in change:

@@ -8,7 +8,7 @@ from nestling.kv.allocation.bits import BitTable
 from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.exact import BLOCK
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK
 from nestling.kv.cache.storage import Storage
 
 BASE = dict(
@@ -91,7 +91,7 @@ def nested_cache(model, adapter, budget=None, *, paper: bool = False, **options)
     return NestedCache(model, adapter, CacheConfig.paper(**options) if paper else CacheConfig(**options))
 
 
-def cache_of_bases(bases, ranks, config, *, sinks=0, window=0, block=BLOCK, dtype=torch.float32, **options):
+def cache_of_bases(bases, ranks, config, *, sinks=0, window=0, block=TOKENS_PER_BLOCK, dtype=torch.float32, **options):
     """A cache from bases by layer index, without a model."""
     cache = NestedCache.__new__(NestedCache)
     rows = list(bases.values())

@@ -17,7 +17,7 @@ from nestling.errors import AdapterError, FileError
 from nestling.files.folders import sha256
 from nestling.kv import adapter_files as files
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.adapter_files import CONFIG_FILE, OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, WEIGHTS_FILE
+from nestling.kv.adapter_files import CONFIG_FILE, OLD_CONFIG_FILE, OLD_NAMES, OLD_WEIGHTS_FILE, WEIGHTS_FILE
 from nestling.kv.integration.attach import cached
 
 from .families import nested_cache, tiny_model
@@ -46,7 +46,9 @@ def edit(folder: Path, **changes) -> None:
 
 def same(a: KVAdapter, b: KVAdapter) -> bool:
     tensors = all(
-        torch.equal(getattr(a, n)[s], getattr(b, n)[s]) for n in ("encode", "mean", "energy") for s in ("key", "value")
+        torch.equal(getattr(a, n)[s], getattr(b, n)[s])
+        for n in ("encode", "mean", "drop_cost")
+        for s in ("key", "value")
     )
     return tensors and (a.fingerprint, a.info) == (b.fingerprint, b.info)
 
@@ -73,11 +75,11 @@ def test_what_is_saved_is_what_is_loaded(fitted, ids, tmp_path, family):
 def test_an_adapter_is_two_files_and_a_card(made, folder):
     assert sorted(os.listdir(folder)) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
     config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    assert (config["format"], config["kind"], config["basis"]) == (1, "nestling-kv", "balanced")
+    assert (config["format"], config["kind"], config["basis"]) == (2, "nestling-kv", "balanced")
     assert config["model"] == made.adapter.fingerprint
     tensors = load_file(folder / WEIGHTS_FILE)
     assert len(tensors) == 5 * 2 * 3
-    shapes = {"encode": (2, 16, 16), "mean": (2, 16), "energy": (2, 16), "noise": (2, 16), "step": (2, 16)}
+    shapes = {"encode": (2, 16, 16), **dict.fromkeys(("mean", "drop_cost", "quantisation_cost", "step"), (2, 16))}
     for row, layer in enumerate(made.adapter.fingerprint["layers"]):
         for side in ("key", "value"):
             for name, shape in shapes.items():
@@ -132,8 +134,10 @@ CARDLESS = sorted(["nestling_adapter.md", CONFIG_FILE, WEIGHTS_FILE])
 
 
 def other(made) -> KVAdapter:
-    mean, energy = ({s: t * 2 for s, t in tensors.items()} for tensors in (made.adapter.mean, made.adapter.energy))
-    return KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, energy)
+    mean, drop_cost = (
+        {s: t * 2 for s, t in tensors.items()} for tensors in (made.adapter.mean, made.adapter.drop_cost)
+    )
+    return KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, drop_cost)
 
 
 def test_saving_replaces_an_adapter(made, folder):
@@ -215,14 +219,38 @@ def test_a_card_that_was_edited_stays(made, folder):
     assert KVAdapter.from_pretrained(folder).card == "new"
 
 
+def old_tensors(folder: Path) -> None:
+    """An adapter as it was saved before its costs had names of their own."""
+    renamed = load_file(folder / WEIGHTS_FILE)
+    for name in [*renamed]:
+        for old, new in OLD_NAMES.items():
+            if name.endswith(f".{new}"):
+                renamed[name.removesuffix(new) + old] = renamed.pop(name)
+    save_file(renamed, folder / WEIGHTS_FILE)
+    edit(folder, format=1, sha256=sha256(folder / WEIGHTS_FILE))
+
+
 def old_names(folder: Path) -> None:
     """An adapter as it was saved before its files had names of their own."""
+    old_tensors(folder)
     config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     for name in ("sha256", "card", "card_sha256"):
         del config[name]
     (folder / CONFIG_FILE).unlink()
     (folder / OLD_CONFIG_FILE).write_text(json.dumps(config), "utf-8")
     (folder / WEIGHTS_FILE).rename(folder / OLD_WEIGHTS_FILE)
+
+
+def test_old_names_of_costs_are_read_in_the_first_format_alone(made, folder):
+    old_tensors(folder)
+    assert {"layers.0.key.energy", "layers.0.key.noise"} < load_file(folder / WEIGHTS_FILE).keys()
+    again = KVAdapter.from_pretrained(folder)
+    assert same(again, made.adapter) and again.quantises
+    for side in ("key", "value"):
+        assert torch.equal(again.quantisation_cost[side], made.adapter.quantisation_cost[side])
+    edit(folder, format=2)
+    with pytest.raises(AdapterError, match=r"lacks 12 tensors, first layers\.0\.key\.drop_cost"):
+        KVAdapter.from_pretrained(folder)
 
 
 def test_old_names_are_read_and_replaced(made, folder):
@@ -348,7 +376,7 @@ def test_what_is_no_config_is_refused(folder, content):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"format": 2}, "has format 2, this version reads up to 1: upgrade"),
+        ({"format": 3}, "has format 3, this version reads up to 2: upgrade"),
         ({"format": None}, "has format None"),
         ({"format": "1"}, "has format '1'"),
         ({"kind": "lora"}, "kind is not 'nestling-kv'"),
@@ -361,8 +389,8 @@ def test_what_is_no_config_is_refused(folder, content):
         ({"model__head_dim": 10**12}, "must hold layers"),
         ({"model__head_dim": "16"}, "must hold layers"),
         ({"model__num_key_value_heads": None}, "must hold layers"),
-        ({"model__layers": [0, 1, 7]}, "lacks 10 tensors, first layers.7.key.encode"),
-        ({"model__layers": [0, 1]}, "holds 10 unknown tensors, first layers.2.key.encode"),
+        ({"model__layers": [0, 1, 7]}, "lacks 10 tensors, first layers.7.key.drop_cost"),
+        ({"model__layers": [0, 1]}, "holds 10 unknown tensors, first layers.2.key.drop_cost"),
         ({"model__head_dim": 8}, r"layers.0.key.encode has shape \[2, 16, 16\], expected \[2, 8, 8\]"),
         ({"model__num_key_value_heads": 4}, r"has shape \[2, 16, 16\], expected \[4, 16, 16\]"),
     ],
@@ -421,7 +449,7 @@ def broken(folder: Path, change) -> None:
     "change, message",
     [
         (lambda t: t["layers.1.key.encode"][0, 0].fill_(torch.nan), "key encode: holds NaN"),
-        (lambda t: t["layers.1.value.energy"][0].fill_(torch.inf), "value energy: holds NaN or infinity"),
+        (lambda t: t["layers.1.value.drop_cost"][0].fill_(torch.inf), "value drop_cost: holds NaN or infinity"),
         (lambda t: t["layers.1.value.encode"][1, :, 3].zero_(), "value encode: a basis is singular"),
         (lambda t: t["layers.1.key.encode"].zero_(), "key encode: a basis is singular"),
         (lambda t: t["layers.2.key.mean"][1, 3:4].fill_(torch.nan), "key mean: holds NaN or infinity"),
@@ -431,7 +459,7 @@ def broken(folder: Path, change) -> None:
         (lambda t: [t.pop(n) for n in list(t) if n.endswith("mean")], "lacks 6 tensors, first layers.0.key.mean"),
         (lambda t: t.update(extra=torch.zeros(1)), "holds 1 unknown tensors, first extra"),
         (lambda t: t.update({"layers.0.key.encode": torch.zeros(2, 16, 8)}), r"has shape \[2, 16, 8\]"),
-        (lambda t: t.update({"layers.0.key.energy": torch.zeros(16)}), r"has shape \[16\], expected \[2, 16\]"),
+        (lambda t: t.update({"layers.0.key.drop_cost": torch.zeros(16)}), r"has shape \[16\], expected \[2, 16\]"),
         (lambda t: t.update({"layers.0.key.mean": torch.zeros(16)}), r"key.mean has shape \[16\], expected \[2, 16\]"),
         (lambda t: t.update({"layers.1.value.mean": torch.zeros(2, 1, 16)}), r"value.mean has shape \[2, 1, 16\]"),
         (lambda t: t.update({"layers.1.value.mean": torch.zeros(1, 16)}), r"value.mean has shape \[1, 16\]"),
@@ -452,13 +480,13 @@ def test_weights_of_a_peft_adapter_are_foreign(folder):
 def test_tensors_in_memory_are_checked_too(made):
     encode = dict(made.adapter.encode, key=made.adapter.encode["key"][:, :1])
     with pytest.raises(AdapterError, match=r"key encode: shape \[3, 1, 16, 16\], expected \[3, 2, 16, 16\]"):
-        KVAdapter(made.adapter.fingerprint, encode, made.adapter.mean, made.adapter.energy)
+        KVAdapter(made.adapter.fingerprint, encode, made.adapter.mean, made.adapter.drop_cost)
     mean = dict(made.adapter.mean, value=made.adapter.mean["value"][..., :8])
     with pytest.raises(AdapterError, match=r"value mean: shape \[3, 2, 8\], expected \[3, 2, 16\]"):
-        KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, made.adapter.energy)
+        KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, made.adapter.drop_cost)
     mean = dict(made.adapter.mean, key=made.adapter.mean["key"] / 0)
     with pytest.raises(AdapterError, match="key mean: holds NaN or infinity"):
-        KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, made.adapter.energy)
+        KVAdapter(made.adapter.fingerprint, made.adapter.encode, mean, made.adapter.drop_cost)
 
 
 def test_decode_is_the_inverse(made):

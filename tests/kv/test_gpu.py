@@ -92,7 +92,7 @@ def test_calibration_and_quality_are_those_of_the_cpu(fitted, ids):
     adapter = tiny_fit(model, ids, sensitivity_windows=8)
     for side in SIDES:
         torch.testing.assert_close(adapter.mean[side], made.adapter.mean[side], rtol=1e-4, atol=1e-4)
-        found, expected = (a.energy[side].log().mean() for a in (adapter, made.adapter))
+        found, expected = (a.drop_cost[side].log().mean() for a in (adapter, made.adapter))
         assert abs(float(found - expected)) < 0.5, "labels are drawn by another generator"
     measured = [
         evaluate(

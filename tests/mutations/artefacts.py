@@ -92,7 +92,7 @@ def _adapters(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]
             kv.NestedCache(model, found, kv.CacheConfig(budget=0.5, window=2, context=512))
         found.card = ""
         found.save_pretrained(folder / "saved")
-        values = (found.encode, found.mean, found.energy, found.noise, found.step)
+        values = (found.encode, found.mean, found.drop_cost, found.quantisation_cost, found.step)
         return [tensor for value in values for tensor in value.values()] + list(found.paths.values())
 
     sealed = "nestling_adapter.safetensors".__eq__

@@ -15,25 +15,25 @@ from nestling.kv.allocation import ranks as allocate
 from nestling.kv.allocation.allocate import WITHOUT_BITS, steps_of
 from nestling.kv.allocation.bits import BitTable, bit_table_of
 from nestling.kv.allocation.ranks import RankTable
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import fingerprint, text_config
 from nestling.kv.integration.modes import in_default_mode
 from nestling.options import flag, number
 
-BY_COORDINATE = ("mean", "energy", "noise", "step")  # all that has a number for each coordinate
+BY_COORDINATE = ("mean", "drop_cost", "quantisation_cost", "step")  # all that has a number for each coordinate
 
 
 @dataclass
 class KVAdapter:
-    """Nested bases and energies for the full-attention layers of one model.
+    """Nested bases and costs for the full-attention layers of one model.
 
     Attributes:
         fingerprint: what the model must agree on, see `nestling.kv.integration.attach.fingerprint`.
         encode: ``{"key": ..., "value": ...}``, fp32 ``[L, Hkv, D, D]``.
         mean: likewise, fp32 ``[L, Hkv, D]``: what coordinates that are not stored are taken to be at.
-        energy: likewise, fp32 ``[L, Hkv, D]``: KL to the full model in nats per token expected from dropping each
+        drop_cost: likewise, fp32 ``[L, Hkv, D]``: KL to the full model in nats per token expected from dropping each
             coordinate.
-        noise: likewise, fp32 ``[L, Hkv, D]``: KL in nats per token if a coordinate was off by as much as it varies,
-            independently for every token. With it come ``step`` (of quantisers, see
+        quantisation_cost: likewise, fp32 ``[L, Hkv, D]``: KL in nats per token if a coordinate was off by as much as
+            it varies, independently for every token. With it come ``step`` (of quantisers, see
             `nestling.kv.quantisation.quantiser`) and ``info["errors"]``; empty in adapters that were made without,
             whose caches are not quantised.
         paths: searched allocations by name, ``[2, L, Hkv, steps]`` (keys, values): what each step of a rank is worth,
@@ -45,11 +45,11 @@ class KVAdapter:
     fingerprint: dict
     encode: dict[str, Tensor]
     mean: dict[str, Tensor]
-    energy: dict[str, Tensor]
+    drop_cost: dict[str, Tensor]
     info: dict = field(default_factory=dict)
     card: str = ""
     paths: dict[str, Tensor] = field(default_factory=dict)
-    noise: dict[str, Tensor] = field(default_factory=dict)
+    quantisation_cost: dict[str, Tensor] = field(default_factory=dict)
     step: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -80,18 +80,18 @@ class KVAdapter:
     def from_bases(
         cls, config, bases: Mapping[int, tuple[NestedBasis, NestedBasis]], means: Mapping, info: dict
     ) -> "KVAdapter":
-        """From (key, value) bases and means by layer index, with the bases' energies: each in a unit of its own."""
+        """From (key, value) bases and means by layer index; drop costs are the bases' own energies."""
 
         def stacked(by_layer: Mapping) -> dict[str, Tensor]:
             return {
                 side: torch.stack([by_layer[i][s] for i in sorted(by_layer)]).float() for s, side in enumerate(SIDES)
             }
 
-        encode, energy = (
+        encode, drop_cost = (
             stacked({i: tuple(getattr(basis, name) for basis in pair) for i, pair in bases.items()})
             for name in ("encode", "energy")
         )
-        return cls(attention.fingerprint(config), encode, stacked(means), energy, info)
+        return cls(fingerprint(config), encode, stacked(means), drop_cost, info)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -128,15 +128,15 @@ class KVAdapter:
 
     @property
     def quantises(self) -> bool:
-        """Whether caches can be quantised: noise, steps and errors were measured."""
-        return bool(self.noise and self.step and self.info.get("errors"))
+        """Whether caches can be quantised: quantisation costs, steps and errors were measured."""
+        return bool(self.quantisation_cost and self.step and self.info.get("errors"))
 
     def bits(self, bits: float, allocation: str | BitTable | None = None) -> BitTable:
         """The bits of every block of coordinates for a number of bits per token.
 
         Raises:
             OptionError: if ``bits`` is no positive number.
-            AdapterError: if the adapter was made without `noise`.
+            AdapterError: if the adapter was made without `quantisation_cost`.
             BudgetError: for budgets out of reach, tables of the wrong shape, unknown allocations.
         """
         if not self.quantises:
@@ -154,7 +154,7 @@ class KVAdapter:
 
     def check(self, model) -> None:
         """Raise `AdapterError` unless ``model`` has the adapter's fingerprint; the message lists what differs."""
-        ours, theirs = self.fingerprint, attention.fingerprint(attention.text_config(model))
+        ours, theirs = self.fingerprint, fingerprint(text_config(model))
         wrong = [f"{k}: adapter {ours.get(k)}, model {theirs[k]}" for k in theirs if ours.get(k) != theirs[k]]
         if wrong:
             raise AdapterError(f"the adapter was made for another model ({'; '.join(wrong)})")
@@ -209,9 +209,11 @@ class KVAdapter:
             return {s: torch.stack([tensors[f"layers.{i}.{s}.{name}"] for i in layers]).float() for s in SIDES}
 
         paths = {name: torch.stack([*stack(f"path.{name}").values()]) for name in path_names(tensors)}
-        noise, step = ({} if f"layers.{layers[0]}.key.{n}" not in tensors else stack(n) for n in ("noise", "step"))
+        without_bits = f"layers.{layers[0]}.key.step" not in tensors
+        quantisation_cost, step = ({} if without_bits else stack(name) for name in ("quantisation_cost", "step"))
+        tables = (stack("encode"), stack("mean"), stack("drop_cost"))
         try:
-            return cls(fingerprint, stack("encode"), stack("mean"), stack("energy"), config, card, paths, noise, step)
+            return cls(fingerprint, *tables, config, card, paths, quantisation_cost, step)
         except AdapterError as error:  # of values that are not finite, or have no inverse
             raise AdapterError(f"{folder}: the adapter is damaged ({error}): copy it again") from error
 

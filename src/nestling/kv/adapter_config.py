@@ -9,7 +9,7 @@ from nestling.files.fields import Fields, is_number
 from nestling.files.reading import read_object, short
 from nestling.kv.quantisation.quantiser import WIDTHS
 
-FORMAT, KIND = 1, "nestling-kv"
+FORMAT, KIND = 2, "nestling-kv"
 LAYERS, HEADS, WIDTH = 10_000, 65_536, 65_536  # beyond those of any model
 LARGEST_ERROR = 100.0  # of a quantiser, in mean squares: 1 is as bad as storing nothing
 SIDES = ("key", "value")

@@ -2,11 +2,13 @@
 
 Two files beside a card: ``nestling_adapter.json`` (format version, the model's fingerprint, how the bases were made,
 and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
-``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.energy`` ``[Hkv, D]``, all fp32; in adapters that
-caches can be quantised by also ``.noise`` and ``.step`` ``[Hkv, D]``. ``decode`` is not stored: it is the inverse of
-``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves every budget.
+``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.drop_cost`` ``[Hkv, D]``, all fp32; in adapters that
+caches can be quantised by also ``.quantisation_cost`` and ``.step`` ``[Hkv, D]``. ``decode`` is not stored: it is the
+inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves
+every budget.
 
-Older adapters have other names, which are PEFT's, and no checksum. The card is ``README.md``, or, where somebody
+In format 1 the two costs are ``.energy`` and ``.noise``. The oldest have other file names, which are PEFT's, and
+no checksum. The card is ``README.md``, or, where somebody
 else's file has that name, ``nestling_adapter.md``.
 """
 
@@ -19,6 +21,7 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from safetensors import SafetensorError, safe_open
@@ -40,6 +43,7 @@ OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, OTHER_CARD_FILE = (
     "nestling_adapter.md",
 )
 HEAD = ("format", "kind", "nestling", "sha256", "card", "card_sha256")  # keys that say nothing of the bases
+OLD_NAMES = {"energy": "drop_cost", "noise": "quantisation_cost"}  # of tensors, in format 1
 BUILT_IN = Path(__file__).parent / "adapters"
 
 
@@ -173,7 +177,7 @@ def _read_tensors(weights: Path, config: dict) -> tuple[dict[str, Tensor], bool]
     checksum = config.get("sha256")
     for path in (weights, *(() if checksum is None else (waiting(weights, checksum),))):
         if os.path.lexists(path):
-            _check_tensors(path, config["model"], tensor_shapes(path, AdapterError))
+            _check_tensors(path, config["model"], _renamed(tensor_shapes(path, AdapterError), config))
     try:
         content = None if checksum is None else read_sealed(weights, checksum)
         tensors = read_tensors(weights, AdapterError) if content is None else load(content)
@@ -183,7 +187,15 @@ def _read_tensors(weights: Path, config: dict) -> tuple[dict[str, Tensor], bool]
         raise AdapterError(f"{weights} cannot be read ({error})") from error
     if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise AdapterError(f"{weights}: {wrong[0]} is of {tensors[wrong[0]].dtype}, expected floating point")
-    return tensors, checksum is None or content is not None
+    return _renamed(tensors, config), checksum is None or content is not None
+
+
+def _renamed(by_name: dict[str, Any], config: dict) -> dict[str, Any]:
+    """By the names of tensors of today's format, from those of the config's."""
+    if config["format"] != 1:
+        return by_name
+    parts = {name: name.rsplit(".", 1) for name in by_name}
+    return {f"{place}.{OLD_NAMES.get(last, last)}": by_name[name] for name, (place, last) in parts.items()}
 
 
 def built_in() -> list[str]:
@@ -200,9 +212,9 @@ def path_names(tensors: Iterable[str]) -> list[str]:
 def _check_tensors(weights: Path, model: dict, found: dict[str, list[int]]) -> None:
     """Whether tensors of these names and shapes are an adapter of a model with that fingerprint."""
     heads, width = model["num_key_value_heads"], model["head_dim"]
-    shapes = {"encode": [heads, width, width], "mean": [heads, width], "energy": [heads, width]}
-    if f"layers.{model['layers'][0]}.key.noise" in found:
-        shapes |= {"noise": [heads, width], "step": [heads, width]}
+    shapes = {"encode": [heads, width, width], "mean": [heads, width], "drop_cost": [heads, width]}
+    if f"layers.{model['layers'][0]}.key.quantisation_cost" in found:
+        shapes |= {"quantisation_cost": [heads, width], "step": [heads, width]}
     shapes |= {f"path.{name}": [heads, len(edges(width)) - 1] for name in path_names(found)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
     if missing := sorted(set(expected) - set(found)):

@@ -24,7 +24,7 @@ from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import Candidate, compare
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import cached, input_device, logits_of_last, text_config
 from nestling.kv.quantisation.cpu import compiled
 from nestling.kv.report import COLUMNS, about, map_section, quality_section
 from nestling.models import load_model
@@ -83,11 +83,11 @@ def stream(
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[-1]:
         raise OptionError("the prompt is empty")
-    inputs = inputs.to(attention.input_device(model))
+    inputs = inputs.to(input_device(model))
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = streamer or _Plain(tokenizer)
     start = time.perf_counter()
-    arguments = {**inputs, **attention.cached(model, cache), **sampling}
+    arguments = {**inputs, **cached(model, cache), **sampling}
     out = model.generate(**arguments, max_new_tokens=max_new_tokens, streamer=streamer)
     seconds = time.perf_counter() - start
     new = out.shape[-1] - inputs["input_ids"].shape[-1]
@@ -122,7 +122,7 @@ def run(model: str, out: Path, context: int, tokens: int, console: Console) -> l
         adapter = fit(language_model, tokenizer, rest, FitConfig(tokens=tokens or TOKENS))
         console.print(f"Calibrated on {adapter.info['tokens']:,} tokens in {time.perf_counter() - began:.0f} s.")
     nested = partial(_nested, language_model, adapter)
-    config = attention.text_config(language_model)
+    config = text_config(language_model)
     sizes: dict[str, Callable[[], Any]] = {"full": lambda: DynamicCache(config=config)}
     sizes |= {f"{100 * share:.3g}%": partial(nested, share, context=context) for share in SIZES}
     ids = _text(tokenizer, pages[1::8], context)
@@ -186,7 +186,7 @@ def _text(tokenizer, pages: list[str], context: int) -> Tensor:
 @torch.inference_mode()
 def _read(model, ids: Tensor, cache: Cache) -> Tensor:
     """The logits ``[V]`` after ids ``[1, n]``, which go through the cache in one call."""
-    return attention.logits_of_last(model, ids.to(attention.input_device(model)), cache).logits[0, -1]
+    return logits_of_last(model, ids.to(input_device(model)), cache).logits[0, -1]
 
 
 def _filled(model, ids: Tensor, make: Callable[[], Any]) -> tuple[Any, float]:
@@ -237,7 +237,7 @@ def _measure(model, tokenizer, nested, pages: list[str], console: Console) -> li
         Candidate("nestling", share, partial(nested, share, exact_prompt=False, context=config.length))
         for share in MEASURED
     ]
-    layers = attention.text_config(model).num_hidden_layers
+    layers = text_config(model).num_hidden_layers
     for bits in (8, 4):
         make = partial(_integers, layers, bits)
         try:

@@ -16,8 +16,8 @@ ERRORS = torch.tensor([[0.36, 0.12, 0.037, 0.012, 1e-4]] * 2)
 
 def random_losses(seed: int, layers: int = 2, heads: int = 2, width: int = 24) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
-    energy, noise = torch.rand(2, 2, layers, heads, width, generator=rng).pow(4)
-    return losses(energy, noise, ERRORS)
+    drop_cost, quantisation_cost = torch.rand(2, 2, layers, heads, width, generator=rng).pow(4)
+    return losses(drop_cost, quantisation_cost, ERRORS)
 
 
 def lost(table: BitTable, given: torch.Tensor) -> float:
@@ -25,12 +25,12 @@ def lost(table: BitTable, given: torch.Tensor) -> float:
     return float(given.double().flatten(0, -2)[torch.arange(len(places)), places].sum())
 
 
-def test_losses_are_energies_without_bits_and_noise_with_some():
-    energy, noise = torch.rand(2, 2, 1, 1, 12)
-    found = losses(energy, noise, ERRORS)
+def test_losses_are_drop_costs_without_bits_and_quantisation_costs_with_some():
+    drop_cost, quantisation_cost = torch.rand(2, 2, 1, 1, 12)
+    found = losses(drop_cost, quantisation_cost, ERRORS)
     assert found.shape == (2, 1, 1, 2, len(CHOICES))
-    torch.testing.assert_close(found[1, 0, 0, 1, 0], energy[1, 0, 0, 8:].sum())  # a last block of four coordinates
-    torch.testing.assert_close(found[0, 0, 0, 0, CHOICES.index(3)], 0.037 * noise[0, 0, 0, :8].sum())
+    torch.testing.assert_close(found[1, 0, 0, 1, 0], drop_cost[1, 0, 0, 8:].sum())  # a last block of four coordinates
+    torch.testing.assert_close(found[0, 0, 0, 0, CHOICES.index(3)], 0.037 * quantisation_cost[0, 0, 0, :8].sum())
     assert (found[..., -1] == 0).all()
 
 

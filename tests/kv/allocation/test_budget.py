@@ -190,7 +190,7 @@ def test_the_smallest_budget_that_is_named_works_and_what_is_advised_helps(kind,
 
 def test_bits_are_not_advised_to_an_adapter_that_cannot():
     model, adapter = made()
-    old = replace(adapter, noise={}, step={})
+    old = replace(adapter, quantisation_cost={}, step={})
     for made_by, said in ((adapter, True), (old, False)):
         with pytest.raises(BudgetError) as caught:
             NestedCache(model, made_by, CacheConfig(budget=0.3, quantise=False))
@@ -246,7 +246,7 @@ def test_a_quarter_is_the_default_and_all_beneath_a_limit():
 def test_allocations_of_ranks_are_not_quantised():
     """A named one is used as it is, and quantise=False has its way; other caches are quantised where they can be."""
     model, adapter = made()
-    old = replace(adapter, noise={}, step={})
+    old = replace(adapter, quantisation_cost={}, step={})
     for options, used, quantised in (
         ({}, adapter, True),
         ({"allocation": "energy"}, adapter, True),

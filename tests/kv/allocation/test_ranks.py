@@ -13,16 +13,16 @@ from nestling.kv.allocation.ranks import (
     STEP,
     RankTable,
     blended,
-    by_energy,
+    by_drop_cost,
     by_gains,
+    drop_cost_gains,
     elements_per_token,
-    energy_gains,
     uniform,
 )
 
 
-def energies(layers: int, heads: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy decaying energies whose sizes differ between heads, as calibration measures them."""
+def drop_costs(layers: int, heads: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy decaying drop costs whose sizes differ between heads, as calibration measures them."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(2, layers, heads, 1, generator=generator) * 3
     noise = torch.rand(2, layers, heads, width, generator=generator) + 0.5
@@ -33,7 +33,7 @@ def energies(layers: int, heads: int, width: int, seed: int = 0) -> tuple[torch.
 def allocate(method: str, layers: int, heads: int, width: int, elements: float, seed: int = 0) -> RankTable:
     if method == "uniform":
         return uniform(layers, heads, width, elements)
-    return by_energy(*energies(layers, heads, width, seed), elements)
+    return by_drop_cost(*drop_costs(layers, heads, width, seed), elements)
 
 
 def smallest(layers: int, heads: int, width: int) -> int:
@@ -102,9 +102,9 @@ def test_uniform_is_even(budget):
 def test_energy_is_the_optimum_of_the_additive_model(layers, heads, width, share, seed):
     low, high = smallest(layers, heads, width), 2 * layers * heads * width
     elements = low + share * (high - low)
-    key, value = energies(layers, heads, width, seed)
+    key, value = drop_costs(layers, heads, width, seed)
     key, value = key.sort(-1, descending=True)[0], value.sort(-1, descending=True)[0]
-    table = by_energy(key, value, elements)
+    table = by_drop_cost(key, value, elements)
 
     rows = torch.cat((key, value)).double().reshape(-1, width)
     tails = [{r: float(row[r:].sum()) for r in range(STEP, width + 1, STEP)} for row in rows]
@@ -120,15 +120,15 @@ def test_energy_is_the_optimum_of_the_additive_model(layers, heads, width, share
 def test_energy_goes_where_it_is_lost():
     key, value = torch.zeros(2, 2, 32), torch.zeros(2, 2, 32)
     key[1, 0, :24], value[0, 1, :16] = 1.0, 2.0
-    table = by_energy(key, value, smallest(2, 2, 32) + 8 + 16)
+    table = by_drop_cost(key, value, smallest(2, 2, 32) + 8 + 16)
     assert table.keys.tolist() == [[8, 8], [24, 8]] and table.values.tolist() == [[8, 16], [8, 8]]
 
 
-def test_an_unsorted_energy_is_not_stuck_behind_a_small_step():
-    """Measured energies are noisy: a worthless second step must not hide a valuable third one."""
+def test_an_unsorted_drop_cost_is_not_stuck_behind_a_small_step():
+    """Measured drop costs are noisy: a worthless second step must not hide a valuable third one."""
     key, value = torch.zeros(1, 1, 32), torch.full((1, 1, 32), 0.3)
     key[0, 0, 16:24] = 1.0
-    table = by_energy(key, value, 8 + 8 + 16)
+    table = by_drop_cost(key, value, 8 + 8 + 16)
     assert (int(table.keys), int(table.values)) == (24, 8)
 
 
@@ -189,11 +189,11 @@ def test_below_the_smallest_the_message_says_what_can_be_met(method):
     assert allocate(method, 2, 2, 5, 2 * 2 * 2 * 5).keys.tolist() == [[5, 5], [5, 5]]
 
 
-def test_energies_must_be_finite():
-    key, value = energies(2, 2, 16)
+def test_drop_costs_must_be_finite():
+    key, value = drop_costs(2, 2, 16)
     for bad in (torch.nan, torch.inf):
         with pytest.raises(BudgetError, match="finite"):
-            by_energy(key, value.clone().index_fill_(2, torch.tensor([3]), bad), 100)
+            by_drop_cost(key, value.clone().index_fill_(2, torch.tensor([3]), bad), 100)
 
 
 # Tables
@@ -239,8 +239,8 @@ def test_tables_must_fit():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([16, 24, 64]), st.floats(0, 1), st.integers(0, 99))
-def test_blends_lie_between_energies_and_equal_ranks(layers, heads, width, budget, seed):
-    gains = energy_gains(*energies(layers, heads, width, seed))
+def test_blends_lie_between_drop_costs_and_equal_ranks(layers, heads, width, budget, seed):
+    gains = drop_cost_gains(*drop_costs(layers, heads, width, seed))
     elements = max(budget * 2 * layers * heads * width, smallest(layers, heads, width))
     ends = by_gains(gains, elements, width).stacked, uniform(layers, heads, width, elements).stacked
     assert torch.equal(by_gains(blended(gains, 0), elements, width).stacked, ends[0])

@@ -22,13 +22,12 @@ from nestling.kv.cache import handle as handle_module
 from nestling.kv.cache.bases import LayerBases, SideBasis
 from nestling.kv.cache.buffer import Buffer, room
 from nestling.kv.cache.cache import NestedCache
-from nestling.kv.cache.exact import BLOCK, ExactStore, capacity
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, capacity
 from nestling.kv.cache.factory import CacheFactory
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.layer import DRAFT, NestedLayer
 from nestling.kv.cache.packed import Coding
-from nestling.kv.integration import attach as attention
-from nestling.kv.integration.attach import cached
+from nestling.kv.integration.attach import attach, cached, fingerprint
 
 from ..families import FAMILIES, cache_of_bases, nested_cache, tiny_model
 
@@ -141,7 +140,7 @@ def recent_after(tokens: int, window: int, block: int) -> int:
 class Reference:
     """One layer that keeps all keys and values in full, and knows which of them each query sees exact."""
 
-    def __init__(self, bases, ranks: RankTable, groups: int, sinks: int, window: int, block: int = BLOCK):
+    def __init__(self, bases, ranks: RankTable, groups: int, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
         self.bases = {name: tensor.double() for name, tensor in bases.items()}
         self.ranks, self.groups, self.sinks, self.window = ranks, groups, sinks, window
         self.block = block if window else 1
@@ -499,7 +498,7 @@ def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, f
     stock = tiny_model(family)
     stock.set_attn_implementation("truncated")
     for lengths in ([40], [10, 30], [24, 5, *[1] * 11], [1] * 40):  # every path of attend
-        block, ends = BLOCK if window else 1, torch.arange(1, 41)
+        block, ends = TOKENS_PER_BLOCK if window else 1, torch.arange(1, 41)
         recent = torch.tensor([recent_after(max(n - sinks, 0), window, block) for n in ends.tolist()])
         exact[:] = (torch.arange(40) < sinks) | (torch.arange(40) >= (ends - recent)[:, None])
         with torch.no_grad():
@@ -686,15 +685,15 @@ def test_misuse_is_refused(fitted, ids):
     with pytest.raises(kv.CacheMismatchError, match=r"\[2, 2, 16\] and was given \[3, 2, 16\]"):
         run(made.model, ids[:3, :1], cache, [1])
     twin = tiny_model("llama-gqa", seed=1)
-    attention.attach(twin)
+    attach(twin)
     with pytest.raises(kv.CacheMismatchError, match="another model"):
         run(twin, ids[:2, :1], cache, [1])
     wider = tiny_model("llama-mha")
-    attention.attach(wider)
+    attach(wider)
     with pytest.raises(kv.CacheMismatchError, match="4 heads"):
         run(wider, ids[:2, :9], nested_cache(made.model, made.adapter, 0.6, window=0), [9])
     other = tiny_model("qwen2")
-    attention.attach(other)
+    attach(other)
     with pytest.raises(kv.CacheMismatchError, match="another model"):
         run(other, ids[:2, :9], nested_cache(made.model, made.adapter, 0.6, window=0), [9])
 
@@ -743,13 +742,13 @@ CONTEXT = 4096
 
 @pytest.fixture(scope="module")
 def smol():
-    """A model of 30 layers with 3 KV heads of 64, in bf16, and an adapter of random bases with decaying energies."""
+    """A model of 30 layers with 3 KV heads of 64, in bf16, and an adapter of random bases with decaying drop costs."""
     generator = torch.Generator().manual_seed(0)
     model = tiny_model("llama-gqa", dtype=torch.bfloat16, **SMOL)
     encode = {s: torch.linalg.qr(torch.randn(30, 3, 64, 64, generator=generator))[0] for s in ("key", "value")}
-    energy = {s: torch.rand(30, 3, 64, generator=generator).sort(-1, descending=True)[0] ** 3 for s in encode}
+    drop_cost = {s: torch.rand(30, 3, 64, generator=generator).sort(-1, descending=True)[0] ** 3 for s in encode}
     mean = {s: torch.randn(30, 3, 64, generator=generator) for s in encode}
-    return model, kv.KVAdapter(attention.fingerprint(model.config), encode, mean, energy)
+    return model, kv.KVAdapter(fingerprint(model.config), encode, mean, drop_cost)
 
 
 def fill(cache, tokens: int, batch: int = 1, piece: int = 512):
@@ -780,7 +779,7 @@ def test_bytes_meet_the_budget(smol, budget, options):
     assert cache.nbytes == sum(held.values())
     assert cache.shared_nbytes == sum((bases | means).values())
     assert cache.full_nbytes == full
-    slack = cache.allocation.elements * 2 * BLOCK
+    slack = cache.allocation.elements * 2 * TOKENS_PER_BLOCK
     assert 0.97 * budget * full <= cache.nbytes <= budget * full + slack
     exact = capacity(options.get("sinks", 4), options.get("window", 64))
     stored = (CONTEXT - exact) * cache.allocation.elements * 2 + (exact * 30 * 3 * 64 * 4 if budget < 1 else 0)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nestling.kv.cache.exact import BLOCK, capacity
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK, capacity
 from nestling.kv.cache.layer import RECORDED
 
 from ..families import nested_cache, tiny_fit, tiny_model
@@ -239,6 +239,6 @@ def test_far_steps_back_leave_a_shorter_window_that_fills_again(fitted, ids):
         made.model(input_ids=ids[:1, :60], past_key_values=cache)
         cache.crop(-40)
         assert recent(cache) == 0 and cache.get_seq_length() == 20
-        for count in range(1, WINDOW + BLOCK):
+        for count in range(1, WINDOW + TOKENS_PER_BLOCK):
             made.model(input_ids=ids[1:2, count : count + 1], past_key_values=cache)
-            assert recent(cache) == min(count, WINDOW + (20 + count - SINKS - WINDOW) % BLOCK)
+            assert recent(cache) == min(count, WINDOW + (20 + count - SINKS - WINDOW) % TOKENS_PER_BLOCK)

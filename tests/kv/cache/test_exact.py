@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.cache import matmul as products
 from nestling.kv.cache.bases import LayerBases
-from nestling.kv.cache.exact import BLOCK, ExactStore, capacity
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, capacity
 from nestling.kv.cache.packed import Layout
 
 from .test_cache import one_layer
@@ -94,9 +94,9 @@ def test_a_draft_that_is_taken_back_leaves_no_trace(steps):
             assert store.nbytes <= plain.nbytes  # fewer spare ones in a short text
 
 
-@pytest.mark.parametrize("back", range(1, BLOCK - 1))
+@pytest.mark.parametrize("back", range(1, TOKENS_PER_BLOCK - 1))
 def test_nearly_as_much_can_be_taken_back_from_a_short_text(back):
-    for length in range(4 + 8 + 2 * BLOCK, 4 * capacity(4, 8)):
+    for length in range(4 + 8 + 2 * TOKENS_PER_BLOCK, 4 * capacity(4, 8)):
         store = ExactStore(4, 8)
         store.append(numbered(0, length), torch.float32)
         store.crop(back)
@@ -104,10 +104,10 @@ def test_nearly_as_much_can_be_taken_back_from_a_short_text(back):
         assert store.size <= max(store.length, capacity(4, 8) - 1)
 
 
-@pytest.mark.parametrize("back", range(1, BLOCK))
+@pytest.mark.parametrize("back", range(1, TOKENS_PER_BLOCK))
 def test_without_drafts_the_window_survives_a_few_steps_back(back):
     """Token by token nothing more is held, and up to 15 tokens can be taken back from any place of a long text."""
-    for length in range(4 * capacity(4, 8) + BLOCK, 4 * capacity(4, 8) + 2 * BLOCK):
+    for length in range(4 * capacity(4, 8) + TOKENS_PER_BLOCK, 4 * capacity(4, 8) + 2 * TOKENS_PER_BLOCK):
         store = ExactStore(4, 8)
         for n in range(length):
             store.append(numbered(n, 1), torch.float32)
@@ -121,16 +121,16 @@ def test_without_drafts_the_window_survives_a_few_steps_back(back):
 def test_blocks_leave_when_there_is_no_room(sinks, window):
     """One token before the boundary nothing has left; at it a whole block does, and the window stays."""
     store, addresses = ExactStore(sinks, window), set()
-    full = sinks + window + BLOCK - 1
-    for n in range(4 * full + 3 * BLOCK):
+    full = sinks + window + TOKENS_PER_BLOCK - 1
+    for n in range(4 * full + 3 * TOKENS_PER_BLOCK):
         gone = store.append(numbered(n, 1), torch.float32)
         if n + 1 < 4 * full:
             assert store.size == max(store.length, min(store.length + 3 * store.left // 4, full - 1))
         else:
             addresses.add(store.data[0].data_ptr())
-        boundary = n >= full and (n - full) % BLOCK == 0
+        boundary = n >= full and (n - full) % TOKENS_PER_BLOCK == 0
         assert [numbers(g) for g in gone] == (
-            [list(range(n - window - BLOCK + 1, n - window + 1))] if boundary else []
+            [list(range(n - window - TOKENS_PER_BLOCK + 1, n - window + 1))] if boundary else []
         )
         if boundary:
             assert numbers(store.view()) == [*range(sinks), *range(n - window + 1, n + 1)]
@@ -138,7 +138,7 @@ def test_blocks_leave_when_there_is_no_room(sinks, window):
 
 
 def test_room_is_only_for_what_is_exact():
-    assert [capacity(s, w) for s, w in SIZES] == [0, 4, 8 + BLOCK - 1, 4 + 8 + BLOCK - 1, 30 + 1 + BLOCK - 1]
+    assert [capacity(s, w) for s, w in SIZES] == [0, 4, *(n + TOKENS_PER_BLOCK - 1 for n in (8, 4 + 8, 30 + 1))]
     store = ExactStore(4, 8)
     assert store.nbytes == 0
     store.append(numbered(0, 2), torch.bfloat16)

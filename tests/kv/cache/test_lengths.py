@@ -12,7 +12,7 @@ from nestling.errors import OptionError
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.lengths import bytes_by_length, shared_bytes
 from nestling.kv.evaluation.evaluate import held_bytes
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import fingerprint
 
 from ..families import nested_cache, tiny_model
 
@@ -35,7 +35,7 @@ def smol():
     """A model of SmolLM2's shape in one small file, and the trained adapter of SmolLM2."""
     model = tiny_model("llama-gqa", **SMOL)
     adapter = copy.copy(kv.KVAdapter.from_pretrained("smollm2"))
-    adapter.fingerprint = attention.fingerprint(model.config)
+    adapter.fingerprint = fingerprint(model.config)
     return model, adapter
 
 

@@ -139,7 +139,7 @@ def test_a_model_may_change_its_precision(ids):
 def adapters_equal(one, other) -> bool:
     return all(
         torch.equal(getattr(one, name)[side], getattr(other, name)[side])
-        for name in ("encode", "mean", "energy", "noise", "step")
+        for name in ("encode", "mean", "drop_cost", "quantisation_cost", "step")
         for side in ("key", "value")
     )
 

@@ -12,7 +12,7 @@ from nestling import kv
 from nestling.errors import AdapterError, BudgetError, CacheMismatchError
 from nestling.kv.allocation.bits import CHOICES, BitTable
 from nestling.kv.cache.buffer import room
-from nestling.kv.cache.exact import BLOCK
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK
 from nestling.kv.cache.layer import NestedLayer
 from nestling.kv.cache.packed import Coding, Layout, PackedRows
 from nestling.kv.evaluation.evaluate import held_bytes
@@ -92,7 +92,9 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
     stock.set_attn_implementation("rounded")
     for lengths in ([40], [24, 5, *[1] * 11]):
         ends = torch.arange(1, 41)  # each query sees what it would see as the last token
-        recent = torch.tensor([recent_after(max(n - sinks, 0), window, BLOCK if window else 1) for n in ends.tolist()])
+        recent = torch.tensor(
+            [recent_after(max(n - sinks, 0), window, TOKENS_PER_BLOCK if window else 1) for n in ends.tolist()]
+        )
         exact[:] = (torch.arange(40) < sinks) | (torch.arange(40) >= (ends - recent)[:, None])
         with torch.no_grad():
             expected = stock(input_ids=ids[:2, :40], use_cache=False).logits
@@ -257,9 +259,9 @@ def test_states_that_are_not_finite_are_refused_before_anything_is_stored(fitted
     assert cache.layers[1].length == 5 and cache.layers[1].groups[0].length in (1, 5)
 
 
-def test_adapters_without_noise_have_caches_of_ranks(fitted, ids, tmp_path):
+def test_adapters_without_quantisation_costs_have_caches_of_ranks(fitted, ids, tmp_path):
     made = fitted("llama-gqa")
-    old = kv.KVAdapter(made.adapter.fingerprint, made.adapter.encode, made.adapter.mean, made.adapter.energy)
+    old = kv.KVAdapter(made.adapter.fingerprint, made.adapter.encode, made.adapter.mean, made.adapter.drop_cost)
     with pytest.raises(AdapterError, match="calibrate or train it again"):
         old.bits(2000)
     cache = nested_cache(made.model, old, 0.8, quantise=True, window=0, context=1000, dtype=torch.bfloat16)

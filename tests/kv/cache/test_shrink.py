@@ -14,7 +14,7 @@ from nestling import kv
 from nestling.errors import BudgetError
 from nestling.kv.cache.layer import NestedLayer
 from nestling.kv.evaluation.evaluate import held_bytes
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import fingerprint
 
 from ..families import nested_cache, tiny_model
 
@@ -37,12 +37,16 @@ def made():
     ones = torch.eye(WIDTH).expand(*shape, WIDTH)
     encode = {s: ones + torch.randint(-1, 2, (*shape, WIDTH), generator=rng).float().triu(1) for s in ("key", "value")}
     mean = {s: torch.randint(-2, 3, shape, generator=rng).float() for s in encode}
-    energy = {s: torch.rand(shape, generator=rng) * torch.rand(LAYERS, HEADS, 1, generator=rng) ** 2 for s in encode}
+    drop_cost = {
+        s: torch.rand(shape, generator=rng) * torch.rand(LAYERS, HEADS, 1, generator=rng) ** 2 for s in encode
+    }
     step = {s: torch.full(shape, 2.0) for s in encode}
     info = {"errors": {s: [0.4, 0.12, 0.04, 0.01, 0.001] for s in encode}}
-    noise = {s: 2 * e for s, e in energy.items()}
-    fingerprint = attention.fingerprint(model.config)
-    return model, kv.KVAdapter(fingerprint, encode, mean, energy, info, noise=noise, step=step)
+    quantisation_cost = {s: 2 * e for s, e in drop_cost.items()}
+    model_fingerprint = fingerprint(model.config)
+    return model, kv.KVAdapter(
+        model_fingerprint, encode, mean, drop_cost, info, quantisation_cost=quantisation_cost, step=step
+    )
 
 
 def make(budget, **options) -> kv.NestedCache:

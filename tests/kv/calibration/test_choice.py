@@ -11,9 +11,10 @@ import torch
 from nestling import kv
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter_files import SIDES
+from nestling.kv.allocation.allocate import losses_of
 from nestling.kv.allocation.bits import CHOICES, bit_steps, bit_table_of
 from nestling.kv.calibration import choice
-from nestling.kv.calibration.choice import _equal, _lost, choose, mixed
+from nestling.kv.calibration.choice import _equal, choose, mixed
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.noise import Noise
 from nestling.kv.calibration.search import KLMeter
@@ -38,11 +39,13 @@ def test_one_pass_measures_the_costs_of_any_basis(two, ids):
     pieces = ids[[0, 7]]
     for adapter, costs in candidates.values():
         alone = Noise(adapter, torch.device("cpu"))
-        energy = sensitivity(made.model, adapter, [pieces], sinks=4, window=0, noise=[alone])
+        drop_cost = sensitivity(made.model, adapter, [pieces], sinks=4, window=0, noise=[alone])
         again = alone.measured(pieces.numel())
         for side in SIDES:
-            torch.testing.assert_close(costs.energy[side], energy[side], rtol=2e-3, atol=1e-9)
-            torch.testing.assert_close(costs.noise[side], again.noise[side], rtol=2e-3, atol=1e-9)
+            torch.testing.assert_close(costs.drop_cost[side], drop_cost[side], rtol=2e-3, atol=1e-9)
+            torch.testing.assert_close(
+                costs.quantisation_cost[side], again.quantisation_cost[side], rtol=2e-3, atol=1e-9
+            )
             assert costs.errors[side] == pytest.approx(again.errors[side], rel=1e-3)
 
 
@@ -50,7 +53,7 @@ def geometric_mean(case, adapter, texts) -> float:
     """The KL at the budgets, of a meter of its own for each text and table."""
     logs = []
     for share in choice.TOGETHER:
-        table = bit_table_of(bit_steps(_lost(adapter)), 16 * share * adapter.full_elements).stacked[None]
+        table = bit_table_of(bit_steps(losses_of(adapter)), 16 * share * adapter.full_elements).stacked[None]
         kl = [float(KLMeter(case.model, adapter, text[None], 4, 0)(table)) for text in texts]
         logs.append(math.log(sum(kl) / len(kl)))
     return math.exp(sum(logs) / len(logs))
@@ -66,7 +69,7 @@ def test_what_is_chosen_was_measured_to_be_the_best(two, ids):
         kl = []
         for adapter, costs in candidates.values():
             table = torch.full((1, 2, 3, 2, 3), 16)
-            table[0, side, row] = _equal(_lost(costs.of(adapter)), choice.ALONE)[side, row]
+            table[0, side, row] = _equal(losses_of(costs.of(adapter)), choice.ALONE)[side, row]
             kl.append(float(KLMeter(case.model, adapter, ids[[0, -1]], 4, 0)(table)))
         best[side, row] = kl.index(min(kl))
     options = [torch.zeros_like(best), torch.ones_like(best), best]
@@ -90,14 +93,14 @@ def test_a_mixture_has_the_bases_and_costs_of_its_parts(two):
         adapter, costs = candidates[names[which[number, row]]]
         assert torch.equal(mixture.encode[side][row], adapter.encode[side][row])
         assert torch.equal(mixture.mean[side][row], adapter.mean[side][row])
-        assert torch.equal(mixture.noise[side][row], costs.noise[side][row])
+        assert torch.equal(mixture.quantisation_cost[side][row], costs.quantisation_cost[side][row])
     for number, name in enumerate(names):
         alike = mixed(candidates, torch.full((2, 3), number))
         assert alike.info["errors"]["key"] == pytest.approx(candidates[name][1].errors["key"])
 
 
 def test_a_side_of_a_layer_gets_its_share_of_the_bits_at_the_least_loss(fitted):
-    lost = _lost(fitted("llama-gqa").adapter)  # two heads of two blocks
+    lost = losses_of(fitted("llama-gqa").adapter)  # two heads of two blocks
     table = _equal(lost, 0.25)
     assert table.shape == lost.shape[:-1] and (table.sum((2, 3)) <= 0.25 * 16 * 4).all()
     taken = lost.gather(-1, torch.tensor([CHOICES.index(b) for b in table.flatten().tolist()]).view(*table.shape, 1))

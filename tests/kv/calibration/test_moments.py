@@ -14,8 +14,14 @@ from nestling.kv.adapter_files import SIDES
 from nestling.kv.calibration import moments as module
 from nestling.kv.calibration.moments import SKIP, collect_moments, make_bases
 from nestling.kv.calibration.sensitivity import measure, sensitivity, spread
-from nestling.kv.integration import attach as attention
-from nestling.kv.integration.attach import cached
+from nestling.kv.integration.attach import (
+    PassThroughLayer,
+    attach,
+    cached,
+    compressible_layers,
+    head_shape,
+    stock_layers,
+)
 
 from ..families import FAMILIES, tiny_fit, tiny_model
 
@@ -90,7 +96,7 @@ def test_moments_are_sums_over_the_kept_tokens(monkeypatch, ids, family, padded)
     states = record(monkeypatch, family, ids, mask)
     model = tiny_model(family)
     moments = collect_moments(model, [ids], skip=4, padding=[mask] if padded else None)
-    assert list(moments) == attention.compressible_layers(model.config)
+    assert list(moments) == compressible_layers(model.config)
     for layer, moment in moments.items():
         assert moment.tokens == int(keep.sum())
         for name, expected in brute_force(states[layer], keep).items():
@@ -228,7 +234,7 @@ def test_balanced_bases_balance_what_they_should(ids, family):
     """Keys: attended keys against queries. Values: centred outputs against the group's W_O; also H * D != hidden."""
     model = tiny_model(family)
     moments = collect_moments(model, [ids])
-    heads, kv_heads, width = attention.head_shape(model.config)
+    heads, kv_heads, width = head_shape(model.config)
     bases = make_bases(model, moments, "balanced")
     for layer, (key, value) in bases.items():
         moment, weight = moments[layer], model.model.layers[layer].self_attn.o_proj.weight.detach().double()
@@ -302,7 +308,7 @@ def masked_log_p(model, adapter, masks, ids, sinks: int, window: int) -> torch.T
                 outputs.append((weights @ values).transpose(1, 2))
             return torch.cat(outputs, 1)
 
-    class Masked(attention.PassThroughLayer):
+    class Masked(PassThroughLayer):
         def __init__(self, row):
             super().__init__()
             self.row = row
@@ -311,8 +317,8 @@ def masked_log_p(model, adapter, masks, ids, sinks: int, window: int) -> torch.T
             handle = Handle(self.row, (key_states, value_states))
             return handle, handle
 
-    attention.attach(model)
-    layers = attention.stock_layers(model.config)
+    attach(model)
+    layers = stock_layers(model.config)
     for row, index in enumerate(adapter.fingerprint["layers"]):
         layers[index] = Masked(row)
     cache = Cache(layers=layers)
@@ -396,8 +402,8 @@ def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
 def test_what_only_near_tokens_read_is_worth_nothing(ids):
     model = tiny_model("llama-gqa")
     adapter = tiny_fit(model, ids, sensitivity_windows=2, sinks=0)
-    energy = sensitivity(model, adapter, [ids[:2, :19]], sinks=1, window=3)  # up to 18 recent ones are exact
-    assert all(float(e.abs().max()) == 0 for e in energy.values())
+    drop_cost = sensitivity(model, adapter, [ids[:2, :19]], sinks=1, window=3)  # up to 18 recent ones are exact
+    assert all(float(e.abs().max()) == 0 for e in drop_cost.values())
     with pytest.raises(ValueError, match="pieces of 19 tokens hold nothing beyond the 19 exact ones"):
         measure(model, adapter, ids[:, :19], kv.FitConfig(sinks=1, window=3))
 
@@ -420,11 +426,11 @@ def test_every_family_fits(ids, family, basis):
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapter = tiny_fit(model, ids, basis=basis, length=32, tokens=256, sensitivity_length=16)
     layers, heads, width = adapter.shape
-    assert (heads, width) == attention.head_shape(model.config)[1:]
+    assert (heads, width) == head_shape(model.config)[1:]
     for side in ("key", "value"):
-        energy = adapter.energy[side]
-        assert energy.shape == (layers, heads, width) and (energy >= 0).all() and (energy.sum(-1) > 0).all()
-        assert adapter.mean[side].shape == energy.shape and adapter.mean[side].dtype == torch.float32
+        drop_cost = adapter.drop_cost[side]
+        assert drop_cost.shape == (layers, heads, width) and (drop_cost >= 0).all() and (drop_cost.sum(-1) > 0).all()
+        assert adapter.mean[side].shape == drop_cost.shape and adapter.mean[side].dtype == torch.float32
         if basis == "pca":
             eye = torch.eye(width).expand(layers, heads, width, width)
             torch.testing.assert_close(adapter.encode[side].mT @ adapter.encode[side], eye, rtol=0, atol=1e-5)
@@ -439,24 +445,24 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
     """And orders the balanced coordinates by what they were measured to be worth; PCA keeps the paper's order."""
     exact = dict(sinks=2, window=4)
     adapter = tiny_fit(tiny_model("qwen3"), ids, basis=basis, sensitivity_windows=8, seed=5, **exact)
-    model = tiny_model("qwen3")  # heads of width 24: energies are measured again at 16
+    model = tiny_model("qwen3")  # heads of width 24: drop costs are measured again at 16
     moments = collect_moments(model, [ids])
     bases, means = make_bases(model, moments, basis), {i: m.means(basis) for i, m in moments.items()}
     expected = kv.KVAdapter.from_bases(model.config, bases, means, {})
     pieces = ids.view(16, 32)
     for chosen in ([0, 5, 10, 15], [0, 2, 4, 6, 9, 11, 13, 15]):
         ranks = expected.ranks(2 / 3 * expected.full_elements).stacked if len(chosen) == 8 else None
-        energy = sensitivity(model, expected, [pieces[chosen]], ranks, **exact, seed=5)
-        order = {s: e.argsort(-1, descending=True) if basis == "balanced" else None for s, e in energy.items()}
+        drop_cost = sensitivity(model, expected, [pieces[chosen]], ranks, **exact, seed=5)
+        order = {s: e.argsort(-1, descending=True) if basis == "balanced" else None for s, e in drop_cost.items()}
         encode = dict(expected.encode)
         for side, o in order.items():
             if o is not None:
-                energy[side] = energy[side].gather(-1, o)
+                drop_cost[side] = drop_cost[side].gather(-1, o)
                 encode[side] = encode[side].gather(-1, o[..., None, :].expand_as(encode[side]))
-        expected = replace(expected, encode=encode, energy=energy)
+        expected = replace(expected, encode=encode, drop_cost=drop_cost)
     assert adapter.info["sinks"] == 2 and adapter.info["window"] == 4
     for side in SIDES:
-        torch.testing.assert_close(adapter.energy[side], expected.energy[side], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(adapter.drop_cost[side], expected.drop_cost[side], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(adapter.mean[side], expected.mean[side], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(adapter.encode[side], expected.encode[side], rtol=1e-4, atol=1e-5)
 
@@ -473,7 +479,9 @@ def test_ids_and_strings_are_the_same_text(ids):
     one, other = (
         kv.fit(tiny_model("llama-gqa"), t, x, config, progress=False) for t, x in ((None, ids), (Numbers(), texts))
     )
-    assert torch.equal(one.encode["key"], other.encode["key"]) and torch.equal(one.energy["key"], other.energy["key"])
+    assert torch.equal(one.encode["key"], other.encode["key"]) and torch.equal(
+        one.drop_cost["key"], other.drop_cost["key"]
+    )
     with pytest.raises(ValueError, match="a tokenizer is needed"):
         kv.fit(tiny_model("llama-gqa"), None, texts, config, progress=False)
 

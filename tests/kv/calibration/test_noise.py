@@ -32,13 +32,13 @@ def stock_logits(model, ids, shifts):
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
-def test_noise_is_the_sum_over_tokens_of_squared_gradients(fitted, ids, family):
+def test_quantisation_cost_is_the_sum_over_tokens_of_squared_gradients(fitted, ids, family):
     made, text = fitted(family), ids[:2, :24]
     layers, heads, width = made.adapter.shape
     noise = Noise(made.adapter, torch.device("cpu"))
     sensitivity(made.model, made.adapter, [text], sinks=0, window=0, seed=3, noise=[noise])
     costs = noise.measured(text.numel())
-    found, steps, errors = costs.noise, costs.step, costs.errors
+    found, steps, errors = costs.quantisation_cost, costs.step, costs.errors
     assert all(
         len(errors[side]) == len(WIDTHS) and sorted(errors[side], reverse=True) == errors[side] for side in SIDES
     )
@@ -61,7 +61,7 @@ def test_noise_is_the_sum_over_tokens_of_squared_gradients(fitted, ids, family):
 
 
 @torch.no_grad()
-def test_noise_predicts_the_kl_of_noise_that_is_added(fitted, ids):
+def test_quantisation_cost_predicts_the_kl_of_noise_that_is_added(fitted, ids):
     made = fitted("llama-gqa")
     config = FitConfig(sensitivity_windows=16, sensitivity_length=64, sinks=0, window=0)
     adapter = measure(made.model, made.adapter, ids, config, progress=False)
@@ -77,14 +77,16 @@ def test_noise_predicts_the_kl_of_noise_that_is_added(fitted, ids):
             shifts[:, side] = z @ adapter.decode[name][:, None]
             logits, _ = stock_logits(made.stock, ids, shifts)
             totals.append(kl_divergence(clean, logits.flatten(0, 1)).mean())
-        predicted = float(adapter.noise[name].sum()) * share**2
+        predicted = float(adapter.quantisation_cost[name].sum()) * share**2
         assert float(torch.stack(totals).mean()) == pytest.approx(predicted, rel=0.4)
 
 
 def test_an_adapter_keeps_the_order_of_all_that_belongs_to_a_coordinate(fitted):
-    """Sorted bases: noise and steps follow their coordinates, so noise falls with the energies."""
+    """Sorted bases: quantisation costs and steps follow their coordinates, so they fall with the drop costs."""
     adapter = fitted("llama-gqa").adapter
     assert adapter.quantises
     for side in SIDES:
-        ranks = [values[side].argsort(-1).argsort(-1).double() for values in (adapter.energy, adapter.noise)]
+        ranks = [
+            values[side].argsort(-1).argsort(-1).double() for values in (adapter.drop_cost, adapter.quantisation_cost)
+        ]
         assert torch.corrcoef(torch.stack([r.flatten() for r in ranks]))[0, 1] > 0.3

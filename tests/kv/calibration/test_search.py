@@ -8,7 +8,7 @@ import torch
 
 from nestling import kv
 from nestling.errors import TextTooShortError
-from nestling.kv.allocation.ranks import blended, by_gains, energy_gains
+from nestling.kv.allocation.ranks import blended, by_gains, drop_cost_gains
 from nestling.kv.calibration.search import SHARES, KLMeter, search
 from nestling.kv.integration.attach import cached
 from nestling.losses import kl_divergence
@@ -66,7 +66,7 @@ def test_greedy_by_many_lands_on_every_budget(fitted, ids):
     one = searched_by(case, ids, method="greedy", per_sweep=1, lowest=0.6, **OPTIONS)
     assert searched.info["search"]["forwards"] < 0.5 * one.info["search"]["forwards"]
     full = searched.full_elements
-    for share in (1.0, 0.9, 0.75, 0.6, 0.55, 0.5):  # below 0.6 by energy
+    for share in (1.0, 0.9, 0.75, 0.6, 0.55, 0.5):  # below 0.6 by drop cost
         elements = searched.ranks(share * full, "greedy").elements
         assert share * full - 8 < elements <= share * full
     cache = nested_cache(case.model, searched, 0.75, allocation="greedy", paper=True)
@@ -88,7 +88,7 @@ def test_a_blend_is_the_best_one_that_was_measured(fitted, ids, monkeypatch):
     searched = searched_by(case, texts, **WHOLE)
     info, full = searched.info["search"], case.adapter.full_elements
     assert info["forwards"] == 2 * 2 * len(SHARES) and info["method"] == "blend" and info["equal"] in SHARES
-    gains = energy_gains(case.adapter.energy["key"], case.adapter.energy["value"])
+    gains = drop_cost_gains(case.adapter.drop_cost["key"], case.adapter.drop_cost["value"])
     means = []
     for share in SHARES:
         tables = [by_gains(blended(gains, share), b * full, 24) for b in (0.7, 0.45)]

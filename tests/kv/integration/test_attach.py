@@ -7,8 +7,17 @@ import torch
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM
 
 from nestling import kv
-from nestling.kv.integration import attach as attention
-from nestling.kv.integration.attach import cached
+from nestling.kv.integration.attach import (
+    EXTRAS,
+    NAME,
+    attention_forward,
+    cached,
+    compressible_layers,
+    fingerprint,
+    head_shape,
+    output_projections,
+    text_config,
+)
 
 from ..families import BASE, FAMILIES, nested_cache, tiny_fit, tiny_model
 
@@ -56,11 +65,11 @@ def other_model(kind: str, **overrides):
 def test_what_is_not_served_is_refused_with_a_reason(kind):
     extra, reason = REFUSED[kind]
     base = {} if kind == "gemma3n_text" else BASE
-    config = attention.text_config(CONFIG_MAPPING[kind](**{**base, **extra}))
+    config = text_config(CONFIG_MAPPING[kind](**{**base, **extra}))
     with pytest.raises(kv.UnsupportedModelError, match=f"'{config.model_type}'.*{reason}"):
-        attention.compressible_layers(config)
+        compressible_layers(config)
     with pytest.raises(kv.UnsupportedModelError, match=reason):
-        attention.fingerprint(config)
+        fingerprint(config)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "mistral"])
@@ -83,19 +92,19 @@ def test_models_without_the_interface_are_refused_and_still_work(ids):
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-@pytest.mark.parametrize("name", attention.EXTRAS)
+@pytest.mark.parametrize("name", EXTRAS)
 def test_attention_with_extras_is_refused_when_called(name):
     """Models that no config check knows: their extras would be dropped in silence."""
     states = [torch.zeros(1, 2, 3, 4)] * 3
     with pytest.raises(kv.UnsupportedModelError, match=f"Linear passes {name} to its attention"):
-        attention.attention_forward(torch.nn.Linear(1, 1), *states, None, scaling=1.0, **{name: torch.zeros(2)})
-    out, _ = attention.attention_forward(torch.nn.Linear(1, 1), *states, None, scaling=1.0, **{name: None})
+        attention_forward(torch.nn.Linear(1, 1), *states, None, scaling=1.0, **{name: torch.zeros(2)})
+    out, _ = attention_forward(torch.nn.Linear(1, 1), *states, None, scaling=1.0, **{name: None})
     assert out.shape == (1, 3, 2, 4)
 
 
 def test_sliding_and_linear_layers_keep_their_stock_cache(fitted):
     made = fitted("gemma3")
-    assert attention.compressible_layers(made.model.config) == [1]
+    assert compressible_layers(made.model.config) == [1]
     cache = nested_cache(made.model, made.adapter, 0.7)
     assert [type(layer).__name__ for layer in cache.layers] == [
         "DynamicSlidingWindowLayer",
@@ -126,14 +135,14 @@ def test_attaching_twice_switches_once(monkeypatch):
     monkeypatch.setattr(type(model), "set_attn_implementation", lambda *a: (calls.append(a), switch(*a)))
     for _ in range(2):
         kv.attach(model)
-        assert model.config._attn_implementation == attention.NAME
+        assert model.config._attn_implementation == NAME
     assert len(calls) == 1
 
 
 def test_without_its_mask_function_padding_would_be_ignored(ids):
     """The trap that `attach` avoids: transformers passes no mask to an attention function without one."""
     stock, attached, bare = (tiny_model("llama-gqa") for _ in range(3))
-    AttentionInterface.register("bare", attention.attention_forward)
+    AttentionInterface.register("bare", attention_forward)
     bare.set_attn_implementation("bare")
     kv.attach(attached)
     mask = (torch.arange(20) >= torch.tensor([0, 7])[:, None]).long()
@@ -148,23 +157,21 @@ def test_without_its_mask_function_padding_would_be_ignored(ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fingerprints_are_json_and_tell_models_apart(family):
     config = tiny_model(family).config
-    ours = attention.fingerprint(config)
+    ours = fingerprint(config)
     assert json.loads(json.dumps(ours)) == ours
-    assert ours == attention.fingerprint(tiny_model(family, seed=1).config)
-    others = [attention.fingerprint(tiny_model(f).config) for f in FAMILIES if f != family]
+    assert ours == fingerprint(tiny_model(family, seed=1).config)
+    others = [fingerprint(tiny_model(f).config) for f in FAMILIES if f != family]
     assert ours not in others
-    assert ours != attention.fingerprint(
-        tiny_model(family, rope_parameters={"rope_type": "default", "rope_theta": 7.0}).config
-    )
+    assert ours != fingerprint(tiny_model(family, rope_parameters={"rope_type": "default", "rope_theta": 7.0}).config)
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *OTHERS])
 def test_output_projections_are_the_maps_that_the_model_applies(kind):
     model = tiny_model(kind) if kind in FAMILIES else other_model(kind, **OTHERS[kind])
     config = model.config
-    heads, _, width = attention.head_shape(config)
-    found = attention.output_projections(model)
-    assert sorted(set(found) & set(attention.compressible_layers(config))) == attention.compressible_layers(config)
+    heads, _, width = head_shape(config)
+    found = output_projections(model)
+    assert sorted(set(found) & set(compressible_layers(config))) == compressible_layers(config)
     x = torch.randn(3, heads * width)
     for module in model.modules():
         for name in ("o_proj", "dense", "out_proj", "c_proj"):
@@ -175,6 +182,6 @@ def test_output_projections_are_the_maps_that_the_model_applies(kind):
 
 
 def test_head_shapes_of_wide_heads():
-    assert attention.head_shape(tiny_model("qwen3").config) == (4, 2, 24)
-    assert attention.head_shape(tiny_model("llama-mha").config) == (4, 4, 16)
-    assert attention.head_shape(tiny_model("llama-mqa").config) == (4, 1, 16)
+    assert head_shape(tiny_model("qwen3").config) == (4, 2, 24)
+    assert head_shape(tiny_model("llama-mha").config) == (4, 4, 16)
+    assert head_shape(tiny_model("llama-mqa").config) == (4, 1, 16)

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MllamaConfig, MllamaForConditionalGeneration
 
 from nestling import kv
-from nestling.kv.integration import attach as attention
-from nestling.kv.integration.attach import cached
+from nestling.kv.integration.attach import NAME, cached
 
 from ..families import nested_cache, tiny_fit, tiny_model
 from .test_attach import other_model
@@ -199,7 +198,7 @@ def test_detach_puts_back_what_was(family, implementation, ids):
     model, stock = weak(family, implementation), weak(family, implementation)
     for _ in range(2):
         kv.attach(model)
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == NAME
     for _ in range(2):
         kv.detach(model)
         assert model.config._attn_implementation == implementation
@@ -226,7 +225,7 @@ def test_everything_that_measures_leaves_the_model_as_it_was(tmp_path, ids):
         assert model.config._attn_implementation == "eager" and all(m.training for m in model.modules())
     kv.attach(model)
     kv.search(model, None, ids, adapter, searched, progress=False)
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == NAME
 
 
 def _broken(model):
@@ -275,7 +274,7 @@ def test_copies_of_an_attached_model_remember_what_it_was(carry, ids):
         assert torch.equal(other(input_ids=ids[:1]).logits, model(input_ids=ids[:1]).logits)
     kv.detach(other)
     assert other.config._attn_implementation == "eager"
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == NAME
 
 
 @pytest.mark.slow

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from nestling import kv
-from nestling.errors import TrainingError
-from nestling.kv.integration import attach as attention
-from nestling.kv.integration.attach import cached
+from nestling.errors import TrainingError, UnsupportedModelError
+from nestling.kv.integration.attach import attach, cached
 from nestling.kv.simulation.student import Student
 from nestling.kv.training.sampling import bits_of_ranks
 from nestling.losses import IGNORED, kl_divergence
@@ -86,7 +85,7 @@ def test_the_start_is_the_adapter_and_full_rank_is_the_model(fitted, ids, family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_changes_no_gradient(ids, fitted, family):
     model, adapter = tiny_model(family).requires_grad_(False), fitted(family).adapter
-    attention.attach(model)
+    attach(model)
     student = Student(model, adapter, sinks=2, window=8, kl_weight=0.5, ce_weight=0.5).train()
     ranks, found = random_ranks(adapter, 4), []
     for checkpointing in (False, True):
@@ -98,7 +97,7 @@ def test_checkpointing_changes_no_gradient(ids, fitted, family):
         student.zero_grad()
         try:
             student(ids[:4], ranks)["loss"].backward()
-        except attention.UnsupportedModelError as error:
+        except UnsupportedModelError as error:
             assert family == "partial-rotary" and "without gradient checkpointing" in str(error)
             return
         found.append(student.bases.rotation.x.grad.clone())
@@ -109,7 +108,7 @@ def test_checkpointing_changes_no_gradient(ids, fitted, family):
 def test_a_step_changes_rotations_only_and_they_stay_rotations(fitted, ids):
     case = fitted("llama-gqa")
     model = tiny_model("llama-gqa").requires_grad_(False)
-    attention.attach(model)
+    attach(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     student = Student(model, case.adapter).train()
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
@@ -137,7 +136,7 @@ def test_the_gradient_is_that_of_finite_differences(fitted, ids):
     """Through attention, rotation, head and the whole model."""
     adapter = fitted("llama-gqa").adapter
     model = tiny_model("llama-gqa", dtype=torch.float64).requires_grad_(False)
-    attention.attach(model)
+    attach(model)
     student = Student(model, adapter, sinks=1, window=4).double().train()
     ranks = random_ranks(adapter, 1)
     torch.nn.init.normal_(student.bases.rotation.x, std=0.1)
@@ -182,7 +181,7 @@ def test_dropout_is_off_while_training(fitted):
 def test_what_is_not_finite_is_named(fitted, ids):
     adapter = fitted("llama-gqa").adapter
     model = tiny_model("llama-gqa")
-    attention.attach(model)
+    attach(model)
     student, ranks = Student(model, adapter), torch.full((1, 2, 3, 2), 8)
     with torch.no_grad():
         student.bases.rotation.x[1, 2, 0, 0, 1] = torch.nan

@@ -59,7 +59,7 @@ def test_training_lowers_the_kl_at_the_budgets(tmp_path, ids, start, sampling):
     curve = [p for p in trained.info["training"]["curve"] if "kl_0.5" in p]
     assert [p["step"] for p in curve] == list(range(0, 41, 4)) and curve[-1]["tokens"] == 16 * 4 * 40
     assert curve[-1]["kl_0.5"] < 0.97 * curve[0]["kl_0.5"]
-    assert not torch.allclose(trained.energy["key"], start.energy["key"])
+    assert not torch.allclose(trained.drop_cost["key"], start.drop_cost["key"])
     assert trained.info["training"]["sampling"] == sampling and trained.info["basis"] == "balanced"
 
 

@@ -1,10 +1,10 @@
 """From a budget to bits: how many each block of eight coordinates is stored with, none to sixteen.
 
-One allocator over ranks and precision. A block costs its bits, and loses what was measured: at no bits the energies of
-its coordinates, at b bits their noise (KL per token if each coordinate was off by as much as it varies) times the
-error of a quantiser of b bits. On the lower hull of these points every further bit gains less than the one before, so
-taking all steps of all blocks in order of gain per bit is the optimum of reverse water-filling, for every budget at
-once: the bits at a smaller budget are never more than those at a larger one, in any block.
+One allocator over ranks and precision. A block costs its bits, and loses what was measured: at no bits the drop
+costs of its coordinates, at b bits their quantisation costs (KL per token if each coordinate was off by as much as it
+varies) times the error of a quantiser of b bits. On the lower hull of these points every further bit gains less than
+the one before, so taking all steps of all blocks in order of gain per bit is the optimum of reverse water-filling, for
+every budget at once: the bits at a smaller budget are never more than those at a larger one, in any block.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from nestling.errors import BudgetError
 from nestling.kv.allocation.ranks import Units, nested
 from nestling.kv.allocation.steps import Steps
-from nestling.kv.quantisation.packing import BLOCK
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 from nestling.kv.quantisation.quantiser import WIDTHS
 
 CHOICES = (0, *WIDTHS, 16)
@@ -37,7 +37,7 @@ class BitTable:
     @property
     def bits(self) -> int:
         """Bits stored per token, keys and values of all layers."""
-        return int(self.stacked.sum()) * BLOCK
+        return int(self.stacked.sum()) * COORDINATES_PER_BLOCK
 
     def groups(self, row: int) -> list[tuple[list[int], tuple[tuple[int, ...], tuple[int, ...]]]]:
         """The heads of a layer that have the same bits: (heads, (bits of keys, of values)), most bits first."""
@@ -48,7 +48,8 @@ class BitTable:
         """Bytes of the coordinates of a token in each layer, of heads of ``width``: those of 16 bits have ``itemsize``
         bytes each, and b bits of the eight of a block are b bytes."""
         stacked = self.stacked
-        sizes = (width - BLOCK * torch.arange(stacked.shape[-1])).clamp(max=BLOCK) * itemsize
+        first = COORDINATES_PER_BLOCK * torch.arange(stacked.shape[-1])
+        sizes = (width - first).clamp(max=COORDINATES_PER_BLOCK) * itemsize
         return torch.where(stacked == 16, sizes, stacked).sum((0, 2, 3)).tolist()
 
     def full(self, width: int) -> list[bool]:
@@ -61,7 +62,7 @@ class BitTable:
 
     def check(self, layers: int, heads: int, width: int) -> None:
         """Raise `BudgetError` unless the table fits ``layers`` x ``heads`` heads of ``width`` coordinates."""
-        shape = [layers, heads, -(-width // BLOCK)]
+        shape = [layers, heads, -(-width // COORDINATES_PER_BLOCK)]
         for name, bits in (("keys", self.keys), ("values", self.values)):
             if bits.dtype != torch.int64:
                 raise BudgetError(f"bit table: {name} are {bits.dtype}, expected whole numbers, torch.int64")
@@ -71,18 +72,18 @@ class BitTable:
                 raise BudgetError(f"bit table: {name} holds {wrong[0]} bits, expected some of {CHOICES}")
 
 
-def losses(energy: Tensor, noise: Tensor, errors: Tensor) -> Tensor:
+def losses(drop_cost: Tensor, quantisation_cost: Tensor, errors: Tensor) -> Tensor:
     """What every block loses at each of `CHOICES`, in nats per token: ``[2, L, Hkv, blocks, choices]``.
 
     Args:
-        energy, noise: ``[2, L, Hkv, D]``.
+        drop_cost, quantisation_cost: ``[2, L, Hkv, D]``.
         errors: of the quantisers of `WIDTHS` on keys and values, as shares of the mean squares, ``[2, widths]``.
     """
-    missing = -energy.shape[-1] % BLOCK
-    lost = noise[..., None] * errors[:, None, None, None]
-    all_of_them = torch.cat((energy[..., None], lost, torch.zeros_like(energy[..., None])), -1)
+    missing = -drop_cost.shape[-1] % COORDINATES_PER_BLOCK
+    lost = quantisation_cost[..., None] * errors[:, None, None, None]
+    all_of_them = torch.cat((drop_cost[..., None], lost, torch.zeros_like(drop_cost[..., None])), -1)
     padded = torch.nn.functional.pad(all_of_them, (0, 0, 0, missing))
-    return padded.unflatten(-2, (-1, BLOCK)).sum(-2)
+    return padded.unflatten(-2, (-1, COORDINATES_PER_BLOCK)).sum(-2)
 
 
 def by_bits(lost: Tensor, bits: float) -> BitTable:
@@ -150,9 +151,10 @@ def hull(lost: Sequence[float]) -> list[tuple[float, int, int]]:
     found, at = [], 0
     while at < len(CHOICES) - 1:
         slopes = [
-            ((lost[at] - lost[to]) / (BLOCK * (CHOICES[to] - CHOICES[at])), to) for to in range(at + 1, len(CHOICES))
+            ((lost[at] - lost[to]) / (COORDINATES_PER_BLOCK * (CHOICES[to] - CHOICES[at])), to)
+            for to in range(at + 1, len(CHOICES))
         ]
         gain, to = max(slopes, key=lambda slope: (slope[0], slope[1]))
-        found.append((gain, CHOICES[to], BLOCK * (CHOICES[to] - CHOICES[at])))
+        found.append((gain, CHOICES[to], COORDINATES_PER_BLOCK * (CHOICES[to] - CHOICES[at])))
         at = to
     return found

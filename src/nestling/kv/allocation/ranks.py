@@ -4,7 +4,7 @@ A budget is a number of elements per token. All allocations take steps of `STEP`
 valuable step first, until the next one would not fit, so they end within one step below the budget:
 
 * ``uniform``: every head as even as the steps allow.
-* ``energy``: one global sort of the predicted loss. The energies of all layers must share one unit; `nestling.kv.fit`
+* ``energy``: one global sort of the drop costs. Those of all layers must share one unit; `nestling.kv.fit`
   puts them in nats of KL per token (see `nestling.kv.calibration.sensitivity`).
 * A searched path (see `nestling.kv.calibration.search`): a sort by what was measured.
 
@@ -139,29 +139,29 @@ def halvable(share: float, width: int) -> float:
     return max(share, min(1.0, 2 * STEP / width))
 
 
-def by_energy(key_energy: Tensor, value_energy: Tensor, elements: float) -> RankTable:
-    """The ranks that keep the most energy: the optimum of the additive model ``loss = sum of dropped energies``.
+def by_drop_cost(key_drop_cost: Tensor, value_drop_cost: Tensor, elements: float) -> RankTable:
+    """The ranks that lose the least: the optimum of the additive model ``loss = sum of the costs of dropped ones``.
 
     Args:
-        key_energy, value_energy: ``[L, Hkv, D]``, the loss expected from dropping each coordinate, in one unit.
+        key_drop_cost, value_drop_cost: ``[L, Hkv, D]``, the loss expected from dropping each coordinate, in one unit.
         elements: elements per token that may be used.
 
     Raises:
-        BudgetError: if ``elements`` is below the smallest table (one step everywhere), or an energy is not finite.
+        BudgetError: if ``elements`` is below the smallest table (one step everywhere), or a cost is not finite.
     """
-    return by_gains(energy_gains(key_energy, value_energy), elements, key_energy.shape[-1])
+    return by_gains(drop_cost_gains(key_drop_cost, value_drop_cost), elements, key_drop_cost.shape[-1])
 
 
-def energy_gains(key_energy: Tensor, value_energy: Tensor) -> Tensor:
-    """The energy of each step per element, ``[2, L, Hkv, steps]``.
+def drop_cost_gains(key_drop_cost: Tensor, value_drop_cost: Tensor) -> Tensor:
+    """The drop cost of each step per element, ``[2, L, Hkv, steps]``.
 
     Raises:
-        BudgetError: if an energy is not finite.
+        BudgetError: if a cost is not finite.
     """
-    energy = torch.stack((key_energy, value_energy)).double()
-    if not torch.isfinite(energy).all():
-        raise BudgetError("energies must be finite: calibrate the adapter again")
-    return torch.stack([energy[..., a:b].sum(-1) / (b - a) for a, b in pairwise(edges(energy.shape[-1]))], -1)
+    drop_cost = torch.stack((key_drop_cost, value_drop_cost)).double()
+    if not torch.isfinite(drop_cost).all():
+        raise BudgetError("drop costs must be finite: calibrate the adapter again")
+    return torch.stack([drop_cost[..., a:b].sum(-1) / (b - a) for a, b in pairwise(edges(drop_cost.shape[-1]))], -1)
 
 
 def blended(gains: Tensor, share: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestling.kv.cache.packed import Coding, Layout
 from nestling.kv.integration.modes import default_mode, ordinary
-from nestling.kv.quantisation.packing import BLOCK
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
@@ -221,5 +221,5 @@ def _kept(matrices: Tensor, layout: Layout) -> Tensor:
 
 def _padded(matrices: Tensor, value: float) -> Tensor:
     """``[h, D, n]`` with more rows, to whole blocks of coordinates."""
-    missing = -matrices.shape[1] % BLOCK
+    missing = -matrices.shape[1] % COORDINATES_PER_BLOCK
     return torch.nn.functional.pad(matrices, (0, 0, 0, missing), value=value) if missing else matrices

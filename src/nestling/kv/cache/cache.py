@@ -22,12 +22,20 @@ from nestling.kv.cache.bases import LayerBases, Members, nbytes, shared
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.draft import DraftWatch
 from nestling.kv.cache.eviction import HeavyHitters
-from nestling.kv.cache.exact import BLOCK, ExactStore
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore
 from nestling.kv.cache.factory import CacheFactory, given_table
 from nestling.kv.cache.layer import NestedLayer
 from nestling.kv.cache.storage import Storage, Table, is_full, members
 from nestling.kv.cache.stored import StoredCache
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import (
+    attach,
+    head_shape,
+    layer_devices,
+    rotary_limit,
+    stock_layers,
+    text_config,
+    warn_of_rotation,
+)
 from nestling.kv.integration.modes import default_mode, in_default_mode
 
 if TYPE_CHECKING:
@@ -88,18 +96,18 @@ class NestedCache(StoredCache):
             raise BudgetError(
                 f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits; or say quantise=False"
             )
-        layers, devices = adapter.fingerprint["layers"], attention.layer_devices(model)
+        layers, devices = adapter.fingerprint["layers"], layer_devices(model)
 
         def bases(row: int, stored_alike: Members) -> LayerBases:
             return shared(adapter, row, stored_alike, devices[layers[row]], dtype.itemsize == 2)
 
-        storage = Storage(options.sinks, options.window, BLOCK, options.context)
-        self._assemble(layers, bases, table, attention.text_config(model), storage, dtype, options)
+        storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context)
+        self._assemble(layers, bases, table, text_config(model), storage, dtype, options)
         if factory is not None:
             self._start(factory, dtype.itemsize)
         self.model = weakref.ref(model)
-        attention.attach(model)
-        attention.warn_of_rotation(model, stacklevel=3)
+        attach(model)
+        warn_of_rotation(model, stacklevel=3)
 
     def _assemble(
         self,
@@ -117,7 +125,7 @@ class NestedCache(StoredCache):
             indices: of the compressed layers, in the order of the table's rows.
             bases: those of a row, for heads that are stored alike.
         """
-        layers, width = attention.stock_layers(config), attention.head_shape(config)[2]
+        layers, width = stock_layers(config), head_shape(config)[2]
         for row, index in enumerate(indices):
             stored_alike = members(table, row, width)
             layer_bases, full = bases(row, stored_alike), is_full(width, stored_alike)
@@ -127,7 +135,7 @@ class NestedCache(StoredCache):
             layers[index] = NestedLayer(groups, exact, layer_bases, config, dtype, prompt, hitters, index)
         super().__init__(layers=layers)
         self.allocation, self.config, self.storage = table, config, storage
-        self.rotary_limit = attention.rotary_limit(config)
+        self.rotary_limit = rotary_limit(config)
 
     def _start(self, factory: CacheFactory, itemsize: int) -> None:
         """Give an empty cache what it can be shrunk by, and its budget and limit.

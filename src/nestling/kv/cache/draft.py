@@ -3,7 +3,7 @@
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import base_model
 
 if TYPE_CHECKING:
     from nestling.kv.cache.cache import NestedCache
@@ -18,7 +18,7 @@ class DraftWatch:
 
     def __init__(self, model: Any, cache: "NestedCache"):
         self.cache = weakref.ref(cache)
-        self.handle = attention.base_model(model).register_forward_pre_hook(self, with_kwargs=True)
+        self.handle = base_model(model).register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, model: Any, args: tuple, kwargs: dict) -> None:
         cache, logits = self.cache(), kwargs.get("logits_to_keep")

@@ -9,11 +9,11 @@ from nestling.errors import OptionError
 from nestling.kv.integration.modes import ordinary, traced
 
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
-BLOCK = 16  # recent tokens that are encoded at once, when the store is full
+TOKENS_PER_BLOCK = 16  # recent tokens that are encoded at once, when the store is full
 SHORT = 4  # in texts shorter than so many full stores, free places would be much of all bytes
 
 
-def capacity(sinks: int, window: int, block: int = BLOCK) -> int:
+def capacity(sinks: int, window: int, block: int = TOKENS_PER_BLOCK) -> int:
     """Tokens that a layer's exact store has room for: they are paid for out of the budget."""
     return sinks + (window + block - 1 if window else 0)
 
@@ -27,7 +27,7 @@ def check_length(length: int, sinks: int, window: int) -> None:
         )
 
 
-def coded(length, sinks: int, window: int, block: int = BLOCK):
+def coded(length, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
     """How many of ``length`` tokens (an int, or a tensor of them) are not exact any more: the rule of the store.
 
     It is also the rule of what a query sees: the token at position p sees ``coded(p + 1)`` tokens compressed, however
@@ -59,7 +59,7 @@ class ExactStore:
         spare: how many of the last of those are still here.
     """
 
-    def __init__(self, sinks: int, window: int, block: int = BLOCK):
+    def __init__(self, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
         self.sinks, self.window = sinks, window
         self.block = block if window else 1
         self.capacity = capacity(sinks, window, block)

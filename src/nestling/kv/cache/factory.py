@@ -38,7 +38,7 @@ def bits_at(adapter: "KVAdapter", budget: Any) -> BitTable:
 
     Raises:
         BudgetError: as `ranks_at`.
-        AdapterError: for an adapter that was made without noise.
+        AdapterError: for an adapter that was made without quantisation costs.
     """
     if not adapter.quantises:
         raise AdapterError(WITHOUT_BITS)

@@ -16,7 +16,7 @@ from nestling.kv.cache import attention as coordinates
 from nestling.kv.cache.eviction import attention_mass
 from nestling.kv.cache.matmul import cast
 from nestling.kv.cache.split import QUERIES, Segment, Split
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import NAME, sdpa
 from nestling.kv.integration.modes import full_precision
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class NestedHandle:
     ) -> Tensor:
         """Attention to keys and values ``[B, Hkv, T, D]``."""
         keys, values = states
-        out = attention.sdpa(module, query, keys, values, mask, **kwargs)
+        out = sdpa(module, query, keys, values, mask, **kwargs)
         if self.layer.hitters is not None:
             with torch.no_grad():
                 mass = attention_mass(query, keys, mask, kwargs["scaling"])
@@ -141,5 +141,5 @@ class NestedHandle:
     def __getattr__(self, name: str):
         raise AttributeError(
             f"a nested cache layer was read as a tensor ('{name}'): the model's attention implementation is not "
-            f"'{attention.NAME}'. Call nestling.kv.attach(model), or make a cache, NestedCache(model, adapter)."
+            f"'{NAME}'. Call nestling.kv.attach(model), or make a cache, NestedCache(model, adapter)."
         )

@@ -19,7 +19,7 @@ from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.handle import NestedHandle
 from nestling.kv.cache.packed import PackedRows
-from nestling.kv.cache.shrink import take
+from nestling.kv.cache.shrink import copy_truncated
 from nestling.kv.cache.split import Split
 from nestling.kv.cache.stored import StoredLayer
 from nestling.kv.integration.modes import full_precision, traced
@@ -243,7 +243,7 @@ class NestedLayer(StoredLayer):
                 if self.held < self.length:
                     exact.drop_spare()
             else:
-                take(groups, self.groups, self.dtype)
+                copy_truncated(groups, self.groups, self.dtype)
                 exact = self.exact
                 if exact is not None:
                     exact.apply(lambda tensor: _reordered(tensor, there))

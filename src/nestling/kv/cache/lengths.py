@@ -10,7 +10,7 @@ from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.cache.bases import LayerBases, nbytes
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.exact import BLOCK
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK
 from nestling.kv.cache.factory import CacheFactory, given_table
 from nestling.kv.cache.storage import Storage, Table, members
 from nestling.options import shown
@@ -40,7 +40,7 @@ def bytes_by_length(adapter: "KVAdapter", budget: Any = None, lengths: Sequence[
     table = allocation_of(adapter, options)
     if options.keep_tokens < 1:
         raise OptionError(f"keep_tokens={shown(options.keep_tokens)}: which tokens are kept depends on the text")
-    storage = Storage(options.sinks, options.window, BLOCK, options.context)
+    storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context)
     (_, heads, width), itemsize = adapter.shape, _dtype(options).itemsize
     states = 2 * heads * width * itemsize
     layers = list(zip(table.token_bytes(width, itemsize), table.full(width), strict=True))

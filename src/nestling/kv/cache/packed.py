@@ -16,7 +16,7 @@ from nestling.kv.cache.matmul import cast, product
 from nestling.kv.integration.modes import traced, without_gradient
 from nestling.kv.quantisation import cpu as kernels
 from nestling.kv.quantisation import quantiser as quantise
-from nestling.kv.quantisation.packing import BLOCK, pack, unpack
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK, coordinates_of, pack, unpack
 
 TOKENS = 1024  # unpacked at a time
 ALL = slice(None)
@@ -43,21 +43,21 @@ class Layout:
     @classmethod
     def of_bits(cls, bits: Sequence[int], width: int) -> "Layout":
         """Of the bits of each block of a head of ``width`` coordinates: 0, one of `quantise.WIDTHS`, or 16."""
-        plain = [i for i in range(width) if bits[i // BLOCK] == 16]
+        plain = [i for i in range(width) if bits[i // COORDINATES_PER_BLOCK] == 16]
         coded = sorted((b for b in range(len(bits)) if 0 < bits[b] < 16), key=lambda b: -bits[b])
         return cls(tuple(plain), tuple(bits[b] for b in coded), tuple(coded))
 
     @property
     def coded(self) -> list[int]:
         """Coordinates that are coded, eight a block: those of a last block may lie beyond the width of the head."""
-        return [block * BLOCK + i for block in self.blocks for i in range(BLOCK)]
+        return coordinates_of(self.blocks)
 
 
 def runs_of(widths: Sequence[int]) -> list[tuple[int, int, int]]:
     """Runs of blocks of equal widths: bits, the first coordinate, and how many."""
     runs, start = [], 0
     for bits, run in groupby(widths):
-        count = BLOCK * len(list(run))
+        count = COORDINATES_PER_BLOCK * len(list(run))
         runs.append((bits, start, count))
         start += count
     return runs
@@ -134,7 +134,7 @@ class PackedRows:
         widths, centre, step = self.layout.widths, self.coding.centre[heads], self.coding.step[heads]
         if numbers is not None:
             widths = tuple(widths[number] for number in numbers)
-            rows = [number * BLOCK + i for number in numbers for i in range(BLOCK)]
+            rows = coordinates_of(numbers)
             centre, step = centre[:, :, rows], step[:, :, rows]
         z = values.detach().float() - centre
         codes = [quantise.quantise(z[:, :, a : a + n], step[:, :, a : a + n], bits) for bits, a, n in runs_of(widths)]

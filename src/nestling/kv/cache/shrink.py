@@ -12,13 +12,13 @@ from torch import Tensor
 from nestling.kv.cache.buffer import Buffer
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import PackedRows
-from nestling.kv.quantisation.packing import BLOCK, in_order, pack, rows_of, unpack
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK, coordinates_of, in_order, pack, rows_of, unpack
 from nestling.kv.quantisation.quantiser import narrowed
 
 NOTHING = torch.empty(0)
 
 
-def take(new: Sequence[RankGroup], old: Sequence[RankGroup], dtype: torch.dtype) -> None:
+def copy_truncated(new: Sequence[RankGroup], old: Sequence[RankGroup], dtype: torch.dtype) -> None:
     """Fill empty groups with what other groups of the same layer hold, as far as they keep it."""
     if not old[0].length:
         return
@@ -26,7 +26,7 @@ def take(new: Sequence[RankGroup], old: Sequence[RankGroup], dtype: torch.dtype)
         held = [Held(group, side) for group in old]
         for group in new:
             if not any(group.rows[side] is source.rows for source in held):
-                _take_side(group, side, held, dtype)
+                _copy_side(group, side, held, dtype)
 
 
 class Held:
@@ -59,14 +59,14 @@ class Held:
         held = [self.bits[block] for block in blocks]
         codes, start, found = unpack(self.packed(places, blocks), held), 0, []
         for (bits, fewer), run in groupby(zip(held, widths, strict=True)):
-            count = BLOCK * len(list(run))
+            count = COORDINATES_PER_BLOCK * len(list(run))
             found.append(narrowed(codes.narrow(2, start, count), bits, fewer))
             start += count
         return pack(torch.cat(found, 2), widths)
 
 
-def _take_side(new: RankGroup, side: int, held: Sequence[Held], dtype: torch.dtype) -> None:
-    """One side of `take`, in runs of heads that come from one group."""
+def _copy_side(new: RankGroup, side: int, held: Sequence[Held], dtype: torch.dtype) -> None:
+    """One side of `copy_truncated`, in runs of heads that come from one group."""
     sources = [next(source for source in held if head in source.heads) for head in new.heads]
     rows, parts = new.rows[side], []
     for source, run in groupby(range(len(sources)), key=lambda i: sources[i]):
@@ -117,7 +117,7 @@ def _of_coordinates(new: RankGroup, side: int, source: Held, places: list[int], 
     if fewer:
         parts.append((fewer, source.narrowed(places, fewer, [widths[block] for block in fewer])))
     if coded:
-        values = source.coordinates(places, [block * BLOCK + i for block in coded for i in range(BLOCK)])
+        values = source.coordinates(places, coordinates_of(coded))
         parts.append((coded, rows.quantised(values, slots, [numbers[block] for block in coded])))
     own = rows_of(layout.widths)
     order = torch.tensor([row for blocks, _ in parts for row in in_order([own[numbers[block]] for block in blocks])])

@@ -7,7 +7,7 @@ from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.ranks import RankTable
 from nestling.kv.cache.bases import LayerBases, Members
 from nestling.kv.cache.buffer import room
-from nestling.kv.cache.exact import BLOCK, ExactStore, coded
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, coded
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import Layout
 
@@ -25,7 +25,7 @@ class Storage:
 
     sinks: int = 0
     window: int = 0
-    block: int = BLOCK
+    block: int = TOKENS_PER_BLOCK
     context: int = 0
 
     def exact(self, full: bool) -> ExactStore | None:

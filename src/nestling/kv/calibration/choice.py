@@ -14,12 +14,13 @@ from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.allocation.bits import CHOICES, bit_steps, bit_table_of, losses
+from nestling.kv.allocation.allocate import losses_of
+from nestling.kv.allocation.bits import CHOICES, bit_steps, bit_table_of
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.noise import Costs
 from nestling.kv.calibration.search import KLMeter
-from nestling.kv.integration import attach as attention
-from nestling.kv.quantisation.packing import BLOCK
+from nestling.kv.integration.attach import decoder_and_head, input_device, text_config
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 
 ALONE = 0.125  # of the bits, where a side of a layer is measured by itself
 TOGETHER = (0.25, 0.125)  # of the bits, at which whole adapters are measured
@@ -34,8 +35,8 @@ def can_choose(model) -> bool:
 
     Some families (Llama 4, ModernBERT's decoder) name another part so: they get balanced bases.
     """
-    decoder, _ = attention.decoder_and_head(model)
-    ids = torch.ones(1, 2, dtype=torch.long, device=attention.input_device(model))
+    decoder, _ = decoder_and_head(model)
+    ids = torch.ones(1, 2, dtype=torch.long, device=input_device(model))
     try:
         return hasattr(decoder(input_ids=ids, use_cache=False), "last_hidden_state")
     except TypeError:
@@ -66,7 +67,7 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
         teacher = meters[-1].teacher
     kl = torch.empty(len(names), 2, layers, dtype=torch.float64)
     for place, (adapter, costs) in enumerate(candidates.values()):
-        table = _equal(_lost(costs.of(adapter)), ALONE)
+        table = _equal(losses_of(costs.of(adapter)).double(), ALONE)
         for side in range(2):
             for row in range(layers):
                 single = torch.full_like(table, CHOICES[-1])
@@ -75,7 +76,7 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
                 bar.advance(alone)
     mixtures = torch.cat((sides, kl.argmin(0, keepdim=True))).unique(dim=0)
     adapters = [mixed(candidates, chosen) for chosen in mixtures]
-    positions = getattr(attention.text_config(model), "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     if len(windows) > 1 and positions and 2 * windows.shape[1] <= positions:
         windows = windows[: len(windows) // 2 * 2].reshape(len(windows) // 2, -1)
     return adapters[int(measured(model, adapters, windows, config, bar).argmin())]
@@ -87,7 +88,7 @@ def measured(model, adapters: list[KVAdapter], texts: Tensor, config: FitConfig,
     for adapter in bar.track(adapters, description="bases, together"):
         meter = KLMeter(model, adapter, texts, config.sinks, config.window, teacher)
         teacher = meter.teacher
-        steps = bit_steps(_lost(adapter))
+        steps = bit_steps(losses_of(adapter))
         tables = [bit_table_of(steps, CHOICES[-1] * share * adapter.full_elements).stacked for share in TOGETHER]
         found.append(meter(torch.stack(tables)).clamp_min(1e-30).log().mean().exp())
     return torch.stack(found)
@@ -105,13 +106,7 @@ def mixed(candidates: Candidates, chosen: Tensor) -> KVAdapter:
     names = list(candidates)
     basis = {side: [names[place] for place in chosen[i].tolist()] for i, side in enumerate(SIDES)}
     mixture = replace(adapters[0], **bases, info={**adapters[0].info, "basis": basis})
-    return Costs(*(pick(costs, name) for name in ("energy", "noise", "step", "error"))).of(mixture)
-
-
-def _lost(adapter: KVAdapter) -> Tensor:
-    """What blocks lose at each number of bits, ``[2, L, Hkv, blocks, choices]``."""
-    energy, noise = (torch.stack([values[side] for side in SIDES]) for values in (adapter.energy, adapter.noise))
-    return losses(energy, noise, torch.tensor([adapter.info["errors"][side] for side in SIDES])).double()
+    return Costs(*(pick(costs, name) for name in ("drop_cost", "quantisation_cost", "step", "error"))).of(mixture)
 
 
 def _equal(lost: Tensor, share: float) -> Tensor:
@@ -122,7 +117,7 @@ def _equal(lost: Tensor, share: float) -> Tensor:
     most = share * CHOICES[-1] * lost.shape[2] * lost.shape[3]
     for _ in range(60):
         price = (low + high) / 2
-        table = bits[(lost + price.exp()[:, :, None, None, None] * BLOCK * bits).argmin(-1)]
+        table = bits[(lost + price.exp()[:, :, None, None, None] * COORDINATES_PER_BLOCK * bits).argmin(-1)]
         above = table.sum((2, 3)) > most
         low, high = torch.where(above, price, low), torch.where(above, high, price)
-    return bits[(lost + high.exp()[:, :, None, None, None] * BLOCK * bits).argmin(-1)].long()
+    return bits[(lost + high.exp()[:, :, None, None, None] * COORDINATES_PER_BLOCK * bits).argmin(-1)].long()

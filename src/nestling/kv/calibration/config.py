@@ -50,7 +50,7 @@ class SearchConfig(Config):
     per_sweep: int = option(16, "Ranks that greedy lowers at a time; 1 is the paper's.", whole, cli=False)
     lowest: float = option(
         0.2,
-        "Share of the ranks at which greedy stops; below, it goes by the energies.",
+        "Share of the ranks at which greedy stops; below, it goes by the drop costs.",
         partial(number, minimum=0, below=1),
         cli=False,
     )

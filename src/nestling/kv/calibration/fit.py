@@ -17,13 +17,13 @@ from nestling.kv.calibration.choice import WINDOWS, can_choose, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.moments import collect_moments, make_bases
 from nestling.kv.calibration.sensitivity import at_full_ranks, at_half
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import check_support, leaves_as_found, text_config
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
 from nestling.options import flag
 
 
-@attention.leaves_as_found
+@leaves_as_found
 @in_default_mode
 def fit(
     model,
@@ -55,14 +55,14 @@ def fit(
         UserWarning: if the output projection of a layer is not found, by which errors of values are weighed.
     """
     config, progress = FitConfig.of(config), flag("progress", progress)
-    attention.check_support(model)
-    lm_config = attention.text_config(model)
+    check_support(model)
+    lm_config = text_config(model)
     length = min(config.length, getattr(lm_config, "max_position_embeddings", None) or config.length)
     shortest = min(length, config.sensitivity_length)
     if shortest <= (exact := capacity(config.sinks, config.window)):
         raise OptionError(
             f"length={config.length}, sensitivity_length={config.sensitivity_length}: pieces of {shortest} tokens "
-            f"hold nothing beyond the {exact} exact ones (sinks={config.sinks}, window={config.window}), energies "
+            f"hold nothing beyond the {exact} exact ones (sinks={config.sinks}, window={config.window}), costs "
             "need more"
         )
     if length <= SKIP:

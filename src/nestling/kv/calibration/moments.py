@@ -19,7 +19,18 @@ from nestling.basis import NestedBasis, balanced, pca
 from nestling.errors import CalibrationError
 from nestling.kv.cache.exact import SKIP
 from nestling.kv.calibration.config import BASES
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import (
+    PassThroughLayer,
+    compressible_layers,
+    each_output_projection,
+    head_shape,
+    input_device,
+    logits_of_last,
+    sdpa,
+    served,
+    stock_layers,
+    text_config,
+)
 from nestling.options import choice
 
 QUERY_STRIDE = 16  # one query in so many is read for the attended keys: their attention weights are explicit
@@ -134,21 +145,21 @@ def collect_moments(
         CalibrationError: if no token is left, or a statistic is not finite (the layer is named).
         UnsupportedModelError: if the model's cache cannot be compressed.
     """
-    config = attention.text_config(model)
-    _, kv_heads, width = attention.head_shape(config)
-    moments = {i: Moments.zeros(kv_heads, width) for i in attention.compressible_layers(config)}
+    config = text_config(model)
+    _, kv_heads, width = head_shape(config)
+    moments = {i: Moments.zeros(kv_heads, width) for i in compressible_layers(config)}
     masks = iter(padding) if padding is not None else None
-    with attention.served(model):
-        device = attention.input_device(model)
+    with served(model):
+        device = input_device(model)
         for ids in windows:
             ids = ids.to(device)
             mask = torch.ones_like(ids) if masks is None else next(masks).to(ids.device)
             keep = (mask.cumsum(-1) > skip) & mask.bool()
-            layers = attention.stock_layers(config)
+            layers = stock_layers(config)
             for index, moment in moments.items():
                 layers[index] = _MomentsLayer(moment, keep)
             extra = {} if masks is None else {"attention_mask": mask}
-            attention.logits_of_last(model, ids, Cache(layers=layers), **extra)
+            logits_of_last(model, ids, Cache(layers=layers), **extra)
     for index, moment in moments.items():
         if not moment.tokens:
             raise CalibrationError(f"no token is left after the first {skip} positions and padding: use longer text")
@@ -170,7 +181,7 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
     """
     if choice("basis", basis, BASES) == "pca":
         return {i: (pca(m.key_covariance), pca(m.values / m.tokens)) for i, m in moments.items()}
-    metrics = {i: _metric(weight, moments[i]) for i, weight in attention.each_output_projection(model) if i in moments}
+    metrics = {i: _metric(weight, moments[i]) for i, weight in each_output_projection(model) if i in moments}
     if missing := sorted(set(moments) - set(metrics)):
         warnings.warn(
             f"the output projection of layers {', '.join(map(str, missing))} was not found: errors of all coordinates "
@@ -186,7 +197,7 @@ def make_bases(model, moments: dict[int, Moments], basis: str) -> dict[int, tupl
     }
 
 
-class _MomentsLayer(attention.PassThroughLayer):
+class _MomentsLayer(PassThroughLayer):
     def __init__(self, moments: Moments, keep: Tensor):
         super().__init__()
         self.moments, self.keep = moments, keep
@@ -204,7 +215,7 @@ class _MomentsHandle:
     value: Tensor
 
     def attend(self, module, query, mask, **kwargs):
-        output = attention.sdpa(module, query, self.key, self.value, mask, **kwargs)
+        output = sdpa(module, query, self.key, self.value, mask, **kwargs)
         keep = self.keep.to(query.device)
         self.moments.add(query, self.key, self.value, output, keep)
         self.moments.add_attended(query, self.key, mask, keep, kwargs["scaling"])

@@ -27,30 +27,31 @@ class Costs:
     """What coordinates cost at full ranks, by side, in nats of KL per token.
 
     Attributes:
-        energy: if a coordinate was at its mean, ``[L, Hkv, D]``.
-        noise: if it was off by as much as it varies, independently for every token, ``[L, Hkv, D]``.
+        drop_cost: if a coordinate was at its mean, ``[L, Hkv, D]``.
+        quantisation_cost: if it was off by as much as it varies, independently for every token, ``[L, Hkv, D]``.
         step: of quantisers, ``[L, Hkv, D]``, see `nestling.kv.quantisation.quantiser`.
         error: their errors at all widths, ``[L, Hkv, D, widths]``, as shares of the mean squares.
     """
 
-    energy: dict[str, Tensor]
-    noise: dict[str, Tensor]
+    drop_cost: dict[str, Tensor]
+    quantisation_cost: dict[str, Tensor]
     step: dict[str, Tensor]
     error: dict[str, Tensor]
 
     @property
     def errors(self) -> dict[str, list[float]]:
-        """The errors on average, weighted by noise."""
+        """The errors on average, weighted by quantisation cost."""
         errors = {}
-        for side, noise in self.noise.items():
-            weight = noise.double() / noise.double().sum().clamp_min(1e-300)
+        for side, quantisation_cost in self.quantisation_cost.items():
+            weight = quantisation_cost.double() / quantisation_cost.double().sum().clamp_min(1e-300)
             errors[side] = (weight[..., None] * self.error[side]).flatten(0, 2).sum(0).tolist()
         return errors
 
     def of(self, adapter: KVAdapter) -> KVAdapter:
         """The adapter with these costs; what was searched by other ones is left out."""
         info = {**adapter.info, "errors": self.errors}
-        return replace(adapter, energy=self.energy, noise=self.noise, step=self.step, paths={}, info=info)
+        costs = {name: getattr(self, name) for name in ("drop_cost", "quantisation_cost", "step")}
+        return replace(adapter, **costs, paths={}, info=info)
 
 
 class Noise:
@@ -80,12 +81,13 @@ class Noise:
 
     def measured(self, tokens: int) -> Costs:
         """What coordinates cost per token, of so many tokens."""
-        energy = {side: (self.dropped[i].cpu() / (2 * tokens)).float() for i, side in enumerate(SIDES)}
-        noise, steps, errors = {}, {}, {}
+        drop_cost = {side: (self.dropped[i].cpu() / (2 * tokens)).float() for i, side in enumerate(SIDES)}
+        quantisation_cost, steps, errors = {}, {}, {}
         for number, side in enumerate(SIDES):
             rows = [self._of_layer(number, row, tokens) for row in range(len(self.samples[number]))]
-            noise[side], steps[side], errors[side] = (torch.stack(part) for part in zip(*rows, strict=True))
-        return Costs(energy, noise, steps, errors)
+            parts = map(torch.stack, zip(*rows, strict=True))
+            quantisation_cost[side], steps[side], errors[side] = parts
+        return Costs(drop_cost, quantisation_cost, steps, errors)
 
     def _of_layer(self, side: int, row: int, tokens: int) -> Sequence[Tensor]:
         samples = torch.cat(self.samples[side][row], 1)

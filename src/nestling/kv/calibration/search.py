@@ -1,4 +1,4 @@
-"""Rank search by measurement: the paper's greedy descent, and how far the energies are to be trusted.
+"""Rank search by measurement: the paper's greedy descent, and how far the drop costs are to be trusted.
 
 Both measure the KL to the full model on calibration texts, at ranks that are cut by masks (see
 `nestling.kv.simulation.student`). What they find serves every budget and is kept in the adapter: nothing is searched
@@ -15,10 +15,10 @@ from nestling.data.windows import token_windows
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.allocation.ranks import STEP, blended, by_gains, edges, energy_gains, halvable
+from nestling.kv.allocation.ranks import STEP, blended, by_gains, drop_cost_gains, edges, halvable
 from nestling.kv.cache.exact import check_length
 from nestling.kv.calibration.config import SearchConfig
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import attach, input_device, leaves_as_found, text_config
 from nestling.kv.integration.modes import in_default_mode
 from nestling.kv.simulation.student import Student
 from nestling.options import flag
@@ -38,7 +38,7 @@ class KLMeter:
     def __init__(self, model, adapter: KVAdapter, windows: Tensor, sinks: int, window: int, teacher=None):
         """``windows``: token ids ``[n, T]``; ``teacher``: that of another meter on the same ones, if there is one."""
         self.student = Student(model, adapter, sinks=sinks, window=window).eval()
-        self.windows = windows.to(attention.input_device(model))
+        self.windows = windows.to(input_device(model))
         self.forwards = 0
         with torch.no_grad():
             self.teacher = teacher or [self.student.teacher(w[None]) for w in self.windows]
@@ -56,7 +56,7 @@ class KLMeter:
         return total / len(self.windows)
 
 
-@attention.leaves_as_found
+@leaves_as_found
 @in_default_mode
 def search(
     model,
@@ -69,8 +69,8 @@ def search(
 ) -> KVAdapter:
     """Search ranks on texts, best those of the later use; the result is an adapter for every budget.
 
-    ``blend`` moves the ranks that follow from the energies towards equal ones, by the share that is best when it is
-    measured: energies add up what single coordinates are worth, and ranks that are cut too unevenly cost more than
+    ``blend`` moves the ranks that follow from the drop costs towards equal ones, by the share that is best when it is
+    measured: drop costs add up what single coordinates are worth, and ranks that are cut too unevenly cost more than
     that. 10 measurements, at half and a quarter of the ranks.
 
     ``greedy`` is Algorithm 1 of arXiv 2410.14731: from full ranks on, lower the one rank of all layers, heads and
@@ -96,11 +96,9 @@ def search(
     """
     config, progress = SearchConfig.of(config), flag("progress", progress)
     adapter.check(model)
-    length = min(
-        config.length, getattr(attention.text_config(model), "max_position_embeddings", None) or config.length
-    )
+    length = min(config.length, getattr(text_config(model), "max_position_embeddings", None) or config.length)
     check_length(length, config.sinks, config.window)
-    attention.attach(model)
+    attach(model)
     ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=config.windows)))
     training = model.training
     with progress_bar(progress) as bar:
@@ -120,7 +118,7 @@ def search(
 def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, bar) -> Tensor:
     """The steps of every rank in the order in which they are worth keeping, ``[2, L, Hkv, steps]``: larger is longer.
 
-    Steps that were never taken away, or that lie below D / 8, come first, among each other by energy.
+    Steps that were never taken away, or that lie below D / 8, come first, among each other by drop cost.
     """
     layers, heads, width = adapter.shape
     bounds = edges(width)
@@ -149,15 +147,15 @@ def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, ba
                 removed += 1
             bar.advance(task, int(ranks[place]) - rank)
             ranks[place], rise[place] = rank, -torch.inf
-    energy = torch.stack([adapter.energy[s] for s in SIDES]).double()
-    rest = torch.stack([energy[..., a:b].sum(-1) for a, b in zip(bounds, bounds[1:], strict=False)], -1)
+    drop_cost = torch.stack([adapter.drop_cost[s] for s in SIDES]).double()
+    rest = torch.stack([drop_cost[..., a:b].sum(-1) for a, b in zip(bounds, bounds[1:], strict=False)], -1)
     return torch.where(gains.isinf(), removed + 1 + rest / rest.max(), gains)
 
 
 def blend(meter: KLMeter, adapter: KVAdapter, bar) -> tuple[Tensor, float]:
-    """The steps of every rank between the order of their energies and that of equal ranks, and the share of the
+    """The steps of every rank between the order of their drop costs and that of equal ranks, and the share of the
     latter: of `SHARES` the one with the smallest geometric mean of the KLs at `BUDGETS`."""
-    gains = energy_gains(adapter.energy["key"], adapter.energy["value"])
+    gains = drop_cost_gains(adapter.drop_cost["key"], adapter.drop_cost["value"])
     elements = [halvable(budget, adapter.shape[2]) * adapter.full_elements for budget in BUDGETS]
     means = []
     for share in bar.track(SHARES, description="blends"):

@@ -23,10 +23,10 @@ from nestling.kv.allocation.ranks import halvable
 from nestling.kv.cache.exact import capacity
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.noise import Costs, Noise
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import input_device, served, text_config
 from nestling.kv.simulation.student import Student
 
-HALF = 0.5  # of the ranks: where energies are measured for use
+HALF = 0.5  # of the ranks: where drop costs are measured for use
 
 
 def sensitivity(
@@ -56,8 +56,8 @@ def sensitivity(
     start = torch.ones_like(total, dtype=torch.float32)
     if ranks is not None:
         start = (torch.arange(start.shape[-1]) < ranks[..., None]).float()
-    with attention.served(model), torch.enable_grad():
-        device, generator = attention.input_device(model), None
+    with served(model), torch.enable_grad():
+        device, generator = input_device(model), None
         student = Student(model, adapter, sinks=sinks, window=window).eval()
         for ids in batches:
             ids = ids.to(device)
@@ -87,13 +87,13 @@ def measure(
 ) -> KVAdapter:
     """The adapter with what its coordinates are worth, measured on pieces of text.
 
-    Twice: at full ranks on half of the pieces, with the noise of coordinates; and on all of them at half of the ranks
+    Twice: at full ranks on half of the pieces, with their quantisation costs; and on all of them at half of the ranks
     that follow from it, since what coordinates are worth depends on which others are gone.
 
     Args:
         windows: token ids ``[n, T]``; the pieces are taken from all over them.
         config: number and length of the pieces, exact tokens, and the seed of the labels.
-        sort: put the coordinates of every head in the order of their energies.
+        sort: put the coordinates of every head in the order of their drop costs.
 
     Raises:
         OptionError: if a piece holds no more than the exact tokens.
@@ -107,22 +107,22 @@ def at_full_ranks(
 ) -> list[Costs]:
     """What the coordinates of several adapters cost, by one pass over half of the pieces; see `measure`."""
     batches = _pieces(model, windows, config, -(-config.sensitivity_windows // 2))
-    noises = [Noise(adapter, attention.input_device(model)) for adapter in adapters]
-    _energies(model, adapters[0], batches, config, progress, noise=noises)
+    noises = [Noise(adapter, input_device(model)) for adapter in adapters]
+    _drop_costs(model, adapters[0], batches, config, progress, noise=noises)
     tokens = sum(ids.numel() for ids in batches)
     return [noise.measured(tokens) for noise in noises]
 
 
 def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort: bool, progress: bool) -> KVAdapter:
-    """An adapter that has costs, with energies that were measured at half of its ranks; see `measure`."""
-    adapter = order_by_energy(adapter) if sort else adapter
+    """An adapter that has costs, with drop costs that were measured at half of its ranks; see `measure`."""
+    adapter = order_by_drop_cost(adapter) if sort else adapter
     ranks = adapter.ranks(halvable(HALF, adapter.shape[2]) * adapter.full_elements)
     batches = _pieces(model, windows, config, config.sensitivity_windows)
-    adapter = replace(adapter, energy=_energies(model, adapter, batches, config, progress, ranks=ranks.stacked))
-    return order_by_energy(adapter) if sort else adapter
+    adapter = replace(adapter, drop_cost=_drop_costs(model, adapter, batches, config, progress, ranks=ranks.stacked))
+    return order_by_drop_cost(adapter) if sort else adapter
 
 
-def _energies(
+def _drop_costs(
     model, adapter: KVAdapter, batches, config: FitConfig, progress: bool, ranks: Tensor | None = None, noise=()
 ) -> dict[str, Tensor]:
     with progress_bar(progress) as bar:
@@ -133,10 +133,10 @@ def _energies(
 
 
 def _pieces(model, windows: Tensor, config: FitConfig, count: int) -> tuple[Tensor, ...]:
-    batches = spread(windows, count, config.sensitivity_length, attention.text_config(model).vocab_size)
+    batches = spread(windows, count, config.sensitivity_length, text_config(model).vocab_size)
     if batches[0].shape[1] <= (exact := capacity(config.sinks, config.window)):
         raise OptionError(
-            f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: energies need "
+            f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: costs need "
             "longer windows, or fewer sinks and a smaller window"
         )
     return batches
@@ -153,16 +153,16 @@ def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[
     return found[chosen].split(max(1, min(8, 2**26 // (vocabulary * length))))
 
 
-def order_by_energy(adapter: KVAdapter) -> KVAdapter:
-    """Sort the coordinates of every head by energy, largest first, in place of the closed form's order.
+def order_by_drop_cost(adapter: KVAdapter) -> KVAdapter:
+    """Sort the coordinates of every head by drop cost, largest first, in place of the closed form's order.
 
-    The closed forms order by the error of logits and of the output, the energies by what it does to the predictions.
+    The closed forms order by the error of logits and of the output, the drop costs by what it does to the predictions.
     """
-    order = {side: energy.argsort(-1, descending=True) for side, energy in adapter.energy.items()}
+    order = {side: drop_cost.argsort(-1, descending=True) for side, drop_cost in adapter.drop_cost.items()}
     encode = {s: adapter.encode[s].gather(-1, o[..., None, :].expand_as(adapter.encode[s])) for s, o in order.items()}
     sorted_ones = {
         name: {s: values[s].gather(-1, o) for s, o in order.items()}
-        for name in ("energy", "noise", "step")
+        for name in ("drop_cost", "quantisation_cost", "step")
         if (values := getattr(adapter, name))
     }
     return replace(adapter, encode=encode, **sorted_ones)  # type: ignore[arg-type]

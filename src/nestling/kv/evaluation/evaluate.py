@@ -38,7 +38,7 @@ from nestling.kv.evaluation.tasks import (
     passkey_prompts,
     read,
 )
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import attach, input_device, leaves_as_found, stock_layers, text_config
 from nestling.kv.integration.modes import in_default_mode
 from nestling.losses import kl_divergence
 from nestling.options import flag
@@ -63,7 +63,7 @@ class Candidate:
         return self.method if self.budget is None else f"{self.method} at {self.budget:g}"
 
 
-@attention.leaves_as_found
+@leaves_as_found
 @in_default_mode
 def evaluate(
     model,
@@ -106,7 +106,7 @@ def evaluate(
         Candidate(method, size.share if named else None, bind(NestedCache, model, adapter, cache))
         for size, cache in zip(sizes, configs, strict=True)
     ]
-    attention.attach(model)
+    attach(model)
     return compare(model, tokenizer, texts, candidates, config, progress=progress, store=store)
 
 
@@ -118,7 +118,7 @@ def _method(adapter: KVAdapter, allocation: str) -> str:
     return f"{basis if isinstance(basis, str) else 'auto'}-{allocation}"
 
 
-@attention.leaves_as_found
+@leaves_as_found
 @in_default_mode
 @torch.no_grad()
 def compare(
@@ -158,9 +158,9 @@ def compare(
             candidates that cannot be measured.
     """
     config, progress = EvalConfig.of(config), flag("progress", progress)
-    lm_config = attention.text_config(model)
+    lm_config = text_config(model)
     tasks = {task: _questions(task, rows) for task, rows in (config.tasks or {}).items()}
-    candidates = [Candidate("full", None, lambda: Cache(layers=attention.stock_layers(lm_config))), *candidates]
+    candidates = [Candidate("full", None, lambda: Cache(layers=stock_layers(lm_config))), *candidates]
     names = [c.name for c in candidates]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise EvaluationError(f"method and budget must differ between candidates, repeated: {sorted(repeated)}")
@@ -206,7 +206,7 @@ class _Run:
 
     def __init__(self, model, tokenizer, candidates: list[Candidate], chunk: int, store: ResultStore):
         self.model, self.tokenizer, self.candidates = model, tokenizer, candidates
-        self.chunk, self.store, self.device = chunk, store, attention.input_device(model)
+        self.chunk, self.store, self.device = chunk, store, input_device(model)
         self.results: dict[str, dict[str, Any]] = {
             c.name: {"bytes_share": None, "bytes_per_token": None} for c in candidates
         }

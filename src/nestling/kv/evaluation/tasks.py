@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from nestling.errors import EvaluationError
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import cached, input_device, logits_of_last
 from nestling.options import whole
 
 Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
@@ -104,14 +104,14 @@ def _scores(model, cache: Cache, context: list[int], rests: list[list[int]], chu
 
 def forward(model, ids: Tensor, cache: Cache) -> Tensor:
     """Logits ``[B, t, V]`` of tokens ``[B, t]`` that follow those in the cache."""
-    ids = ids.to(attention.input_device(model))
-    return model(input_ids=ids, use_cache=True, **attention.cached(model, cache)).logits
+    ids = ids.to(input_device(model))
+    return model(input_ids=ids, use_cache=True, **cached(model, cache)).logits
 
 
 def read(model, ids: Tensor, cache: Cache, chunk: int) -> Tensor:
     """Pass ids ``[B, n]`` through the cache in chunks; the last token's logits ``[B, V]``."""
-    for part in ids.to(attention.input_device(model)).split(chunk, 1):
-        output = attention.logits_of_last(model, part, cache)
+    for part in ids.to(input_device(model)).split(chunk, 1):
+        output = logits_of_last(model, part, cache)
     return output.logits[:, -1]
 
 

@@ -6,7 +6,7 @@ import weakref
 from transformers import PreTrainedConfig
 
 from nestling.errors import CacheMismatchError, UnsupportedModelError
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import fingerprint, text_config
 
 SAMPLE = 8  # weights of each parameter that are compared
 ROUNDING = 0.01  # by which they may differ, as a share: a model may be loaded again in another precision
@@ -81,6 +81,6 @@ def _alike(one: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     except RuntimeError:  # layers have configs of their own, and transformers does not say what is common to them
         pass
     try:
-        return attention.fingerprint(attention.text_config(one)) == attention.fingerprint(other)
+        return fingerprint(text_config(one)) == fingerprint(other)
     except UnsupportedModelError:
         return False

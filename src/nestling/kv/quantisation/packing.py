@@ -5,14 +5,19 @@ of eight coordinates takes f bytes: byte j holds coordinates j, j + f, j + 2 f a
 Tokens are the last axis and are not packed with each other, so that they can be appended one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-BLOCK = 8  # coordinates
+COORDINATES_PER_BLOCK = 8
 FIELDS = (8, 4, 2, 1)
+
+
+def coordinates_of(blocks: Iterable[int]) -> list[int]:
+    """The coordinates of some blocks, in their order."""
+    return [COORDINATES_PER_BLOCK * block + i for block in blocks for i in range(COORDINATES_PER_BLOCK)]
 
 
 def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
@@ -20,7 +25,7 @@ def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
 
     The fields of 8 bits of all blocks come first, then those of 4, 2 and 1.
     """
-    blocks = codes.unflatten(-2, (len(widths), BLOCK))
+    blocks = codes.unflatten(-2, (len(widths), COORDINATES_PER_BLOCK))
     runs, start = [], 0
     for width, run in groupby(widths):
         count = len(list(run))
@@ -89,8 +94,8 @@ def places(widths: Sequence[int]) -> tuple[list[int], list[list[int]], list[list
         for block, width in enumerate(widths):
             for row in range(field if width & field else 0):
                 fields.append(field)
-                coordinates.append([BLOCK * block + row + field * place for place in range(BLOCK // field)])
-                units.append([1 << _below(width, field)] * (BLOCK // field))
+                coordinates.append(coordinates_of([block])[row::field])
+                units.append([1 << _below(width, field)] * len(coordinates[-1]))
     return fields, coordinates, units
 
 

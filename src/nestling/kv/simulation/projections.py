@@ -14,13 +14,13 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.ranks import STEP
 from nestling.kv.cache.exact import SKIP, coded
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import PassThroughLayer, sdpa
 from nestling.kv.quantisation import quantiser as quantise
 
 QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
 
 
-class MaskedLayer(attention.PassThroughLayer):
+class MaskedLayer(PassThroughLayer):
     """Hands keys, values and what is to be done with them to the attention function."""
 
     def __init__(self, masked: "Masked"):
@@ -164,11 +164,11 @@ class Masked:
         row = self.rows.get(module.layer_idx)
         kwargs["dropout"] = 0.0  # as in `Student.train`
         if row is None:
-            return attention.sdpa(module, query, key, value, mask, **kwargs)
+            return sdpa(module, query, key, value, mask, **kwargs)
         self.served.add(module.layer_idx)
         cut = [self._read(x, side, row) for side, x in enumerate((key, value))]
         if not self.sinks and not self.window:
-            return attention.sdpa(module, query, cut[0], cut[1], mask, **kwargs)
+            return sdpa(module, query, cut[0], cut[1], mask, **kwargs)
         blocks = range(0, query.shape[2], QUERY_BLOCK)
         return torch.cat([self._block(module, query, (key, value), cut, start, **kwargs) for start in blocks], 1)
 
@@ -188,4 +188,4 @@ class Masked:
         near = torch.cat((j[: self.sinks], j[self.sinks + coded(start + 1, self.sinks, self.window) :]))
         mask = torch.cat(((seen & is_exact)[:, near], seen & ~is_exact), 1)
         keys, values = (torch.cat((e[:, :, near], c[:, :, :stop]), 2) for e, c in zip(exact, cut, strict=True))
-        return attention.sdpa(module, query, keys, values, mask[None, None], **kwargs)
+        return sdpa(module, query, keys, values, mask[None, None], **kwargs)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from nestling.errors import TrainingError
+from nestling.errors import TrainingError, UnsupportedModelError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import attach, cached, decoder_and_head, input_device, stock_layers, text_config
 from nestling.kv.simulation.projections import Coded, Masked, MaskedBases, MaskedLayer, Projected
 from nestling.losses import IGNORED, head_loss
 
@@ -27,8 +27,8 @@ class Student(nn.Module):
 
     def __init__(self, model, adapter: KVAdapter, *, kl_weight=1.0, ce_weight=0.0, sinks: int = 0, window: int = 0):
         super().__init__()
-        attention.attach(model)
-        self.lm, self.bases = model, MaskedBases(adapter).to(attention.input_device(model))
+        attach(model)
+        self.lm, self.bases = model, MaskedBases(adapter).to(input_device(model))
         self.kl_weight, self.ce_weight, self.sinks, self.window = kl_weight, ce_weight, sinks, window
         self.rows = {layer: row for row, layer in enumerate(adapter.fingerprint["layers"])}
 
@@ -70,15 +70,15 @@ class Student(nn.Module):
         """
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules()):
             return {"use_cache": False, "nested": masked}
-        layers = attention.stock_layers(attention.text_config(self.lm))
+        layers = stock_layers(text_config(self.lm))
         for index in self.rows:
             layers[index] = MaskedLayer(masked)
-        return {"use_cache": True, **attention.cached(self.lm, Cache(layers=layers))}
+        return {"use_cache": True, **cached(self.lm, Cache(layers=layers))}
 
     @torch.no_grad()
     def teacher(self, input_ids: Tensor) -> Tensor:
         """The full model's last hidden states ``[B, T, H]``."""
-        return attention.decoder_and_head(self.lm)[0](input_ids=input_ids, use_cache=False).last_hidden_state
+        return decoder_and_head(self.lm)[0](input_ids=input_ids, use_cache=False).last_hidden_state
 
     def hidden(self, input_ids: Tensor, ranks: Tensor) -> Tensor:
         """The last hidden states ``[B, T, H]`` at ranks ``[B, 2, L, Hkv]``.
@@ -87,9 +87,9 @@ class Student(nn.Module):
             UnsupportedModelError: if a layer was not reached.
         """
         masked = self.masked(ranks)
-        states = attention.decoder_and_head(self.lm)[0](input_ids=input_ids, **self._arguments(masked))
+        states = decoder_and_head(self.lm)[0](input_ids=input_ids, **self._arguments(masked))
         if masked.served != set(self.rows):
-            raise attention.UnsupportedModelError(
+            raise UnsupportedModelError(
                 f"{type(self.lm).__name__} does not hand its arguments down to its attention: train it without "
                 "gradient checkpointing"
             )
@@ -106,7 +106,7 @@ class Student(nn.Module):
         Args:
             teacher: the full model's hidden states of the text, ``[1, T, H]``.
         """
-        head = attention.decoder_and_head(self.lm)[1]
+        head = decoder_and_head(self.lm)[1]
         rows = self.hidden(input_ids, ranks)
         return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
 
@@ -117,7 +117,7 @@ class Student(nn.Module):
             labels: ``[B, T]`` in step with ``input_ids`` (they are shifted here), `IGNORED` where nothing is learned:
                 then only the other positions count. By default the ids themselves. Padding may only be on the right.
         """
-        head = attention.decoder_and_head(self.lm)[1]
+        head = decoder_and_head(self.lm)[1]
         student = self.hidden(input_ids, ranks)
         learns_text_alone = self.training and not self.kl_weight
         teacher = student.detach() if learns_text_alone else self.teacher(input_ids)
@@ -143,7 +143,7 @@ class Student(nn.Module):
                 return (
                     f"the loss is not finite: the rotation of the {side}s of layer {layers[0]} holds NaN or infinity"
                 )
-        decoder, _ = attention.decoder_and_head(self.lm)
+        decoder, _ = decoder_and_head(self.lm)
         for who, extra in (("full model", {"use_cache": False}), ("student", self._arguments(self.masked(ranks)))):
             states = decoder(input_ids=input_ids, output_hidden_states=True, **extra).hidden_states
             for layer, state in enumerate(states):

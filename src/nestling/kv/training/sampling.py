@@ -16,7 +16,7 @@ from torch import Tensor
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.ranks import STEP, RankTable
-from nestling.kv.quantisation.packing import BLOCK
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 from nestling.kv.training.config import SAMPLINGS
 from nestling.options import choice
 
@@ -41,7 +41,7 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
 
     Raises:
         OptionError: for unknown names.
-        AdapterError: for ``bits`` of an adapter without noise.
+        AdapterError: for ``bits`` of an adapter without quantisation costs.
     """
     layers, heads, width = adapter.shape
     shape = (2, layers, heads)
@@ -78,7 +78,7 @@ def schedule(name: str, adapter: KVAdapter, *, allocation: str = "energy", seed:
 
 def bits_of_ranks(ranks: Tensor, width: int) -> Tensor:
     """16 bits for each block of coordinates that ranks ``[..., Hkv]`` reach: ``[..., Hkv, blocks]``."""
-    return 16 * (torch.arange(0, width, BLOCK) < ranks[..., None])
+    return 16 * (torch.arange(0, width, COORDINATES_PER_BLOCK) < ranks[..., None])
 
 
 class RankedWindows(torch.utils.data.Dataset):

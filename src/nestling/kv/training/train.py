@@ -29,7 +29,7 @@ from nestling.kv.cache.factory import bits_at, ranks_at
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
 from nestling.kv.calibration.sensitivity import measure
-from nestling.kv.integration import attach as attention
+from nestling.kv.integration.attach import attach, check_head, head_shape, input_device, leaves_as_found, text_config
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
 from nestling.kv.simulation.student import Student
@@ -38,7 +38,7 @@ from nestling.kv.training.config import TrainConfig
 from nestling.kv.training.sampling import RankedWindows, schedule
 
 
-@attention.leaves_as_found
+@leaves_as_found
 @in_default_mode
 def train(
     model,
@@ -69,7 +69,7 @@ def train(
             resumed.
 
     Returns:
-        The trained `KVAdapter`, energies measured again; ``info["training"]`` has the options and the curve.
+        The trained `KVAdapter`, costs measured again; ``info["training"]`` has the options and the curve.
 
     Raises:
         TrainingError: if the loss or a gradient is not finite (step and layer are named), if a checkpoint cannot be
@@ -84,7 +84,7 @@ def train(
         raise OptionError("EarlyStoppingCallback: what is kept is the last step, there is no best one")
     check_place(folder, config.resume)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tables = _tables(adapter, config, attention.head_shape(attention.text_config(lm))[2])
+    tables = _tables(adapter, config, head_shape(text_config(lm))[2])
     check_gradients(lm)
     windows = _windows(lm, tokenizer, texts, config)
     length = windows.shape[1]
@@ -100,8 +100,8 @@ def train(
         adapter = fit(lm, None, windows, costs, progress=config.progress)
         tables = _tables(adapter, config)
     adapter.check(lm)
-    attention.attach(lm)
-    attention.check_head(lm, windows[:1, :16].to(attention.input_device(lm)))
+    attach(lm)
+    check_head(lm, windows[:1, :16].to(input_device(lm)))
     ranks = schedule(config.sampling, adapter, allocation=config.allocation, seed=config.seed)
     data = RankedWindows(windows, ranks, config.seed, steps * config.batch_size, labels)
     budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
@@ -133,14 +133,14 @@ def train(
     measured = {"tokens": steps * config.batch_size * length, "seconds": round(seconds), **stopped(trainer, steps)}
     training = {**config.to_dict(), **measured, "length": length, "steps": steps, "curve": curve.points}
     trained = KVAdapter(
-        adapter.fingerprint, encodes, adapter.mean, adapter.energy, {**adapter.info, "training": training}
+        adapter.fingerprint, encodes, adapter.mean, adapter.drop_cost, {**adapter.info, "training": training}
     )
     return measure(lm, trained, windows, costs, progress=config.progress)
 
 
 def _windows(lm, tokenizer, texts: Iterable[str] | Tensor, config: TrainConfig) -> Tensor:
     """The windows ``[n, T]`` that are trained on, as many as the tokens ask for."""
-    length = min(config.length, getattr(attention.text_config(lm), "max_position_embeddings", None) or config.length)
+    length = min(config.length, getattr(text_config(lm), "max_position_embeddings", None) or config.length)
     check_length(length, config.sinks, config.window)
     return torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-config.tokens // length))))
 
