@@ -25,10 +25,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("kind") != KIND:
         raise AdapterError(f"{path} is not a nestling KV adapter's (kind is not {KIND!r})")
     fields = Fields(path, config, AdapterError)
-    found = config.get("format")
-    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= FORMAT:
+    number = config.get("format")
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= FORMAT:
         raise AdapterError(
-            f"{path} has format {short(found)}, this version reads up to {FORMAT}: upgrade nestling, or copy it again"
+            f"{path} has format {short(number)}, this version reads up to {FORMAT}: upgrade nestling, or copy it again"
         )
     for key in ("sha256", "card_sha256"):
         checksum = fields.text(key, default=None)

@@ -82,16 +82,16 @@ def check_place(folder: str | Path, nbytes: int = 0) -> None:
         if path.exists() and not path.is_file():
             raise AdapterError(f"{path} is not a file of an adapter: choose another folder, or move it away")
     config = Path(folder) / CONFIG_FILE
-    if (found := _stored(config)) is not None and found.get("kind") != KIND:
+    if (stored := _stored(config)) is not None and stored.get("kind") != KIND:
         raise AdapterError(f"{config} is not an adapter's: choose another folder, or move it away")
 
 
 def expected_bytes(model) -> int:
     """About what an adapter of a model takes on the disk; 0 for one that cannot have one, which fitting says why."""
     with contextlib.suppress(NestlingError, AttributeError):
-        found = fingerprint(text_config(model))
-        width = found["head_dim"]
-        return 2 * 4 * len(found["layers"]) * found["num_key_value_heads"] * (width * width + 2 * width)
+        shape = fingerprint(text_config(model))
+        width = shape["head_dim"]
+        return 2 * 4 * len(shape["layers"]) * shape["num_key_value_heads"] * (width * width + 2 * width)
     return 0
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestling.kv.quantisation.packing import pack, unpack
-from nestling.kv.quantisation.quantiser import WIDTHS, chosen_steps, narrowed, offset, quantise, read_back, scale
+from nestling.kv.quantisation.quantiser import WIDTHS, chosen_steps, fake_quantise, narrowed, offset, quantise, scale
 
 # Mean squared errors of the best uniform quantisers of a unit Gaussian (Max 1960, table II).
 BEST = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 0.000087}
@@ -92,7 +92,7 @@ def test_training_reads_what_the_quantiser_stores_and_sees_its_size():
     z = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     bits = torch.tensor([0, 1, 2, 4, 8, 16])
     rms = z.detach().square().mean(0).sqrt().requires_grad_()
-    found = read_back(z, bits, rms)
+    found = fake_quantise(z, bits, rms)
     assert (found[:, 0] == 0).all() and torch.equal(found[:, 5], z[:, 5])
     for column, width in ((1, 1), (2, 2), (3, 4), (4, 8)):
         step = 0.3 * rms[column]
@@ -102,5 +102,5 @@ def test_training_reads_what_the_quantiser_stores_and_sees_its_size():
     by_z, by_size = torch.autograd.grad((found * weight).sum(), (z, rms))
     torch.testing.assert_close(by_z, weight * (bits > 0))
     torch.testing.assert_close(by_size, (weight * (found - z) / rms).sum(0) * (bits > 0))
-    larger = read_back(2 * z, bits, 2 * rms)
+    larger = fake_quantise(2 * z, bits, 2 * rms)
     torch.testing.assert_close(larger, 2 * found)

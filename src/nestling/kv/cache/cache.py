@@ -159,8 +159,8 @@ class NestedCache(StoredCache):
 
     def _warn_of_rotation(self, new: int) -> None:
         """Say when the text reaches the length at which the model rotates all keys anew, see `structure`."""
-        limit, held = self.rotary_limit or 0, self._nested()[0][1].length
-        if held <= limit <= held + new and (held or new == limit):
+        limit, length = self.rotary_limit or 0, self._nested()[0][1].length
+        if length <= limit <= length + new and (length or new == limit):
             warnings.warn(
                 f"the text has reached {limit} tokens, where {self.config.model_type} rotates all keys anew: those in "
                 "this cache do not fit what follows. generate() goes on without it, with a stock cache at full size; "
@@ -223,12 +223,12 @@ class NestedCache(StoredCache):
         width, total = nested[0][1].bases.width, 0
         for (_, layer), size, full in zip(nested, table.token_bytes(width, itemsize), table.full(width), strict=True):
             exact, states = self.storage.exact(full), 2 * layer.heads * width * itemsize
-            stored, held = layer.stored_after(tokens - layer.length, exact)
-            total += self.storage.nbytes(tokens, size, states, full, stored, held)
+            stored, tokens_held = layer.stored_after(tokens - layer.length, exact)
+            total += self.storage.nbytes(tokens, size, states, full, stored, tokens_held)
             if exact is not None:
-                total += states * max(places - exact.places(tokens, tokens - (held - stored), stored), 0)
+                total += states * max(places - exact.places(tokens, tokens - (tokens_held - stored), stored), 0)
             if layer.hitters is not None:
-                total += 4 * layer.heads * held
+                total += 4 * layer.heads * tokens_held
         return batch * total
 
     def shrink(self, budget: Any) -> None:

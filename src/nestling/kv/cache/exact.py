@@ -242,10 +242,10 @@ class ExactStore:
 
 def _leaving(recent: Sequence[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:
     """Copies of the first ``count`` tokens of those held and those given, as pairs of keys and values."""
-    held = min(count, recent[0][0].shape[2])
-    pairs = [tuple(side[0][:, :, :held].clone() for side in recent)] if held else []
-    if count > held:
-        pairs.append(tuple(side[1][:, :, : count - held] for side in recent))
+    stored = min(count, recent[0][0].shape[2])
+    pairs = [tuple(side[0][:, :, :stored].clone() for side in recent)] if stored else []
+    if count > stored:
+        pairs.append(tuple(side[1][:, :, : count - stored] for side in recent))
     return pairs
 
 

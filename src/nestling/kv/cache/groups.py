@@ -89,8 +89,8 @@ class RankGroup:
         heads, batch, count, width = state.shape
         work = work_dtype(state.device, state.dtype)
         columns = state.to(work).reshape(heads, batch * count, width).mT
-        found = product(encode[slots].to(work), columns)
-        return found.view(heads, encode.shape[1], batch, count).transpose(1, 2)
+        kept = product(encode[slots].to(work), columns)
+        return kept.view(heads, encode.shape[1], batch, count).transpose(1, 2)
 
     def score(self, query: Tensor, batch: int, scaling: float, into: Tensor) -> None:
         """Logits of the tokens held, ``(q D_k^T) k'^T``: of ``query`` ``[Hkv * B, n, D]`` into ``[Hkv * B, n, T]``."""

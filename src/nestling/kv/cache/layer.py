@@ -154,8 +154,8 @@ class NestedLayer(StoredLayer):
         borders = [exact.coded(length) for length in lengths]
         if borders[0] == borders[-1]:
             return None
-        held = exact.view() or [state[:, :, :0].to(self.dtype) for state in states]
-        whole = [torch.cat((h, s.to(self.dtype)), 2) for h, s in zip(held, states, strict=True)]
+        exact_states = exact.view() or [state[:, :, :0].to(self.dtype) for state in states]
+        whole = [torch.cat((h, s.to(self.dtype)), 2) for h, s in zip(exact_states, states, strict=True)]
         sinks = min(exact.total + count, exact.sinks)
         evicted = exact.left - self.groups[0].length
         return Split(
@@ -185,17 +185,17 @@ class NestedLayer(StoredLayer):
         """Forget the tokens that were read least, if more are held than the share allows."""
         if self.hitters is None or self.pending:  # what may be taken back does not count yet
             return
-        held = self.held
-        first = min(self.hitters.sinks, held) if self.exact is None else self.exact.first
-        recent = min(self.hitters.window, held - first) if self.exact is None else self.exact.length - first
+        tokens = self.held
+        first = min(self.hitters.sinks, tokens) if self.exact is None else self.exact.first
+        recent = min(self.hitters.window, tokens - first) if self.exact is None else self.exact.length - first
         places = self.hitters.choose(self.length, first, recent)
         if places is None:
             return
         if self.exact is not None:
             self.exact.drop_spare()
         else:  # sinks and recent tokens lie with the others
-            ends = torch.arange(held, device=places.device).expand(*places.shape[:2], -1)
-            places = torch.cat((ends[..., :first], places + first, ends[..., held - recent :]), -1)
+            ends = torch.arange(tokens, device=places.device).expand(*places.shape[:2], -1)
+            places = torch.cat((ends[..., :first], places + first, ends[..., tokens - recent :]), -1)
         for group in self.groups:
             group.select(places)
 
@@ -231,8 +231,8 @@ class NestedLayer(StoredLayer):
             bases: of the groups.
         """
         if self.length:
-            held = self._order()
-            order = [held.index(head) for group in groups for head in group.heads]
+            order_before = self._order()
+            order = [order_before.index(head) for group in groups for head in group.heads]
             there = None if order == sorted(order) else torch.tensor(order, device=self.device)
             if self.uncompressed and exact is not None:
                 exact.left = self.length - self.held  # evicted tokens are between sinks and recent ones
@@ -279,12 +279,12 @@ class NestedLayer(StoredLayer):
         Args:
             exact: the store that there would be, empty: what it takes if this layer has none of its own.
         """
-        held = self.held + count
+        tokens = self.held + count
         if exact is None:
-            return held, held
+            return tokens, tokens
         if self.exact is None:
-            return exact.leaving(held), held
-        return self.groups[0].length + self.exact.leaving(count), held
+            return exact.leaving(tokens), tokens
+        return self.groups[0].length + self.exact.leaving(count), tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""

@@ -46,9 +46,9 @@ def bytes_by_length(adapter: "KVAdapter", budget: Any = None, lengths: Sequence[
     layers = list(zip(table.token_bytes(width, itemsize), table.full(width), strict=True))
     rows = []
     for tokens in lengths:
-        held = sum(storage.nbytes(tokens, size, states, full) for size, full in layers)
+        stored = sum(storage.nbytes(tokens, size, states, full) for size, full in layers)
         full_bytes = tokens * adapter.full_elements * itemsize
-        rows.append({"tokens": tokens, "bytes": held, "full_bytes": full_bytes, "share": held / full_bytes})
+        rows.append({"tokens": tokens, "bytes": stored, "full_bytes": full_bytes, "share": stored / full_bytes})
     return rows
 
 

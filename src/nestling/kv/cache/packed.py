@@ -161,11 +161,11 @@ class PackedRows:
             data = self.codes.whole()
             return fused.score(data, self.length, self.layout.widths, scaled, shift, into, self.plain is not None)
         for start, count, codes in self._blocks(rows.dtype):
-            part, found = into.narrow(2, start, count), product(scaled, codes).sub_(shift)
+            part, logits = into.narrow(2, start, count), product(scaled, codes).sub_(shift)
             if self.plain is None:
-                part.copy_(found)
+                part.copy_(logits)
             else:
-                part.add_(found)
+                part.add_(logits)
 
     def weighted(self, weight: Tensor) -> Tensor:
         """The sums of coordinates with weights ``[h * B, n, length]``: ``[h * B, n, w]``."""

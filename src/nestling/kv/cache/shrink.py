@@ -23,10 +23,10 @@ def copy_truncated(new: Sequence[RankGroup], old: Sequence[RankGroup], dtype: to
     if not old[0].length:
         return
     for side in (0, 1):
-        held = [Held(group, side) for group in old]
+        sources = [Held(group, side) for group in old]
         for group in new:
-            if not any(group.rows[side] is source.rows for source in held):
-                _copy_side(group, side, held, dtype)
+            if not any(group.rows[side] is source.rows for source in sources):
+                _copy_side(group, side, sources, dtype)
 
 
 class Held:
@@ -46,8 +46,8 @@ class Held:
             assert not wanted and isinstance(self.rows, PackedRows)
             return self.rows.codes.view()[: len(places), :, :0]
         rows = [self.place[i] for i in wanted if i in self.place]
-        found, missing = _rows(plain.view(), places, rows), len(wanted) - len(rows)
-        return torch.nn.functional.pad(found, (0, 0, 0, missing)) if missing else found
+        kept, missing = _rows(plain.view(), places, rows), len(wanted) - len(rows)
+        return torch.nn.functional.pad(kept, (0, 0, 0, missing)) if missing else kept
 
     def packed(self, places: list[int], blocks: Sequence[int]) -> Tensor:
         """The bytes of some coded blocks of some heads, ``[h, B, rows, T]``."""
@@ -56,18 +56,18 @@ class Held:
 
     def narrowed(self, places: list[int], blocks: Sequence[int], widths: Sequence[int]) -> Tensor:
         """The same at fewer bits; blocks whose bits are equal, before and after, must lie together."""
-        held = [self.bits[block] for block in blocks]
-        codes, start, found = unpack(self.packed(places, blocks), held), 0, []
-        for (bits, fewer), run in groupby(zip(held, widths, strict=True)):
+        widths_before = [self.bits[block] for block in blocks]
+        codes, start, runs = unpack(self.packed(places, blocks), widths_before), 0, []
+        for (bits, fewer), run in groupby(zip(widths_before, widths, strict=True)):
             count = COORDINATES_PER_BLOCK * len(list(run))
-            found.append(narrowed(codes.narrow(2, start, count), bits, fewer))
+            runs.append(narrowed(codes.narrow(2, start, count), bits, fewer))
             start += count
-        return pack(torch.cat(found, 2), widths)
+        return pack(torch.cat(runs, 2), widths)
 
 
-def _copy_side(new: RankGroup, side: int, held: Sequence[Held], dtype: torch.dtype) -> None:
+def _copy_side(new: RankGroup, side: int, stored: Sequence[Held], dtype: torch.dtype) -> None:
     """One side of `copy_truncated`, in runs of heads that come from one group."""
-    sources = [next(source for source in held if head in source.heads) for head in new.heads]
+    sources = [next(source for source in stored if head in source.heads) for head in new.heads]
     rows, parts = new.rows[side], []
     for source, run in groupby(range(len(sources)), key=lambda i: sources[i]):
         slots = list(run)

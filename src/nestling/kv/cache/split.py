@@ -62,16 +62,16 @@ class Split:
             end += last  # the last of the queries sees no later ones
             seen = torch.arange(sinks + end, device=device)
             mask = (seen <= seen[sinks + end - len(borders) :, None])[None, None]
-        held = torch.arange(sinks + end - self.evicted, device=device)
+        tokens = torch.arange(sinks + end - self.evicted, device=device)
         coded = high - self.evicted
         parts = (slice(sinks, sinks + coded), slice(sinks), slice(sinks + low - self.evicted, None))
-        mask = torch.cat([mask[..., : len(held)][..., part] for part in parts], -1)
+        mask = torch.cat([mask[..., : len(tokens)][..., part] for part in parts], -1)
         self._hide(mask, torch.tensor(borders, device=device)[:, None], low, coded, sinks)
         exact = [
             torch.cat((s, states[:, :, low - self.start : end - self.start]), 2)
             for s, states in zip(self.sinks, self.states, strict=True)
         ]
-        return Segment(coded, exact, mask, torch.cat([held[part] for part in parts]))
+        return Segment(coded, exact, mask, torch.cat([tokens[part] for part in parts]))
 
     def _hide(self, mask: Tensor, borders: Tensor, low: int, coded: int, sinks: int) -> None:
         """Of the tokens that are there twice, hide one from each query: the exact one before its border."""

@@ -84,14 +84,14 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
 
 def measured(model, adapters: list[KVAdapter], texts: Tensor, config: FitConfig, bar) -> Tensor:
     """The geometric mean of the KL at `TOGETHER` of quantised adapters, ``[n]``, on texts ``[m, T]``."""
-    found, teacher = [], None
+    means, teacher = [], None
     for adapter in bar.track(adapters, description="bases, together"):
         meter = KLMeter(model, adapter, texts, config.sinks, config.window, teacher)
         teacher = meter.teacher
         steps = bit_steps(losses_of(adapter))
         tables = [bit_table_of(steps, CHOICES[-1] * share * adapter.full_elements).stacked for share in TOGETHER]
-        found.append(meter(torch.stack(tables)).clamp_min(1e-30).log().mean().exp())
-    return torch.stack(found)
+        means.append(meter(torch.stack(tables)).clamp_min(1e-30).log().mean().exp())
+    return torch.stack(means)
 
 
 def mixed(candidates: Candidates, chosen: Tensor) -> KVAdapter:

@@ -148,9 +148,9 @@ def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[
     Logits of the whole vocabulary are kept with their gradient: small batches for large vocabularies.
     """
     length = min(length, windows.shape[1])
-    found = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    chosen = torch.linspace(0, len(found) - 1, min(pieces, len(found))).round().long()
-    return found[chosen].split(max(1, min(8, 2**26 // (vocabulary * length))))
+    rows = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    chosen = torch.linspace(0, len(rows) - 1, min(pieces, len(rows))).round().long()
+    return rows[chosen].split(max(1, min(8, 2**26 // (vocabulary * length))))
 
 
 def order_by_drop_cost(adapter: KVAdapter) -> KVAdapter:

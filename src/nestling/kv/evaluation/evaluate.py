@@ -253,8 +253,8 @@ class _Run:
                 totals[c.name] += torch.tensor(self.store.numbers(keys[c.name], 5), dtype=torch.float64)
         positions = sum(map(len, windows))
         for c in self.candidates:
-            kl, nll, hits, labels, held = totals[c.name].tolist()
-            self.set_bytes(c, windows[0], held / len(windows))
+            kl, nll, hits, labels, nbytes = totals[c.name].tolist()
+            self.set_bytes(c, windows[0], nbytes / len(windows))
             ppl = math.exp(min(nll / max(labels, 1), 700))
             self.results[c.name].update(kl=kl / positions, ppl=ppl, top1=hits / positions)
         self.longest = max(self.longest, len(windows[0]))
@@ -303,10 +303,10 @@ class _Run:
             else:
                 right, check = 0, bind(self.check, c, name)
                 for ids, digits in prompts:
-                    answer, held = number_answer(self.model, self.tokenizer, ids, c.make(), self.chunk, check)
+                    answer, size = number_answer(self.model, self.tokenizer, ids, c.make(), self.chunk, check)
                     right += answer == digits
                     advance(1)
-                self.store.done[key] = [right, held]
+                self.store.done[key] = [right, size]
                 self.store.save()
             hits, nbytes = self.store.numbers(key, 2)
             self.results[c.name][name] = hits / len(prompts)

@@ -156,13 +156,13 @@ def number_answer(
     ``check`` is given the largest logit of each of at most ``limit`` tokens.
     """
     logits, answer = read(model, ids[None], cache, chunk)[0], []
-    held = held_bytes(cache, bounded=False)
+    nbytes = held_bytes(cache, bounded=False)
     while True:
         check([float(logits.max())])
         answer.append(int(logits.argmax()))
         if len(answer) == limit or answer[-1] == tokenizer.eos_token_id:
-            found = re.search(r"\d+", tokenizer.decode(answer))
-            return found and found[0], held
+            match = re.search(r"\d+", tokenizer.decode(answer))
+            return match and match[0], nbytes
         logits = forward(model, torch.tensor([answer[-1:]]), cache)[0, -1]
 
 

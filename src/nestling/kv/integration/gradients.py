@@ -19,8 +19,8 @@ def check_gradients(model) -> None:
     lm, blocked = base_model(model), []
 
     def look(part: nn.Module, inputs: tuple, output) -> None:
-        given = bool(inputs) and isinstance(inputs[0], Tensor) and inputs[0].requires_grad
-        if given and isinstance(output, Tensor) and not output.requires_grad:
+        wants_gradient = bool(inputs) and isinstance(inputs[0], Tensor) and inputs[0].requires_grad
+        if wants_gradient and isinstance(output, Tensor) and not output.requires_grad:
             blocked.append(names[part])
 
     def start(part: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

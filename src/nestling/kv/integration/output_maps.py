@@ -80,19 +80,19 @@ class _Search(PassThroughLayer):
             hook.remove()
 
     def matrix(self) -> Tensor | None:
-        first = [torch.equal(given.flatten(), self.out.flatten()) for _, given in self.called]
+        first = [torch.equal(inputs.flatten(), self.out.flatten()) for _, inputs in self.called]
         later = [pair for pair, exact in zip(self.called, first, strict=True) if not exact]
-        given = [pair for pair, exact in zip(self.called, first, strict=True) if exact]
-        matrices = (_matrix(part, rows) for part, rows in (*given, *reversed(later)))
+        same = [pair for pair, exact in zip(self.called, first, strict=True) if exact]
+        matrices = (_matrix(part, rows) for part, rows in (*same, *reversed(later)))
         return next((m for m in matrices if m is not None and len(m) == self.hidden), None)
 
 
-def _matrix(part: Callable[[Tensor], Tensor], given: Tensor) -> Tensor | None:
+def _matrix(part: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor | None:
     """The matrix of a linear map of vectors like ``given``; None if it is another kind of map, or changes nothing."""
-    width = given.shape[-1]
+    width = inputs.shape[-1]
 
     def run(rows: Tensor) -> Tensor:
-        return part(rows.to(given)[None])[0].float().cpu()
+        return part(rows.to(inputs)[None])[0].float().cpu()
 
     eye = torch.eye(width)
     probe = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def _matrix(part: Callable[[Tensor], Tensor], given: Tensor) -> Tensor | None:
         got = run(probe) - zero
     except (AttributeError, TypeError, ValueError, RuntimeError):  # it takes more than one tensor, or another one
         return None
-    expected = probe.to(given.dtype).float() @ columns
+    expected = probe.to(inputs.dtype).float() @ columns
     linear = (got - expected).norm() <= 0.05 * expected.norm()
     if not linear or (columns.shape == eye.shape and torch.allclose(columns, eye)):
         return None

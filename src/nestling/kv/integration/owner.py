@@ -50,15 +50,15 @@ class Owner:
 
 def _sample(module) -> dict[str, tuple[float, ...]]:
     """Some numbers of each parameter, by name; of none that does not give them out."""
-    found = {}
+    sampled = {}
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel():
             try:
                 row = parameter.detach()[(0,) * (parameter.dim() - 1)]
-                found[name] = tuple(row[:SAMPLE].float().tolist())
+                sampled[name] = tuple(row[:SAMPLE].float().tolist())
             except (RuntimeError, NotImplementedError, TypeError):  # quantised weights are objects of many kinds
                 continue
-    return found
+    return sampled
 
 
 def _equal(known: dict[str, tuple[float, ...]] | None, weights: dict[str, tuple[float, ...]]) -> bool:

@@ -83,14 +83,14 @@ def forgotten(model: nn.Module) -> Iterator[None]:
 
 def _memory(module: nn.Module) -> list[tuple[dict[str, Any], str, Any, Tensor | None]]:
     """What a module remembers: where, by which name, what, and a copy of what may be written to."""
-    found: list[tuple[dict[str, Any], str, Any, Tensor | None]] = []
+    states: list[tuple[dict[str, Any], str, Any, Tensor | None]] = []
     for names in (vars(module), module._buffers):
         for name, value in names.items():
             if isinstance(value, Tensor) and value.device.type != "meta" and value.numel() <= LARGE:
-                found.append((names, name, value, value.detach().clone()))
+                states.append((names, name, value, value.detach().clone()))
             elif isinstance(value, REMEMBERED):
-                found.append((names, name, value, None))
-    return found
+                states.append((names, name, value, None))
+    return states
 
 
 def input_device(model) -> torch.device:
@@ -110,12 +110,12 @@ def input_device(model) -> torch.device:
 def layer_devices(model) -> dict[int, torch.device]:
     """The device on which each layer that is compressed computes, by index, also where its weights are offloaded."""
     lm = base_model(model)
-    found = dict.fromkeys(compressible_layers(text_config(lm)), input_device(lm))
-    parts = [part for part in decoder_part(lm).modules() if getattr(part, "layer_idx", None) in found]
+    devices = dict.fromkeys(compressible_layers(text_config(lm)), input_device(lm))
+    parts = [part for part in decoder_part(lm).modules() if getattr(part, "layer_idx", None) in devices]
     for part in reversed(parts):  # the outermost part of a layer has the last word
         if (device := _device(part)) is not None:
-            found[part.layer_idx] = device  # type: ignore[index]
-    return found
+            devices[part.layer_idx] = device  # type: ignore[index]
+    return devices
 
 
 def _device(module: nn.Module) -> torch.device | None:

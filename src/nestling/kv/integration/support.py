@@ -115,11 +115,11 @@ def _plain_ids(config) -> list[int]:
 
 def _logits(lm: PreTrainedModel, ids: Tensor, layers: list) -> Tensor:
     cache = Cache(layers=layers)
-    found = []
+    logits = []
     for part in ids.split(PROMPT, 1):
         output = lm(input_ids=part, use_cache=True, **cached(lm, cache))
-        found.append(output.logits)
-    return torch.cat(found, 1).float()
+        logits.append(output.logits)
+    return torch.cat(logits, 1).float()
 
 
 def _same(logits: Tensor, expected: Tensor) -> bool:
@@ -174,10 +174,10 @@ class CachedStates:
         if not isinstance(scaling, float | int):
             raise UnsupportedModelError(f"{who} does not pass the scale of its logits")
         heads, kv_heads, width = layer.shape
-        given, wanted = [_heads(x) for x in (query, key, value)], [(heads, width), *[(kv_heads, width)] * 2]
-        if given != wanted:
+        passed, wanted = [_heads(x) for x in (query, key, value)], [(heads, width), *[(kv_heads, width)] * 2]
+        if passed != wanted:
             raise UnsupportedModelError(
-                f"{who} has queries, keys and values of [heads, width] = {given}, where its config says {wanted}"
+                f"{who} has queries, keys and values of [heads, width] = {passed}, where its config says {wanted}"
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not _is_causal(mask, query.shape[2], key.shape[2], causal):

@@ -78,17 +78,17 @@ def compiled() -> ctypes.CDLL | None:
 def _loaded() -> ctypes.CDLL:
     if _is_turned_off():
         raise _Missing(TURNED_OFF)
-    if (found := compiler()) is None:
+    if (program := compiler()) is None:
         raise _Missing(f"there is no C compiler {os.environ.get('CC') or 'cc'!r}; CC names another")
     try:
         folder = private_folder(_folder())
         sweep(folder)
-        path = folder / file_name(found)
+        path = folder / file_name(program)
         if not _is_whole(path):
-            _compile(found, path)
+            _compile(program, path)
         library = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
-        raise _Missing(f"{found} failed: {_last_line(error.stderr)}") from error
+        raise _Missing(f"{program} failed: {_last_line(error.stderr)}") from error
     except (FileError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise _Missing(str(error)) from error
     if not hasattr(library, "nestling_weighted"):
@@ -133,8 +133,8 @@ def _is_whole(path: Path) -> bool:
         with open(number, "rb") as file:
             if not stat.S_ISREG(os.fstat(number).st_mode):
                 return False
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        return path.with_suffix(".sha256").read_text("utf-8").strip() == found
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        return path.with_suffix(".sha256").read_text("utf-8").strip() == checksum
     except (OSError, ValueError):
         return False
 

@@ -33,7 +33,7 @@ def scale(step: Tensor, bits: int) -> Tensor:
     return step * (CELLS[bits] * SHRINK[bits])
 
 
-def read_back(z: Tensor, bits: Tensor, rms: Tensor) -> Tensor:
+def fake_quantise(z: Tensor, bits: Tensor, rms: Tensor) -> Tensor:
     """What is read of coordinates that are stored with some bits each, with a gradient: for training.
 
     Errors are those of steps in proportion to the root mean square, and they pass the gradient of that on: it pays to
@@ -78,11 +78,11 @@ def chosen_steps(samples: Tensor) -> tuple[Tensor, Tensor]:
     steps, errors = torch.ones_like(power), torch.ones(*power.shape, len(WIDTHS), dtype=samples.dtype)
     for share in TRIED:
         step = share * power.sqrt()
-        found = torch.stack([_error(samples, step, bits) for bits in WIDTHS], -1) / power[..., None]
-        criterion = found[..., [WIDTHS.index(bits) for bits in (2, 3, 4)]].clamp_min(1e-12).log().sum(-1)
+        step_errors = torch.stack([_error(samples, step, bits) for bits in WIDTHS], -1) / power[..., None]
+        criterion = step_errors[..., [WIDTHS.index(bits) for bits in (2, 3, 4)]].clamp_min(1e-12).log().sum(-1)
         better = criterion < best
         best, steps = torch.where(better, criterion, best), torch.where(better, step, steps)
-        errors = torch.where(better[..., None], found, errors)
+        errors = torch.where(better[..., None], step_errors, errors)
     return steps, errors
 
 

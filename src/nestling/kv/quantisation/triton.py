@@ -97,12 +97,12 @@ def weighted(rows: Tensor, tokens: int, widths: tuple[int, ...], weight: Tensor)
     weight = weight if weight.stride(2) == 1 else weight.contiguous()
     (groups, queries, _), (ends, coordinate, unit) = weight.shape, _places(widths, weight.device)
     padded = max(2, triton.next_power_of_2(queries))
-    found = weight.new_zeros(groups, len(coordinate), padded, COORDINATES_PER_BLOCK, dtype=torch.float32)
+    sums = weight.new_zeros(groups, len(coordinate), padded, COORDINATES_PER_BLOCK, dtype=torch.float32)
     _weighted[(groups, len(coordinate), COORDINATES_PER_BLOCK)](
-        rows, rows.stride(1), rows.shape[1], weight, weight.stride(0), weight.stride(1), queries, *ends, tokens, found,
+        rows, rows.stride(1), rows.shape[1], weight, weight.stride(0), weight.stride(1), queries, *ends, tokens, sums,
         QUERIES=padded, TILE=TILE,
     )  # fmt: skip
-    numbers = (found[:, :, :queries] * unit[:, None]).permute(0, 2, 1, 3).flatten(2)
+    numbers = (sums[:, :, :queries] * unit[:, None]).permute(0, 2, 1, 3).flatten(2)
     out = numbers.new_zeros(groups, queries, COORDINATES_PER_BLOCK * len(widths))
     return out.index_add_(2, coordinate.flatten(), numbers).to(weight.dtype)
 
@@ -112,7 +112,7 @@ def _places(widths: tuple[int, ...], device: torch.device) -> tuple[tuple[int, .
     """Ends of the rows of 8, 4 and 2 bits; coordinates and units ``[rows, 8]`` of the numbers in a row (else 0)."""
     fields, coordinates, units = places(widths)
     rows = torch.zeros(2, len(fields), COORDINATES_PER_BLOCK, dtype=torch.int64)
-    for row, found in enumerate(zip(coordinates, units, strict=True)):
-        rows[:, row, : len(found[0])] = torch.tensor(found)
+    for row, pair in enumerate(zip(coordinates, units, strict=True)):
+        rows[:, row, : len(pair[0])] = torch.tensor(pair)
     ends = tuple(sum(field >= least for field in fields) for least in FIELDS[:-1])
     return ends, rows[0].to(device), rows[1].to(device, torch.float32)

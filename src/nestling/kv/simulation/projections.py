@@ -136,7 +136,7 @@ class Coded:
             z = (states.float() - mean) @ encode
             most = z[:, :, SKIP:] if z.shape[2] > SKIP else z
             rms = most.square().mean(2, keepdim=True).clamp_min(1e-20).sqrt()
-            cut = mean + quantise.read_back(z, bits, rms) @ decode
+            cut = mean + quantise.fake_quantise(z, bits, rms) @ decode
         return torch.where((bits == 16).all(-1, keepdim=True), states, cut.to(states.dtype))
 
 
@@ -173,10 +173,10 @@ class Masked:
         return torch.cat([self._block(module, query, (key, value), cut, start, **kwargs) for start in blocks], 1)
 
     def _read(self, states: Tensor, side: int, row: int) -> Tensor:
-        found = self.cut(states, side, row)
+        cut = self.cut(states, side, row)
         for watcher in self.watch:
-            watcher(side, row, states, found)
-        return found
+            watcher(side, row, states, cut)
+        return cut
 
     def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:
         """Queries from ``start`` on: every token behind them is read once, exact or cut."""

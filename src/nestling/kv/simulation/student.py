@@ -47,9 +47,9 @@ class Student(nn.Module):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """The counterpart: what is not trained is not missed."""
-        found = super().load_state_dict(state_dict, strict=False)
+        report = super().load_state_dict(state_dict, strict=False)
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        return type(found)([name for name in found.missing_keys if name in trained], found.unexpected_keys)
+        return type(report)([name for name in report.missing_keys if name in trained], report.unexpected_keys)
 
     def masked(self, ranks: Tensor) -> Masked:
         """What the attention function needs for ranks ``[B, 2, L, Hkv]``, or for bits of blocks ``[..., blocks]``."""
