@@ -26,6 +26,7 @@ from nestling.data.windows import token_windows
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.calibration.sensitivity import measure
 from nestling.kv.simulation import student
+from nestling.kv.simulation.projections import Projected
 from nestling.models import load_model
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -55,10 +56,9 @@ class FreeBases(student.MaskedBases):
         super().__init__(adapter)
         self.free.fill_(True)
 
-    def projectors(self, ranks: Tensor) -> Tensor:
+    def projected(self, mask: Tensor) -> Projected:
         u = torch.eye(self.encode.shape[-1], device=self.encode.device) + self.rotation.x
-        mask = torch.arange(u.shape[-1], device=ranks.device) < ranks[..., None]
-        return (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
+        return Projected.about(self.mean, (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode))
 
 
 def random_start(lm, adapter: kv.KVAdapter, windows: Tensor) -> kv.KVAdapter:

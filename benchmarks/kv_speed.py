@@ -10,9 +10,9 @@ timed in turns, one step each (interleaved), and the medians are reported.
 * `same-storage-again` is the same thing a second time: how far two equal things are apart in this run.
 * `nested-bits-X` has its coordinates quantised and packed; `-unpacked` keeps the same ones in bf16, and what the first
   takes over it is what reading packed codes costs.
-* `same-attention` has one key coordinate less than full rank, so that nearly all bytes are read by the attention in
-  coordinates. What it gains over `same-storage` is that a KV head is read once for its whole group of query heads;
-  what X gains over it is compression alone.
+* `same-attention` has a block of eight key coordinates less than full rank (one coordinate in results of before there
+  were blocks), so that nearly all bytes are read by the attention in coordinates. What it gains over `same-storage` is
+  that a KV head is read once for its whole group of query heads; what X gains over it is compression alone.
 """
 
 import statistics
@@ -27,7 +27,6 @@ from transformers.cache_utils import QuantizedCache
 
 from nestling import kv
 from nestling.jobs.progress import progress_bar
-from nestling.kv.allocation.bits import BitTable
 from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration.attach import attention_forward, cached, head_shape, text_config
 from nestling.models import load_model
@@ -54,15 +53,15 @@ def makers(lm, adapter: kv.KVAdapter, context: int, steps: int) -> dict:
         f"{REFERENCE}-again": lambda: ranks(1.0),
     }
     layers, heads, width = adapter.shape
-    table = {side: [[rank] * heads] * layers for side, rank in (("keys", width - 1), ("values", width))}
+    table = {side: [[rank] * heads] * layers for side, rank in (("keys", width - 8), ("values", width))}
     found["same-attention"] = lambda: ranks(table)
     for budget in (0.5, 0.25):
         for name in ("uniform", "energy"):
             found[f"nested-{name}-{budget:.0%}"] = lambda b=budget, a=name: ranks(b, allocation=a)
     found["nested-energy-50%-bf16"] = lambda: ranks(0.5, dtype=torch.bfloat16)
     for budget in (0.25, 0.125):
-        bits = adapter.bits(budget * 16 * adapter.full_elements)
-        unpacked = BitTable(*(16 * (side > 0) for side in (bits.keys, bits.values)))
+        bits = adapter.allocate(budget)
+        unpacked = kv.Allocation(*(16 * (side > 0) for side in (bits.keys, bits.values)), width)
         found[f"nested-bits-{budget:.1%}"] = lambda t=bits: kv.NestedCache(lm, adapter, t)
         found[f"nested-bits-{budget:.1%}-unpacked"] = lambda t=unpacked: kv.NestedCache(lm, adapter, t)
     return found

@@ -4,7 +4,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from nestling import kv
-from nestling.kv.allocation.bits import BitTable
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
@@ -85,13 +85,15 @@ def nested_cache(model, adapter, budget=None, *, paper: bool = False, **options)
     Args:
         paper: the options of `CacheConfig.paper`.
     """
-    if not options.get("quantise") and not isinstance(budget, BitTable):
+    if not options.get("quantise") and not (isinstance(budget, Allocation) and budget.quantised):
         options = {"dtype": model.dtype, **options}
     options = {"budget": budget, "quantise": False, **options}
     return NestedCache(model, adapter, CacheConfig.paper(**options) if paper else CacheConfig(**options))
 
 
-def cache_of_bases(bases, ranks, config, *, sinks=0, window=0, block=TOKENS_PER_BLOCK, dtype=torch.float32, **options):
+def cache_of_bases(
+    bases, allocation, config, *, sinks=0, window=0, block=TOKENS_PER_BLOCK, dtype=torch.float32, **options
+):
     """A cache from bases by layer index, without a model."""
     cache = NestedCache.__new__(NestedCache)
     rows = list(bases.values())
@@ -99,5 +101,7 @@ def cache_of_bases(bases, ranks, config, *, sinks=0, window=0, block=TOKENS_PER_
     def of_row(row, members):
         return LayerBases.of(rows[row], members, half=dtype.itemsize == 2)
 
-    cache._assemble(list(bases), of_row, ranks, config, Storage(sinks, window, block), dtype, CacheConfig(**options))
+    cache._assemble(
+        list(bases), of_row, allocation, config, Storage(sinks, window, block), dtype, CacheConfig(**options)
+    )
     return cache

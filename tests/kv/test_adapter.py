@@ -527,11 +527,11 @@ def test_shares_are_of_the_stored_precision(made, ids, dtype, itemsize):
     for share in (0.55, 0.8, 1.0):
         cache = nested_cache(made.model, made.adapter, share, **options)
         assert cache.share == cache.full_nbytes == 0
-        assert share * full - 8 < cache.allocation.elements <= share * full
+        assert share * full - 8 < cache.allocation.bits / 16 <= share * full
         with torch.no_grad():
             made.model(input_ids=ids[:1, :48], **cached(made.model, cache))
-        assert cache.nbytes == cache.allocation.elements * itemsize * 48 <= share * full * itemsize * 48
-        assert cache.full_nbytes == full * itemsize * 48 and cache.share == cache.allocation.elements / full
+        assert cache.nbytes == cache.allocation.bits // 16 * itemsize * 48 <= share * full * itemsize * 48
+        assert cache.full_nbytes == full * itemsize * 48 and cache.share == cache.allocation.bits / 16 / full
 
 
 def test_one_adapter_makes_caches_of_every_budget(made):
@@ -539,15 +539,15 @@ def test_one_adapter_makes_caches_of_every_budget(made):
     caches = [nested_cache(made.model, made.adapter, b, sinks=0, window=0) for b in (0.5, 0.6, 0.75, 1.0)]
     tables = [c.allocation for c in caches]
     for small, large in zip(tables, tables[1:], strict=False):
-        assert small.elements < large.elements
+        assert small.bits < large.bits
         assert (small.keys <= large.keys).all() and (small.values <= large.values).all()
-    assert tables[-1].elements == made.adapter.full_elements
+    assert tables[-1].bits == 16 * made.adapter.full_elements
     assert all(torch.equal(before[s], made.adapter.encode[s]) for s in before)
 
 
 def test_sinks_and_window_are_paid_for(made):
     elements = [
-        nested_cache(made.model, made.adapter, 0.8, context=200, **o).allocation.elements
+        nested_cache(made.model, made.adapter, 0.8, context=200, **o).allocation.bits / 16
         for o in ({"sinks": 0, "window": 0}, {"sinks": 4, "window": 0}, {"sinks": 4, "window": 40})
     ]
     assert elements[0] >= elements[1] > elements[2]
@@ -559,19 +559,20 @@ def test_paper_compresses_everything(made):
     cache = nested_cache(made.model, made.adapter, 0.6, paper=True)
     assert all(layer.exact is None for layer in cache.layers)
     assert not any(layer.exact_prompt for layer in cache.layers)
-    assert (
-        cache.allocation.elements == nested_cache(made.model, made.adapter, 0.6, sinks=0, window=0).allocation.elements
-    )
+    assert cache.allocation.bits == nested_cache(made.model, made.adapter, 0.6, sinks=0, window=0).allocation.bits
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"budget": 0.2}, r"smallest possible, 0\.5406"),
-        ({"budget": 0.7, "allocation": "best"}, "must be 'energy', 'uniform' or a rank table, got 'best'"),
+        ({"budget": 0.7, "allocation": "best"}, "must be 'energy', 'uniform' or a table, got 'best'"),
         ({"budget": {"keys": [[8]], "values": [[8]]}, "limit": "1MiB"}, "an allocation is a budget by itself"),
-        ({"budget": {"keys": [[8]], "values": [[8]]}}, r"keys is \[1, 1\], expected \[3, 2\]"),
-        ({"budget": {"keys": [[8, 17]] * 3, "values": [[8, 8]] * 3}}, r"keys must be in 1\.\.16, got 8\.\.17"),
+        ({"budget": {"keys": [[8]], "values": [[8]]}}, r"keys is \[1, 1, 2\], expected \[3, 2, 2\]"),
+        (
+            {"budget": {"keys": [[8, 17]] * 3, "values": [[8, 8]] * 3}},
+            "ranks must be multiples of 8 or the whole width, 16: got 17",
+        ),
         ({"budget": 0.7, "window": 4096}, "must be longer than the 4115 exact tokens"),
     ],
 )
@@ -580,17 +581,19 @@ def test_impossible_caches_are_refused(made, options, message):
         nested_cache(made.model, made.adapter, **options)
 
 
-def test_a_rank_table_is_used_as_it_is(made, ids):
-    table = {"keys": [[1, 16], [3, 3], [16, 16]], "values": [[5, 5], [16, 2], [16, 16]]}
+def test_an_allocation_is_used_as_it_is(made, ids):
+    table = {"keys": [[8, 16], [8, 8], [16, 16]], "values": [[8, 8], [16, 8], [16, 16]]}
     cache = nested_cache(made.model, made.adapter, table, sinks=0, window=0)
     with torch.no_grad():
         made.model(input_ids=ids[:1, :24], **cached(made.model, cache))
-    assert cache.allocation.to_dict() == table
+    assert cache.allocation.coordinates.tolist() == [table["keys"], table["values"]]
+    again = nested_cache(made.model, made.adapter, cache.allocation.to_dict(), sinks=0, window=0)
+    assert torch.equal(again.allocation.stacked, cache.allocation.stacked)
     stored = [
         sorted(tuple(r.data.shape[0:4:3] if r.dim == 2 else r.data.shape[::2]) for g in layer.groups for r in g.rows)
         for layer in cache.layers
     ]
-    assert stored == [[(1, 1), (1, 5), (1, 5), (1, 16)], [(1, 2), (1, 3), (1, 3), (1, 16)], [(2, 16), (2, 16)]]
+    assert stored == [[(1, 8), (1, 8), (1, 8), (1, 16)], [(1, 8), (1, 8), (1, 8), (1, 16)], [(2, 16), (2, 16)]]
 
 
 def test_half_precision_is_half_the_bytes_and_exact_at_full_rank(fitted, tmp_path):
@@ -618,4 +621,4 @@ def test_built_in_adapters_are_small_trained_and_whole(name):
     curve = [p for p in adapter.info["training"]["curve"] if "kl_0.25" in p]
     assert curve[-1]["kl_0.25"] < 0.9 * curve[0]["kl_0.25"]
     for share in (1, 0.5, 0.25):
-        assert adapter.ranks(share * adapter.full_elements).elements <= share * adapter.full_elements
+        assert adapter.allocate(share).bits <= 16 * share * adapter.full_elements

@@ -7,7 +7,6 @@ import torch
 
 from nestling import kv
 from nestling.errors import BudgetError, NestlingError, OptionError
-from nestling.kv.allocation.bits import BitTable
 from nestling.kv.evaluation.tasks import passkey_prompts
 from nestling.options import shown
 
@@ -73,22 +72,18 @@ def test_a_model_is_not_switched_by_a_call_that_fails(fitted):
         assert case.stock.config._attn_implementation != "nestling"
 
 
-@pytest.mark.parametrize("method", ["ranks", "bits"])
-@pytest.mark.parametrize("value", [0, -1, None, *NOT_NUMBERS])
-def test_tables(fitted, method, value):
-    name = "elements" if method == "ranks" else "bits"
-    refused(name, value, lambda: getattr(fitted("llama-gqa").adapter, method)(value))
+@pytest.mark.parametrize("value", [None, 0, -0.5, 1.5, True, float("nan"), "x", "64MiB", [0.5]])
+def test_allocations(fitted, value):
+    refused("budget", value, lambda: fitted("llama-gqa").adapter.allocate(value))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool])
 def test_tables_are_of_whole_numbers(fitted, dtype):
     case = fitted("llama-gqa")
     layers, heads, width = case.adapter.shape
-    ranks = torch.full((layers, heads), 8, dtype=dtype)
     bits = torch.full((layers, heads, width // 8), 8, dtype=dtype)
-    for table in (kv.RankTable(ranks, ranks), BitTable(bits, bits)):
-        with pytest.raises(BudgetError, match=str(dtype)):
-            nested_cache(case.model, case.adapter, table)
+    with pytest.raises(BudgetError, match=str(dtype)):
+        nested_cache(case.model, case.adapter, kv.Allocation(bits, bits, width))
 
 
 @pytest.mark.parametrize("value", [0, -0.1, 0.99, 50, *NOT_NUMBERS[:3], True, None, "x", "90KiB"])

@@ -134,7 +134,6 @@ def search(
     from nestling import kv
     from nestling.kv.adapter_files import check_place
     from nestling.kv.allocation.budget import read_shares
-    from nestling.kv.cache.factory import ranks_at
     from nestling.models import load_model
 
     check_outputs(json, folder=out)
@@ -142,7 +141,7 @@ def search(
     shares = read_shares(budgets, "--budgets")
     nested = kv.KVAdapter.from_pretrained(adapter)
     for share in shares:
-        ranks_at(nested, share)  # a budget out of reach is said before the search
+        nested.allocate(share, quantise=False)  # a budget out of reach is said before the search
     texts = source.read()
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
@@ -152,8 +151,8 @@ def search(
     console.print(f"{searched.info['search']['forwards']:,} forward passes in {seconds:.0f} s. Saved to {out}")
     rows = []
     for share in shares:
-        ranks = ranks_at(searched, share)
-        kept = {side: int(getattr(ranks, side).sum()) * 2 / searched.full_elements for side in ("keys", "values")}
+        keys, values = searched.allocate(share, quantise=False).coordinates.flatten(1).sum(1).tolist()
+        kept = {"keys": 2 * keys / searched.full_elements, "values": 2 * values / searched.full_elements}
         rows.append({"model": model, "method": config.method, "budget": share.share, **kept})
     show(rows, f"share of keys and values kept, allocation={config.method}")
     write_results(json, rows, seconds)
@@ -187,12 +186,10 @@ def evaluate(
     show(result, f"{model}, {config.windows} windows of {config.length} tokens")
     write_results(json, result, time.perf_counter() - start)
     if html is not None:
-        from nestling.kv.cache.factory import bits_at, ranks_at
         from nestling.kv.report import write_report
 
         least = min(config.budgets, key=lambda budget: budget.share)
-        quantised = config.quantise and nested.quantises
-        allocation = bits_at(nested, least) if quantised else ranks_at(nested, least, config.allocation)
+        allocation = nested.allocate(least, config.allocation, quantise=config.quantise)
         write_report(html, nested, result, allocation, title=f"{model}: quality and bytes")
         console.print(f"Report: {html}")
 
@@ -248,5 +245,5 @@ def inspect(
     console.print(f"{shared:,} bytes of bases, which all caches of this adapter and allocation share")
     write_results(json, [*rows, *lengths])
     if png is not None:
-        write_png(png, bits_map(nested, allocation, f"Bits{asked}"))
+        write_png(png, bits_map(allocation, f"Bits{asked}"))
         console.print(f"Heat map: {png}")

@@ -18,7 +18,7 @@ from nestling.errors import (
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
-    from nestling.kv.allocation.ranks import RankTable
+    from nestling.kv.allocation.table import Allocation
     from nestling.kv.cache.bound import bound
     from nestling.kv.cache.cache import NestedCache
     from nestling.kv.cache.config import CacheConfig
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "Allocation",
     "BudgetError",
     "CacheConfig",
     "CacheMismatchError",
@@ -43,7 +44,6 @@ __all__ = [
     "GradientError",
     "KVAdapter",
     "NestedCache",
-    "RankTable",
     "SearchConfig",
     "TrainConfig",
     "TrainingError",
@@ -60,7 +60,7 @@ __all__ = [
 ]
 HOMES = {
     "KVAdapter": "adapter",
-    "RankTable": "allocation.ranks",
+    "Allocation": "allocation.table",
     "CacheConfig": "cache.config",
     "NestedCache": "cache.cache",
     **dict.fromkeys(("FitConfig", "SearchConfig"), "calibration.config"),

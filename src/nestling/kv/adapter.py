@@ -11,13 +11,12 @@ from nestling.basis import NestedBasis
 from nestling.errors import AdapterError
 from nestling.kv.adapter_files import SIDES, path_names, read, write
 from nestling.kv.adapter_hub import push
-from nestling.kv.allocation import ranks as allocate
-from nestling.kv.allocation.allocate import WITHOUT_BITS, steps_of
-from nestling.kv.allocation.bits import BitTable, bit_table_of
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.allocate import ENERGY, steps_of
+from nestling.kv.allocation.budget import Budget, read_share
+from nestling.kv.allocation.table import Allocation, block_sizes
 from nestling.kv.integration.attach import fingerprint, text_config
 from nestling.kv.integration.modes import in_default_mode
-from nestling.options import flag, number
+from nestling.options import flag
 
 BY_COORDINATE = ("mean", "drop_cost", "quantisation_cost", "step")  # all that has a number for each coordinate
 
@@ -36,8 +35,8 @@ class KVAdapter:
             it varies, independently for every token. With it come ``step`` (of quantisers, see
             `nestling.kv.quantisation.quantiser`) and ``info["errors"]``; empty in adapters that were made without,
             whose caches are not quantised.
-        paths: searched allocations by name, ``[2, L, Hkv, steps]`` (keys, values): what each step of a rank is worth,
-            for `nestling.kv.allocation.ranks.by_gains`; the larger, the longer it is kept as the budget falls.
+        paths: searched allocations by name, ``[2, L, Hkv, blocks]`` (keys, values): what each block is worth; the
+            larger, the longer it is kept as the budget falls.
         info: how it was made (basis, tokens, base model name): plain JSON values.
         card: the text of its README.md, if it has one.
     """
@@ -65,7 +64,7 @@ class KVAdapter:
                 if not torch.isfinite(tensor).all():
                     raise AdapterError(f"{side} {name}: holds NaN or infinity")
         for name, path in self.paths.items():
-            expected = [2, layers, heads, len(allocate.edges(width)) - 1]
+            expected = [2, layers, heads, len(block_sizes(width))]
             if list(path.shape) != expected or not torch.isfinite(path).all():
                 raise AdapterError(f"path {name}: shape {list(path.shape)}, expected finite {expected}")
         if self.quantises and any((self.step[side] <= 0).any() for side in SIDES):
@@ -107,45 +106,41 @@ class KVAdapter:
 
     @property
     def allocation(self) -> str:
-        """The allocation that is used if none is named: what was searched last, or else ``"energy"``."""
+        """The allocation of ranks that is used if none is named: what was searched last, or else ``"energy"``."""
         searched = self.info.get("search", {}).get("method")
-        return searched if searched in self.paths else "energy"
-
-    def ranks(self, elements: float, allocation: str | RankTable | Mapping | None = None) -> RankTable:
-        """The rank table of an allocation for a number of elements per token.
-
-        Raises:
-            OptionError: if ``elements`` is no positive number.
-            BudgetError: for budgets out of reach, tables of the wrong shape, unknown allocations.
-        """
-        if isinstance(allocation, Mapping):
-            allocation = RankTable.from_dict(dict(allocation))
-        if isinstance(allocation, RankTable):
-            allocation.check(*self.shape)
-            return allocation
-        elements = number("elements", elements, above=0)
-        return allocate.table_of(steps_of(self, allocation), elements, self.shape[2])
+        return searched if searched in self.paths else ENERGY
 
     @property
     def quantises(self) -> bool:
         """Whether caches can be quantised: quantisation costs, steps and errors were measured."""
         return bool(self.quantisation_cost and self.step and self.info.get("errors"))
 
-    def bits(self, bits: float, allocation: str | BitTable | None = None) -> BitTable:
-        """The bits of every block of coordinates for a number of bits per token.
+    def allocate(
+        self,
+        budget: "float | str | Budget | Allocation | Mapping",
+        method: str | None = None,
+        *,
+        quantise: bool = True,
+    ) -> Allocation:
+        """The bits of every block of coordinates at a budget, exact tokens not counted.
+
+        Args:
+            budget: a share of the full cache, see `nestling.kv.allocation.budget.read_share`. An allocation, or its
+                dict, is checked and given back.
+            method: ``"energy"``, ``"uniform"`` or the name of a searched one. Default: energy, or for ranks the last
+                searched.
+            quantise: at the widths that pay, where caches can be quantised and no method of ranks is named; else by
+                ranks, which are blocks of 16 bits or none.
 
         Raises:
-            OptionError: if ``bits`` is no positive number.
-            AdapterError: if the adapter was made without `quantisation_cost`.
-            BudgetError: for budgets out of reach, tables of the wrong shape, unknown allocations.
+            BudgetError: for budgets that are no shares or out of reach, tables that do not fit, unknown methods.
         """
-        if not self.quantises:
-            raise AdapterError(WITHOUT_BITS)
-        if isinstance(allocation, BitTable):
-            allocation.check(*self.shape)
-            return allocation
-        bits = number("bits", bits, above=0)
-        return bit_table_of(steps_of(self, allocation, bits=True), bits)
+        if isinstance(budget, Mapping):
+            budget = Allocation.of_dict(budget, self.shape[2])
+        if isinstance(budget, Allocation):
+            budget.check(*self.shape)
+            return budget
+        return steps_of(self, method, quantise=quantise).required(read_share(budget))
 
     def _layer_bases(self, row: int) -> dict[str, Tensor]:
         """Bases, means and steps of a compressed layer, by its row: ``{"key_encode": [Hkv, D, D], ...}``."""

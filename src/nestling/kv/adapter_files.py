@@ -4,7 +4,7 @@ Two files beside a card: ``nestling_adapter.json`` (format version, the model's 
 and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
 ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.drop_cost`` ``[Hkv, D]``, all fp32; in adapters that
 caches can be quantised by also ``.quantisation_cost`` and ``.step`` ``[Hkv, D]``. ``decode`` is not stored: it is the
-inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, steps]``, which serves
+inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, blocks]``, which serves
 every budget.
 
 In format 1 the two costs are ``.energy`` and ``.noise``. The oldest have other file names, which are PEFT's, and
@@ -33,7 +33,7 @@ from nestling.files.folders import Parts, read_sealed, sha256, waiting, write_fo
 from nestling.files.reading import LARGEST, read_object, read_tensors, read_text, tensor_shapes
 from nestling.files.writing import check_folder
 from nestling.kv.adapter_config import FORMAT, KIND, SIDES, basis_of, read_config
-from nestling.kv.allocation.ranks import edges
+from nestling.kv.allocation.table import block_sizes
 from nestling.kv.integration.structure import fingerprint, text_config
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "nestling_adapter.json", "nestling_adapter.safetensors", "README.md"
@@ -215,7 +215,7 @@ def _check_tensors(weights: Path, model: dict, found: dict[str, list[int]]) -> N
     shapes = {"encode": [heads, width, width], "mean": [heads, width], "drop_cost": [heads, width]}
     if f"layers.{model['layers'][0]}.key.quantisation_cost" in found:
         shapes |= {"quantisation_cost": [heads, width], "step": [heads, width]}
-    shapes |= {f"path.{name}": [heads, len(edges(width)) - 1] for name in path_names(found)}
+    shapes |= {f"path.{name}": [heads, len(block_sizes(width))] for name in path_names(found)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
     if missing := sorted(set(expected) - set(found)):
         raise AdapterError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}: not an adapter of this model")

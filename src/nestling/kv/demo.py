@@ -275,7 +275,7 @@ def _write(out: Path, model: str, adapter: KVAdapter, results, smallest, seconds
         Section("Memory and time", memory, rows=rows, columns=columns, figure=figure),
         Section("Answers", asked, rows=_by_question(answers)),
         quality_section(measured),
-        map_section(adapter, *smallest),
+        map_section(*smallest),
     ]
     write_html(out, f"nestling: {model} with a smaller KV cache", about(adapter), sections, run_meta(seconds))
 

@@ -8,8 +8,7 @@ from rich.text import Text
 from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocation.bits import BitTable
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.table import Allocation, block_sizes
 from nestling.report.figures import curve, heat_maps
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
@@ -26,9 +25,9 @@ QUALITY = (
 )
 
 
-def bit_rows(adapter: KVAdapter, allocation: RankTable | BitTable) -> list[dict]:
+def bit_rows(adapter: KVAdapter, allocation: Allocation) -> list[dict]:
     """One row a compressed layer: its index, the bits per number of each head, and the groups it is stored in."""
-    keys, values = (side.tolist() for side in _bits_per_number(adapter, allocation))
+    keys, values = (side.tolist() for side in _bits_per_number(allocation))
     return [
         {"layer": layer, "keys": keys[row], "values": values[row], "groups": len(allocation.groups(row))}
         for row, layer in enumerate(adapter.fingerprint["layers"])
@@ -47,16 +46,16 @@ def bits_table(rows: Sequence[dict], title: str) -> Table:
     return table
 
 
-def bits_map(adapter: KVAdapter, allocation: RankTable | BitTable, title: str):
+def bits_map(allocation: Allocation, title: str):
     """Heat maps of the bits per number of keys and of values, layers downwards (a matplotlib Figure)."""
-    panels = dict(zip(("keys", "values"), _bits_per_number(adapter, allocation), strict=True))
+    panels = dict(zip(("keys", "values"), _bits_per_number(allocation), strict=True))
     return heat_maps(panels, title=title, row_label="layer", col_label="KV head", unit="bits per number")
 
 
-def _bits_per_number(adapter: KVAdapter, allocation: RankTable | BitTable) -> list[Tensor]:
+def _bits_per_number(allocation: Allocation) -> list[Tensor]:
     """Of keys and of values, ``[L, Hkv]``."""
-    sides, width = (allocation.keys, allocation.values), adapter.shape[2]
-    return [side.double().mean(-1) if side.ndim == 3 else side * (16 / width) for side in sides]
+    sizes = block_sizes(allocation.width)
+    return [(side * sizes).sum(-1) / allocation.width for side in (allocation.keys, allocation.values)]
 
 
 def _shade(share: float) -> str:
@@ -74,13 +73,13 @@ def quality_section(rows: Sequence[dict]) -> Section:
     return Section("Quality against bytes", QUALITY, rows=rows, columns=COLUMNS, figure=figure)
 
 
-def map_section(adapter: KVAdapter, allocation: RankTable | BitTable, name: str) -> Section:
+def map_section(allocation: Allocation, name: str) -> Section:
     """Where the bits of one allocation are."""
     note = (
         "Bits per number, of the 16 of a full cache, by layer and KV head. Where more are kept, dropping them would "
         "cost more KL."
     )
-    return Section(f"Where the bits are at {name}", note, figure=bits_map(adapter, allocation, f"Bits at {name}"))
+    return Section(f"Where the bits are at {name}", note, figure=bits_map(allocation, f"Bits at {name}"))
 
 
 def about(adapter: KVAdapter) -> str:
@@ -92,12 +91,10 @@ def about(adapter: KVAdapter) -> str:
     )
 
 
-def write_report(
-    path: Path, adapter: KVAdapter, rows: list[dict], allocation: RankTable | BitTable, *, title: str
-) -> None:
+def write_report(path: Path, adapter: KVAdapter, rows: list[dict], allocation: Allocation, *, title: str) -> None:
     """One HTML page: the table of budgets, KL against bytes, and a map of one allocation."""
     share = min((row["budget"] for row in rows if row["budget"]), default=1.0)
-    sections = [quality_section(rows), map_section(adapter, allocation, f"{100 * share:.3g}%")]
+    sections = [quality_section(rows), map_section(allocation, f"{100 * share:.3g}%")]
     write_html(path, title, about(adapter), sections, run_meta())
 
 

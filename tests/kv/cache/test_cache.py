@@ -17,11 +17,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from nestling import kv
 from nestling.basis import balanced
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache import handle as handle_module
 from nestling.kv.cache.bases import LayerBases, SideBasis
 from nestling.kv.cache.buffer import Buffer, room
 from nestling.kv.cache.cache import NestedCache
+from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, capacity
 from nestling.kv.cache.factory import CacheFactory
 from nestling.kv.cache.groups import RankGroup
@@ -140,9 +141,12 @@ def recent_after(tokens: int, window: int, block: int) -> int:
 class Reference:
     """One layer that keeps all keys and values in full, and knows which of them each query sees exact."""
 
-    def __init__(self, bases, ranks: RankTable, groups: int, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
+    def __init__(
+        self, bases, allocation: Allocation, groups: int, sinks: int, window: int, block: int = TOKENS_PER_BLOCK
+    ):
         self.bases = {name: tensor.double() for name, tensor in bases.items()}
-        self.ranks, self.groups, self.sinks, self.window = ranks, groups, sinks, window
+        self.groups, self.sinks, self.window = groups, sinks, window
+        self.ranks = allocation.coordinates[:, 0].tolist()  # of keys and of values, by head
         self.block = block if window else 1
         self.states: list[torch.Tensor] | None = None
         self.left, self.oldest = 0, 0  # after the sinks: the compressed tokens, and the first one that can be exact
@@ -192,9 +196,9 @@ class Reference:
 
     def read(self, left: int) -> list[torch.Tensor]:
         """Keys and values as they can be read back with so many compressed, ``[B, Hkv, T, D]``."""
-        sides = zip(("key", "value"), self.states, (self.ranks.keys[0], self.ranks.values[0]), strict=True)
+        sides = zip(("key", "value"), self.states, self.ranks, strict=True)
         return [
-            torch.stack([self._head(s[:, h], side, h, int(r), left) for h, r in enumerate(ranks)], 1)
+            torch.stack([self._head(s[:, h], side, h, r, left) for h, r in enumerate(ranks)], 1)
             for side, s, ranks in sides
         ]
 
@@ -233,25 +237,26 @@ OPERATIONS = st.lists(
 @st.composite
 def layers(draw):
     heads, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    width = draw(st.sampled_from([8, 10, 16]))
+    width = draw(st.sampled_from([8, 10, 16, 24]))
     # few different ranks, so that heads share groups; the full width is one of them
-    rank = st.sampled_from([1, width // 2, width - 1, width])
-    ranks = RankTable(*(torch.tensor([draw(st.lists(rank, min_size=heads, max_size=heads))]) for _ in range(2)))
+    rank = st.sampled_from([*range(8, width, 8), width])
+    sides = (torch.tensor([draw(st.lists(rank, min_size=heads, max_size=heads))]) for _ in range(2))
+    allocation = Allocation.of_ranks(*sides, width)
     options = dict(
         sinks=draw(st.integers(0, 5)),
         window=draw(st.integers(0, 6)),
         block=draw(st.sampled_from([1, 2, 5, 16])),
         exact_prompt=draw(st.booleans()),
     )
-    return heads, groups, width, ranks, options, draw(st.sampled_from([None, 0.0, 1.0, 2.0]))
+    return heads, groups, width, allocation, options, draw(st.sampled_from([None, 0.0, 1.0, 2.0]))
 
 
-def one_layer(heads, groups, width, ranks, options, mean, generator) -> tuple[NestedLayer, Attention, Reference]:
+def one_layer(heads, groups, width, allocation, options, mean, generator) -> tuple[NestedLayer, Attention, Reference]:
     config = llama_config(heads, groups, width)
     bases = random_bases(heads, width, generator, mean)
-    cache = cache_of_bases({0: bases}, ranks, config, **options)
+    cache = cache_of_bases({0: bases}, allocation, config, **options)
     exact = {name: options[name] for name in ("sinks", "window", "block") if name in options}
-    return cache.layers[0], Attention(config), Reference(bases, ranks, groups, **exact)
+    return cache.layers[0], Attention(config), Reference(bases, allocation, groups, **exact)
 
 
 @given(layers(), OPERATIONS, st.integers(1, 2), st.booleans(), st.integers(0, 2**16))
@@ -259,7 +264,7 @@ def one_layer(heads, groups, width, ranks, options, mean, generator) -> tuple[Ne
 def test_a_layer_is_full_width_attention_to_truncated_states(shape, operations, batch, padded, seed):
     """After any sequence of verbs, in every path (exact, in coordinates, expanded), with and without padding."""
     generator = torch.Generator().manual_seed(seed)
-    heads, groups, width, ranks, options, _ = shape
+    heads, groups, width, _, options, _ = shape
     layer, module, reference = one_layer(*shape, generator)
     pad = torch.randint(0, 3, (batch,), generator=generator) if padded else torch.zeros(batch, dtype=torch.long)
     for verb, count in [("append", 3), *operations]:
@@ -324,14 +329,14 @@ def test_the_state_does_not_depend_on_the_chunks(shape, lengths, seed):
 @settings(deadline=None, max_examples=40)
 def test_attending_in_coordinates_is_attending_to_decoded_states(seed, count, mean):
     generator = torch.Generator().manual_seed(seed)
-    ranks = RankTable(torch.tensor([[4, 8, 16, 16]]), torch.tensor([[8, 8, 4, 16]]))
+    ranks = torch.tensor([[8, 16, 24, 24]]), torch.tensor([[16, 16, 8, 24]])
     options = dict(sinks=2, window=3, exact_prompt=False)
-    layer, module, reference = one_layer(4, 2, 16, ranks, options, mean, generator)
+    layer, module, reference = one_layer(4, 2, 24, Allocation.of_ranks(*ranks, 24), options, mean, generator)
     for n in (30, count):
-        states = [torch.randn(2, 4, n, 16, generator=generator) for _ in range(2)]
+        states = [torch.randn(2, 4, n, 24, generator=generator) for _ in range(2)]
         reference.append(*states)
         handle, _ = layer.update(*states)
-    query = torch.randn(2, 8, count, 16, generator=generator)
+    query = torch.randn(2, 8, count, 24, generator=generator)
     position = torch.arange(30 + count)
     mask = (position <= position[-count:, None])[None, None].expand(2, 1, -1, -1)
     outs = []
@@ -350,9 +355,9 @@ def test_attending_in_coordinates_is_attending_to_decoded_states(seed, count, me
 def read_with(bases, states, query, sinks: int, window: int, rank: int) -> dict[str, torch.Tensor]:
     """What a cache of one layer gives to some queries at its end, in coordinates and expanded."""
     heads, width = states[0].shape[1], states[0].shape[3]
-    config, table = llama_config(heads, 2, width), RankTable(*(torch.full((1, heads), rank) for _ in range(2)))
+    config, ranks = llama_config(heads, 2, width), torch.full((1, heads), rank)
     options = dict(sinks=sinks, window=window, exact_prompt=False)
-    layer = cache_of_bases({0: bases}, table, config, **options).layers[0]
+    layer = cache_of_bases({0: bases}, Allocation.of_ranks(ranks, ranks, width), config, **options).layers[0]
     handle, _ = layer.update(*states)
     module, position, outs = Attention(config), torch.arange(states[0].shape[2]), {}
     mask = (position <= position[-query.shape[2] :, None])[None, None]
@@ -364,11 +369,11 @@ def read_with(bases, states, query, sinks: int, window: int, rank: int) -> dict[
 
 
 def with_means(seed: int) -> tuple[dict, list, torch.Tensor]:
-    """Bases of rank 6, and states whose dropped coordinates are at a large mean, but for noise."""
+    """Bases of rank 8, and states whose dropped coordinates are at a large mean, but for noise."""
     generator = torch.Generator().manual_seed(seed)
     bases, states = random_bases(2, 16, generator, mean=3.0), []
     for side in ("key", "value"):
-        held = torch.randn(1, 2, 40, 6, generator=generator) @ bases[f"{side}_decode"][:, :6]
+        held = torch.randn(1, 2, 40, 8, generator=generator) @ bases[f"{side}_decode"][:, :8]
         held = held / held.std() + 0.01 * torch.randn(1, 2, 40, 16, generator=generator)
         states.append(held + bases[f"{side}_mean"][:, None])
     return bases, states, torch.randn(1, 4, 5, 16, generator=generator)
@@ -381,13 +386,13 @@ def test_beside_exact_tokens_dropped_coordinates_must_be_at_their_mean(side, sin
     for seed in range(5):
         bases, states, query = with_means(seed)
         zero = {name: tensor for name, tensor in bases.items() if name != f"{side}_mean"}
-        table = RankTable(*(torch.full((1, 2), 6) for _ in range(2)))
-        reference = Reference(bases, table, 2, sinks, window)
+        ranks = torch.full((1, 2), 8)
+        reference = Reference(bases, Allocation.of_ranks(ranks, ranks, 16), 2, sinks, window)
         reference.append(*states)
         visible = (torch.arange(40) <= torch.arange(35, 40)[:, None])[None, None]
         expected, full = (reference.attend(query, visible, 0.25, exact=exact) for exact in (False, True))
         spread = float((full - bases["value_mean"].repeat_interleave(2, 0)).norm())  # of the outputs, about their mean
-        good, bad = (read_with(b, states, query, sinks, window, 6) for b in (bases, zero))
+        good, bad = (read_with(b, states, query, sinks, window, 8) for b in (bases, zero))
         for path in good:
             torch.testing.assert_close(good[path].double(), expected, rtol=1e-3, atol=1e-4)
             error, worse = (float((out[path].double() - full).norm()) for out in (good, bad))
@@ -399,7 +404,7 @@ def test_among_compressed_tokens_only_the_mean_of_values_matters():
     for seed in range(5):
         bases, states, query = with_means(seed)
         both, no_key, none = (
-            read_with({n: t for n, t in bases.items() if n not in left_out}, states, query, 0, 0, 6)
+            read_with({n: t for n, t in bases.items() if n not in left_out}, states, query, 0, 0, 8)
             for left_out in ((), ("key_mean",), ("key_mean", "value_mean"))
         )
         for path in both:
@@ -410,7 +415,7 @@ def test_among_compressed_tokens_only_the_mean_of_values_matters():
 def test_means_cost_no_storage_and_full_ranks_have_none():
     bases = random_bases(3, 16, torch.Generator().manual_seed(0), mean=1.0)
     plain = {name: tensor for name, tensor in bases.items() if not name.endswith("mean")}
-    table = RankTable(torch.tensor([[4, 16, 16]]), torch.tensor([[16, 8, 16]]))
+    table = Allocation.of_ranks(torch.tensor([[8, 16, 16]]), torch.tensor([[16, 8, 16]]), 16)
     made = [cache_of_bases({0: b}, table, llama_config(3, 1, 16), sinks=2, window=3) for b in (bases, plain)]
     for cache in made:
         cache.layers[0].update(*(torch.randn(1, 3, 30, 16) for _ in range(2)))
@@ -419,25 +424,25 @@ def test_means_cost_no_storage_and_full_ranks_have_none():
     places = {h: g.start + n for g in made[0].layers[0].groups for n, h in enumerate(g.heads)}
     found = {h: [bias[place] for bias in made[0].layers[0].biases] for h, place in places.items()}
     assert [[bool(b.any()) for b in found[h]] for h in range(3)] == [[True, False], [False, True], [False, False]]
-    for head, side, rank in ((0, "key", 4), (1, "value", 8)):
+    for head, side, rank in ((0, "key", 8), (1, "value", 8)):
         encode, decode, mean = (bases[f"{side}_{n}"][head].double() for n in ("encode", "decode", "mean"))
         rest = mean @ encode[:, rank:] @ decode[rank:]  # what is not kept of the mean
         got = found[head][0 if side == "key" else 1]
         torch.testing.assert_close(got.double(), rest[None], rtol=1e-4, atol=1e-4)
         assert got.untyped_storage().nbytes() == 3 * 16 * 4
-    full = RankTable(*(torch.full((1, 3), 16) for _ in range(2)))
+    full = Allocation.of_ranks(*(torch.full((1, 3), 16) for _ in range(2)), 16)
     layer = cache_of_bases({0: bases}, full, llama_config(3, 1, 16)).layers[0]
     assert layer.biases == [None, None]
 
 
 def test_caches_are_nested():
     """What a smaller cache stores is the beginning of what a larger one stores: one adapter, every budget."""
-    bases = random_bases(2, 16, torch.Generator().manual_seed(0))
-    config = llama_config(2, 2, 16)
-    states = [torch.randn(1, 2, 40, 16) for _ in range(2)]
+    bases = random_bases(2, 32, torch.Generator().manual_seed(0))
+    config = llama_config(2, 2, 32)
+    states = [torch.randn(1, 2, 40, 32) for _ in range(2)]
     stored = []
-    for rank in (4, 8, 12):
-        table = RankTable(torch.full((1, 2), rank), torch.full((1, 2), rank))
+    for rank in (8, 16, 24):
+        table = Allocation.of_ranks(torch.full((1, 2), rank), torch.full((1, 2), rank), 32)
         layer = cache_of_bases({0: bases}, table, config).layers[0]
         layer.update(*states)
         stored.append([rows.view() for rows in layer.groups[0].rows])
@@ -481,7 +486,7 @@ def test_a_model_is_its_eager_self_with_truncated_keys_and_values(fitted, ids, f
     def truncated(module, query, key, value, mask, **kwargs):
         row = rows.get(module.layer_idx)
         whole, states = [], []
-        for side, state, ranks in (("key", key, cache.allocation.keys), ("value", value, cache.allocation.values)):
+        for side, state, ranks in zip(("key", "value"), (key, value), cache.allocation.coordinates, strict=True):
             read = state.clone()
             for head in range(state.shape[1] if row is not None else 0):
                 r, mean = ranks[row, head], made.adapter.mean[side][row, head]
@@ -531,7 +536,7 @@ def test_the_first_prompt_is_exact_and_later_reads_are_not(fitted, ids):
 
 def test_a_window_keeps_recent_tokens_exact(fitted, ids):
     made = fitted("llama-gqa")
-    table = {side: torch.full((3, 2), 1).tolist() for side in ("keys", "values")}
+    table = {side: torch.full((3, 2), 8).tolist() for side in ("keys", "values")}
     with torch.no_grad():
         stock = made.stock(input_ids=ids[:1, :30]).logits
     kept = run(
@@ -731,7 +736,7 @@ def storages(root) -> dict[int, int]:
             todo += [getattr(item, name) for name in item.__slots__]
         else:
             assert not hasattr(item, "__dict__") or isinstance(
-                item, RankTable | LlamaConfig | CacheFactory | torch.dtype | torch.device
+                item, Allocation | LlamaConfig | CacheConfig | CacheFactory | torch.dtype | torch.device
             ), item
     return {address: size for address, size in found.items() if size}
 
@@ -779,13 +784,13 @@ def test_bytes_meet_the_budget(smol, budget, options):
     assert cache.nbytes == sum(held.values())
     assert cache.shared_nbytes == sum((bases | means).values())
     assert cache.full_nbytes == full
-    slack = cache.allocation.elements * 2 * TOKENS_PER_BLOCK
+    slack = cache.allocation.bits // 8 * TOKENS_PER_BLOCK
     assert 0.97 * budget * full <= cache.nbytes <= budget * full + slack
     exact = capacity(options.get("sinks", 4), options.get("window", 64))
-    stored = (CONTEXT - exact) * cache.allocation.elements * 2 + (exact * 30 * 3 * 64 * 4 if budget < 1 else 0)
+    stored = (CONTEXT - exact) * cache.allocation.bits // 8 + (exact * 30 * 3 * 64 * 4 if budget < 1 else 0)
     assert stored <= 1.001 * budget * full
     # no basis keeps more alive than its ranks need
-    assert sum(bases.values()) <= 2 * 64 * cache.allocation.elements * 2  # 16 bits
+    assert sum(bases.values()) <= 2 * 64 * cache.allocation.bits // 8  # 16 bits
     assert sum(means.values()) <= 2 * 30 * 3 * 64 * 4 and bool(means) == (budget < 1)
 
 
@@ -797,7 +802,7 @@ def test_every_storage_is_compact_and_in_the_precision_of_the_model(smol):
         assert len(layer.groups) <= 4
         assert sorted(h for g in layer.groups for h in g.heads) == [0, 1, 2]
         for group in layer.groups:
-            for rows, ranks in zip(group.rows, (cache.allocation.keys, cache.allocation.values), strict=True):
+            for rows, ranks in zip(group.rows, cache.allocation.coordinates, strict=True):
                 rank = int(ranks[row, group.heads[0]])
                 places = 656  # for 644 or 660 tokens, and those of a block
                 assert rows.data.shape == (len(group.heads), 1, rank, places)
@@ -856,7 +861,7 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.table import Allocation
 from tests.kv.families import cache_of_bases
 
 def rss():
@@ -867,10 +872,11 @@ layers, heads, width, batch, rank = 30, 3, 64, 4, 24
 config = LlamaConfig(num_hidden_layers=layers, hidden_size=576, num_attention_heads=9, num_key_value_heads=heads)
 names = [f"{s}_{n}" for s in ("key", "value") for n in ("encode", "decode")]
 bases = {i: {n: torch.eye(width).expand(heads, width, width) for n in names} for i in range(layers)}
-ranks = RankTable(torch.full((layers, heads), rank), torch.full((layers, heads), rank))
-cache = cache_of_bases(bases, ranks, config, sinks=4, dtype=torch.bfloat16)
+ranks = torch.full((layers, heads), rank)
+allocation = Allocation.of_ranks(ranks, ranks, width)
+cache = cache_of_bases(bases, allocation, config, sinks=4, dtype=torch.bfloat16)
 states = torch.randn(batch, heads, 1024, width, dtype=torch.bfloat16)
-cache_of_bases(bases, ranks, config, dtype=torch.bfloat16).layers[0].update(states, states)  # code is loaded
+cache_of_bases(bases, allocation, config, dtype=torch.bfloat16).layers[0].update(states, states)  # code is loaded
 before = rss()
 for layer in cache.layers:
     for _ in range(4096 // 1024):

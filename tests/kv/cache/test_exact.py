@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache import matmul as products
 from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, capacity
@@ -152,29 +152,29 @@ def test_room_is_only_for_what_is_exact():
 
 
 RANKS = {
-    "one group": ([4, 4, 4], [8, 8, 8]),
-    "groups out of order": ([4, 8, 8, 4], [8, 4, 4, 8]),  # an order that is not its own inverse
-    "a full-rank head": ([16, 4, 8], [16, 4, 4]),
-    "full keys": ([16, 16, 16], [4, 8, 4]),
-    "full values": ([4, 8, 4], [16, 16, 16]),
-    "full rank": ([16, 16, 16], [16, 16, 16]),
+    "one group": ([8, 8, 8], [16, 16, 16]),
+    "groups out of order": ([8, 16, 16, 8], [16, 8, 8, 16]),  # an order that is not its own inverse
+    "a full-rank head": ([24, 8, 16], [24, 8, 8]),
+    "full keys": ([24, 24, 24], [8, 16, 8]),
+    "full values": ([8, 16, 8], [24, 24, 24]),
+    "full rank": ([24, 24, 24], [24, 24, 24]),
 }
 
 
 def decode(ranks: str, sinks: int, window: int, steps, batch: int = 1, prompt: int = 2, mean: float | None = 1.0):
     """Run a prompt and steps through a layer and its reference, and compare every output. Negative steps crop."""
     generator = torch.Generator().manual_seed(len(steps) + prompt)
-    table = RankTable(*(torch.tensor([side]) for side in RANKS[ranks]))
+    table = Allocation.of_ranks(*(torch.tensor([side]) for side in RANKS[ranks]), 24)
     options = dict(sinks=sinks, window=window, exact_prompt=False)
     heads = len(RANKS[ranks][0])
-    layer, module, reference = one_layer(heads, 2, 16, table, options, mean, generator)
+    layer, module, reference = one_layer(heads, 2, 24, table, options, mean, generator)
     for count in (prompt, *steps):
         if count < 0:
             layer.crop(count)
             reference.crop(-count)
             continue
-        key, value = (torch.randn(batch, heads, count, 16, generator=generator) for _ in range(2))
-        query = torch.randn(batch, 2 * heads, count, 16, generator=generator)
+        key, value = (torch.randn(batch, heads, count, 24, generator=generator) for _ in range(2))
+        query = torch.randn(batch, 2 * heads, count, 24, generator=generator)
         reference.append(key, value)
         position = torch.arange(reference.length)
         visible = (position <= position[-count:, None])[None, None].expand(batch, 1, -1, -1)
@@ -228,10 +228,10 @@ def test_several_threads_multiply_small_products_without_matmul(monkeypatch, ran
 @pytest.mark.parametrize("batch", [1, 2])
 def test_gradients_reach_the_query(batch):
     generator = torch.Generator().manual_seed(0)
-    table = RankTable(torch.tensor([[4, 16, 8]]), torch.tensor([[8, 4, 16]]))
-    layer, module, _ = one_layer(3, 2, 16, table, dict(sinks=2, window=4, exact_prompt=False), 1.0, generator)
-    states = [torch.randn(batch, 3, 40, 16, generator=generator) for _ in range(2)]
-    query = torch.randn(batch, 6, 1, 16, generator=generator, requires_grad=True)
+    table = Allocation.of_ranks(torch.tensor([[8, 24, 16]]), torch.tensor([[16, 8, 24]]), 24)
+    layer, module, _ = one_layer(3, 2, 24, table, dict(sinks=2, window=4, exact_prompt=False), 1.0, generator)
+    states = [torch.randn(batch, 3, 40, 24, generator=generator) for _ in range(2)]
+    query = torch.randn(batch, 6, 1, 24, generator=generator, requires_grad=True)
     handle, _ = layer.update(*states)
     out = handle.attend(module, query, None, scaling=0.3)
     (got,) = torch.autograd.grad(out.square().sum(), query)
@@ -244,9 +244,9 @@ def test_gradients_reach_the_query(batch):
 @pytest.mark.parametrize("half", [True, False])
 def test_bases_keep_no_more_than_the_ranks(half):
     bases = {
-        f"{side}_{name}": torch.eye(16).repeat(3, 1, 1) for side in ("key", "value") for name in ("encode", "decode")
+        f"{side}_{name}": torch.eye(24).repeat(3, 1, 1) for side in ("key", "value") for name in ("encode", "decode")
     }
-    of_layer = LayerBases.of(bases, [([0, 2], (Layout.of_rank(4), Layout.of_rank(8)))], half)
-    for side, rank in zip(of_layer.sides[0], (4, 8), strict=True):
+    of_layer = LayerBases.of(bases, [([0, 2], (Layout.of((16, 0, 0), 24), Layout.of((16, 16, 0), 24)))], half)
+    for side, rank in zip(of_layer.sides[0], (8, 16), strict=True):
         for matrices in (side.encode, side.decode):
-            assert matrices.untyped_storage().nbytes() == 2 * rank * 16 * (2 if half else 4)
+            assert matrices.untyped_storage().nbytes() == 2 * rank * 24 * (2 if half else 4)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from nestling import kv
 from nestling.errors import AdapterError, BudgetError, CacheMismatchError
-from nestling.kv.allocation.bits import CHOICES, BitTable
+from nestling.kv.allocation.table import CHOICES, Allocation
 from nestling.kv.cache.buffer import room
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK
 from nestling.kv.cache.layer import NestedLayer
@@ -18,6 +18,7 @@ from nestling.kv.cache.packed import Coding, Layout, PackedRows
 from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration.attach import cached
 from nestling.kv.quantisation import cpu as kernels
+from nestling.kv.training.sampling import schedule
 
 from ..families import FAMILIES, nested_cache, tiny_fit, tiny_model
 from .test_cache import recent_after, run
@@ -52,13 +53,13 @@ def read_back(state, adapter, side: str, row: int, table) -> torch.Tensor:
     return out
 
 
-def some_table(adapter, seed: int = 0) -> BitTable:
+def some_table(adapter, seed: int = 0) -> Allocation:
     """A table with every width in it, in no order."""
     layers, heads, width = adapter.shape
     rng = torch.Generator().manual_seed(seed)
     places = torch.randint(0, len(CHOICES), (2, layers, heads, -(-width // 8)), generator=rng)
     places[0, 0, 0, 0] = CHOICES.index(4)
-    return BitTable(*torch.tensor(CHOICES)[places])
+    return Allocation(*torch.tensor(CHOICES)[places], width)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,7 +122,7 @@ def products(request, monkeypatch):
 def test_heads_may_keep_nothing_at_all(fitted, ids):
     """Keys that are all at their mean are read evenly; values that are, add their mean."""
     made = fitted("llama-gqa")
-    table = BitTable(*(torch.full((3, 2, 2), 8) for _ in range(2)))
+    table = Allocation(*(torch.full((3, 2, 2), 8) for _ in range(2)), 16)
     table.keys[1], table.values[2, 1] = 0, 0
     options = dict(budget=table, sinks=0, window=0, exact_prompt=False)
     cache = nested_cache(made.model, made.adapter, **options)
@@ -145,7 +146,7 @@ def test_heads_may_keep_nothing_at_all(fitted, ids):
 def test_rows_are_read_as_they_were_rounded(products, bits, lengths, seed):
     """Scores, weighted sums and coordinates against values rounded one by one; a width of 20 ends in half a block."""
     rng = torch.Generator().manual_seed(seed)
-    layout, width = Layout.of_bits(bits, 20), 20
+    layout, width = Layout.of(bits, 20), 20
     kept = [*layout.plain, *layout.coded]
     centre, step = torch.randn(2, 24, generator=rng), torch.rand(2, 24, generator=rng) + 0.2
     rows = PackedRows(layout, Coding.of(layout, centre[:, layout.coded], step[:, layout.coded]))
@@ -173,7 +174,7 @@ def test_rows_are_read_as_they_were_rounded(products, bits, lengths, seed):
 
 def test_long_histories_are_unpacked_in_parts(monkeypatch):
     rng = torch.Generator().manual_seed(0)
-    layout = Layout.of_bits([4, 3], 16)
+    layout = Layout.of([4, 3], 16)
     rows = PackedRows(layout, Coding.of(layout, torch.zeros(1, 16), torch.full((1, 16), 0.3)))
     rows.append(torch.randn(1, 1, 16, 50, generator=rng), torch.bfloat16)
     query, found = torch.randn(1, 2, 16, generator=rng), []
@@ -233,7 +234,7 @@ def test_shrinking_up_is_refused_and_changes_nothing(fitted, ids):
     with pytest.raises(BudgetError):
         cache.shrink(0.0)
     assert cache.nbytes == before
-    with pytest.raises(CacheMismatchError, match="made with a table"):
+    with pytest.raises(CacheMismatchError, match="made with an allocation"):
         nested_cache(made.model, made.adapter, some_table(made.adapter)).shrink(0.1)
 
 
@@ -262,8 +263,9 @@ def test_states_that_are_not_finite_are_refused_before_anything_is_stored(fitted
 def test_adapters_without_quantisation_costs_have_caches_of_ranks(fitted, ids, tmp_path):
     made = fitted("llama-gqa")
     old = kv.KVAdapter(made.adapter.fingerprint, made.adapter.encode, made.adapter.mean, made.adapter.drop_cost)
+    assert not old.allocate(0.7).quantised and made.adapter.allocate(0.7).quantised
     with pytest.raises(AdapterError, match="calibrate or train it again"):
-        old.bits(2000)
+        schedule("bits", old)
     cache = nested_cache(made.model, old, 0.8, quantise=True, window=0, context=1000, dtype=torch.bfloat16)
     same = nested_cache(made.model, old, 0.8, window=0, context=1000, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -277,7 +279,7 @@ def test_adapters_without_quantisation_costs_have_caches_of_ranks(fitted, ids, t
     assert not kv.KVAdapter.from_pretrained(tmp_path / "old").quantises
     made.adapter.save_pretrained(tmp_path / "new")
     again = kv.KVAdapter.from_pretrained(tmp_path / "new")
-    assert again.quantises and torch.equal(again.bits(2000).stacked, made.adapter.bits(2000).stacked)
+    assert again.quantises and torch.equal(again.allocate(0.3).stacked, made.adapter.allocate(0.3).stacked)
 
 
 def test_a_budget_below_the_smallest_and_other_precisions_are_refused(fitted):
@@ -286,7 +288,7 @@ def test_a_budget_below_the_smallest_and_other_precisions_are_refused(fitted):
         nested_cache(made.model, made.adapter, 0.001, quantise=True, sinks=0, window=0)
     with pytest.raises(BudgetError, match="16 bits"):
         nested_cache(made.model, made.adapter, 0.3, quantise=True, dtype=torch.float32)
-    with pytest.raises(BudgetError, match="'uniform' or a rank table, got 'greedy'"):
+    with pytest.raises(BudgetError, match="'uniform' or a table, got 'greedy'"):
         nested_cache(made.model, made.adapter, 0.3, quantise=True, allocation="greedy")
 
 

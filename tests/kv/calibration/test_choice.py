@@ -12,7 +12,8 @@ from nestling import kv
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.allocate import losses_of
-from nestling.kv.allocation.bits import CHOICES, bit_steps, bit_table_of
+from nestling.kv.allocation.steps import fill
+from nestling.kv.allocation.table import CHOICES
 from nestling.kv.calibration import choice
 from nestling.kv.calibration.choice import _equal, choose, mixed
 from nestling.kv.calibration.config import FitConfig
@@ -53,7 +54,7 @@ def geometric_mean(case, adapter, texts) -> float:
     """The KL at the budgets, of a meter of its own for each text and table."""
     logs = []
     for share in choice.TOGETHER:
-        table = bit_table_of(bit_steps(losses_of(adapter)), 16 * share * adapter.full_elements).stacked[None]
+        table = fill(losses_of(adapter), adapter.shape[2]).tables([share])
         kl = [float(KLMeter(case.model, adapter, text[None], 4, 0)(table)) for text in texts]
         logs.append(math.log(sum(kl) / len(kl)))
     return math.exp(sum(logs) / len(logs))

@@ -343,10 +343,11 @@ def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, smal
     model, adapter, ids = small
     ranks = torch.full((2, 2, 2), 16)
     ranks[:, 1] = rank
+    allocation = None if rank == 16 else kv.Allocation.of_ranks(*ranks, 16)
     draw, drawn = torch.multinomial, []
     monkeypatch.setattr(torch, "multinomial", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     exact = {"sinks": sinks, "window": window}
-    got = sensitivity(model, adapter, ids.split(rows), None if rank == 16 else ranks, **exact, seed=3)
+    got = sensitivity(model, adapter, ids.split(rows), allocation, **exact, seed=3)
     labels = torch.cat(drawn).view(8, 24, 1)
     total = torch.zeros(2, *adapter.shape, dtype=torch.float64)
     for row in range(8):
@@ -357,7 +358,7 @@ def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, smal
     for expected, side in zip(total.float(), SIDES, strict=True):
         torch.testing.assert_close(got[side], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
     zero = replace(adapter, mean={side: torch.zeros_like(mean) for side, mean in adapter.mean.items()})
-    other = sensitivity(model, zero, ids.split(rows), None if rank == 16 else ranks, **exact, seed=3)
+    other = sensitivity(model, zero, ids.split(rows), allocation, **exact, seed=3)
     if rank == 16:  # the means matter, but for a shift that all keys share
         assert torch.allclose(other["key"], got["key"], rtol=1e-3) == (sinks == window == 0)
     assert not torch.allclose(other["value"], got["value"], rtol=0.05)
@@ -451,8 +452,8 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
     expected = kv.KVAdapter.from_bases(model.config, bases, means, {})
     pieces = ids.view(16, 32)
     for chosen in ([0, 5, 10, 15], [0, 2, 4, 6, 9, 11, 13, 15]):
-        ranks = expected.ranks(2 / 3 * expected.full_elements).stacked if len(chosen) == 8 else None
-        drop_cost = sensitivity(model, expected, [pieces[chosen]], ranks, **exact, seed=5)
+        half = expected.allocate(2 / 3) if len(chosen) == 8 else None
+        drop_cost = sensitivity(model, expected, [pieces[chosen]], half, **exact, seed=5)
         order = {s: e.argsort(-1, descending=True) if basis == "balanced" else None for s, e in drop_cost.items()}
         encode = dict(expected.encode)
         for side, o in order.items():

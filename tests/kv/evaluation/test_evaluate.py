@@ -426,10 +426,10 @@ def test_errors(model, adapter, ids, tokenizer):
 def test_logits_that_are_not_finite_name_the_candidate(model, adapter, ids, tokenizer):
     bases = {i: adapter._layer_bases(i) for i in range(3)}
     bases[1] = bases[1] | {"value_decode": torch.full_like(bases[1]["value_decode"], torch.nan)}
-    ranks = adapter.ranks(96, "uniform")
+    allocation = adapter.allocate(96 / adapter.full_elements, "uniform")
 
     def broken():
-        return cache_of_bases(bases, ranks, model.config, exact_prompt=False)
+        return cache_of_bases(bases, allocation, model.config, exact_prompt=False)
 
     candidate = Candidate("broken", 0.5, broken)
     for options, where in (
@@ -452,7 +452,7 @@ def test_the_model_keeps_its_mode_and_no_gradients_are_made(model, adapter, ids)
 
 
 def test_rank_tables_and_defaults(model, adapter, ids, tokenizer):
-    table = adapter.ranks(96, "uniform")
+    table = adapter.allocate(96 / adapter.full_elements, "uniform")
     rows = run(model, adapter, ids, allocation=table)
     assert [(r["method"], r["budget"]) for r in rows] == [("full", None), ("balanced-ranks", None)]
     config = EvalConfig(budgets=[0.6], windows=1, length=64, window=0, quantise=False)

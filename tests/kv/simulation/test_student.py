@@ -5,24 +5,25 @@ import torch
 
 from nestling import kv
 from nestling.errors import TrainingError, UnsupportedModelError
+from nestling.kv.allocation.table import bits_of_ranks, by_coordinate
 from nestling.kv.integration.attach import attach, cached
 from nestling.kv.simulation.student import Student
-from nestling.kv.training.sampling import bits_of_ranks
 from nestling.losses import IGNORED, kl_divergence
 
 from ..families import FAMILIES, nested_cache, tiny_model
 
 
 def random_ranks(adapter, batch: int, seed: int = 0) -> torch.Tensor:
-    """Ranks ``[B, 2, L, Hkv]`` in multiples of 8."""
+    """The bits ``[B, 2, L, Hkv, blocks]`` of ranks in multiples of 8."""
     layers, heads, width = adapter.shape
     choices = torch.tensor([*range(8, width, 8), width])
     picks = torch.randint(0, len(choices), (batch, 2, layers, heads), generator=torch.Generator().manual_seed(seed))
-    return choices[picks]
+    return bits_of_ranks(choices[picks], width)
 
 
-def table_of(ranks: torch.Tensor) -> kv.RankTable:
-    return kv.RankTable(*ranks)
+def eight(batch: int) -> torch.Tensor:
+    """Ranks of 8 for heads of 16."""
+    return torch.tensor([16, 0]).repeat(batch, 2, 3, 2, 1)
 
 
 @pytest.mark.parametrize("sinks, window", [(0, 0), (2, 8)])
@@ -35,7 +36,12 @@ def test_masks_do_what_the_cache_does(fitted, ids, family, sinks, window):
     ranks, text = random_ranks(case.adapter, 2), ids[:2, :48]
     ours = case.model.lm_head(student.hidden(text, ranks))
     for row in range(2):
-        options = {"budget": table_of(ranks[row]), "sinks": sinks, "window": window, "exact_prompt": False}
+        options = {
+            "budget": kv.Allocation(*ranks[row], case.adapter.shape[2]),
+            "sinks": sinks,
+            "window": window,
+            "exact_prompt": False,
+        }
         cache = nested_cache(case.model, case.adapter, **options)
         read = [case.model(input_ids=t, **cached(case.model, cache)).logits for t in text[row : row + 1].split(1, 1)]
         theirs = torch.cat(read, 1)[0]
@@ -48,11 +54,15 @@ def test_sixteen_bits_or_none_are_ranks_and_eight_are_nearly_all(fitted, ids, si
     case = fitted("qwen3")
     student = Student(case.model, case.adapter, sinks=sinks, window=window).eval()
     torch.nn.init.normal_(student.bases.rotation.x)
-    ranks = random_ranks(case.adapter, 2)
-    bits = bits_of_ranks(ranks, 24)
-    torch.testing.assert_close(student.hidden(ids[:2], bits), student.hidden(ids[:2], ranks), rtol=1e-3, atol=1e-3)
+    bits = random_ranks(case.adapter, 2)
+    of_coordinates, bases = by_coordinate(bits, 24), student.bases
+    coded, projected = (  # both ways to read ranks
+        student.logits(ids[:2], student._masked(cut))
+        for cut in (bases.coded(of_coordinates), bases.projected(of_coordinates > 0))
+    )
+    torch.testing.assert_close(coded, projected, rtol=1e-3, atol=1e-3)
     exact = student.teacher(ids[:2])
-    assert torch.equal(student.hidden(ids[:2], torch.full_like(bits, 16)), student.hidden(ids[:2], ranks * 0 + 24))
+    torch.testing.assert_close(student.hidden(ids[:2], torch.full_like(bits, 16)), exact)
     off = [float((student.hidden(ids[:2], torch.full_like(bits, b)) - exact).norm()) for b in (8, 4, 3, 2, 1)]
     assert off == sorted(off) and off[0] < 0.05 * off[-1]
 
@@ -77,7 +87,7 @@ def test_the_start_is_the_adapter_and_full_rank_is_the_model(fitted, ids, family
     for side, encode in student.bases.encodes().items():
         torch.testing.assert_close(encode, case.adapter.encode[side], rtol=1e-6, atol=1e-6)
     torch.nn.init.normal_(student.bases.rotation.x)
-    full = torch.full_like(random_ranks(case.adapter, 2), case.adapter.shape[2])
+    full = torch.full_like(random_ranks(case.adapter, 2), 16)
     torch.testing.assert_close(student.hidden(ids[:2], full), student.teacher(ids[:2]), rtol=1e-3, atol=1e-3)
     assert float(student(ids[:2], full)["kl"]) == pytest.approx(0, abs=1e-5)
 
@@ -117,7 +127,7 @@ def test_a_step_changes_rotations_only_and_they_stay_rotations(fitted, ids):
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        loss = student(ids[:4], torch.full((4, 2, 3, 2), 8))["loss"]
+        loss = student(ids[:4], eight(4))["loss"]
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -157,7 +167,7 @@ def test_the_gradient_is_that_of_finite_differences(fitted, ids):
 def test_labels_choose_what_counts(fitted, ids):
     case = fitted("llama-gqa")
     student = Student(case.model, case.adapter, kl_weight=0.5, ce_weight=0.5).train()
-    text, ranks = ids[:2, :24], torch.full((2, 2, 3, 2), 8)
+    text, ranks = ids[:2, :24], eight(2)
     labels = torch.full_like(text, IGNORED)
     labels[0, 5:9], labels[1, 20:] = text[0, 5:9], text[1, 20:]
     got = {name: value.detach() for name, value in student(text, ranks, labels).items()}
@@ -182,7 +192,7 @@ def test_what_is_not_finite_is_named(fitted, ids):
     adapter = fitted("llama-gqa").adapter
     model = tiny_model("llama-gqa")
     attach(model)
-    student, ranks = Student(model, adapter), torch.full((1, 2, 3, 2), 8)
+    student, ranks = Student(model, adapter), eight(1)
     with torch.no_grad():
         student.bases.rotation.x[1, 2, 0, 0, 1] = torch.nan
     with pytest.raises(TrainingError, match="rotation of the values of layer 2 holds NaN"):

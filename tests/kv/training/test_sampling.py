@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nestling.kv.allocation.bits import BitTable
-from nestling.kv.allocation.ranks import STEP
+from nestling.kv import KVAdapter
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.training.sampling import FEWEST_BITS, MOST_BITS, SAMPLINGS, schedule
 
 
@@ -18,19 +18,22 @@ def test_draws_are_tables_and_repeat(adapter, name):
     draw, again, other = (schedule(name, adapter, seed=seed) for seed in (0, 0, 1))
     layers, heads, width = adapter.shape
     for number in range(40):
-        ranks = draw(number)
-        assert ranks.shape == (2, layers, heads) and ranks.dtype == torch.int64
-        assert int(ranks.min()) >= min(STEP, width // 8) and int(ranks.max()) <= width
-        assert torch.equal(ranks, again(number))
+        bits = draw(number)
+        assert bits.shape == (2, layers, heads, width // 8) and bits.dtype == torch.int64
+        assert (bits[..., 0] == 16).all() and not (bits % 16).any() and (bits.diff(dim=-1) <= 0).all()
+        assert torch.equal(bits, again(number))
     differ = [not torch.equal(draw(number), other(number)) for number in range(40)]
     assert any(differ)
 
 
-def test_independent_ranks_are_uniform_over_eighths(adapter):
-    draw = schedule("independent", adapter)
-    ranks = torch.stack([draw(number) for number in range(400)])
+def test_independent_ranks_are_uniform_over_eighths(fitted):
+    adapter = fitted("qwen3").adapter
+    eye = {side: torch.eye(64).expand(3, 2, 64, 64) for side in ("key", "value")}
+    one = {side: torch.ones(3, 2, 64) for side in eye}
+    draw = schedule("independent", KVAdapter({**adapter.fingerprint, "head_dim": 64}, eye, one, one))
+    ranks = torch.stack([(draw(number) > 0).sum(-1) for number in range(400)])
     values, counts = ranks.unique(return_counts=True)
-    assert values.tolist() == list(range(3, 25, 3))
+    assert values.tolist() == list(range(1, 9))
     assert (counts / ranks.numel() - 1 / 8).abs().max() < 0.02
     pairs = ranks.flatten(1).double()
     assert torch.corrcoef(pairs.T).fill_diagonal_(0).abs().max() < 0.25  # no two of them move together
@@ -42,11 +45,10 @@ def test_the_path_follows_the_allocation(fitted):
     draw = schedule("path", adapter)
     shares = []
     for number in range(60):
-        ranks = draw(number)
-        tables = [adapter.ranks(share / 100 * adapter.full_elements) for share in range(34, 101)]
-        away = [int((ranks - torch.stack((t.keys, t.values))).abs().max()) for t in tables]
-        assert min(away) <= STEP
-        shares.append(ranks.sum() / (adapter.full_elements))
+        bits = draw(number)
+        tables = [adapter.allocate(share / 100, quantise=False).stacked for share in range(34, 101)]
+        assert min(int((bits - table).sum(-1).abs().max()) for table in tables) <= 16
+        shares.append(8 * bits.sum() / (16 * adapter.full_elements))
     assert min(shares) < 0.45 and max(shares) > 0.8
 
 
@@ -59,13 +61,12 @@ def test_every_other_text_is_quantised(fitted):
         bits = draw(number)
         assert bits.shape == (2, *adapter.shape[:2], 3) and torch.equal(bits, draw(number))
         if number % 2:
-            table = BitTable(*bits)
+            table = Allocation(*bits, adapter.shape[2])
             table.check(*adapter.shape)
             sizes.append(table.bits / adapter.full_elements)
-            assert torch.equal(bits, adapter.bits(table.bits).stacked)
+            assert torch.equal(bits, adapter.allocate(sizes[-1] / 16).stacked)
         else:
-            assert torch.equal(8 * (bits == 16).sum(-1), path(number)) and not (bits % 16).any()
-            assert (bits.diff(dim=-1) <= 0).all(), "the first blocks are kept"
+            assert torch.equal(bits, path(number))
     assert FEWEST_BITS - 0.2 < min(sizes) < 1 and 3.5 < max(sizes) <= MOST_BITS
 
 

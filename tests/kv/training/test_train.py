@@ -196,7 +196,7 @@ def test_two_processes_are_as_good_as_one(tmp_path, script):
 
 def test_data_are_passes_in_orders_of_their_own(ids):
     data = RankedWindows(ids, lambda number: torch.tensor(number), seed=3, count=20)
-    assert len(data) == 20 and [int(data[i]["ranks"]) for i in range(20)] == list(range(20))
+    assert len(data) == 20 and [int(data[i]["bits"]) for i in range(20)] == list(range(20))
     rows = [next(r for r in range(8) if torch.equal(ids[r], data[i]["input_ids"])) for i in range(16)]
     assert sorted(rows[:8]) == sorted(rows[8:]) == list(range(8)) and rows[:8] != rows[8:]
 
@@ -204,8 +204,8 @@ def test_data_are_passes_in_orders_of_their_own(ids):
 def test_gradients_that_are_not_finite_are_named(tmp_path, ids, start, monkeypatch):
     masked = Student.masked
 
-    def poisoned(self, ranks):
-        found = masked(self, ranks)
+    def poisoned(self, bits):
+        found = masked(self, bits)
         if torch.is_grad_enabled():
             poison = torch.zeros_like(found.cut.projectors)
             poison[0, 1, 2] = torch.inf

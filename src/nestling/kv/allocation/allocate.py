@@ -1,21 +1,105 @@
-"""From an adapter to the steps of one of its allocations: the tables of all budgets."""
+"""From what an adapter measured to the allocations of all budgets: by bits, or by one of several methods of ranks.
+
+* Bits: a block loses the drop costs of its coordinates at none, and their quantisation costs (KL per token if each
+  coordinate was off by as much as it varies) times the error of a quantiser of b bits at b.
+* ``energy``: the same with 0 or 16 bits for a block, where a head takes its blocks in order and keeps the first in any
+  case. Drop costs of all layers share one unit (see `nestling.kv.calibration.sensitivity`).
+* ``uniform``: every head as even as the steps allow.
+* A searched path (see `nestling.kv.calibration.search`): in the order of what was measured.
+"""
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nestling.errors import AdapterError, BudgetError
-from nestling.kv.allocation.bits import bit_steps, losses
-from nestling.kv.allocation.ranks import drop_cost_gains, gain_steps, uniform_steps
-from nestling.kv.allocation.steps import Steps
+from nestling.errors import BudgetError
+from nestling.kv.allocation.budget import FULL_BITS
+from nestling.kv.allocation.steps import Steps, fill
+from nestling.kv.allocation.table import block_sizes
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 from nestling.options import shown
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
 
 SIDES = ("key", "value")
-WITHOUT_BITS = "this adapter has no quantisation costs and steps: calibrate or train it again"
+ENERGY, UNIFORM = "energy", "uniform"  # methods that every adapter has: by drop cost, and all heads alike
+
+
+def quantises(adapter: "KVAdapter", method: str | None, quantise: bool) -> bool:
+    """Whether an allocation has widths below 16 bits: asked for, measured, and no allocation of ranks named."""
+    return quantise and adapter.quantises and method in (None, ENERGY)
+
+
+def steps_of(adapter: "KVAdapter", method: str | None = None, *, quantise: bool = True) -> Steps:
+    """The allocations of an adapter at all budgets, by bits where `quantises` says so, or else by ranks.
+
+    Raises:
+        BudgetError: for unknown methods, and costs that are not finite.
+    """
+    if quantises(adapter, method, quantise):
+        return fill(losses_of(adapter), adapter.shape[2])
+    method = method or adapter.allocation
+    return fill(by_rank(worth(adapter, method), adapter.shape[2]), adapter.shape[2], grouped=method != UNIFORM)
+
+
+def worth(adapter: "KVAdapter", method: str) -> Tensor:
+    """What a bit of each block is worth by a method of ranks, ``[2, L, Hkv, blocks]``: its order counts.
+
+    Raises:
+        BudgetError: for unknown methods.
+    """
+    layers, heads, width = adapter.shape
+    if method == UNIFORM:
+        return equal_worth(layers, heads, width)
+    if method == ENERGY:
+        drop_cost = torch.stack([adapter.drop_cost[side] for side in SIDES]).double()
+        return by_block(drop_cost) / (FULL_BITS * block_sizes(width))
+    if isinstance(method, str) and method in adapter.paths:
+        return adapter.paths[method].double()
+    known = ", ".join(map(repr, (ENERGY, UNIFORM, *adapter.paths)))
+    raise BudgetError(f"allocation must be {known} or a table, got {shown(method)}")
+
+
+def equal_worth(layers: int, heads: int, width: int) -> Tensor:
+    """The `worth` of blocks where all heads are alike: what is left below a block for all goes to values first, and is
+    spread over the layers."""
+    first = -torch.arange(len(block_sizes(width)), dtype=torch.float64).expand(2, layers, heads, -1)
+    # A fixed order among equals that spreads over layers: the golden ratio's multiples modulo one.
+    spread = (torch.arange(layers * heads, dtype=torch.float64) * 0.6180339887498949) % 1
+    order = torch.stack((spread, 1 + spread)).reshape(2, layers, heads, 1) / 2
+    return first + order * 0.5
+
+
+def blended(worth: Tensor, width: int, share: float) -> Tensor:
+    """Worths between the order of some and that of equal ranks, ``[2, L, Hkv, blocks]``.
+
+    A step's place in either order is the budget from which on it is taken. The blend goes by the weighted mean of both
+    places, so that ranks are about the mean of both tables' at any budget.
+
+    Args:
+        share: of equal ranks, in [0, 1].
+    """
+    equal = equal_worth(worth.shape[1], worth.shape[2], width)
+    return (1 - share) * _places(_decreasing(worth)) + share * _places(equal)
+
+
+def _places(worth: Tensor) -> Tensor:
+    """Minus the number of blocks that are worth more."""
+    order = worth.flatten().argsort(descending=True, stable=True)
+    return -order.argsort().view_as(worth).double()
+
+
+def halvable(share: float, width: int) -> float:
+    """The share of the ranks, or the least that leaves heads of ``width`` something to halve if that is more."""
+    return max(share, min(1.0, 2 * COORDINATES_PER_BLOCK / width))
+
+
+def by_block(by_coordinate: Tensor) -> Tensor:
+    """Sums over the coordinates of each block, ``[..., D]`` to ``[..., blocks]``."""
+    missing = -by_coordinate.shape[-1] % COORDINATES_PER_BLOCK
+    return torch.nn.functional.pad(by_coordinate, (0, missing)).unflatten(-1, (-1, COORDINATES_PER_BLOCK)).sum(-1)
 
 
 def losses_of(adapter: "KVAdapter") -> Tensor:
@@ -26,26 +110,38 @@ def losses_of(adapter: "KVAdapter") -> Tensor:
     return losses(dropped, quantised, torch.tensor([adapter.info["errors"][side] for side in SIDES]))
 
 
-def steps_of(adapter: "KVAdapter", allocation: str | None = None, *, bits: bool = False) -> Steps:
-    """The steps of a named allocation of an adapter, of ranks or of bits: the tables of all budgets.
+def losses(drop_cost: Tensor, quantisation_cost: Tensor, errors: Tensor) -> Tensor:
+    """What every block loses at each of `CHOICES`, in nats per token: fp64 ``[2, L, Hkv, blocks, choices]``.
 
-    Raises:
-        AdapterError: for bits of an adapter that was made without quantisation costs.
-        BudgetError: for unknown allocations.
+    Args:
+        drop_cost, quantisation_cost: ``[2, L, Hkv, D]``.
+        errors: of the quantisers of `WIDTHS` on keys and values, as shares of the mean squares, ``[2, widths]``.
     """
-    layers, heads, width = adapter.shape
-    if bits:
-        if not adapter.quantises:
-            raise AdapterError(WITHOUT_BITS)
-        if allocation not in (None, "energy"):
-            raise BudgetError(f"allocation of bits must be 'energy' or a bit table, got {shown(allocation)}")
-        return bit_steps(losses_of(adapter))
-    allocation = allocation or adapter.allocation
-    if allocation == "uniform":
-        return uniform_steps(layers, heads, width)
-    if allocation == "energy":
-        return gain_steps(drop_cost_gains(adapter.drop_cost["key"], adapter.drop_cost["value"]), width)
-    if isinstance(allocation, str) and allocation in adapter.paths:
-        return gain_steps(adapter.paths[allocation].double(), width)
-    known = ", ".join(map(repr, ("energy", "uniform", *adapter.paths)))
-    raise BudgetError(f"allocation must be {known} or a rank table, got {shown(allocation)}")
+    lost = quantisation_cost[..., None] * errors[:, None, None, None]
+    every = torch.cat((drop_cost[..., None], lost, torch.zeros_like(drop_cost[..., None])), -1)
+    return by_block(every.mT).mT.double()
+
+
+def by_rank(worth: Tensor, width: int) -> Tensor:
+    """What every block loses at no bits and at 16, ``[2, L, Hkv, blocks, 2]``, by what a bit of it is worth.
+
+    A head takes its blocks in order: later ones never count for more than earlier ones.
+    """
+    dropped = _decreasing(worth.double()) * (FULL_BITS * block_sizes(width))
+    return torch.stack((dropped, torch.zeros_like(dropped)), -1)
+
+
+def _decreasing(gains: Tensor) -> Tensor:
+    """The closest non-increasing sequence along the last axis (pool adjacent violators): estimates are noisy."""
+    out = gains.clone()
+    for row in out.reshape(-1, out.shape[-1]):
+        pools: list[list[float]] = []
+        for value in row.tolist():
+            pools.append([value, 1])
+            while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
+                value_b, count_b = pools.pop()
+                value_a, count_a = pools.pop()
+                count = count_a + count_b
+                pools.append([(value_a * count_a + value_b * count_b) / count, count])
+        row.copy_(torch.tensor([v for v, count in pools for _ in range(int(count))], dtype=row.dtype))
+    return out

@@ -124,6 +124,32 @@ def read_limit(value: Any, name: str = "limit") -> Budget:
     return limit
 
 
+def share_left(share: float, *, exact_tokens: int = 0, context: int = CONTEXT) -> float:
+    """The share of their full size that compressed tokens may take so that a whole cache meets its budget.
+
+    Args:
+        share: of the full cache's bytes at equal precision, in (0, 1].
+        exact_tokens: tokens that there is room for in full (sinks and window). They are paid for by the others.
+        context: number of tokens at which the total has to be met.
+
+    Raises:
+        BudgetError: for a share out of range, or one that the exact tokens alone use up.
+    """
+    if not 0 < share <= 1:
+        raise BudgetError(f"budget={share:g} is out of range: a share of the full cache, above 0 and at most 1")
+    if share == 1 or not exact_tokens:
+        return share
+    if context <= exact_tokens:
+        raise BudgetError(f"context={context} must be longer than the {exact_tokens} exact tokens (sinks and window)")
+    left = (share * context - exact_tokens) / (context - exact_tokens)
+    if left <= 0:
+        raise BudgetError(
+            f"budget={share:g} is used up by {exact_tokens} exact tokens at {context} tokens: "
+            "use fewer sinks, a smaller window or a longer context"
+        )
+    return left
+
+
 def _number(value: Any) -> float:
     try:
         return number("budget", value)

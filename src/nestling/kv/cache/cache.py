@@ -1,6 +1,6 @@
 """NestedCache: a transformers cache that stores the first coordinates of keys and values, in really smaller tensors.
 
-Its layers are in `nestling.kv.cache.layer`; here they are put together from bases and a table, and made smaller
+Its layers are in `nestling.kv.cache.layer`; here they are put together from bases and an allocation, and made smaller
 together.
 """
 
@@ -15,21 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nestling.errors import BudgetError, CacheMismatchError
-from nestling.kv.allocation.bits import BitTable
 from nestling.kv.allocation.budget import Budget, read_share
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, Members, nbytes, shared
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.draft import DraftWatch
 from nestling.kv.cache.eviction import HeavyHitters
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore
-from nestling.kv.cache.factory import CacheFactory, given_table
+from nestling.kv.cache.factory import CacheFactory, given_allocation
 from nestling.kv.cache.layer import NestedLayer
-from nestling.kv.cache.storage import Storage, Table, is_full, members
+from nestling.kv.cache.storage import Storage, is_full, members
 from nestling.kv.cache.stored import StoredCache
 from nestling.kv.integration.attach import (
     attach,
-    head_shape,
     layer_devices,
     rotary_limit,
     stock_layers,
@@ -58,7 +56,7 @@ class NestedCache(StoredCache):
             options.
 
     Attributes:
-        allocation: the table of ranks or bits in use.
+        allocation: the bits of every block of coordinates, as they are in use.
         config: the model's (text) config.
         budget: the share of the full cache that is in use; `shrink` and a limit lower it.
         limit: bytes that the compressed layers never exceed, or None: the budget falls as the text grows.
@@ -69,7 +67,7 @@ class NestedCache(StoredCache):
         BudgetError: if the budget or allocation cannot be met; the message has the smallest budget that can.
     """
 
-    allocation: Table
+    allocation: Allocation
     config: PreTrainedConfig
     storage: Storage
     factory: CacheFactory | None = None
@@ -82,17 +80,17 @@ class NestedCache(StoredCache):
         self,
         model: Any,
         adapter: "KVAdapter",
-        budget: "float | str | Budget | RankTable | BitTable | Mapping | CacheConfig | None" = None,
+        budget: "float | str | Budget | Allocation | Mapping | CacheConfig | None" = None,
     ):
         options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
         adapter.check(model)
         factory, dtype = None, storage_dtype(model.dtype, options)
-        if isinstance(options.budget, RankTable | BitTable | Mapping):
-            table = given_table(adapter, options)
+        if isinstance(options.budget, Allocation | Mapping):
+            allocation = given_allocation(adapter, options)
         else:
             factory = CacheFactory(adapter, options, advise=dtype.itemsize == 2)
-            table = factory.required(factory.budget)
-        if isinstance(table, BitTable) and dtype.itemsize != 2:
+            allocation = factory.required(factory.budget)
+        if allocation.quantised and dtype.itemsize != 2:
             raise BudgetError(
                 f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits; or say quantise=False"
             )
@@ -102,7 +100,7 @@ class NestedCache(StoredCache):
             return shared(adapter, row, stored_alike, devices[layers[row]], dtype.itemsize == 2)
 
         storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context)
-        self._assemble(layers, bases, table, text_config(model), storage, dtype, options)
+        self._assemble(layers, bases, allocation, text_config(model), storage, dtype, options)
         if factory is not None:
             self._start(factory, dtype.itemsize)
         self.model = weakref.ref(model)
@@ -113,7 +111,7 @@ class NestedCache(StoredCache):
         self,
         indices: Sequence[int],
         bases: Callable[[int, Members], LayerBases],
-        table: Table,
+        allocation: Allocation,
         config: PreTrainedConfig,
         storage: Storage,
         dtype: torch.dtype,
@@ -122,19 +120,19 @@ class NestedCache(StoredCache):
         """Empty layers.
 
         Args:
-            indices: of the compressed layers, in the order of the table's rows.
+            indices: of the compressed layers, in the order of the allocation's rows.
             bases: those of a row, for heads that are stored alike.
         """
-        layers, width = stock_layers(config), head_shape(config)[2]
+        layers, width = stock_layers(config), allocation.width
         for row, index in enumerate(indices):
-            stored_alike = members(table, row, width)
+            stored_alike = members(allocation, row)
             layer_bases, full = bases(row, stored_alike), is_full(width, stored_alike)
             keep, groups = options.keep_tokens, storage.groups(layer_bases, stored_alike)
             hitters = HeavyHitters(keep, storage.sinks, storage.window) if keep < 1 else None
             exact, prompt = storage.exact(full), options.exact_prompt
             layers[index] = NestedLayer(groups, exact, layer_bases, config, dtype, prompt, hitters, index)
         super().__init__(layers=layers)
-        self.allocation, self.config, self.storage = table, config, storage
+        self.allocation, self.config, self.storage = allocation, config, storage
         self.rotary_limit = rotary_limit(config)
 
     def _start(self, factory: CacheFactory, itemsize: int) -> None:
@@ -146,7 +144,7 @@ class NestedCache(StoredCache):
         self.factory, self.budget = factory, factory.share
         if factory.limit is not None:
             self.limit = factory.limit.limit
-            least = self._expected(1, 1, itemsize, factory.table(factory.smallest))
+            least = self._expected(1, 1, itemsize, factory.at(factory.smallest))
             if least > (self.limit or 0):
                 raise BudgetError(f"{factory.limit.given} is out of reach: a first token takes {_mib(least)}")
 
@@ -201,28 +199,30 @@ class NestedCache(StoredCache):
         budget, smallest = self.budget, self.factory.smallest
         while budget > smallest:
             budget = max(STEP_DOWN * budget, smallest)
-            table = self.factory.table(budget)
+            allocation = self.factory.at(budget)
             ahead = tokens // 8 if budget > smallest else 0
             counts = {tokens, tokens + ahead}  # in a short text more tokens may take less, since some leave
-            if table is not None and all(
-                self._expected(batch, count, itemsize, table, places) <= self.limit for count in counts
+            if allocation is not None and all(
+                self._expected(batch, count, itemsize, allocation, places) <= self.limit for count in counts
             ):
-                return self._store_by(table, budget)
-        table = self.factory.table(smallest)
-        needed = _mib(self._expected(batch, tokens, itemsize, table, places))
+                return self._store_by(allocation, budget)
+        allocation = self.factory.at(smallest)
+        needed = _mib(self._expected(batch, tokens, itemsize, allocation, places))
         what = f"{tokens} tokens of {batch} texts" if batch > 1 else f"{tokens} tokens"
         limit = self.factory.limit.given if self.factory.limit else f"limit={self.limit}"
         raise BudgetError(f"{limit}: {what} take {needed} at the smallest budget, {smallest:.4g}, and do not fit")
 
-    def _expected(self, batch: int, tokens: int, itemsize: int, table: Table | None = None, places: int = 0) -> int:
-        """Bytes that the nested layers take when the text has that many tokens, by the table in use or another one.
+    def _expected(
+        self, batch: int, tokens: int, itemsize: int, allocation: Allocation | None = None, places: int = 0
+    ) -> int:
+        """Bytes that the nested layers take when the text has that many tokens, by the allocation in use or another.
 
         ``places``: at least so many of exact tokens, which drafts that may be taken back need.
         """
-        nested, table = self._nested(), self.allocation if table is None else table
-        width, total = nested[0][1].bases.width, 0
-        for (_, layer), size, full in zip(nested, table.token_bytes(width, itemsize), table.full(width), strict=True):
-            exact, states = self.storage.exact(full), 2 * layer.heads * width * itemsize
+        allocation, total = allocation or self.allocation, 0
+        sizes = zip(self._nested(), allocation.token_bytes(itemsize), allocation.full, strict=True)
+        for (_, layer), size, full in sizes:
+            exact, states = self.storage.exact(full), 2 * layer.heads * allocation.width * itemsize
             stored, tokens_held = layer.stored_after(tokens - layer.length, exact)
             total += self.storage.nbytes(tokens, size, states, full, stored, tokens_held)
             if exact is not None:
@@ -243,28 +243,28 @@ class NestedCache(StoredCache):
 
         Raises:
             BudgetError: if the budget is no share, out of reach, or larger than the one in use; nothing has changed.
-            CacheMismatchError: if the cache was made with a table of its own and not with a budget.
+            CacheMismatchError: if the cache was made with an allocation and not with a budget.
         """
         if self.factory is None:
-            raise CacheMismatchError("this cache was made with a table, not with a budget: it cannot be shrunk")
+            raise CacheMismatchError("this cache was made with an allocation, not with a budget: it cannot be shrunk")
         asked = read_share(budget)
         assert asked.share is not None
         if asked.share > self.budget:
             raise BudgetError(f"{asked.given} is larger than the one in use, {self.budget:g}: a cache only shrinks")
         self._store_by(self.factory.required(asked), asked.share)
 
-    def _store_by(self, table: Table, budget: float) -> None:
-        """Store by another table, which keeps no more of anything unless the cache is empty."""
+    def _store_by(self, allocation: Allocation, budget: float) -> None:
+        """Store by another allocation, which keeps no more of anything unless the cache is empty."""
         assert self.factory is not None
         with default_mode(gradients=False):
             for row, (_, layer) in enumerate(self._nested()):
                 width, device = layer.bases.width, layer.bases.device
-                stored_alike = members(table, row, width)
+                stored_alike = members(allocation, row)
                 if stored_alike != [(group.heads, group.layouts) for group in layer.groups]:
                     bases = shared(self.factory.adapter, row, stored_alike, device, layer.dtype.itemsize == 2)
                     groups = self.storage.groups(bases, stored_alike, layer.groups)
                     layer.move(groups, self.storage.exact(is_full(width, stored_alike)), bases)
-        self.allocation, self.budget = table, budget
+        self.allocation, self.budget = allocation, budget
 
     def reset(self) -> None:
         """Forget all tokens: the cache is as it was when it was made, at its first budget and limit."""

@@ -16,10 +16,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")  # that a cache can store
 def _budget(name: str, value: Any) -> Any:
     """A budget as it was written, a share as a float; or an allocation."""
     if not isinstance(value, str | int | float | Budget):
-        from nestling.kv.allocation.bits import BitTable
-        from nestling.kv.allocation.ranks import RankTable
+        from nestling.kv.allocation.table import Allocation
 
-        if isinstance(value, RankTable | BitTable | Mapping):
+        if isinstance(value, Allocation | Mapping):
             return value
     budget = read_budget(value, name)
     return value if isinstance(value, str | Budget) else budget.share

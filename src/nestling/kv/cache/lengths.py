@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nestling.errors import OptionError
-from nestling.kv.allocation.bits import BitTable
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, nbytes
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK
-from nestling.kv.cache.factory import CacheFactory, given_table
-from nestling.kv.cache.storage import Storage, Table, members
+from nestling.kv.cache.factory import CacheFactory, given_allocation
+from nestling.kv.cache.storage import Storage, members
 from nestling.options import shown
 
 if TYPE_CHECKING:
@@ -37,13 +36,13 @@ def bytes_by_length(adapter: "KVAdapter", budget: Any = None, lengths: Sequence[
         BudgetError: the budget or allocation cannot be met.
     """
     options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
-    table = allocation_of(adapter, options)
+    allocation = allocation_of(adapter, options)
     if options.keep_tokens < 1:
         raise OptionError(f"keep_tokens={shown(options.keep_tokens)}: which tokens are kept depends on the text")
     storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context)
     (_, heads, width), itemsize = adapter.shape, _dtype(options).itemsize
     states = 2 * heads * width * itemsize
-    layers = list(zip(table.token_bytes(width, itemsize), table.full(width), strict=True))
+    layers = list(zip(allocation.token_bytes(itemsize), allocation.full, strict=True))
     rows = []
     for tokens in lengths:
         stored = sum(storage.nbytes(tokens, size, states, full) for size, full in layers)
@@ -62,20 +61,20 @@ def shared_bytes(adapter: "KVAdapter", budget: Any = None) -> int:
         BudgetError: the budget or allocation cannot be met.
     """
     options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
-    table, half = allocation_of(adapter, options), _dtype(options).itemsize == SIXTEEN_BITS.itemsize
-    layers, _, width = adapter.shape
-    return nbytes(LayerBases.of(adapter._layer_bases(row), members(table, row, width), half) for row in range(layers))
+    allocation, half = allocation_of(adapter, options), _dtype(options).itemsize == SIXTEEN_BITS.itemsize
+    rows = range(adapter.shape[0])
+    return nbytes(LayerBases.of(adapter._layer_bases(row), members(allocation, row), half) for row in rows)
 
 
-def allocation_of(adapter: "KVAdapter", options: CacheConfig) -> Table:
+def allocation_of(adapter: "KVAdapter", options: CacheConfig) -> Allocation:
     """The allocation that a new cache of these options starts with.
 
     Raises:
         OptionError: the options have a limit alone, under which the allocation depends on the length.
         BudgetError: the budget or allocation cannot be met.
     """
-    if isinstance(options.budget, RankTable | BitTable | Mapping):
-        return given_table(adapter, options)
+    if isinstance(options.budget, Allocation | Mapping):
+        return given_allocation(adapter, options)
     factory = CacheFactory(adapter, options)
     if factory.limit is not None:
         raise OptionError(f"{factory.limit.given} is never exceeded at any length: give a share for bytes by length")

@@ -37,11 +37,7 @@ class Layout:
     blocks: tuple[int, ...] = ()
 
     @classmethod
-    def of_rank(cls, rank: int) -> "Layout":
-        return cls(tuple(range(rank)))
-
-    @classmethod
-    def of_bits(cls, bits: Sequence[int], width: int) -> "Layout":
+    def of(cls, bits: Sequence[int], width: int) -> "Layout":
         """Of the bits of each block of a head of ``width`` coordinates: 0, one of `quantise.WIDTHS`, or 16."""
         plain = [i for i in range(width) if bits[i // COORDINATES_PER_BLOCK] == 16]
         coded = sorted((b for b in range(len(bits)) if 0 < bits[b] < 16), key=lambda b: -bits[b])

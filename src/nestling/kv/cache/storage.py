@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nestling.kv.allocation.bits import BitTable
-from nestling.kv.allocation.ranks import RankTable
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, Members
 from nestling.kv.cache.buffer import room
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, coded
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import Layout
-
-Table = RankTable | BitTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +79,7 @@ def is_full(width: int, members: Members) -> bool:
     return all(len(layout.plain) == width for _, pair in members for layout in pair)
 
 
-def members(table: Table, row: int, width: int) -> Members:
+def members(allocation: Allocation, row: int) -> Members:
     """Heads of a layer that are stored alike, and how; by their first heads, most often the model's order."""
-    if isinstance(table, RankTable):
-        return [(heads, (Layout.of_rank(k), Layout.of_rank(v))) for heads, (k, v) in sorted(table.groups(row))]
-    return [(h, (Layout.of_bits(k, width), Layout.of_bits(v, width))) for h, (k, v) in sorted(table.groups(row))]
+    groups, width = sorted(allocation.groups(row)), allocation.width
+    return [(heads, (Layout.of(keys, width), Layout.of(values, width))) for heads, (keys, values) in groups]

@@ -15,7 +15,9 @@ from torch import Tensor
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.allocate import losses_of
-from nestling.kv.allocation.bits import CHOICES, bit_steps, bit_table_of
+from nestling.kv.allocation.budget import FULL_BITS
+from nestling.kv.allocation.steps import fill
+from nestling.kv.allocation.table import CHOICES
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.noise import Costs
 from nestling.kv.calibration.search import KLMeter
@@ -67,10 +69,10 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
         teacher = meters[-1].teacher
     kl = torch.empty(len(names), 2, layers, dtype=torch.float64)
     for place, (adapter, costs) in enumerate(candidates.values()):
-        table = _equal(losses_of(costs.of(adapter)).double(), ALONE)
+        table = _equal(losses_of(costs.of(adapter)), ALONE)
         for side in range(2):
             for row in range(layers):
-                single = torch.full_like(table, CHOICES[-1])
+                single = torch.full_like(table, FULL_BITS)
                 single[side, row] = table[side, row]
                 kl[place, side, row] = meters[place](single[None])[0]
                 bar.advance(alone)
@@ -88,9 +90,8 @@ def measured(model, adapters: list[KVAdapter], texts: Tensor, config: FitConfig,
     for adapter in bar.track(adapters, description="bases, together"):
         meter = KLMeter(model, adapter, texts, config.sinks, config.window, teacher)
         teacher = meter.teacher
-        steps = bit_steps(losses_of(adapter))
-        tables = [bit_table_of(steps, CHOICES[-1] * share * adapter.full_elements).stacked for share in TOGETHER]
-        means.append(meter(torch.stack(tables)).clamp_min(1e-30).log().mean().exp())
+        steps = fill(losses_of(adapter), adapter.shape[2])
+        means.append(meter(steps.tables(TOGETHER)).clamp_min(1e-30).log().mean().exp())
     return torch.stack(means)
 
 
@@ -114,7 +115,7 @@ def _equal(lost: Tensor, share: float) -> Tensor:
     its bits: reverse water-filling, the price of a bit by bisection."""
     bits = torch.tensor(CHOICES, dtype=torch.float64)
     low, high = torch.full(lost.shape[:2], -60.0, dtype=torch.float64), torch.full(lost.shape[:2], 30.0).double()
-    most = share * CHOICES[-1] * lost.shape[2] * lost.shape[3]
+    most = share * FULL_BITS * lost.shape[2] * lost.shape[3]
     for _ in range(60):
         price = (low + high) / 2
         table = bits[(lost + price.exp()[:, :, None, None, None] * COORDINATES_PER_BLOCK * bits).argmin(-1)]

@@ -14,8 +14,9 @@ from torch import Tensor
 from nestling.data.windows import token_windows
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.adapter_files import SIDES
-from nestling.kv.allocation.ranks import STEP, blended, by_gains, drop_cost_gains, edges, halvable
+from nestling.kv.allocation.allocate import ENERGY, SIDES, blended, by_block, by_rank, halvable, worth
+from nestling.kv.allocation.steps import fill
+from nestling.kv.allocation.table import first_blocks
 from nestling.kv.cache.exact import check_length
 from nestling.kv.calibration.config import SearchConfig
 from nestling.kv.integration.attach import attach, input_device, leaves_as_found, text_config
@@ -45,7 +46,7 @@ class KLMeter:
 
     @torch.no_grad()
     def __call__(self, tables: Tensor) -> Tensor:
-        """KL ``[n]`` of rank tables ``[n, 2, L, Hkv]``, or of bits of blocks ``[n, 2, L, Hkv, blocks]``."""
+        """KL ``[n]`` of allocations, stacked: ``[n, 2, L, Hkv, blocks]``."""
         tables = tables.to(self.windows.device)
         total = torch.zeros(len(tables), dtype=torch.float64)
         for ids, teacher in zip(self.windows, self.teacher, strict=True):
@@ -116,51 +117,47 @@ def search(
 
 
 def greedy(meter: KLMeter, adapter: KVAdapter, per_sweep: int, lowest: float, bar) -> Tensor:
-    """The steps of every rank in the order in which they are worth keeping, ``[2, L, Hkv, steps]``: larger is longer.
+    """The blocks of every rank in the order in which they are worth keeping, ``[2, L, Hkv, blocks]``: most last.
 
-    Steps that were never taken away, or that lie below D / 8, come first, among each other by drop cost.
+    Blocks that were never taken away, or that lie below D / 8, come first, among each other by drop cost.
     """
-    layers, heads, width = adapter.shape
-    bounds = edges(width)
-    step = max(STEP, width // 8)
-    ranks = torch.full((2, layers, heads), width)
-    gains = torch.full((2, layers, heads, len(bounds) - 1), torch.inf, dtype=torch.float64)
-    rise = torch.full((2, layers, heads), -torch.inf)  # of the KL by lowering a rank, as last measured; unknown first
+    drop_cost = by_block(torch.stack([adapter.drop_cost[side] for side in SIDES]).double())
+    shape, blocks = drop_cost.shape[:3], drop_cost.shape[3]
+    step = max(1, blocks // 8)
+    kept = torch.full(shape, blocks)  # blocks of each rank
+    order = torch.full(drop_cost.shape, torch.inf, dtype=torch.float64)
+    rise = torch.full(shape, -torch.inf)  # of the KL by lowering a rank, as last measured; unknown first
     removed = 0
-    task = bar.add_task("greedy search", total=int((1 - lowest) * ranks.sum()))
-    while ranks.sum() > lowest * width * ranks.numel() and (ranks > step).any():
-        units = (ranks > step).nonzero()
+    task = bar.add_task("greedy search", total=int((1 - lowest) * kept.sum()))
+    while kept.sum() > lowest * blocks * kept.numel() and (kept > step).any():
+        units = (kept > step).nonzero()
         if per_sweep > 1:
             known = rise[tuple(units.T)]
             units = units[known.argsort()[: max(2 * per_sweep, int(known.isinf().sum()))]]
         places = tuple(units.T)
-        lowered = ranks[places] - step
-        tables = ranks.repeat(len(units) + 1, 1, 1, 1)  # the last one stays as it is
-        tables[(torch.arange(len(units)), *places)] = lowered
-        kl = meter(tables)
+        lowered = kept.repeat(len(units) + 1, 1, 1, 1)  # the last one stays as it is
+        lowered[(torch.arange(len(units)), *places)] -= step
+        kl = meter(first_blocks(lowered, blocks))
         rise[places] = (kl[:-1] - kl[-1]).float()
         for index in kl[:-1].argsort()[:per_sweep].tolist():
-            place, rank = tuple(units[index].tolist()), int(lowered[index])
-            taken = [i for i, low in enumerate(bounds[:-1]) if rank <= low < int(ranks[place])]
-            for i in reversed(taken):
-                gains[(*place, i)] = removed
+            place = tuple(units[index].tolist())
+            for _ in range(step):
+                kept[place] -= 1
+                order[(*place, int(kept[place]))] = removed
                 removed += 1
-            bar.advance(task, int(ranks[place]) - rank)
-            ranks[place], rise[place] = rank, -torch.inf
-    drop_cost = torch.stack([adapter.drop_cost[s] for s in SIDES]).double()
-    rest = torch.stack([drop_cost[..., a:b].sum(-1) for a, b in zip(bounds, bounds[1:], strict=False)], -1)
-    return torch.where(gains.isinf(), removed + 1 + rest / rest.max(), gains)
+            bar.advance(task, step)
+            rise[place] = -torch.inf
+    return torch.where(order.isinf(), removed + 1 + drop_cost / drop_cost.max(), order)
 
 
 def blend(meter: KLMeter, adapter: KVAdapter, bar) -> tuple[Tensor, float]:
-    """The steps of every rank between the order of their drop costs and that of equal ranks, and the share of the
+    """The blocks of every rank between the order of their drop costs and that of equal ranks, and the share of the
     latter: of `SHARES` the one with the smallest geometric mean of the KLs at `BUDGETS`."""
-    gains = drop_cost_gains(adapter.drop_cost["key"], adapter.drop_cost["value"])
-    elements = [halvable(budget, adapter.shape[2]) * adapter.full_elements for budget in BUDGETS]
+    by_cost, width = worth(adapter, ENERGY), adapter.shape[2]
+    budgets = [halvable(budget, width) for budget in BUDGETS]
     means = []
     for share in bar.track(SHARES, description="blends"):
-        path = blended(gains, share)
-        tables = torch.stack([by_gains(path, n, adapter.shape[2]).stacked for n in elements])
-        means.append(meter(tables).clamp_min(1e-30).log().mean())
+        steps = fill(by_rank(blended(by_cost, width, share), width), width)
+        means.append(meter(steps.tables(budgets)).clamp_min(1e-30).log().mean())
     chosen = SHARES[int(torch.stack(means).argmin())]
-    return blended(gains, chosen), chosen
+    return blended(by_cost, width, chosen), chosen

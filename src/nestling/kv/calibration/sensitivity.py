@@ -18,8 +18,9 @@ from nestling.errors import CalibrationError, OptionError
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
+from nestling.kv.allocation.allocate import halvable
 from nestling.kv.allocation.budget import SINKS, WINDOW
-from nestling.kv.allocation.ranks import halvable
+from nestling.kv.allocation.table import Allocation, by_coordinate
 from nestling.kv.cache.exact import capacity
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.noise import Costs, Noise
@@ -33,7 +34,7 @@ def sensitivity(
     model,
     adapter: KVAdapter,
     batches: Iterable[Tensor],
-    ranks: Tensor | None = None,
+    allocation: Allocation | None = None,
     *,
     sinks: int = SINKS,
     window: int = WINDOW,
@@ -47,15 +48,15 @@ def sensitivity(
 
     Args:
         batches: token ids ``[B, T]``; every row is one sample of the gradient.
-        ranks: ``[2, L, Hkv]``, where the masks stand: at 1 below, at 0 from there on. By default all at 1.
+        allocation: where the masks stand: at 1 for blocks that have bits, at 0 for others. By default all at 1.
         sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
         seed: of the labels.
         noise: are shown the same passes.
     """
     total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
     start = torch.ones_like(total, dtype=torch.float32)
-    if ranks is not None:
-        start = (torch.arange(start.shape[-1]) < ranks[..., None]).float()
+    if allocation is not None:
+        start = by_coordinate(allocation.stacked > 0, adapter.shape[2]).float()
     with served(model), torch.enable_grad():
         device, generator = input_device(model), None
         student = Student(model, adapter, sinks=sinks, window=window).eval()
@@ -116,19 +117,19 @@ def at_full_ranks(
 def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort: bool, progress: bool) -> KVAdapter:
     """An adapter that has costs, with drop costs that were measured at half of its ranks; see `measure`."""
     adapter = order_by_drop_cost(adapter) if sort else adapter
-    ranks = adapter.ranks(halvable(HALF, adapter.shape[2]) * adapter.full_elements)
+    half = adapter.allocate(halvable(HALF, adapter.shape[2]), quantise=False)
     batches = _pieces(model, windows, config, config.sensitivity_windows)
-    adapter = replace(adapter, drop_cost=_drop_costs(model, adapter, batches, config, progress, ranks=ranks.stacked))
+    adapter = replace(adapter, drop_cost=_drop_costs(model, adapter, batches, config, progress, allocation=half))
     return order_by_drop_cost(adapter) if sort else adapter
 
 
 def _drop_costs(
-    model, adapter: KVAdapter, batches, config: FitConfig, progress: bool, ranks: Tensor | None = None, noise=()
+    model, adapter: KVAdapter, batches, config: FitConfig, progress: bool, allocation=None, noise=()
 ) -> dict[str, Tensor]:
     with progress_bar(progress) as bar:
         track = bar.track(batches, description="costs of coordinates")
         return sensitivity(
-            model, adapter, track, ranks, sinks=config.sinks, window=config.window, seed=config.seed, noise=noise
+            model, adapter, track, allocation, sinks=config.sinks, window=config.window, seed=config.seed, noise=noise
         )
 
 

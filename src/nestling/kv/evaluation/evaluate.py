@@ -24,6 +24,7 @@ from nestling.errors import DataError, EvaluationError
 from nestling.jobs.progress import progress_bar
 from nestling.jobs.results import ResultStore
 from nestling.kv.adapter import KVAdapter
+from nestling.kv.allocation.allocate import ENERGY, quantises
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import check_length
@@ -80,7 +81,7 @@ def evaluate(
     Args:
         model: the causal LM of the adapter; switched to nestling's attention.
         tokenizer, texts, progress, store: see `compare`.
-        config: what is measured, and of which caches. Budgets are not used if the allocation is a rank table.
+        config: what is measured, and of which caches. Budgets are not used if the allocation is a table.
 
     Returns:
         Flat rows as from `compare`, the full model's first.
@@ -91,8 +92,8 @@ def evaluate(
     """
     config = EvalConfig.of(config)
     adapter.check(model)
-    quantised = config.quantise and adapter.quantises and config.allocation in (None, "energy")
-    usual = "energy" if quantised else adapter.allocation
+    quantised = quantises(adapter, config.allocation, config.quantise)
+    usual = ENERGY if quantised else adapter.allocation
     allocation = usual if config.allocation is None else config.allocation
     named = isinstance(allocation, str)
     method = _method(adapter, allocation if named else "ranks") + "-bits" * quantised

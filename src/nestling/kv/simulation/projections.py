@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from nestling.basis import Cayley
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.allocation.ranks import STEP
+from nestling.kv.allocation.budget import FULL_BITS
+from nestling.kv.allocation.table import by_coordinate
 from nestling.kv.cache.exact import SKIP, coded
 from nestling.kv.integration.attach import PassThroughLayer, sdpa
 from nestling.kv.quantisation import quantiser as quantise
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 
 QUERY_BLOCK = 256  # queries at a time beside an exact window: what lies ahead of them or out of the window is left out
 
@@ -55,17 +57,21 @@ class MaskedBases(nn.Module):
         self.rotation = Cayley(*self.encode.shape)
         # Coordinates of one step are kept or dropped together. To rotate them among each other changes nothing, but
         # Adam would scale the rounding errors of those gradients up to full steps.
-        block = torch.arange(self.encode.shape[-1]) // STEP
+        block = torch.arange(self.encode.shape[-1]) // COORDINATES_PER_BLOCK
         self.register_buffer("free", block[:, None] != block, persistent=False)
         self.rotation.x.register_hook(lambda gradient: gradient * self.free)
 
-    def projected(self, ranks: Tensor) -> "Projected":
-        """Projections ``encode U mask U^T decode`` for ranks ``[B, 2, L, Hkv]``."""
+    def cut(self, bits: Tensor) -> "Projected | Coded":
+        """What is read at bits of blocks ``[B, 2, L, Hkv, blocks]``: where all are 0 or 16, by projections."""
+        bits = by_coordinate(bits, self.encode.shape[-1])
+        return self.coded(bits) if ((bits > 0) & (bits < FULL_BITS)).any() else self.projected(bits > 0)
+
+    def projected(self, mask: Tensor) -> "Projected":
+        """Projections ``encode U mask U^T decode`` for masks of coordinates ``[B, 2, L, Hkv, D]``."""
         with torch.autocast(self.encode.device.type, enabled=False):
             u = self.rotation()
-            mask = torch.arange(self.encode.shape[-1], device=ranks.device) < ranks[..., None]
             projectors = (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
-            full = (ranks == mask.shape[-1])[..., None, None]  # the identity, without a gradient
+            full = mask.all(-1)[..., None, None]  # the identity, without a gradient
             eye = torch.eye(mask.shape[-1], device=u.device, dtype=u.dtype)
             return Projected.about(self.mean, torch.where(full, eye, projectors))
 
@@ -74,11 +80,9 @@ class MaskedBases(nn.Module):
         return Projected.about(self.mean, (self.encode * mask[..., None, :]) @ self.decode)
 
     def coded(self, bits: Tensor) -> "Coded":
-        """Quantised coordinates, for bits of blocks ``[B, 2, L, Hkv, blocks]``."""
-        width = self.encode.shape[-1]
+        """Quantised coordinates, for their bits ``[B, 2, L, Hkv, D]``."""
         with torch.autocast(self.encode.device.type, enabled=False):
             u = self.rotation()
-            bits = bits.repeat_interleave(STEP, -1)[..., :width]
             return Coded(self.encode @ u, u.mT @ self.decode, self.mean, bits)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The student of the training: a model whose keys and values are cut to sampled ranks, by masks.
+"""The student of the training: a model whose keys and values are cut to sampled ranks or bits, by masks.
 
 The masks are in `nestling.kv.simulation.projections`. The teacher is the same model without them.
 """
@@ -16,7 +16,7 @@ from nestling.losses import IGNORED, head_loss
 
 
 class Student(nn.Module):
-    """A frozen language model with `MaskedBases`: input ids and ranks, or bits, to the distillation loss.
+    """A frozen language model with `MaskedBases`: input ids and bits to the distillation loss.
 
     Args:
         model: a causal LM; its weights are not trained unless they require gradients (LoRA).
@@ -51,9 +51,9 @@ class Student(nn.Module):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         return type(report)([name for name in report.missing_keys if name in trained], report.unexpected_keys)
 
-    def masked(self, ranks: Tensor) -> Masked:
-        """What the attention function needs for ranks ``[B, 2, L, Hkv]``, or for bits of blocks ``[..., blocks]``."""
-        return self._masked(self.bases.coded(ranks) if ranks.dim() == 5 else self.bases.projected(ranks))
+    def masked(self, bits: Tensor) -> Masked:
+        """What the attention function needs for bits of blocks, ``[B, 2, L, Hkv, blocks]``."""
+        return self._masked(self.bases.cut(bits))
 
     def weighted(self, mask: Tensor) -> Masked:
         """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
@@ -80,13 +80,13 @@ class Student(nn.Module):
         """The full model's last hidden states ``[B, T, H]``."""
         return decoder_and_head(self.lm)[0](input_ids=input_ids, use_cache=False).last_hidden_state
 
-    def hidden(self, input_ids: Tensor, ranks: Tensor) -> Tensor:
-        """The last hidden states ``[B, T, H]`` at ranks ``[B, 2, L, Hkv]``.
+    def hidden(self, input_ids: Tensor, bits: Tensor) -> Tensor:
+        """The last hidden states ``[B, T, H]`` at bits of blocks ``[B, 2, L, Hkv, blocks]``.
 
         Raises:
             UnsupportedModelError: if a layer was not reached.
         """
-        masked = self.masked(ranks)
+        masked = self.masked(bits)
         states = decoder_and_head(self.lm)[0](input_ids=input_ids, **self._arguments(masked))
         if masked.served != set(self.rows):
             raise UnsupportedModelError(
@@ -100,25 +100,27 @@ class Student(nn.Module):
         return self.lm(input_ids=input_ids, **self._arguments(masked)).logits
 
     @torch.no_grad()
-    def divergence(self, input_ids: Tensor, ranks: Tensor, teacher: Tensor) -> Tensor:
-        """KL to the full model ``[B]``, mean nats per token, of one text ``[B, T]`` at several ranks.
+    def divergence(self, input_ids: Tensor, bits: Tensor, teacher: Tensor) -> Tensor:
+        """KL to the full model ``[B]``, mean nats per token, of one text ``[B, T]`` at several allocations' bits.
 
         Args:
             teacher: the full model's hidden states of the text, ``[1, T, H]``.
         """
         head = decoder_and_head(self.lm)[1]
-        rows = self.hidden(input_ids, ranks)
+        rows = self.hidden(input_ids, bits)
         return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
 
-    def forward(self, input_ids: Tensor, ranks: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss and its parts for ids ``[B, T]`` and ranks ``[B, 2, L, Hkv]``; out of training the loss is the KL.
+    def forward(self, input_ids: Tensor, bits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss and its parts for ids ``[B, T]`` and bits of blocks ``[B, 2, L, Hkv, blocks]``.
+
+        Out of training the loss is the KL.
 
         Args:
             labels: ``[B, T]`` in step with ``input_ids`` (they are shifted here), `IGNORED` where nothing is learned:
                 then only the other positions count. By default the ids themselves. Padding may only be on the right.
         """
         head = decoder_and_head(self.lm)[1]
-        student = self.hidden(input_ids, ranks)
+        student = self.hidden(input_ids, bits)
         learns_text_alone = self.training and not self.kl_weight
         teacher = student.detach() if learns_text_alone else self.teacher(input_ids)
         targets = torch.full_like(input_ids, IGNORED)
@@ -130,11 +132,11 @@ class Student(nn.Module):
             kl_weight=self.kl_weight, ce_weight=self.ce_weight,
         )  # fmt: skip
         if not torch.isfinite(loss):
-            raise TrainingError(self._diagnosis(input_ids, ranks))
+            raise TrainingError(self._diagnosis(input_ids, bits))
         return {"loss": loss if self.training else kl, "kl": kl, "ce": ce}
 
     @torch.no_grad()
-    def _diagnosis(self, input_ids: Tensor, ranks: Tensor) -> str:
+    def _diagnosis(self, input_ids: Tensor, bits: Tensor) -> str:
         """Where numbers stop being finite: in a basis, or after which layer of the teacher or of the student."""
         for side, x in zip(SIDES, self.bases.rotation.x, strict=True):
             bad = ~torch.isfinite(x).flatten(1).all(1)
@@ -144,7 +146,7 @@ class Student(nn.Module):
                     f"the loss is not finite: the rotation of the {side}s of layer {layers[0]} holds NaN or infinity"
                 )
         decoder, _ = decoder_and_head(self.lm)
-        for who, extra in (("full model", {"use_cache": False}), ("student", self._arguments(self.masked(ranks)))):
+        for who, extra in (("full model", {"use_cache": False}), ("student", self._arguments(self.masked(bits)))):
             states = decoder(input_ids=input_ids, output_hidden_states=True, **extra).hidden_states
             for layer, state in enumerate(states):
                 if not torch.isfinite(state).all():

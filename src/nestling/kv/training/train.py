@@ -22,16 +22,16 @@ from nestling.jobs.checkpoints import begin, check_place, run
 from nestling.jobs.progress import progress_bar
 from nestling.jobs.undo import Undo, withdrawn
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.allocation.bits import BitTable
-from nestling.kv.allocation.ranks import STEP, RankTable
+from nestling.kv.allocation.allocate import steps_of
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.exact import check_length
-from nestling.kv.cache.factory import bits_at, ranks_at
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
 from nestling.kv.calibration.sensitivity import measure
 from nestling.kv.integration.attach import attach, check_head, head_shape, input_device, leaves_as_found, text_config
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
+from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 from nestling.kv.simulation.student import Student
 from nestling.kv.training.arguments import training_arguments
 from nestling.kv.training.config import TrainConfig
@@ -102,8 +102,8 @@ def train(
     adapter.check(lm)
     attach(lm)
     check_head(lm, windows[:1, :16].to(input_device(lm)))
-    ranks = schedule(config.sampling, adapter, allocation=config.allocation, seed=config.seed)
-    data = RankedWindows(windows, ranks, config.seed, steps * config.batch_size, labels)
+    bits = schedule(config.sampling, adapter, allocation=config.allocation, seed=config.seed)
+    data = RankedWindows(windows, bits, config.seed, steps * config.batch_size, labels)
     budgets = {name: RankedWindows.fixed(held_out, table) for name, table in tables.items()}
     curve = _Curve(steps, length * config.batch_size, config.progress)
     with withdrawn(folder, unless=lambda: curve.started):
@@ -159,21 +159,20 @@ def _frozen(model, lm) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _tables(adapter: KVAdapter | None, config: TrainConfig, width: int = 0) -> dict[str, RankTable | BitTable]:
+def _tables(adapter: KVAdapter | None, config: TrainConfig, width: int = 0) -> dict[str, Allocation]:
     """What a held-out text is read at, by share; none without an adapter, of heads of ``width``.
 
     Raises:
         BudgetError: a share is out of reach, which is known without an adapter too.
     """
     if adapter is None:
-        least = min(STEP, width) / width
+        least = min(COORDINATES_PER_BLOCK, width) / width
         for budget in config.budgets if config.sampling != "bits" else ():
             if (budget.share or 0) < least:
                 raise BudgetError(f"{budget.given} is below the smallest possible, {least:.4g}")
         return {}
-    if config.sampling == "bits":
-        return {f"{budget.share:g}": bits_at(adapter, budget) for budget in config.budgets}
-    return {f"{budget.share:g}": ranks_at(adapter, budget, config.allocation) for budget in config.budgets}
+    steps = steps_of(adapter) if config.sampling == "bits" else steps_of(adapter, config.allocation, quantise=False)
+    return {f"{budget.share:g}": steps.required(budget) for budget in config.budgets}
 
 
 class _Curve(TrainerCallback):

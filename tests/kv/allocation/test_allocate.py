@@ -1,6 +1,7 @@
-"""Budgets: met from below, optimal, monotone, and refused with a reason where they cannot be met."""
+"""Ranks at budgets: met from below, optimal, monotone, and refused with a reason where they cannot be met."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,17 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.errors import BudgetError
-from nestling.kv.allocation.ranks import (
-    MAX_GROUPS,
-    STEP,
-    RankTable,
-    blended,
-    by_drop_cost,
-    by_gains,
-    drop_cost_gains,
-    elements_per_token,
-    uniform,
-)
+from nestling.kv import Allocation
+from nestling.kv.allocation.allocate import blended, by_rank, equal_worth, steps_of, worth
+from nestling.kv.allocation.budget import read_share, share_left
+from nestling.kv.allocation.steps import MAX_GROUPS, Steps, fill
+
+STEP = 8
 
 
 def drop_costs(layers: int, heads: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,10 +26,18 @@ def drop_costs(layers: int, heads: int, width: int, seed: int = 0) -> tuple[torc
     return key, value
 
 
-def allocate(method: str, layers: int, heads: int, width: int, elements: float, seed: int = 0) -> RankTable:
-    if method == "uniform":
-        return uniform(layers, heads, width, elements)
-    return by_drop_cost(*drop_costs(layers, heads, width, seed), elements)
+def ranks_of(method: str, key: torch.Tensor, value: torch.Tensor) -> Steps:
+    """The steps of ranks of an adapter that has these drop costs."""
+    costs = {"key": key, "value": value}
+    return steps_of(SimpleNamespace(shape=tuple(key.shape), drop_cost=costs, paths={}, quantises=False), method)
+
+
+def at(steps: Steps, elements: float) -> Allocation:
+    return Allocation(*steps.table(16 * elements), steps.width)
+
+
+def allocate(method: str, layers: int, heads: int, width: int, elements: float, seed: int = 0) -> Allocation:
+    return at(ranks_of(method, *drop_costs(layers, heads, width, seed)), elements)
 
 
 def smallest(layers: int, heads: int, width: int) -> int:
@@ -54,12 +58,10 @@ def test_the_budget_is_met_from_below_within_one_step(method, budget, seed):
     layers, heads, width, elements = budget
     table = allocate(method, *budget, seed)
     table.check(layers, heads, width)
-    assert elements - STEP < table.elements <= elements + 1e-9
-    for ranks in (table.keys, table.values):
-        assert ranks.dtype == torch.int64
-        assert ((ranks % STEP == 0) | (ranks == width)).all()
+    assert elements - STEP < table.bits / 16 <= elements + 1e-6
+    assert not table.quantised and (table.stacked.diff(dim=-1) <= 0).all(), "the first blocks are kept"
     if elements == 2 * layers * heads * width:
-        assert (table.keys == width).all() and (table.values == width).all()
+        assert (table.coordinates == width).all()
 
 
 @pytest.mark.parametrize("method", ["uniform", "energy"])
@@ -70,29 +72,27 @@ def test_many_heads_share_at_most_four_ranks_within_the_budget(method, budget, s
     table = allocate(method, *budget, seed)
     table.check(layers, heads, width)
     # the next step of a group moves at most all but three of the heads
-    assert elements - STEP * (heads - MAX_GROUPS + 1) < table.elements <= elements + 1e-9
+    assert elements - STEP * (heads - MAX_GROUPS + 1) < table.bits / 16 <= elements + 1e-6
     for row in range(layers):
         groups = table.groups(row)
         assert len(groups) <= MAX_GROUPS
         assert sorted(h for members, _ in groups for h in members) == list(range(heads))
         for members, (key, value) in groups:
-            assert set(table.keys[row, members].tolist()) == {key} and set(table.values[row, members].tolist()) == {
-                value
-            }
+            assert {tuple(bits) for bits in table.keys[row, members].tolist()} == {key}
+            assert {tuple(bits) for bits in table.values[row, members].tolist()} == {value}
 
 
 @given(budgets())
 @settings(deadline=None, max_examples=60)
 def test_uniform_is_even(budget):
-    table = uniform(*budget)
-    every = torch.cat((table.keys.flatten(), table.values.flatten()))
+    keys, values = every = allocate("uniform", *budget).coordinates
     odd = budget[2] % STEP  # the last step of an odd width is smaller, and may fit where a whole one does not
     assert every.max() - every.min() <= STEP + odd
     if odd:
         return
-    if table.keys.max() > table.keys.min():  # values come first
-        assert (table.values == table.values.max()).all()
-    for ranks in (table.keys, table.values):  # and what is left over is spread over the layers
+    if keys.max() > keys.min():  # values come first
+        assert (values == values.max()).all()
+    for ranks in (keys, values):  # and what is left over is spread over the layers
         steps = ranks.double().sum(1) / STEP
         assert steps.max() - steps.min() <= 2
 
@@ -104,7 +104,7 @@ def test_energy_is_the_optimum_of_the_additive_model(layers, heads, width, share
     elements = low + share * (high - low)
     key, value = drop_costs(layers, heads, width, seed)
     key, value = key.sort(-1, descending=True)[0], value.sort(-1, descending=True)[0]
-    table = by_drop_cost(key, value, elements)
+    table = at(ranks_of("energy", key, value), elements)
 
     rows = torch.cat((key, value)).double().reshape(-1, width)
     tails = [{r: float(row[r:].sum()) for r in range(STEP, width + 1, STEP)} for row in rows]
@@ -113,23 +113,22 @@ def test_energy_is_the_optimum_of_the_additive_model(layers, heads, width, share
         for ranks in product(range(STEP, width + 1, STEP), repeat=len(tails))
         if sum(ranks) <= elements
     )
-    ranks = torch.cat((table.keys, table.values)).flatten().tolist()
+    ranks = table.coordinates.flatten().tolist()
     assert sum(tail[r] for tail, r in zip(tails, ranks, strict=True)) == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
 def test_energy_goes_where_it_is_lost():
     key, value = torch.zeros(2, 2, 32), torch.zeros(2, 2, 32)
     key[1, 0, :24], value[0, 1, :16] = 1.0, 2.0
-    table = by_drop_cost(key, value, smallest(2, 2, 32) + 8 + 16)
-    assert table.keys.tolist() == [[8, 8], [24, 8]] and table.values.tolist() == [[8, 16], [8, 8]]
+    table = at(ranks_of("energy", key, value), smallest(2, 2, 32) + 8 + 16)
+    assert table.coordinates.tolist() == [[[8, 8], [24, 8]], [[8, 16], [8, 8]]]
 
 
 def test_an_unsorted_drop_cost_is_not_stuck_behind_a_small_step():
     """Measured drop costs are noisy: a worthless second step must not hide a valuable third one."""
     key, value = torch.zeros(1, 1, 32), torch.full((1, 1, 32), 0.3)
     key[0, 0, 16:24] = 1.0
-    table = by_drop_cost(key, value, 8 + 8 + 16)
-    assert (int(table.keys), int(table.values)) == (24, 8)
+    assert at(ranks_of("energy", key, value), 8 + 8 + 16).coordinates.flatten().tolist() == [24, 8]
 
 
 @pytest.mark.parametrize("method", ["uniform", "energy"])
@@ -139,28 +138,28 @@ def test_a_larger_budget_lowers_nothing(method, layers, heads, width, seed, data
     share = st.floats(smallest(layers, heads, width), 2 * layers * heads * width)
     small, large = sorted((data.draw(share), data.draw(share)))
     a, b = (allocate(method, layers, heads, width, e, seed) for e in (small, large))
-    assert (a.keys <= b.keys).all() and (a.values <= b.values).all()
+    assert (a.stacked <= b.stacked).all()
 
 
 # Arithmetic
 
 
-def test_elements_of_plain_budgets():
-    assert elements_per_token(1000, 0.4) == 400
-    assert elements_per_token(1000, 1, exact_tokens=68) == 1000
+def test_shares_of_plain_budgets():
+    assert share_left(0.4) == 0.4
+    assert share_left(1, exact_tokens=68) == 1
     # 4 exact tokens of 1,024 are 0.4 %: the others get (0.4 * 1024 - 4) / 1020 of the full size
-    assert elements_per_token(1000, 0.4, exact_tokens=4) == pytest.approx(1000 * 405.6 / 1020)
+    assert share_left(0.4, exact_tokens=4) == pytest.approx(405.6 / 1020)
 
 
-@given(st.integers(1, 10**6), st.floats(0.01, 1), st.integers(0, 128), st.integers(130, 10**5))
-def test_exact_tokens_are_paid_for(full, budget, exact, context):
-    allowed = budget * full * context
+@given(st.floats(0.01, 1), st.integers(0, 128), st.integers(130, 10**5))
+def test_exact_tokens_are_paid_for(budget, exact, context):
+    allowed = budget * context
     try:
-        left = elements_per_token(full, budget, exact_tokens=exact, context=context)
+        left = share_left(budget, exact_tokens=exact, context=context)
     except BudgetError:
         assert exact >= budget * context * 0.999
         return
-    spent = exact * full + (context - exact) * left
+    spent = exact + (context - exact) * left
     assert spent <= allowed * (1 + 1e-9)
     assert spent >= allowed * (1 - 1e-9)
 
@@ -178,76 +177,41 @@ def test_exact_tokens_are_paid_for(full, budget, exact, context):
 )
 def test_budgets_out_of_range_are_refused(budget, options, message):
     with pytest.raises(BudgetError, match=message):
-        elements_per_token(1000, budget, **options)
+        share_left(budget, **options)
 
 
 @pytest.mark.parametrize("method", ["uniform", "energy"])
 def test_below_the_smallest_the_message_says_what_can_be_met(method):
-    with pytest.raises(BudgetError, match=r"0\.1245 of the full cache .* smallest possible, 0\.1250 \(8 of 64"):
-        allocate(method, 2, 2, 64, 2 * 2 * 2 * 8 - 0.25)
-    assert allocate(method, 2, 2, 64, 2 * 2 * 2 * 8).elements == 64
-    assert allocate(method, 2, 2, 5, 2 * 2 * 2 * 5).keys.tolist() == [[5, 5], [5, 5]]
+    steps = ranks_of(method, *drop_costs(2, 2, 64))
+    with pytest.raises(BudgetError, match=r"budget='12\.4%' is below the smallest possible, 0\.125$"):
+        steps.required(read_share("12.4%"))
+    assert steps.required(read_share("12.5%")).bits == 16 * 64
+    assert steps.table(16 * 64 - 0.25) is None
+    assert allocate(method, 2, 2, 5, 2 * 2 * 2 * 5).coordinates.tolist() == [[[5, 5]] * 2] * 2
 
 
 def test_drop_costs_must_be_finite():
     key, value = drop_costs(2, 2, 16)
     for bad in (torch.nan, torch.inf):
         with pytest.raises(BudgetError, match="finite"):
-            by_drop_cost(key, value.clone().index_fill_(2, torch.tensor([3]), bad), 100)
-
-
-# Tables
-
-
-def test_groups_are_heads_of_equal_ranks():
-    table = RankTable(torch.tensor([[8, 16, 8, 16]]), torch.tensor([[8, 8, 8, 24]]))
-    assert table.groups(0) == [([3], (16, 24)), ([1], (16, 8)), ([0, 2], (8, 8))]
-    assert table.elements == 48 + 48
-    again = RankTable.from_dict(table.to_dict())
-    assert torch.equal(again.keys, table.keys) and torch.equal(again.values, table.values)
-
-
-@pytest.mark.parametrize(
-    "table",
-    [
-        {},
-        {"keys": [[8]]},
-        {"keys": [[8]], "values": None},
-        {"keys": [[8], [8, 8]], "values": [[8]]},
-        {"keys": [["8"]], "values": [[8]]},
-        {"keys": [[8.5]], "values": [[8]]},
-        {"keys": [[10**30]], "values": [[8]]},
-    ],
-)
-def test_what_is_no_table_is_refused(table):
-    with pytest.raises(BudgetError, match="a rank table is"):
-        RankTable.from_dict(table)
-
-
-def test_tables_must_fit():
-    good = torch.full((2, 3), 8)
-    RankTable(good, good).check(2, 3, 8)
-    for keys, values, message in (
-        (good[:1], good, r"keys is \[1, 3\], expected \[2, 3\]"),
-        (good, good.mT, r"values is \[3, 2\]"),
-        (good, good * 2, r"values must be in 1\.\.8, got 16\.\.16"),
-        (good * 0, good, r"keys must be in 1\.\.8, got 0\.\.0"),
-    ):
-        with pytest.raises(BudgetError, match=message):
-            RankTable(keys, values).check(2, 3, 8)
+            ranks_of("energy", key, value.clone().index_fill_(2, torch.tensor([3]), bad))
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([16, 24, 64]), st.floats(0, 1), st.integers(0, 99))
 def test_blends_lie_between_drop_costs_and_equal_ranks(layers, heads, width, budget, seed):
-    gains = drop_cost_gains(*drop_costs(layers, heads, width, seed))
+    costs = dict(zip(("key", "value"), drop_costs(layers, heads, width, seed), strict=True))
+    by_cost = worth(SimpleNamespace(shape=(layers, heads, width), drop_cost=costs), "energy")
     elements = max(budget * 2 * layers * heads * width, smallest(layers, heads, width))
-    ends = by_gains(gains, elements, width).stacked, uniform(layers, heads, width, elements).stacked
-    assert torch.equal(by_gains(blended(gains, 0), elements, width).stacked, ends[0])
-    assert torch.equal(by_gains(blended(gains, 1), elements, width).stacked, ends[1])
-    middle = by_gains(blended(gains, 0.5), elements, width).stacked
+
+    def ranks(worths: torch.Tensor, elements: float) -> torch.Tensor:
+        return at(fill(by_rank(worths, width), width), elements).coordinates
+
+    ends = ranks(by_cost, elements), ranks(equal_worth(layers, heads, width), elements)
+    assert torch.equal(ranks(blended(by_cost, width, 0), elements), ends[0])
+    assert torch.equal(ranks(blended(by_cost, width, 1), elements), ends[1])
+    middle = ranks(blended(by_cost, width, 0.5), elements)
     assert (middle - ends[1]).abs().sum() <= (ends[0] - ends[1]).abs().sum(), "a blend is nearer to equal ranks"
-    table = by_gains(blended(gains, 0.5), elements, width)
-    assert elements - STEP < table.elements <= elements or table.elements == 2 * layers * heads * width
-    larger = by_gains(blended(gains, 0.5), 1.3 * elements, width)
-    assert (larger.stacked >= table.stacked).all(), "what a smaller budget keeps a larger one keeps"
+    assert elements - STEP < middle.sum() <= elements + 1e-6 or middle.sum() == 2 * layers * heads * width
+    larger = ranks(blended(by_cost, width, 0.5), 1.3 * elements)
+    assert (larger >= middle).all(), "what a smaller budget keeps a larger one keeps"

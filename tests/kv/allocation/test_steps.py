@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.errors import BudgetError
-from nestling.kv.allocation.bits import CHOICES, BitTable, by_bits, hull, losses
-from nestling.kv.allocation.ranks import MAX_GROUPS
+from nestling.kv import Allocation
+from nestling.kv.allocation.allocate import by_rank, losses
+from nestling.kv.allocation.budget import read_share
+from nestling.kv.allocation.steps import MAX_GROUPS, fill, hull
+from nestling.kv.allocation.table import CHOICES
 
 ERRORS = torch.tensor([[0.36, 0.12, 0.037, 0.012, 1e-4]] * 2)
 
@@ -20,7 +23,12 @@ def random_losses(seed: int, layers: int = 2, heads: int = 2, width: int = 24) -
     return losses(drop_cost, quantisation_cost, ERRORS)
 
 
-def lost(table: BitTable, given: torch.Tensor) -> float:
+def by_bits(found: torch.Tensor, bits: float, width: int = 24) -> Allocation:
+    steps = fill(found, width)
+    return steps.required(read_share(bits / steps.most))
+
+
+def lost(table: Allocation, given: torch.Tensor) -> float:
     places = torch.tensor([CHOICES.index(b) for b in table.stacked.flatten().tolist()])
     return float(given.double().flatten(0, -2)[torch.arange(len(places)), places].sum())
 
@@ -29,6 +37,7 @@ def test_losses_are_drop_costs_without_bits_and_quantisation_costs_with_some():
     drop_cost, quantisation_cost = torch.rand(2, 2, 1, 1, 12)
     found = losses(drop_cost, quantisation_cost, ERRORS)
     assert found.shape == (2, 1, 1, 2, len(CHOICES))
+    found = found.float()
     torch.testing.assert_close(found[1, 0, 0, 1, 0], drop_cost[1, 0, 0, 8:].sum())  # a last block of four coordinates
     torch.testing.assert_close(found[0, 0, 0, 0, CHOICES.index(3)], 0.037 * quantisation_cost[0, 0, 0, :8].sum())
     assert (found[..., -1] == 0).all()
@@ -41,7 +50,7 @@ def test_no_table_with_as_many_bits_loses_less(seed, share):
     found = random_losses(seed, 1, 1, 16)
     found[1, :, :, 1] = 0  # the last block of values is worth nothing
     try:
-        table = by_bits(found, share * 3 * 8 * 16)
+        table = by_bits(found, share * 3 * 8 * 16, 16)
     except BudgetError:
         return
     best = min(
@@ -67,7 +76,7 @@ def test_tables_are_nested_and_meet_their_budget(seed, heads, shares):
         assert share * full - 8 * 16 * most < table.bits <= share * full or not could_gain(table, found)
 
 
-def could_gain(table: BitTable, found: torch.Tensor) -> bool:
+def could_gain(table: Allocation, found: torch.Tensor) -> bool:
     """Whether any block could gain from more bits."""
     return any(
         by > 0
@@ -84,14 +93,39 @@ def test_heads_of_a_layer_share_tables_where_there_are_many():
     assert sorted(h for heads, _ in table.groups(0) for h in heads) == list(range(9))
 
 
-def test_bad_tables_and_budgets_are_refused():
+def test_bad_losses_and_budgets_are_refused():
     found = random_losses(0)
-    with pytest.raises(BudgetError, match="fewer than the smallest step"):
+    with pytest.raises(BudgetError, match=r"below the smallest possible, 0\.0026"):
         by_bits(found, 7)
     with pytest.raises(BudgetError, match="finite"):
         by_bits(found * torch.nan, 1000)
-    table = by_bits(found, 2000)
-    with pytest.raises(BudgetError, match=r"keys is \[2, 2, 3\], expected \[2, 2, 4\]"):
-        table.check(2, 2, 32)
-    with pytest.raises(BudgetError, match="holds 5 bits, expected some of"):
-        BitTable(torch.full((2, 2, 3), 5), table.values).check(2, 2, 24)
+
+
+def test_what_is_worth_nothing_comes_last():
+    """At the whole budget the cache is full; before, no bits go where nothing is lost."""
+    found = random_losses(0)
+    found[0, 1, 0] = 0
+    steps = fill(found, 24)
+    full = steps.at(1)
+    assert (full.stacked == 16).all() and full.bits == steps.most == 16 * 2 * 2 * 2 * 24
+    most = steps.table(steps.most - 3 * 8 * 16)
+    assert (most[0, 1, 0] == 0).all() and most.sum() == 16 * (2 * 2 * 2 * 3 - 3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**31), width=st.sampled_from([1, 4, 7, 12, 19]), share=st.floats(0.3, 1), ranks=st.booleans()
+)
+def test_a_small_last_block_costs_what_it_takes(seed, width, share, ranks):
+    """At 16 bits its coordinates, in codes those of a whole block: no width costs more than 16 bits would."""
+    found = random_losses(seed, width=width)
+    steps = fill(by_rank(found[..., 0], width) if ranks else found, width)
+    assert steps.most == 16 * 2 * 2 * 2 * width
+    table = steps.at(share)
+    if table is None:
+        return
+    assert table.bits <= share * steps.most + 1e-6
+    last = table.stacked[..., -1]
+    assert (last[last < 16] * 8 < 16 * (width % 8 or 8)).all()
+    if ranks:
+        assert (table.stacked.diff(dim=-1) <= 0).all() and not table.quantised
