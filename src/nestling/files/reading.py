@@ -121,6 +121,16 @@ def read_tensors(path: AnyPath, error: type[NestlingError] = FileError) -> dict[
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
+def read_metadata(path: AnyPath, error: type[NestlingError] = FileError) -> dict[str, str]:
+    """The texts in the header of a safetensors file, by name.
+
+    Raises:
+        error: as `read_tensors`.
+    """
+    with _opened(path, error) as file:
+        return file.metadata() or {}
+
+
 def tensor_shapes(path: AnyPath, error: type[NestlingError] = FileError) -> dict[str, list[int]]:
     """The shapes of a safetensors file's tensors, by name: its header alone is read.
 

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -55,11 +55,12 @@ def _error(path: str | os.PathLike[str], error: Exception) -> FileError:
     return made
 
 
-def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Path], object]) -> None:
     """Write a file whole or not at all; an older one of that name is replaced. Devices and pipes are written into.
 
     Args:
         content: bytes, or text for UTF-8; lone surrogates in it, as names of files have them, are written as escapes.
+            Or a function that writes to the path it is given; not for devices and pipes.
 
     Raises:
         FileError: it cannot be written, or the folder does not exist.
@@ -67,10 +68,14 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     with naming(path):
         _check_target(path)
         if _is_stream(path):
+            if callable(content):
+                raise FileError(f"cannot write {os.fspath(path)}: it is a device or a pipe: choose a file")
             return _write_into(path, content)
         target = Path(os.path.realpath(path))  # of a link, what it leads to
         with temporary_file(target.parent) as new:
-            if isinstance(content, str):
+            if callable(content):
+                content(new)
+            elif isinstance(content, str):
                 new.write_text(content, encoding="utf-8", errors="backslashreplace")
             else:
                 new.write_bytes(content)

@@ -8,6 +8,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig
 from nestling.errors import BudgetError, CacheMismatchError
 from nestling.kv.allocation.budget import Budget, read_share
 from nestling.kv.allocation.table import Allocation
+from nestling.kv.cache import files
 from nestling.kv.cache.bases import LayerBases, Members, nbytes, shared
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.draft import DraftWatch
@@ -70,6 +72,7 @@ class NestedCache(StoredCache):
     allocation: Allocation
     config: PreTrainedConfig
     storage: Storage
+    options: CacheConfig
     factory: CacheFactory | None = None
     budget: float = 1.0
     limit: int | None = None
@@ -103,7 +106,7 @@ class NestedCache(StoredCache):
         self._assemble(layers, bases, allocation, text_config(model), storage, dtype, options)
         if factory is not None:
             self._start(factory, dtype.itemsize)
-        self.model = weakref.ref(model)
+        self.model, self.options = weakref.ref(model), options
         attach(model)
         warn_of_rotation(model, stacklevel=3)
 
@@ -266,6 +269,31 @@ class NestedCache(StoredCache):
                     layer.move(groups, self.storage.exact(is_full(width, stored_alike)), bases)
         self.allocation, self.budget = allocation, budget
 
+    def save(self, path: str | Path) -> None:
+        """Write what was read to a file, whole or not at all: `load` goes on with it, in another process too.
+
+        The file is safetensors, without the bases, which are the adapter's, and without the ids of the tokens.
+
+        Raises:
+            FileError: it cannot be written. A file that was there is as it was.
+        """
+        files.save(self, path)
+
+    @classmethod
+    @in_default_mode
+    def load(cls, path: str | Path, model: Any, adapter: "KVAdapter") -> "NestedCache":
+        """A cache from a file of `save`: what follows is read as if it had never been written.
+
+        Args:
+            model: the causal LM that read the tokens, perhaps loaded again.
+            adapter: that of the cache.
+
+        Raises:
+            FileError: the file cannot be read, is truncated, damaged or something else.
+            CacheMismatchError: it was saved for another model or with another adapter.
+        """
+        return files.load(cls, path, model, adapter)
+
     def reset(self) -> None:
         """Forget all tokens: the cache is as it was when it was made, at its first budget and limit."""
         super().reset()
@@ -294,29 +322,11 @@ class NestedCache(StoredCache):
                 self._make_room(batch, 0)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of storage really held, by all layers: untyped storages, so slack and exact tokens are included.
-
-        Bases are not: see `shared_nbytes`.
-        """
-        return sum(_layer_nbytes(layer) for layer in self.layers)
-
-    @property
     def shared_nbytes(self) -> int:
         """Bytes of the bases, means and steps that this cache reads its coordinates by: the same however long the text
         grows, neither in `nbytes` nor under ``limit``. All caches of an adapter and an allocation on a device, and
         copies of them, share them."""
         return nbytes(layer.bases for _, layer in self._nested())
-
-    @property
-    def full_nbytes(self) -> int:
-        """Bytes that a stock cache of the stored dtype would hold for the same tokens and batch, without slack."""
-        return sum(_layer_full_nbytes(layer) for layer in self.layers)
-
-    @property
-    def share(self) -> float:
-        """What is held, of the bytes of a full cache of the stored dtype; 0 while nothing is."""
-        return self.nbytes / self.full_nbytes if self.full_nbytes else 0.0
 
 
 def storage_dtype(model: torch.dtype, options: CacheConfig) -> torch.dtype:
@@ -329,21 +339,3 @@ def storage_dtype(model: torch.dtype, options: CacheConfig) -> torch.dtype:
 def _mib(size: int) -> str:
     """Bytes as MiB, rounded up so that the number can be used as a limit."""
     return f"{math.ceil(size / 2**20 * 10_000) / 10_000:.4f} MiB"
-
-
-def _stored(layer) -> list[Tensor]:
-    """Keys and values of a stock layer, if it has any yet."""
-    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
-
-
-def _layer_nbytes(layer) -> int:
-    if isinstance(layer, NestedLayer):
-        return layer.nbytes
-    return sum(t.untyped_storage().nbytes() for t in _stored(layer))
-
-
-def _layer_full_nbytes(layer) -> int:
-    """Bytes that a stock layer would hold for the same tokens."""
-    if isinstance(layer, NestedLayer):
-        return layer.full_elements * layer.dtype.itemsize if layer.length else 0
-    return sum(t.nbytes for t in _stored(layer))

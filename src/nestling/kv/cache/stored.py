@@ -78,7 +78,7 @@ class StoredLayer(CacheLayerMixin):
 
 
 class StoredCache(Cache):
-    """A cache that can be iterated, copied and written to a file; see `NestedCache`.
+    """A cache that can be iterated, copied and pickled, and knows its bytes; see `NestedCache`.
 
     Attributes:
         model: a weak reference to the model it was made for, unless it comes from a file.
@@ -105,3 +105,39 @@ class StoredCache(Cache):
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.model = self.model
         return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage really held, by all layers: untyped storages, so slack and exact tokens are included.
+
+        Bases are not: see `shared_nbytes`.
+        """
+        return sum(_layer_nbytes(layer) for layer in self.layers)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that a stock cache of the stored dtype would hold for the same tokens and batch, without slack."""
+        return sum(_layer_full_nbytes(layer) for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """What is held, of the bytes of a full cache of the stored dtype; 0 while nothing is."""
+        return self.nbytes / self.full_nbytes if self.full_nbytes else 0.0
+
+
+def _stored(layer) -> list[Tensor]:
+    """Keys and values of a stock layer, if it has any yet."""
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+
+
+def _layer_nbytes(layer) -> int:
+    if isinstance(layer, StoredLayer):
+        return layer.nbytes
+    return sum(t.untyped_storage().nbytes() for t in _stored(layer))
+
+
+def _layer_full_nbytes(layer) -> int:
+    """Bytes that a stock layer would hold for the same tokens."""
+    if isinstance(layer, StoredLayer):
+        return layer.full_elements * layer.dtype.itemsize if layer.length else 0
+    return sum(t.nbytes for t in _stored(layer))

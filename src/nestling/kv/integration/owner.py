@@ -3,10 +3,12 @@
 import math
 import weakref
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from nestling.errors import CacheMismatchError, UnsupportedModelError
-from nestling.kv.integration.attach import fingerprint, text_config
+from nestling.kv.integration.interface import base_model
+from nestling.kv.integration.state import decoder_part
+from nestling.kv.integration.structure import fingerprint, text_config
 
 SAMPLE = 8  # weights of each parameter that are compared
 ROUNDING = 0.01  # by which they may differ, as a share: a model may be loaded again in another precision
@@ -34,6 +36,24 @@ class Owner:
         if not _alike(getattr(module, "config", self.config), self.config) or not _equal(self._weights, weights):
             raise CacheMismatchError("this cache was made for another model: make a NestedCache of its own")
         self._module, self._weights = weakref.ref(module), weights
+
+    @property
+    def weights(self) -> dict[str, tuple[float, ...]] | None:
+        """Some weights of the module that are numbers, by name; None before there is one."""
+        if self._weights is None:
+            return None
+        return {name: row for name, row in self._weights.items() if all(map(math.isfinite, row))}
+
+    def recognise(self, model: PreTrainedModel, index: int, weights: dict[str, tuple[float, ...]]) -> None:
+        """Take ``weights`` for those of the module, and look whether a model has them in the layer of that index.
+
+        Raises:
+            CacheMismatchError: it has others.
+        """
+        self._weights = weights
+        for part in decoder_part(base_model(model)).modules():
+            if getattr(part, "layer_idx", None) == index and weights.keys() <= dict(part.named_parameters()).keys():
+                return self.check(part)
 
     def __getstate__(self) -> tuple:
         return self.config, self._weights

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from nestling.errors import UnsupportedModelError
 from nestling.kv.integration.interface import base_model
-from nestling.kv.integration.structure import compressible_layers, text_config
+from nestling.kv.integration.structure import text_config
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -108,9 +108,9 @@ def input_device(model) -> torch.device:
 
 
 def layer_devices(model) -> dict[int, torch.device]:
-    """The device on which each layer that is compressed computes, by index, also where its weights are offloaded."""
+    """The device on which each layer computes, by index, also where its weights are offloaded."""
     lm = base_model(model)
-    devices = dict.fromkeys(compressible_layers(text_config(lm)), input_device(lm))
+    devices = dict.fromkeys(range(text_config(lm).num_hidden_layers), input_device(lm))
     parts = [part for part in decoder_part(lm).modules() if getattr(part, "layer_idx", None) in devices]
     for part in reversed(parts):  # the outermost part of a layer has the last word
         if (device := _device(part)) is not None:
