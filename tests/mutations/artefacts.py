@@ -59,6 +59,7 @@ def artefacts(place: Path) -> dict[str, Artefact]:
     model = tiny_model("llama-gqa")
     return {
         **_adapters(place, model, ids),
+        **_caches(place, model, ids),
         **_checkpoints(place, model, ids),
         **_encoders(place),
         **_data(place),
@@ -97,6 +98,21 @@ def _adapters(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]
 
     sealed = "nestling_adapter.safetensors".__eq__
     return {"adapter": Artefact(place / "adapter", read, sealed, 3), "old adapter": Artefact(place / "old", read)}
+
+
+def _caches(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]:
+    adapter = kv.KVAdapter.from_pretrained(place / "adapter")
+    cache = kv.NestedCache(model, adapter, kv.CacheConfig(budget=0.5, sinks=2, window=2, context=512))
+    with torch.no_grad():
+        model(input_ids=ids[:2, :50], past_key_values=cache)
+    (place / "cache").mkdir()
+    cache.save(place / "cache" / "cache.safetensors")
+
+    def read(folder: Path) -> Any:
+        again = kv.NestedCache.load(folder / "cache.safetensors", model, adapter)
+        return [state for pair in again for state in pair[:2]]
+
+    return {"cache": Artefact(place / "cache", read, lambda name: True)}
 
 
 def _checkpoints(place: Path, model: Any, ids: torch.Tensor) -> dict[str, Artefact]:

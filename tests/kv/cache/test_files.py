@@ -36,7 +36,8 @@ KINDS = {
 @pytest.mark.parametrize("family", EVERY)
 def test_a_conversation_is_gone_on_with(fitted, ids, tmp_path, family, name):
     made = fitted(family)
-    cache = filled(made, name, ids[:2, :30])
+    more = {"budget": "0.06MiB"} if name == "limited" else {}  # some families have twice the heads
+    cache = filled(made, name, ids[:2, :30], **more)
     cache.save(tmp_path / "cache.safetensors")
     again = NestedCache.load(tmp_path / "cache.safetensors", made.model, made.adapter)
     assert (again.full_nbytes, again.get_seq_length(), again.budget) == (cache.full_nbytes, 30, cache.budget)
@@ -169,7 +170,7 @@ def edited(path: Path, target: Path, change, *, sealed: bool = True) -> Path:
         head = json.loads(file.metadata()["nestling"])
     change(head, tensors)
     if sealed:
-        head["sha256"] = files._checksum(tensors)
+        head["sha256"] = files._checksum(head, tensors)
     save_file(tensors, target, {"nestling": json.dumps(head)})
     return target
 
@@ -207,7 +208,7 @@ def test_other_files_are_refused(saved, tmp_path):
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     (tmp_path / "flipped").write_bytes(content)
-    with pytest.raises(FileError, match="flipped is damaged: the checksum"):
+    with pytest.raises(FileError, match="flipped is damaged: its checksum differs"):
         NestedCache.load(tmp_path / "flipped", made.model, made.adapter)
 
 

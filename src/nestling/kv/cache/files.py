@@ -67,9 +67,9 @@ def save(cache: "NestedCache", path: str | Path) -> None:
         options |= {"budget": factory.share, "limit": limit}
     head = {
         "format": FORMAT, "kind": KIND, "model": fingerprint(cache.config), "bases": _written_by(cache),
-        "sha256": _checksum(tensors), "options": options, "budget": cache.budget,
-        "allocation": cache.allocation.to_dict(), "layers": layers,
+        "options": options, "budget": cache.budget, "allocation": cache.allocation.to_dict(), "layers": layers,
     }  # fmt: skip
+    head["sha256"] = _checksum(head, tensors)
     write_file(path, lambda new: save_file(tensors, new, {KEY: json.dumps(head)}))
 
 
@@ -126,16 +126,18 @@ def _read(path: str | Path) -> tuple[Fields, dict[str, Tensor]]:
     if (number := head.whole("format")) != FORMAT:
         raise FileError(f"{path} has format {number}, this version reads {FORMAT}: upgrade nestling, or save it again")
     tensors = read_tensors(path, FileError)
-    if _checksum(tensors) != head.text("sha256"):
-        raise FileError(f"{path} is damaged: the checksum of its tensors differs")
+    if _checksum(values, tensors) != head.text("sha256"):
+        raise FileError(f"{path} is damaged: its checksum differs")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FileError(f"{path} is damaged: {name} holds NaN or infinity")
     return head, tensors
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _checksum(head: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of all that is in a file but the checksum itself."""
+    rest = {key: value for key, value in head.items() if key != "sha256"}
+    total = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         total.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         total.update(_raw(tensors[name]))
