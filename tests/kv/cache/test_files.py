@@ -141,6 +141,18 @@ def test_another_model_is_refused(fitted, ids, tmp_path):
     assert again.get_seq_length() == 30
 
 
+def test_a_model_is_not_switched_by_a_call_that_fails(fitted, ids, tmp_path):
+    made, path = fitted("llama-gqa"), tmp_path / "cache"
+    filled(made, "bits", ids[:1, :30]).save(path)
+    other = tiny_model("llama-gqa", seed=1)
+    with pytest.raises(CacheMismatchError):
+        NestedCache.load(path, other, made.adapter)
+    assert other.config._attn_implementation != "nestling" and made.model.config._attn_implementation == "nestling"
+    with pytest.raises(CacheMismatchError):
+        NestedCache.load(path, made.model, tiny_fit(made.model, ids[4:]))
+    assert made.model.config._attn_implementation == "nestling"
+
+
 @pytest.mark.parametrize("name", ["ranks", "bits", "a table"])
 def test_another_adapter_is_refused(fitted, ids, tmp_path, name):
     made, path = fitted("llama-gqa"), tmp_path / "cache"

@@ -26,6 +26,7 @@ from nestling.kv.cache.eviction import HeavyHitters
 from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.layer import RECORDED, NestedLayer
 from nestling.kv.cache.packed import PackedRows
+from nestling.kv.integration.attach import NAME, base_model, detach, implementation
 from nestling.kv.integration.modes import default_mode
 from nestling.kv.integration.state import layer_devices
 from nestling.kv.integration.structure import fingerprint
@@ -74,10 +75,21 @@ def save(cache: "NestedCache", path: str | Path) -> None:
 
 
 def load(kind: type["NestedCache"], path: str | Path, model: Any, adapter: "KVAdapter") -> "NestedCache":
-    """See `NestedCache.load`."""
+    """See `NestedCache.load`. A model is not switched by a call that fails."""
+    attached = implementation(base_model(model)) == NAME
+    try:
+        return _load(kind, path, model, adapter)
+    except BaseException:
+        if not attached:
+            detach(model)
+        raise
+
+
+def _load(kind: type["NestedCache"], path: str | Path, model: Any, adapter: "KVAdapter") -> "NestedCache":
     head, tensors = _read(path)
-    if _differ(head.object("model").values, adapter.fingerprint):
-        raise CacheMismatchError(f"{path} was saved for another model than the adapter's")
+    theirs = json.loads(json.dumps(adapter.fingerprint))
+    if differ := [key for key, value in head.object("model").values.items() if theirs.get(key) != value]:
+        raise CacheMismatchError(f"{path} was saved for another model than the adapter's ({', '.join(differ)} differ)")
     try:
         options = CacheConfig(**head.object("options").values)
         cache = kind(model, adapter, options)
@@ -157,10 +169,6 @@ def _written_by(cache: "NestedCache") -> str:
             for tensor in (side.encode, None if side.coding is None else side.coding.step):
                 total.update(b"-" if tensor is None else _raw(tensor))
     return total.hexdigest()
-
-
-def _differ(ours: Any, theirs: dict) -> bool:
-    return json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True)
 
 
 def _parts(layer: NestedLayer) -> Iterator[tuple[str, Part, int, int]]:
