@@ -5,6 +5,7 @@ import re
 import string
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -64,7 +65,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "set" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\t13\t1\n")
     result = run(
         "embed", "train", folder / "model", "--out", folder / "trained", "--text", folder / "text.txt", "--sizes",
-        "1x8,2x16,4x32", "--steps", 20, "--batch-size", 16, "--learning-rate", 3e-4, "--projection", "pca", "--sts",
+        "1x8,2x16,4x32", "--steps", 20, "--batch-size", 16, "--rank", 4, "--exclude", folder / "same.jsonl", "--sts",
         folder / "sts.jsonl", "--json", folder / "train.json", "--html", folder / "train.html",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -76,8 +77,17 @@ def test_train_writes_a_model_its_curve_and_a_page(place):
     assert info["training"]["kind"] == "texts" and info["training"]["rows"] == len(SENTENCES)
     assert info["training"]["kept"] in ("best", "start")
     rows = json.loads((place / "train.json").read_text())["rows"]
-    assert rows[0]["step"] == 0 and "1x8_mean_sts" in rows[0] and "kl_1x8" in rows[-1]
+    assert rows[0]["step"] == 0 and "1x8_mean_sts" in rows[0] and "1x8" in rows[-1]
     assert "<svg" in (place / "train.html").read_text()
+    model = SentenceTransformer(str(place / "trained"), device="cpu", local_files_only=True)
+    before = SentenceTransformer(str(place / "model"), device="cpu", local_files_only=True)
+    np.testing.assert_array_equal(model.encode(SENTENCES[:9]), before.encode(SENTENCES[:9]))
+    adapter = ("--adapter", place / "trained" / "adapter", "--sts", place / "sts.jsonl", "--json", place / "a.json")
+    for options in ((place / "model", *adapter), (place / "trained", *adapter[2:-1], place / "b.json")):
+        result = run("embed", "eval", *options)
+        assert result.exit_code == 0, result.output
+    one, other = (json.loads((place / name).read_text())["rows"] for name in ("a.json", "b.json"))
+    assert [row["sts"] for row in one] == [row["sts"] for row in other]
 
 
 def test_align_makes_cups_without_training(place):
@@ -174,9 +184,10 @@ def test_several_cups_are_all_exported_or_none(place):
 
 
 def test_training_goes_on_with_the_projections_of_a_folder(place):
-    arguments = ("embed", "train", place / "trained", "--text", place / "text.txt", "--steps", 2, "--batch-size", 8,
-                 "--projection-rate", 0)  # fmt: skip
-    old = load_projections(place / "trained")
+    options = ("--pairs", place / "pairs.jsonl", "--steps", 2, "--batch-size", 8, "--projection-rate", 0)
+    start = run("embed", "train", place / "model", "--out", place / "started", "--sizes", "1x8,2x16,4x32", *options)
+    assert start.exit_code == 0, start.output
+    arguments, old = ("embed", "train", place / "started", *options), load_projections(place / "started")
     assert run(*arguments, "--out", place / "further").exit_code == 0
     assert run(*arguments, "--out", place / "fewer", "--sizes", "2x16,4x32").exit_code == 0
     result = run(*arguments, "--out", place / "centred", "--projection", "centred")

@@ -16,6 +16,7 @@ from nestling.cli.options import takes
 from nestling.cli.pretrain import pretrain
 from nestling.cli.sets import EncoderSets, TrainingData
 from nestling.cli.terminal import (
+    Adapter,
     Encoder,
     Html,
     Json,
@@ -24,6 +25,7 @@ from nestling.cli.terminal import (
     check_outputs,
     console,
     errors_as_messages,
+    loaded_encoder,
     loading,
     positive,
     show,
@@ -60,8 +62,6 @@ def align(
     json: Json = None,
 ) -> None:
     """Make small sizes of MODEL without training it, in closed form from text without labels; MODEL stays as it is."""
-    from nestling.embed import ElasticEncoder
-
     check_outputs(json, folder=out, new=True)
     texts = source.sentences(language)
     read = Rows((text for i, text in enumerate(texts) if i % HELD_OUT), texts.left_out)
@@ -70,7 +70,7 @@ def align(
         raise TextTooShortError(
             f"{source.text}: {len(texts)} sentences are too few, expected some thousands, 100 at least"
         )
-    encoder = loading(lambda name: ElasticEncoder.from_pretrained(name, sizes), model)
+    encoder = loaded_encoder(model, sizes, None)
     encoder.projections = {}
     rows = encoder.agreement(held, prompt=prompt, method="cut")
     encoder.align(read, prompt=prompt)
@@ -96,15 +96,14 @@ def train(
     json: Json = None,
     html: Html = None,
 ) -> None:
-    """Train MODEL so that every size is good by itself; it never ends below its aligned start on what is measured."""
-    from nestling.embed import ElasticEncoder
+    """Train the sizes of MODEL, on texts the small ones alone; they never end below their aligned start."""
     from nestling.embed.model.loading import load_encoder
     from nestling.embed.training.arguments import rank
 
     check_outputs(json, html, folder=out, new=not config.resume)
     check_checkpoints(out, config.resume)
     rows, evaluator = data.rows(), data.evaluator()
-    encoder = loading(lambda name: ElasticEncoder.from_pretrained(name, sizes), model)
+    encoder = loaded_encoder(model, sizes, None)
     other = None if teacher is None else loading(load_encoder, teacher)
     encoder.train(rows, replace(config, output_dir=out), evaluator=evaluator, teacher=other)
     if rank() > 0:  # under torchrun the first process speaks for all
@@ -123,18 +122,17 @@ def evaluate(
     model: Encoder,
     sets: EncoderSets,
     sizes: Sizes = None,
+    adapter: Adapter = "auto",
     grid: Annotated[bool, typer.Option(help="Every depth of the sizes at every width of them.")] = False,
     batch_size: Annotated[int, typer.Option(help="Texts in a forward."), positive] = 32,
     json: Json = None,
     html: Html = None,
 ) -> None:
     """Measure every size of MODEL: STS and retrieval, or, without labelled data, agreement with the full size."""
-    from nestling.embed import ElasticEncoder
-
     check_outputs(json, html)
     evaluator, prompts = sets.evaluator(batch_size=batch_size, progress=True), sets.prompts()
     texts = [] if evaluator is not None else sets.sentences()[:1000]
-    encoder = loading(lambda name: ElasticEncoder.from_pretrained(name, sizes), model)
+    encoder = loaded_encoder(model, sizes, adapter)
     if grid:
         encoder.sizes = encoder.sizes.grid
     start = time.perf_counter()
@@ -162,7 +160,8 @@ def _show_training(model: str, sizes: Any, info: dict[str, Any]) -> None:
     for size, found in zip(sizes, measured(sizes, info), strict=True):
         row: dict[str, Any] = {"size": size.name}
         for when, point in (("first", losses[0]), ("last", losses[-1])) if losses else ():
-            row[f"{when} loss"] = sum(v for k, v in point.items() if k in (size.name, f"kl_{size}"))
+            parts = [v for k, v in point.items() if k in (size.name, f"kl_{size}")]
+            row |= {f"{when} loss": sum(parts)} if parts else {}
         rows.append(row | found)
     show(rows, f"{model}: every size, in training")
 

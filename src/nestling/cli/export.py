@@ -13,7 +13,7 @@ from nestling.cli.terminal import (
     check_outputs,
     console,
     errors_as_messages,
-    loading,
+    loaded_encoder,
     show,
     write_results,
 )
@@ -36,14 +36,13 @@ def export(
     json: Json = None,
 ) -> None:
     """Write sizes of MODEL as models of their own, all or none, checked against it, which any server loads."""
-    from nestling.embed import ElasticEncoder
     from nestling.embed.ladder import Cup
     from nestling.embed.model.folder import load_ladder
     from nestling.files.folders import write_folder
 
     check_outputs(json, folder=out, new=True)
-    encoder = loading(lambda name: ElasticEncoder.from_pretrained(name, sizes), model)
-    known = sizes is not None or load_ladder(model) is not None
+    encoder = loaded_encoder(model, sizes, "auto")
+    known = sizes is not None or encoder.adapter is not None or load_ladder(model) is not None
     wanted = [encoder.sizes.cup(name) if known else Cup.parse(name) for name in size or ()] or list(encoder.sizes)
     rows = [] if results is None else _rows(results, model, [each.name for each in wanted])
 

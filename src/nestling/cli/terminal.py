@@ -51,6 +51,10 @@ Encoder = Annotated[str, typer.Argument(help="Hub id, folder, or the alias minil
 Sizes = Annotated[
     str | None, typer.Option(help="Such as 2x32,4x64,6x128; default: those it was saved with, or some for its shape.")
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="Of trained sizes: a folder, a hub id, or none; default: MODEL's own, or that of the package."),
+]
 Sinks = Annotated[int, typer.Option(help="Leading tokens kept exact."), natural]
 Window = Annotated[int, typer.Option(help="Recent tokens kept exact, at least."), natural]
 Html = Annotated[Path | None, typer.Option(help="Write a report page to this file.")]
@@ -160,6 +164,14 @@ def loading(load: Callable, model: str) -> Any:
     """Call ``load`` on a model's name while a status line is shown."""
     with console.status(f"loading {model}"):
         return load(model)
+
+
+def loaded_encoder(model: str, sizes: str | None, adapter: str | None) -> Any:
+    """The `ElasticEncoder` that a command's arguments name."""
+    from nestling.embed import ElasticEncoder
+
+    chosen = None if adapter == "none" else adapter
+    return loading(lambda name: ElasticEncoder.from_pretrained(name, sizes, adapter=chosen), model)
 
 
 def show(rows: list[dict], title: str) -> None:

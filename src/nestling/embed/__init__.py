@@ -18,6 +18,7 @@ from nestling.errors import (
 )
 
 if TYPE_CHECKING:
+    from nestling.embed.adapter import ElasticAdapter
     from nestling.embed.elastic import ElasticEncoder
     from nestling.embed.evaluation.evaluator import GridEvaluator
     from nestling.embed.evaluation.results import save_results
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from nestling.embed.training.loss import StarbucksLoss
 
 __all__ = [
+    "ElasticAdapter",
     "ElasticEncoder",
     "EvaluationError",
     "ExampleError",
@@ -48,6 +50,7 @@ __all__ = [
     "save_results",
 ]
 HOMES = {
+    "ElasticAdapter": "adapter",
     "ElasticEncoder": "elastic",
     "Exported": "export.export",
     "GridEvaluator": "evaluation.evaluator",

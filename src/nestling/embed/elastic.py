@@ -12,24 +12,28 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
-from nestling.embed.evaluation.agreement import agreement
+from nestling.embed.adapter import ElasticAdapter, adapter_for
+from nestling.embed.evaluation.agreement import agreement, full_vectors
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.export.card import card_of
 from nestling.embed.export.export import Exported, export
 from nestling.embed.ladder import Ladder
-from nestling.embed.model.folder import load_info, load_ladder, load_projections
+from nestling.embed.model.encode import strings_of
+from nestling.embed.model.folder import check_place, load_info, load_ladder, load_projections
 from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.own import own_projections
-from nestling.embed.model.projection import Projection
+from nestling.embed.model.parts import Encoder
 from nestling.embed.pretraining.pretrain import pretrain
 from nestling.embed.sized import Size, SizedEncoder
 from nestling.embed.training.align import align
 from nestling.embed.training.config import TrainConfig
-from nestling.embed.training.result import Trained, save
+from nestling.embed.training.data import Examples
+from nestling.embed.training.distil import distil
+from nestling.embed.training.result import Trained, save, weight_bytes
 from nestling.embed.training.train import train
 from nestling.errors import FileError, OptionError
 from nestling.files.hub import upload
-from nestling.options import flag, path, text
+from nestling.options import flag, path, text, whole
 
 
 class ElasticEncoder(SizedEncoder):
@@ -42,43 +46,58 @@ class ElasticEncoder(SizedEncoder):
         model: the stock SentenceTransformer.
         sizes: the sizes that are aligned, trained, measured and saved together, smallest first, the full one last.
         projections: by depth, what is applied to pooled vectors before they are cut; empty before `align` or `train`.
+        adapter: what small sizes were trained by, beside the model's own weights; None without such a training.
         info: how the sizes were made, as in ``nestling.json``: ``{"training": {...}}`` or ``{"alignment": {...}}``.
         rows: what `evaluate` or `agreement` measured last.
 
     Example:
-        >>> encoder = ElasticEncoder.from_pretrained("minilm").align(texts)
-        >>> vectors = encoder.encode(texts, size="2x96")
+        >>> encoder = ElasticEncoder.from_pretrained("minilm")
+        >>> vectors = encoder.encode(texts, size="3x256")
     """
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str] | SentenceTransformer, sizes: Any = None, *, pooling: str | None = None
+        cls,
+        name: str | os.PathLike[str] | SentenceTransformer,
+        sizes: Any = None,
+        *,
+        adapter: str | os.PathLike[str] | ElasticAdapter | None = "auto",
+        pooling: str | None = None,
     ) -> ElasticEncoder:
         """Load an encoder, with the sizes and projections that lie beside it, if there are any.
 
         Args:
             name: the alias ``minilm``, a folder in any release's format, a hub id, or a SentenceTransformer, which is
                 taken as it is.
-            sizes: by default those that the encoder was saved with, or some for its shape.
+            sizes: by default those that the encoder or its adapter was saved with, or some for its shape.
+            adapter: of trained small sizes: an `ElasticAdapter`, or what `ElasticAdapter.from_pretrained` loads.
+                ``"auto"`` is the one that lies beside the model or, for an alias and if it has all depths of
+                ``sizes``, that of the package. None: without one.
             pooling: ``"mean"`` or ``"cls"`` for a folder of transformers' own, which has none.
 
         Raises:
             LoadError: there is no such encoder, it is damaged, or it is no sentence encoder.
             LadderError: what lies beside it is damaged, or the sizes do not fit it.
+            AdapterError: the adapter is damaged, or of another model.
         """
         if isinstance(name, nn.Module):
-            return cls(name, sizes, own_projections(name))
-        model = load_encoder(name, pooling)
-        own, projections = load_ladder(name), load_projections(name)
-        return cls(model, own if sizes is None else sizes, projections, load_info(name))
+            model, own, projections, info = name, None, own_projections(name), {}
+        else:
+            model = load_encoder(name, pooling)
+            own, projections, info = load_ladder(name), load_projections(name), load_info(name)
+        chosen = adapter_for(model, name, adapter, sizes)
+        if chosen is not None:
+            own, info = own or chosen.sizes, {"training": chosen.info}
+        return cls(model, own if sizes is None else sizes, projections, info, chosen)
 
     def align(
         self, texts: Iterable[Any], *, prompt: str | None = None, batch_size: int = 32, progress: bool = True
     ) -> ElasticEncoder:
         """Let small sizes agree with the full one, in closed form, from one pass over texts without labels.
 
-        It sets `projections`: reduced-rank regressions of the full model's vectors on those of each depth. Weights
-        stay as they are, and so does the full size, unless narrower ones share its depth: then it is centred too.
+        It sets `projections`, in the place of an adapter if there is one: reduced-rank regressions of the full model's
+        vectors on those of each depth. Weights stay as they are, and so does the full size, unless narrower ones share
+        its depth: then it is centred too.
 
         Args:
             texts: some thousands like those that will be embedded, as strings or rows with a column ``text``, in a
@@ -95,10 +114,11 @@ class ElasticEncoder(SizedEncoder):
             LadderError, UnsupportedEncoderError: the sizes do not fit the model.
             OptionError: an option cannot be, or all sizes are the full one, so that there is nothing to align.
         """
-        self.projections, info = align(
+        projections, info = align(
             self.model, texts, self.sizes, prompt=prompt, batch_size=batch_size, progress=progress
         )
-        self.info = {"alignment": info}
+        self._adapt(None)
+        self.projections, self.info = projections, {"alignment": info}
         return self
 
     def train(
@@ -110,7 +130,7 @@ class ElasticEncoder(SizedEncoder):
         teacher: ElasticEncoder | SentenceTransformer | None = None,
         loss: Any = None,
     ) -> ElasticEncoder:
-        """Train the model, so that every size is good by itself; it never ends below its start on what is measured.
+        """Train every size, so that it is good by itself; it never ends below its start on what is measured.
 
         It starts from the encoder's projections, or else from those that `align` would find. The start and ten
         checkpoints are measured: by the evaluator, or else on some rows of the data, which are then not trained on.
@@ -120,7 +140,9 @@ class ElasticEncoder(SizedEncoder):
 
         * pairs (`read_pairs`): MultipleNegativesRankingLoss at every size, and small ones follow the full one;
         * scored pairs (`read_sts`): CoSENTLoss likewise;
-        * texts: no labels. Every size, the full one too, follows the similarities of the full model as it was.
+        * texts: no labels, and **the full model stays as it is**. Small sizes learn to write its vectors: low-rank
+          changes that only they read, in an `adapter`, and a projection for each depth into one space. The teacher
+          is the model itself, or another one.
 
         A training that is stopped by an error or an interrupt puts the model back as it was; ``resume=True`` goes on
         from the last checkpoint. Under ``torchrun`` every process calls this; the loss is that of the global batch.
@@ -151,10 +173,20 @@ class ElasticEncoder(SizedEncoder):
                 written, or the folders are another training's. The last whole checkpoint is kept.
         """
         guide = teacher.model if isinstance(teacher, ElasticEncoder) else teacher
+        config, examples = TrainConfig.of(config), Examples.of(data, own_loss=loss is not None)
+        if examples.kind == "texts" and loss is None:
+            if config.output_dir is not None:
+                check_place(config.output_dir, "training", config.resume, weight_bytes(self.model))
+            adapter = distil(self.model, examples, self.sizes, config, teacher=guide, evaluator=evaluator)
+            self._adapt(adapter)
+            self.sizes, self.info, self.rows = adapter.sizes, {"training": adapter.info}, []
+            if config.output_dir is not None:
+                self._save(config.output_dir, resumed=config.resume)
+            return self
         sizes = None if isinstance(getattr(loss, "cups", None), Ladder) else self.sizes
         trained = train(
-            self.model, data, sizes, config, projections=self.projections, loss=loss, teacher=guide,
-            evaluator=evaluator,
+            self.model, examples, sizes, config, projections={} if self.adapter else self.projections, loss=loss,
+            teacher=guide, evaluator=evaluator,
         )  # fmt: skip
         return self._became(trained, "training")
 
@@ -206,10 +238,17 @@ class ElasticEncoder(SizedEncoder):
             )
         elif sts or retrieval:
             raise OptionError("an evaluator has its own sts and retrieval: leave those out")
-        measures = copy(evaluator)
-        measures.ladder, measures.projections = evaluator.ladder or self.sizes, self._fitting()
+        evaluator = copy(evaluator)
+        evaluator.ladder = evaluator.ladder or self.sizes
         name = str(self.model.model_card_data.base_model or "") if model_name is None else model_name
-        self.rows = measures.rows(self.model, model_name=name, method=method, partial=partial)
+        sizes, rows = evaluator.cups(self.model), dict[str, dict[str, Any]]()
+        for number, (model, projections, some) in enumerate(self._groups(map(self._size, sizes))):
+            measures = copy(evaluator)
+            measures.ladder, measures.grid, measures.projections = Ladder(some), False, projections
+            place = partial if partial is None or not number else f"{os.fspath(partial)}.{number}"
+            found = measures.rows(model, model_name=name, method=method, partial=place)
+            rows |= {row["size"]: row for row in found}
+        self.rows = [rows[size.name] for size in sizes]
         return self.rows
 
     def agreement(
@@ -229,10 +268,18 @@ class ElasticEncoder(SizedEncoder):
         Raises:
             EvaluationError: there are too few texts, or they are none.
         """
-        self.rows = agreement(
-            self.model, texts, self.sizes, reference, projections=self._fitting(), prompt=prompt, method=method,
-            batch_size=batch_size,
-        )  # fmt: skip
+        whole("batch_size", batch_size)
+        said, rows = strings_of(texts), dict[str, dict[str, Any]]()
+        groups = self._groups(map(self._size, self.sizes))
+        if reference is None and len(groups) > 1 and len(said) > 1:
+            reference = full_vectors(self.model, said, prompt, batch_size)
+        for model, projections, some in groups:
+            found = agreement(
+                model, said, some, reference, projections=projections, prompt=prompt, method=method,
+                batch_size=batch_size,
+            )  # fmt: skip
+            rows |= {row["size"]: row for row in found}
+        self.rows = [rows[size.name] for size in self.sizes]
         return self.rows
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -241,10 +288,14 @@ class ElasticEncoder(SizedEncoder):
         Raises:
             FileError: it exists, or cannot be written.
         """
+        self._save(path("folder", folder))
+
+    def _save(self, folder: Path, resumed: bool = False) -> None:
         name = next(iter(self.info), "")
         info = self.info.get(name, {})
-        trained = Trained(path("folder", folder), self.sizes, self.projections, info)
-        save(self.model, trained, name, card_of(self.model, self.sizes, name, info, self.projections))
+        projections = {} if self.adapter is not None else self.projections
+        trained = Trained(folder, self.sizes, projections, info, self.adapter)
+        save(self.model, trained, name, card_of(self.model, self.sizes, name, info, projections), resumed)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the encoder to the hub and return its address. Other files of the repository stay as they are.
@@ -278,18 +329,17 @@ class ElasticEncoder(SizedEncoder):
         Raises:
             ExportError, ExportFileError, LadderError: as there.
         """
+        wanted = self._size(size)
+        ((model, projections, _),) = self._groups([wanted])
+        parts = Encoder.of(model)
+        ladder = Ladder({wanted, *(each for each in self.sizes if each.layers <= parts.depth)})
         return export(
-            self.model, self._size(size), Path(folder), ladder=self.sizes, projections=self.projections,
+            model, wanted, Path(folder), ladder=ladder, projections=projections,
             rows=self.rows if rows is None else rows, onnx=onnx, int8=int8,
         )  # fmt: skip
 
-    def _fitting(self) -> dict[int, Projection]:
-        """The projections, if there are none or one for each small size."""
-        for size in self.sizes:
-            self._size(size)
-        return self.projections
-
     def _became(self, trained: Trained, name: str) -> ElasticEncoder:
-        self.sizes, self.projections, self.info, self.rows = trained.ladder, trained.projections, {}, []
-        self.info[name] = trained.info
+        self._adapt(None)
+        self.sizes, self.projections, self.rows = trained.ladder, trained.projections, []
+        self.info = {name: trained.info}
         return self

@@ -82,8 +82,8 @@ def write_demo(
 ) -> None:
     """The demo: what each size takes and how well it agrees with the full one, and what one of them finds."""
     points = [
-        {"size": row["size"], "agreement": row[method], "method": method}
-        for method in ("cut", "aligned")
+        {"size": row["size"], "agreement": row[method], "method": columns[method].removeprefix("agreement, ")}
+        for method in ("cut", "made")
         for row in rows
     ]
     figure = curve(
@@ -95,8 +95,8 @@ def write_demo(
         Section("Searching the pages", "The two nearest pages to each query.", rows=answers),
     ]
     intro = (
-        "One encoder in several sizes: each is some of its layers and some of its numbers, aligned with the full "
-        "model in closed form from plain sentences. Nothing was trained."
+        "One encoder in several sizes: each is some of its layers and some of its numbers, so that it agrees with the "
+        "full model as far as it can. The full model is as it was."
     )
     write_html(path, title, intro, sections, run_meta(seconds))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,14 +11,15 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from nestling.embed.adapter import ElasticAdapter
 from nestling.embed.evaluation.choose import chosen_size
 from nestling.embed.export.export import cut_out, projection_of
 from nestling.embed.ladder import Cup, Ladder
-from nestling.embed.model.encode import encode, served_prompts, stored_prompts, strings_of, widths
+from nestling.embed.model.encode import TASKS, encode, served_prompts, stored_prompts, strings_of, widths
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
-from nestling.errors import OptionError
+from nestling.errors import AdapterError, OptionError
 from nestling.options import number, shown, text, whole
 
 Size = str | Cup | tuple[int, int]
@@ -33,6 +35,7 @@ class SizedEncoder:
         sizes: Any = None,
         projections: Mapping[int, Projection] | None = None,
         info: Mapping[str, Any] | None = None,
+        adapter: ElasticAdapter | None = None,
     ):
         """
         Args:
@@ -40,19 +43,38 @@ class SizedEncoder:
             sizes: such as ``"1x64,2x96,6x384"``, or names or pairs (layers, dims); by default some for its shape.
             projections: ``{depth: Projection}``.
             info: see the class.
+            adapter: see the class; it brings its own projections.
 
         Raises:
             UnsupportedEncoderError: the model has no layers to cut.
             LadderError: a size is deeper or wider than the model.
+            AdapterError: the adapter is of another model.
         """
         parts = Encoder.of(model)
-        full = Cup(parts.depth, parts.dims)
-        ladder = Ladder.default(*_shape(full)) if sizes is None else Ladder.parse(sizes)
-        Ladder({*ladder, full}).check(*_shape(full))  # the full size itself may be left out where nothing is trained
+        full = Cup(*_shape(parts))
+        ladder = Ladder.default(*_shape(parts)) if sizes is None else Ladder.parse(sizes)
+        Ladder({*ladder, full}).check(*_shape(parts))  # the full size itself may be left out where nothing is trained
         self.model, self.sizes = parts.model, ladder
         self.projections: dict[int, Projection] = dict(projections or {})
         self.info: dict[str, Any] = dict(info or {})
         self.rows: list[dict[str, Any]] = []
+        self.adapter: ElasticAdapter | None = None
+        self._body: SentenceTransformer | None = None
+        if adapter is not None:
+            self._adapt(adapter)
+
+    def _adapt(self, adapter: ElasticAdapter | None) -> None:
+        """Read small sizes with an adapter, or without one."""
+        self._body = None if adapter is None else adapter.body(self.model)
+        self.adapter = adapter
+        device = self.model.device
+        turns = {} if adapter is None else adapter.projections
+        self.projections = {depth: copy.deepcopy(turn).to(device) for depth, turn in turns.items()}
+
+    @property
+    def space(self) -> str | None:
+        """The id of the space that an adapter's sizes share; None without one, where each depth has its own."""
+        return None if self.adapter is None else self.adapter.space
 
     def encode(
         self,
@@ -90,18 +112,86 @@ class SizedEncoder:
         if size is not None and sizes is not None:
             raise OptionError(f"size={size} and sizes={shown(sizes)}: give one of the two")
         wanted = [self._size(each) for each in ([size] if sizes is None else sizes)]
-        single = isinstance(texts, str)
-        said, similarity = [texts] if single else strings_of(texts), Similarity.of(self.model)
-        pooled = encode(
-            self.model, said, widths(wanted), prompt=self._prompt(prompt_name, prompt), batch_size=batch_size,
-            projections=self.projections,
-        )  # fmt: skip
-        vectors = {each.name: similarity.finished(pooled[each.layers][:, : each.dims]) for each in wanted}
-        found = {
-            name: (rows if convert_to_tensor else rows.numpy())[0 if single else slice(None)]
-            for name, rows in vectors.items()
-        }
+        options: dict[str, Any] = {"prompt": self._prompt(prompt_name, prompt), "batch_size": batch_size}
+        found = self._encoded(texts, wanted, convert_to_tensor, **options)
         return found[wanted[0].name] if sizes is None else found
+
+    def encode_query(
+        self, texts: Any, size: Size | None = None, *, space: str | None = None, batch_size: int = 32,
+        convert_to_tensor: bool = False,
+    ) -> Any:  # fmt: skip
+        """The vectors of queries, with the model's prompt for them, to be compared with those of `encode_document`.
+
+        With an adapter all sizes share one space: vectors of any two sizes are compared by their first coordinates,
+        as many as the narrower one has. The full size is written in that space as well; its cosines are those of
+        `encode`, up to rounding.
+
+        Args:
+            texts, batch_size, convert_to_tensor: as of `encode`.
+            size: such as ``"6x384"``; by default the full one.
+            space: the id that the documents' vectors were kept with; another space than this encoder's is refused.
+
+        Raises:
+            AdapterError: the space is another one, or the adapter's teacher was another model, so that the full size
+                is not in its space.
+            LadderError, OptionError, EvaluationError, ExportError: as `encode`.
+        """
+        return self._in_space("query", texts, size, space, batch_size, convert_to_tensor)
+
+    def encode_document(
+        self, texts: Any, size: Size | None = None, *, space: str | None = None, batch_size: int = 32,
+        convert_to_tensor: bool = False,
+    ) -> Any:  # fmt: skip
+        """The vectors of documents, for those of `encode_query`, which has the arguments and errors."""
+        return self._in_space("passage", texts, size, space, batch_size, convert_to_tensor)
+
+    def _in_space(self, use: str, texts: Any, size: Any, space: str | None, batch_size: int, as_tensors: bool) -> Any:
+        wanted = self._size(size)
+        if space is not None and space != self.space:
+            raise AdapterError(
+                f"space={shown(space)}, and this encoder's is {self.space}: vectors of the two cannot be compared; "
+                "load the adapter that the index was made with, or make the index anew"
+            )
+        if self.adapter is not None and wanted.layers not in self.projections:
+            raise AdapterError(
+                f"{wanted} is not in the space of the adapter, which follows another teacher: take a smaller size"
+            )
+        prompt = stored_prompts(self.model)[use]
+        found = self._encoded(texts, [wanted], as_tensors, True, prompt=prompt, batch_size=batch_size, task=TASKS[use])
+        return found[wanted.name]
+
+    def _encoded(
+        self, texts: Any, wanted: Sequence[Cup], as_tensors: bool, in_space: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """Vectors by the size's name. Sizes that are read from the same layers cost one forward."""
+        single, similarity = isinstance(texts, str), Similarity.of(self.model)
+        said = [texts] if single else strings_of(texts)
+        found: dict[str, Tensor] = {}
+        for model, projections, some in self._groups(wanted, in_space):
+            pooled = encode(model, said, widths(some), projections=projections, **options)
+            found |= {each.name: similarity.finished(pooled[each.layers][:, : each.dims]) for each in some}
+        return {
+            each.name: (found[each.name] if as_tensors else found[each.name].numpy())[0 if single else slice(None)]
+            for each in wanted
+        }
+
+    def _groups(
+        self, wanted: Iterable[Cup], in_space: bool = False
+    ) -> list[tuple[SentenceTransformer, dict[int, Projection], list[Cup]]]:
+        """What each size is read from: a model and its projections. The full size is the stock model as it is."""
+        wanted = list(wanted)
+        if self._body is None:
+            return [(self.model, self.projections, wanted)]
+        full = Cup(*_shape(Encoder.of(self.model)))
+        small = [size for size in wanted if size.layers < full.layers]
+        whole = [size for size in wanted if size == full and not in_space]
+        narrow = [size for size in wanted if size.layers == full.layers and size not in whole]
+        groups = [
+            (self._body, self.projections, small),
+            (self.model, self.projections, narrow),
+            (self.model, {}, whole),
+        ]
+        return [group for group in groups if group[2]]
 
     def similarity(self, first: Vectors, second: Vectors) -> Tensor:
         """The model's own similarity of vectors ``[n, d]`` and ``[m, d]`` of one size, ``[n, m]``."""
@@ -113,8 +203,10 @@ class SizedEncoder:
         Raises:
             LadderError, ExportError: as `encode`.
         """
-        wanted, parts = self._size(size), Encoder.of(self.model)
-        return cut_out(parts, wanted, projection_of(parts, wanted, self.projections)).to(self.model.device).eval()
+        wanted = self._size(size)
+        ((model, projections, _),) = self._groups([wanted])
+        parts = Encoder.of(model)
+        return cut_out(parts, wanted, projection_of(parts, wanted, projections)).to(self.model.device).eval()
 
     def choose(
         self,
@@ -160,7 +252,8 @@ class SizedEncoder:
         full = Cup(parts.depth, parts.dims)
         wanted = full if size is None else Ladder.parse([size]).full
         Ladder({wanted, full}).check(full.layers, full.dims)
-        projection_of(parts, wanted, self.projections)
+        if self.adapter is None or wanted != full:
+            projection_of(parts, wanted, self.projections)
         return wanted
 
     def _prompt(self, name: str | None, prompt: str | None) -> str:
@@ -188,5 +281,5 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _shape(size: Cup) -> tuple[int, int]:
-    return size.layers, size.dims
+def _shape(parts: Encoder) -> tuple[int, int]:
+    return parts.depth, parts.dims

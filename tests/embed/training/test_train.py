@@ -75,20 +75,17 @@ def losses_of(point: dict, name: str) -> float:
         (pairs(negatives=True), {"weights": {"4x32": 2.0}, "temperature": 0.1}),
         (pairs(), {"mini_batch_size": 3}),
         (scored(), {}),
-        (TEXTS, {}),
-        (TEXTS, {"projection": "centred", "projection_rate": 0}),
+        (pairs(), {"projection": "centred", "projection_rate": 0}),
         (pairs(), {"projection": "none"}),
     ],
-    ids=["pairs", "triplets", "cached", "scored", "texts", "texts-centred", "pairs-as-they-are"],
+    ids=["pairs", "triplets", "cached", "scored", "pairs-centred", "pairs-as-they-are"],
 )
 def test_training_lowers_the_loss_of_every_cup(encoder, tmp_path, data, options):
     model = encoder()
     trained = run(model, data, tmp_path / "out", **{"steps": 60, "logging_steps": 10, **options})
     first, *_, last = trained.info["curve"]
-    for name in NAMES[:2] if data is TEXTS else NAMES:
+    for name in NAMES:
         assert losses_of(last, name) < losses_of(first, name), name
-    if data is TEXTS:  # the full cup starts where it should stay
-        assert last["kl_4x32"] / 2 < 0.05  # with its weight
     assert not model.training and last["step"] == 60
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)  # a stock one
     torch.testing.assert_close(loaded.encode(TEXTS[:5]), model.encode(TEXTS[:5]))
@@ -148,60 +145,25 @@ def test_projections_of_the_best_checkpoint_are_kept(encoder, tmp_path):
     assert again(model)["mean"] == pytest.approx(trained.info["best"], abs=1e-6)
 
 
-def test_texts_follow_the_model_as_it_was(encoder, tmp_path):
-    """Small cups agree better with the old full model, and the full one has not gone away from it."""
-    old, model = encoder(), encoder()
-    trained = run(model, TEXTS, tmp_path / "out", steps=80, batch_size=32, learning_rate=3e-4)
-
-    def agreement(model, layers, dims):
-        turns = trained.projections if model is not old else None
-        wanted, found = (
-            torch.nn.functional.normalize(encode(m, TEXTS, {depth: width}, projections=turn)[depth], dim=-1)
-            for m, depth, width, turn in ((old, 4, 32, None), (model, layers, dims, turns))
-        )
-        rows = torch.stack([(vectors @ vectors.mT).flatten() for vectors in (wanted, found)])
-        return float(torch.corrcoef(rows)[0, 1])
-
-    for size, gain in (((1, 8), 0.5), ((2, 16), 0.35)):
-        assert agreement(model, *size) > agreement(old, *size) + gain
-    assert agreement(model, 4, 32) > 0.98
+def test_another_encoder_teaches_pairs(encoder, tmp_path, backbones):
+    teacher = sentence_model(backbones("distilbert"))
+    trained = run(encoder(), pairs(), tmp_path / "pairs", teacher=teacher, logging_steps=10)
+    first, *_, last = trained.info["curve"]
+    assert {"kl_1x8", "kl_4x32", "1x8"} <= set(first)
+    assert last["kl_4x32"] < first["kl_4x32"] and trained.info["teacher"]
+    assert (tmp_path / "pairs-checkpoints" / "teacher.npy").is_file()
 
 
-def test_dropout_is_off_for_texts_and_back_afterwards(encoder, tmp_path):
-    """The vectors that are followed have none; a tiny model that learns to bear it goes far away from them."""
+def test_dropout(encoder, tmp_path):
     model = encoder()
     seen = []
     drop = model[0].model.embeddings.dropout
     drop.register_forward_hook(lambda module, args, output: seen.append((module.training, module.p)))
-    run(model, TEXTS, tmp_path / "texts", steps=2)
-    assert (True, 0.0) in seen and (True, 0.1) not in seen and drop.p == 0.1
     run(model, pairs(), tmp_path / "pairs", steps=2)
     assert (True, 0.1) in seen
     seen.clear()
     run(model, pairs(), tmp_path / "quiet", steps=2, dropout=False)
-    assert (True, 0.1) not in seen
-
-
-def test_another_encoder_teaches_texts_and_pairs(encoder, tmp_path, backbones):
-    teacher = sentence_model(backbones("distilbert"))
-    for name, data in (("texts", TEXTS), ("pairs", pairs())):
-        trained = run(encoder(), data, tmp_path / name, teacher=teacher, logging_steps=10)
-        first, *_, last = trained.info["curve"]
-        assert {"kl_1x8", "kl_4x32"} <= set(first) and ("1x8" in first) == (name == "pairs")
-        assert last["kl_4x32"] < first["kl_4x32"] and trained.info["teacher"]
-    assert (tmp_path / "texts-checkpoints" / "teacher.npy").is_file()
-
-
-def test_prompts_reach_the_loss_and_the_teacher(encoder, tmp_path):
-    """The teacher of texts under a prompt has seen the same prompt: at full size there is nothing to learn."""
-    model = encoder()
-    model.prompts, model.default_prompt_name = {"usual": "w50 w51 "}, "usual"
-    zero = run(model, TEXTS, tmp_path / "zero", steps=1, learning_rate=1e-9)
-    assert zero.info["prompts"] == {"text": "w50 w51 "}
-    other = run(encoder(), TEXTS, tmp_path / "other", steps=1, learning_rate=1e-9, prompts="w50 w51 ")
-    plain = run(encoder(), TEXTS, tmp_path / "plain", steps=1, learning_rate=1e-9, prompts="")
-    assert zero.info["curve"][0] == other.info["curve"][0] != plain.info["curve"][0]
-    assert zero.info["curve"][0]["kl_4x32"] == pytest.approx(0, abs=1e-4)
+    assert (True, 0.0) in seen and (True, 0.1) not in seen and drop.p == 0.1
 
 
 @pytest.mark.parametrize(
@@ -312,12 +274,12 @@ def test_gradient_checkpointing_and_bf16_change_little(encoder, tmp_path):
 
 
 def test_what_is_written_names_no_folders(encoder, tmp_path):
-    run(encoder(), TEXTS, tmp_path / "out", steps=2)
+    run(encoder(), pairs(), tmp_path / "out", steps=2)
     written = [p.read_text("utf-8") for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".md")]
     assert written and not any(str(tmp_path.parent) in text for text in written)  # where the model was read, too
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     info = json.loads((tmp_path / "out" / "nestling.json").read_text())
-    assert info["training"]["kind"] == "texts" and info["training"]["steps"] == 2
+    assert info["training"]["kind"] == "pairs" and info["training"]["steps"] == 2
 
 
 @pytest.mark.parametrize(
@@ -333,7 +295,7 @@ def test_what_is_written_names_no_folders(encoder, tmp_path):
 def test_the_card_says_how_cups_are_exported(encoder, tmp_path, monkeypatch, cups, projection, rate, whole):
     """Its code is run: it gives the vectors that the cup had in training."""
     model = encoder()
-    trained = run(model, TEXTS, tmp_path / "out", cups, steps=2, projection=projection, projection_rate=rate)
+    trained = run(model, pairs(), tmp_path / "out", cups, steps=2, projection=projection, projection_rate=rate)
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("the full cup 4x32 has to be exported too" in card) != whole
     assert ("it is the full model" in card) == whole
@@ -356,7 +318,7 @@ def test_before_is_what_was_measured_before(encoder, tmp_path):
 
 def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
     model = encoder()
-    trained = run(model, TEXTS, tmp_path / "out", projection="centred")
+    trained = run(model, pairs(), tmp_path / "out", projection="centred")
     folder = tmp_path / "out"
     turns = load_projections(folder)
     export(load_encoder(folder), "2x16", tmp_path / "cup", ladder=load_ladder(folder), projections=turns)
@@ -367,17 +329,15 @@ def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):
     assert str(load_ladder(tmp_path / "cup")) == "2x16"
 
 
-@pytest.mark.parametrize("kind", ["pairs", "texts"])
-def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch, kind):
+def test_a_stopped_training_goes_on_to_the_same_result(encoder, tmp_path, monkeypatch):
     options = {
         "save_steps": 3,
         "steps": 12,
         "projection": "centred",
         "evaluator": GridEvaluator(sts={"dev": scored()}),
+        "projection_rate": 0.01,
     }
-    if kind == "pairs":
-        options["projection_rate"] = 0.01
-    data = pairs() if kind == "pairs" else TEXTS
+    data = pairs()
     whole, part = encoder(), encoder()
     expected = run(whole, data, tmp_path / "whole", **options)
     forward, calls = StarbucksLoss.forward, []
@@ -428,25 +388,22 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from tests.embed.families import sentence_model
-from tests.embed.training.test_train import TEXTS, pairs, run
+from tests.embed.training.test_train import pairs, run
 torch.set_num_threads(1)
 torch.manual_seed(0)
-data = TEXTS if {kind!r} == "texts" else pairs()
-run(sentence_model({backbone!r}), data, sys.argv[1], steps={steps}, use_cpu=True, save_steps=1, projection="centred",
-    projection_rate=1e-3, dropout={dropout}, resume=len(sys.argv) > 2, adam_epsilon=1e-4)
+run(sentence_model({backbone!r}), pairs(), sys.argv[1], steps={steps}, use_cpu=True, save_steps=1,
+    projection="centred", projection_rate=1e-3, dropout={dropout}, resume=len(sys.argv) > 2, adam_epsilon=1e-4)
 """
 
 
 @pytest.fixture
 def script(tmp_path, backbones):
-    """A training as a process: ``script(kind, steps, dropout)(folder, *arguments, launcher=[...])``."""
+    """A training as a process: ``script(steps, dropout)(folder, *arguments, launcher=[...])``."""
     root = str(Path(__file__).parents[3])
 
-    def make(kind: str, steps: int, dropout: bool):
-        path = tmp_path / f"{kind}{steps}.py"
-        path.write_text(
-            SCRIPT.format(root=root, backbone=str(backbones("bert")), kind=kind, steps=steps, dropout=dropout)
-        )
+    def make(steps: int, dropout: bool):
+        path = tmp_path / f"train{steps}.py"
+        path.write_text(SCRIPT.format(root=root, backbone=str(backbones("bert")), steps=steps, dropout=dropout))
         environment = {**os.environ, "PYTHONPATH": f"{root}/src", "OMP_NUM_THREADS": "1"}
 
         def start(*arguments, launcher=()):
@@ -464,7 +421,7 @@ def weights(folder: Path) -> SentenceTransformer:
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_result(tmp_path, script):
-    process = script("pairs", 40, True)
+    process = script(40, True)
     part = process(tmp_path / "part")
     held = tmp_path / "part-checkpoints"
     for _ in iter(lambda: part.poll() is None and not list(held.glob("checkpoint-1?")), False):
@@ -482,14 +439,9 @@ def test_a_killed_process_goes_on_to_the_same_result(tmp_path, script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pairs", "texts"])
-def test_two_processes_are_as_good_as_one(tmp_path, script, kind):
-    """The batch, its negatives and its similarity rows are the global ones.
-
-    Adam's epsilon is large: where the model follows itself, the first gradient of the full cup is rounding alone, of
-    which Adam would make steps of full length.
-    """
-    process = script(kind, 5, False)
+def test_two_processes_are_as_good_as_one(tmp_path, script):
+    """The batch, its negatives and its similarity rows are the global ones."""
+    process = script(5, False)
     two = process(tmp_path / "two", launcher=["-m", "torch.distributed.run", "--nproc-per-node", "2"])
     one = process(tmp_path / "one")
     for finished in (one, two):
@@ -523,8 +475,8 @@ def test_a_stale_teacher_is_not_followed(encoder, tmp_path):
     held = tmp_path / "out-checkpoints"
     held.mkdir()
     for name in ("teacher.npy", "teacher-0-of-2.npy"):
-        np.save(held / name, np.ones((len(TEXTS), 3), np.float32))
-    run(encoder(), TEXTS, tmp_path / "out", steps=1)
+        np.save(held / name, np.ones((2 * len(pairs()), 3), np.float32))
+    run(encoder(), pairs(), tmp_path / "out", steps=1, teacher=encoder("distilbert"))
     assert [p.name for p in held.glob("teacher*")] == ["teacher.npy"] and np.load(held / "teacher.npy").shape[1] == 32
 
 
@@ -553,9 +505,8 @@ def test_a_gradient_that_is_not_finite_stops_the_training(encoder, tmp_path):
 def test_broken_weights_are_found_before_anything_is_written(encoder, tmp_path):
     model = encoder()
     model[0].model.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
-    for data in (pairs(), TEXTS):
-        with pytest.raises(TrainingError, match="before the first step the loss is not finite .*2x16.*broken"):
-            run(model, data, tmp_path / "out")
+    with pytest.raises(TrainingError, match="before the first step the loss is not finite .*2x16.*broken"):
+        run(model, pairs(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -567,8 +518,8 @@ def test_folders_are_checked(encoder, tmp_path):
         run(encoder(), pairs(), tmp_path / "out", steps=4)
     with pytest.raises(TrainingError, match=r"holds another training \(.*learning_rate: 0.001, now 0.01"):
         run(encoder(), pairs(), tmp_path / "out", steps=4, resume=True, learning_rate=0.01)
-    with pytest.raises(TrainingError, match=r"holds another training \(.*kind: pairs, now texts"):
-        run(encoder(), TEXTS, tmp_path / "out", steps=4, resume=True)
+    with pytest.raises(TrainingError, match=r"holds another training \(.*kind: pairs, now scored"):
+        run(encoder(), scored(), tmp_path / "out", steps=4, resume=True)
     short, model = encoder(), encoder()
     short.max_seq_length = 5
     for other, options, changed in (
@@ -619,7 +570,7 @@ def test_folders_are_checked(encoder, tmp_path):
         (pairs(), {"stepz": 9}, ValueError, "no option stepz"),
         (pairs(), {"teacher_prompts": "w9 "}, ValueError, "teacher_prompts='w9 ' without a teacher"),
         (pairs(), {"prompts": {"query": "w9"}}, ValueError, r"no columns \['query'\] to prompt: expected anchor"),
-        (TEXTS, {"mini_batch_size": 4}, ValueError, "mini_batch_size=4 is for pairs"),
+        (scored(), {"mini_batch_size": 4}, ValueError, "mini_batch_size=4 is for pairs"),
         (pairs(), {"loss": losses.CoSENTLoss}, ValueError, "CoSENTLoss needs labels and there are none"),
         (
             scored(),

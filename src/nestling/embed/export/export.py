@@ -206,7 +206,8 @@ def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, projection:
     small.save_pretrained(str(folder), create_model_card=False)
     dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
     rewrite(folder, small, dims)
-    write_ladder(folder, ladder.to_json() | {"cup": cup.name, "projected": projection is not None})
+    space = {} if projection is None or projection.space is None else {"space": projection.space}
+    write_ladder(folder, ladder.to_json() | {"cup": cup.name, "projected": projection is not None, **space})
 
 
 def _loaded(folder: Path, device: str) -> SentenceTransformer:

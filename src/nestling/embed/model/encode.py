@@ -75,7 +75,8 @@ def encode(
         for layer, pooled in pooled_taps(encoder, features, layers, {}).items():
             pooled = pooled.float()
             if projections is not None and layer in projections:
-                pooled = projections[layer](pooled)
+                with torch.autocast(pooled.device.type, enabled=False):
+                    pooled = projections[layer](pooled)
             cut = pooled[:, : layers[layer]].cpu()
             _check_finite(cut, [texts[i] for i in places], layer)
             found[layer][places] = cut

@@ -1,11 +1,14 @@
 """Checksums of what a measurement depends on."""
 
+import hashlib
 import json
 import zlib
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
+
+from nestling.embed.model.parts import Encoder
 
 
 def checksum(value: Any) -> int:
@@ -27,6 +30,18 @@ def reading(model: SentenceTransformer) -> dict[str, Any]:
         "max_seq_length": model.max_seq_length,
         "pooling": [f"{type(m).__name__} {getattr(m, 'get_config_dict', dict)()}" for m in head],
     }
+
+
+def fingerprint(model: SentenceTransformer) -> dict[str, Any]:
+    """What tells one encoder from another: its shape, and the SHA-256 of the weights that its vectors depend on."""
+    encoder = Encoder.of(model)
+    total = hashlib.sha256()
+    for part in (encoder.backbone, *encoder.head):
+        for name, tensor in part.named_parameters():
+            if not name.startswith("pooler."):  # BERT's, which no pooling of sentence-transformers reads
+                total.update(name.encode())
+                total.update(_bytes(tensor))
+    return {"layers": encoder.depth, "dims": encoder.dims, "weights": total.hexdigest()}
 
 
 def _bytes(tensor: Tensor) -> Any:

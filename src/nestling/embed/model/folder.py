@@ -33,6 +33,7 @@ from nestling.files.writing import check_folder, naming, sync
 from nestling.report.results import plain
 
 LADDER_FILE, PROJECTIONS_FILE, CARD_FILE = "nestling.json", "projections.safetensors", "README.md"
+ADAPTER = "adapter"  # folder of an elastic adapter within that of its encoder
 MADE = ("training", "pretraining", "alignment")
 FORMER_FILE = "rotations.safetensors"  # as earlier releases called it, under "rotations" in nestling.json
 PARTS = Parts(LADDER_FILE, (PROJECTIONS_FILE, CARD_FILE))
@@ -84,6 +85,22 @@ def load_projections(name: str | os.PathLike[str]) -> dict[int, Projection]:
     if path is None or not path.is_file():
         raise LadderError(f"{name}: {file} is missing, and {LADDER_FILE} says that the cups need it")
     return read_projections(path, checksum)
+
+
+def find_adapter(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of the adapter that lies beside an encoder, if ``nestling.json`` speaks of one.
+
+    Raises:
+        LadderError: it is missing.
+        LoadError: there is no such model.
+    """
+    found = read(name)
+    if found is None or not found.get(ADAPTER):
+        return None
+    files = [find_file(name, f"{ADAPTER}/{file}") for file in found[ADAPTER]]
+    if None in files or not files:
+        raise LadderError(f"{name}: the {ADAPTER} is missing, and {LADDER_FILE} says that the sizes need it")
+    return Path(files[0]).parent  # type: ignore[arg-type]
 
 
 def check_weights(folder: Path) -> None:
@@ -151,12 +168,16 @@ def _check(found: Fields) -> None:
     """Whether the values of ``nestling.json`` beside the cups are of their types."""
     if (cup := found.text("cup", default=None)) is not None:
         Cup.parse(cup)
+    found.text("space", default=None)
     found.text("projections", (PROJECTIONS_FILE,), default=None)
     found.text("rotations", (FORMER_FILE,), default=None)
     for name in ("projected", "rotated"):
         found.flag(name, default=None)
     for name in MADE:
         found.object(name, default=None)
+    for file in found.array(ADAPTER, default=[]):
+        if not isinstance(file, str) or not re.fullmatch(r"[\w-]+\.\w+", file, re.ASCII):
+            raise LadderError(f"{found.where}: '{ADAPTER}' must be names of files, got {short(file)}")
     if (sums := found.object("sha256", default=None)) is not None:
         for name in sums.values:
             outside = Path(name).is_absolute() or ".." in Path(name).parts

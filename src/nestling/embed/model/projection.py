@@ -36,12 +36,14 @@ class Projection(nn.Module):
     Args:
         encode: ``[H, H]``, the most valuable coordinate first; orthogonal if it is of principal components.
         mean: ``[H]``, or None to leave vectors where they are.
+        space: the id of the space that its coordinates are of, if other depths write in it too.
     """
 
     mean: Tensor | None
 
-    def __init__(self, encode: Tensor, mean: Tensor | None = None):
+    def __init__(self, encode: Tensor, mean: Tensor | None = None, space: str | None = None):
         super().__init__()
+        self.space = space
         if (
             encode.ndim != 2
             or encode.shape[0] != encode.shape[1]

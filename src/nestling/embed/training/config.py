@@ -72,12 +72,19 @@ class LossConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LossConfig):
-    """Options of `ElasticEncoder.train`. The full size weighs as much as all others together, unless weights name it.
+    """Options of `ElasticEncoder.train`. The full size weighs as much as all others together, unless weights name it;
+    where texts are followed it is not trained at all.
 
     Attributes:
         output_dir: folder for the trained encoder, which must not exist; checkpoints go beside it, into
             ``<output_dir>-checkpoints``. None: nothing is kept but the object, and a killed training starts again.
         epochs: passes over the data; one if neither these nor ``steps`` are given.
+        minutes: of texts, how long it takes at most; the learning rate then falls with the time, and the result hangs
+            on the machine.
+        texts: of those that there are, so many are drawn.
+        exclude: texts that must not be trained on, since they are measured on; the name of a file of them, or of rows
+            all of whose columns count; or several names as ``pathlib.Path``. Case and punctuation do not count.
+        rank: of the low-rank changes of layers that texts train.
         batch_size: rows a step, over all processes and accumulation steps; by default 64, or all rows if there are
             fewer. No text comes twice in a batch where that can be had.
         mini_batch_size: rows of pairs that are embedded at a time, with cached gradients: large batches in little
@@ -91,8 +98,7 @@ class TrainConfig(LossConfig):
             rows of ``query, passage`` its prompts for queries and for passages, in others the one that ``encode`` uses
             by itself. ``""`` turns one off. They become the model's own, so that it is measured and served with them.
         teacher_prompts: the same for the teacher.
-        dropout: whether the model's dropout is on; by default not where texts are all there is, since what is followed
-            has none, and on otherwise.
+        dropout: whether the model's dropout is on, by default it is; never where texts are followed.
         held_out: rows that are measured on and not trained on where no evaluator is given, a tenth of all at most: the
             checkpoint that is best there is kept, or the start, if none is better. 0: the last step is kept.
         resume: go on from the last whole checkpoint, to the result of a training that was never stopped.
@@ -108,15 +114,28 @@ class TrainConfig(LossConfig):
     epochs: float | None = option(None, "Passes over the data; default: 1.", ABOVE_ZERO)
     batch_size: int | None = option(None, "Rows a step, over all processes; default: 64.", whole)
     mini_batch_size: int | None = option(None, "Rows embedded at a time, for large batches.", whole)
-    learning_rate: float = option(5e-5, "Peak learning rate (AdamW); it falls to zero linearly.", ABOVE_ZERO)
-    warmup: float = option(0.1, "Share of the steps in which it rises.", partial(number, minimum=0, below=1))
+    minutes: float | None = option(None, "Time for texts, at most; default: as --epochs take.", ABOVE_ZERO)
+    texts: int | None = option(None, "Texts to follow at most; default: all.", whole)
+    exclude: Any = option(
+        None, "File of texts or rows that are not trained on, if --text has them; may be repeated.",
+        flags=("--exclude",), cli=list[Path] | None,
+    )  # fmt: skip
+    rank: int = option(32, "Rank of the changes of layers, of texts.", whole)
+    learning_rate: float | None = option(
+        None, "Peak learning rate (AdamW); default: 5e-5 for pairs, 1e-3 for texts.", ABOVE_ZERO
+    )
+    warmup: float | None = option(
+        None, "Share of the steps in which it rises; default: 0.1 for pairs, 0.05 for texts.",
+        partial(number, minimum=0, below=1),
+    )  # fmt: skip
     projection: str = option(
         "auto", "Start of small sizes: aligned, centred, pca or none; default: MODEL's own, else aligned.",
         partial(choice, known=PROJECTIONS),
     )  # fmt: skip
-    projection_rate: float = option(
-        5e-3, "Learning rate of the projections; 0: they stay as they are.", partial(number, minimum=0)
-    )
+    projection_rate: float | None = option(
+        None, "Learning rate of the projections; 0: they stay; default: 5e-3 for pairs, 5e-4 for texts.",
+        partial(number, minimum=0),
+    )  # fmt: skip
     prompts: str | dict[str, str] | None = option(
         None, "Prompt by column, such as anchor='query: '; may be repeated; default: the model's own.", _prompts,
         flags=("--prompt",), cli=list[str] | None,
@@ -127,7 +146,7 @@ class TrainConfig(LossConfig):
         500, "Rows to measure on where no --sts or --retrieval is named; 0: none.", partial(whole, minimum=0)
     )
     seed: int = option(0, "Seed of the order of rows and of dropout.", partial(whole, minimum=0, maximum=2**32 - 1))
-    bf16: bool = option(False, "Autocast to bf16; fast where the processor has it.", flag)
+    bf16: bool | None = option(None, "Autocast to bf16; default: of texts, where the processor has it.", flag)
     gradient_checkpointing: bool = option(
         False, "Recompute activations: less memory, a third slower.", flag, flags=("--checkpointing",)
     )

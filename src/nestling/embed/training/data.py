@@ -57,6 +57,8 @@ class Examples:
             ExampleError: there are no rows, one lacks a column, has one that would be lost or is of another kind, a
                 text is blank, all texts are the same, or all scores are.
         """
+        if isinstance(data, Examples):
+            return data
         if isinstance(data, str | os.PathLike):
             raise ExampleError(
                 f"expected a list of texts or of rows, got one {type(data).__name__}, {short(data)}: if that is a "

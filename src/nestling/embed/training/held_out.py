@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from nestling.data.retrieval import Retrieval
-from nestling.embed.evaluation.agreement import NEIGHBOURS, AgreementEvaluator, full_vectors
+from nestling.embed.evaluation.agreement import NEIGHBOURS
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.training.data import Examples
 from nestling.embed.training.job import TrainingJob
@@ -37,18 +36,11 @@ def held_out(examples: Examples, count: int) -> tuple[Examples, Examples | None]
 def evaluator_of(job: TrainingJob, kept: Examples) -> BaseEvaluator:
     """What measures the sizes on held-out rows, with the prompts of the training.
 
-    Texts are measured by the agreement of each size with the teacher, or with the full model as it is now; pairs by
-    the search for their positives among all of them; scored pairs by the correlation with their scores.
+    Pairs are measured by the search for their positives among all of them, scored pairs by the correlation with their
+    scores.
     """
     first, second = [*kept.columns, *kept.columns][:2]
     prompts = [job.prompts.get(name, "") for name in (first, second)]
-    if kept.kind == "texts":
-        texts = kept.texts()
-        if job.teacher is None:
-            wanted = full_vectors(job.encoder.outer, texts, prompts[0])
-        else:
-            wanted = _embedded(job.teacher, texts, job.teacher_prompts.get(first, ""))
-        return AgreementEvaluator(texts, wanted, prompt=prompts[0])
     if kept.kind == "scored":
         columns: Any = (*kept.columns.values(), kept.labels)
         rows = [dict(zip(("sentence1", "sentence2", "score"), row, strict=True)) for row in zip(*columns, strict=True)]
@@ -66,11 +58,3 @@ def _rows(examples: Examples, places: list[int]) -> Examples:
     columns = {name: [column[place] for place in places] for name, column in examples.columns.items()}
     labels = None if examples.labels is None else [examples.labels[place] for place in places]
     return replace(examples, columns=columns, labels=labels)
-
-
-def _embedded(teacher: SentenceTransformer, texts: list[str], prompt: str):
-    """Unit vectors of a teacher of any kind, fp32 on the CPU."""
-    vectors = teacher.encode(
-        texts, prompt=prompt, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
-    )
-    return vectors.float().cpu()

@@ -53,10 +53,8 @@ class TrainingJob:
 
     @property
     def distils(self) -> bool:
-        """Whether an external teacher's embeddings are followed, perhaps those of the model as it was."""
-        return not isinstance(self.given, StarbucksLoss) and (
-            self.teacher is not None or self.examples.kind == "texts"
-        )
+        """Whether an external teacher's embeddings are followed."""
+        return not isinstance(self.given, StarbucksLoss) and self.teacher is not None
 
     @property
     def steps(self) -> int:
@@ -73,7 +71,7 @@ class TrainingJob:
     @property
     def trains_projections(self) -> bool:
         """Whether there are projections, and they are trained with the model."""
-        return bool(self.projections) and self.config.projection_rate > 0
+        return bool(self.projections) and bool(self.config.projection_rate)
 
     def check(self) -> None:
         """Refuse options that do not go together, and labels that the loss cannot use.
@@ -131,9 +129,9 @@ class TrainingJob:
         }  # fmt: skip
 
     def base(self) -> nn.Module | None:
-        """The loss of one size; none where texts are all there is."""
+        """The loss of one size."""
         model: Any = self.encoder.model
-        if self.given is not None or self.examples.kind == "texts":
+        if self.given is not None:
             return self.given
         if self.examples.kind == "scored":
             return losses.CoSENTLoss(model)

@@ -9,10 +9,13 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from nestling.embed.adapter import ElasticAdapter
+from nestling.embed.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.copies import copied
 from nestling.embed.model.encode import served_prompts
 from nestling.embed.model.folder import (
+    ADAPTER,
     CARD_FILE,
     PARTS,
     PROJECTIONS_FILE,
@@ -38,6 +41,7 @@ class Trained:
         folder: a sentence-transformers folder, with ``nestling.json``; None if nothing was written.
         ladder: the sizes that were trained.
         projections: by depth, applied to pooled vectors before they are cut; needed by exports and measurements.
+        adapter: of small sizes, which is kept within the folder.
         info: settings, seconds (of all runs), and ``curve``, the losses and measurements by step; as in
             ``nestling.json``.
     """
@@ -46,6 +50,7 @@ class Trained:
     ladder: Ladder
     projections: dict[int, Projection] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    adapter: ElasticAdapter | None = None
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -91,7 +96,10 @@ def save(model: SentenceTransformer, trained: Trained, name: str, card: str, res
         served.prompts = dict(served_prompts(served))
         with without_bars():
             served.save_pretrained(str(new), create_model_card=False)
-        named = {"projections": PROJECTIONS_FILE} if trained.projections else {}
+        named: dict[str, Any] = {"projections": PROJECTIONS_FILE} if trained.projections else {}
+        if trained.adapter is not None:
+            trained.adapter.save_pretrained(new / ADAPTER)
+            named[ADAPTER] = [CONFIG_FILE, WEIGHTS_FILE]
         if trained.projections:
             write_projections(new / PROJECTIONS_FILE, trained.projections)
         if may_have_card(folder):

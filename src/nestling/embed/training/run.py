@@ -94,9 +94,9 @@ class Run:
                 if resume and PROJECTIONS_FILE in damaged(self.work, TrainingError):
                     raise TrainingError(f"{self.work / PROJECTIONS_FILE} is damaged: start again in another folder")
         table = taught = numbers = None
-        if job.distils:
+        if job.distils and job.teacher is not None:
             entries, numbers = numbered(job.examples.columns, job.teacher_prompts)
-            table = _table(self.work / TEACHER_FILE, job.teacher or job.encoder.model, entries, job.config.progress)
+            table = _table(self.work / TEACHER_FILE, job.teacher, entries, job.config.progress)
             taught = torch.from_numpy(table)
         with options.main_process_first(local=False, desc="start"):
             kept, written = self.work / PROJECTIONS_FILE, resume or rank() > 0  # the first process writes them

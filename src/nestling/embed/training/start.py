@@ -73,12 +73,9 @@ def start_projections(
         target = None
         if teacher is not None and numbers is not None:
             target = teacher[numbers.T.flatten()[torch.tensor([places[text] for text in few])]]
-        # Where texts are all there is, similarities themselves are followed.
-        flatten = 0.0 if job.examples.kind == "texts" else 0.5
         kind: Any = start
         start = fit_projections(
-            job.encoder.outer, few, projected_depths(job.ladder), kind=kind, target=target, flatten=flatten,
-            prompts=asked,
+            job.encoder.outer, few, projected_depths(job.ladder), kind=kind, target=target, prompts=asked,
         )  # fmt: skip
     write_projections(path, start)
     return read_projections(path)

@@ -45,6 +45,8 @@ from nestling.jobs.schedule import scheduled
 from nestling.options import shown
 
 BATCH = 64
+USUAL = {"learning_rate": 5e-5, "warmup": 0.1, "projection_rate": 5e-3, "bf16": False, "dropout": True}
+OF_TEXTS = ("minutes", "texts", "exclude", "rank")
 Loss = nn.Module | Callable[[SentenceTransformer], nn.Module] | str | Mapping[str, Any]
 
 
@@ -73,6 +75,10 @@ def train(
         if find_spec(package) is None:
             raise MissingExtraError(f"training needs {package}: pip install 'nestling[train,embed]'")
     config, encoder = TrainConfig.of(config), Encoder.of(model)
+    if odd := [name for name in OF_TEXTS if getattr(config, name) != getattr(TrainConfig(), name)]:
+        raise OptionError(f"{', '.join(odd)}: that is of training on texts, leave it out")
+    usual: dict[str, Any] = {name: value for name, value in USUAL.items() if getattr(config, name) is None}
+    config = replace(config, **usual)
     callbacks = made_callbacks(config.callbacks)
     if config.resume and config.output_dir is None:
         raise OptionError("resume=True without output_dir: name the folder of the training that goes on")
@@ -97,10 +103,9 @@ def train(
     if stops_early(callbacks) and changes["eval_strategy"] == "no":
         raise OptionError("EarlyStoppingCallback: nothing is measured, give an evaluator")
     changes |= _rates(job)
+    rate, warmup = config.learning_rate or USUAL["learning_rate"], config.warmup or 0.0
     with _checkpoints(config.output_dir) as work:
-        options = training_arguments(
-            work, steps, batch, config.learning_rate, config.warmup, config.seed, job.prompts, changes
-        )
+        options = training_arguments(work, steps, batch, rate, warmup, config.seed, job.prompts, changes)
         # What needs no disk is tried first, on a few rows.
         table = np.zeros((4 * len(examples.columns), 2), np.float32) if job.distils else None
         tried = job.loss(blank(job), table)
@@ -138,9 +143,8 @@ def _job(
         )
     epochs = 1.0 if config.epochs is None else config.epochs
     steps = max(1, round(epochs * rows / batch)) if config.steps is None else config.steps
-    noisy = examples.kind != "texts" if config.dropout is None else config.dropout
     job = TrainingJob(
-        encoder, examples, ladder, replace(config, steps=steps, epochs=None, batch_size=batch, dropout=noisy), loss,
+        encoder, examples, ladder, replace(config, steps=steps, epochs=None, batch_size=batch), loss,
         teacher, start, prompts_of(config.prompts, examples, model),
         prompts_of(config.prompts if teacher is None else config.teacher_prompts, examples, teacher or model),
     )  # fmt: skip
