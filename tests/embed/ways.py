@@ -24,7 +24,9 @@ def config_of(folder: Path | None = None, **options: Any) -> TrainConfig:
 
 def train(model, data, cups=None, *, folder=None, loss=None, teacher=None, evaluator=None, projections=None,
                  **options: Any) -> Trained:  # fmt: skip
-    """What `ElasticEncoder.train` calls, of a stock model."""
+    """What `ElasticEncoder.train` calls, of a stock model; of texts each makes a pair with the next one."""
+    if loss is None and isinstance(data, list) and data and all(isinstance(row, str) for row in data):
+        data = [{"anchor": one, "positive": other} for one, other in zip(data, data[1:] + data[:1], strict=True)]
     config = config_of(folder, **options)
     projections = own_projections(model) if projections is None else projections
     return train_model(
