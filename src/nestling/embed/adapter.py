@@ -159,12 +159,13 @@ class ElasticAdapter:
     def described(self, model: SentenceTransformer) -> ElasticAdapter:
         """The adapter itself, with the card that follows from how it was made and what was measured."""
         rows = self.info.get("measured") or measured(self.sizes, self.info)
+        rows = [row for row in rows if len(row) > 1]
         template = jinja2.Template(Path(__file__).with_name("adapter.md.jinja").read_text("utf-8"))
         self.card = template.render(
             base_model=self.base_model, base_id=origin_of(model).base, sizes=self.sizes, model=self.fingerprint,
             rank=self.rank, depth=self.depth, space=self.space, training=self.info,
             labelled=any(name in row for row in rows for name in LABELLED),
-            rows=markdown(rows).rstrip() if len(rows[0]) > 1 else "",
+            rows=markdown(rows).rstrip() if rows else "",
         ).rstrip() + "\n"  # fmt: skip
         return self
 
