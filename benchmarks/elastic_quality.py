@@ -22,7 +22,7 @@ from rich.console import Console
 from nestling import ElasticEncoder
 from nestling.data.retrieval import read_retrieval
 from nestling.data.texts import read_texts
-from nestling.embed import GridEvaluator
+from nestling.embed import ElasticAdapter, GridEvaluator
 from nestling.embed.evaluation.metrics import ranking
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
@@ -30,13 +30,14 @@ from nestling.report.tables import table
 SIZES = "1x128,1x384,2x192,2x384,3x256,3x384,4x384"
 ACROSS = ("1x384", "2x384", "3x384")
 ALIGNED = 5000  # texts
+CARD = ("size", "mean_sts", "share_sts", "mean_ndcg", "share_ndcg")
 KEPT = ("commit", "date", "seconds", "command")
 
 
 def across(encoder: ElasticEncoder, data: Path) -> list[dict[str, Any]]:
     """nDCG@10 of queries of the full size on documents of small ones."""
     rows: dict[str, dict[str, Any]] = {size: {"size": size} for size in ACROSS}
-    full = encoder.model.get_sentence_embedding_dimension()
+    full = encoder.model.get_embedding_dimension()
     for name, folder in held_out_sets(data)["retrieval"].items():
         found = read_retrieval(str(folder))
         places = {key: place for place, key in enumerate(sorted(found.corpus))}
@@ -53,6 +54,14 @@ def across(encoder: ElasticEncoder, data: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def write_card(folder: Path, model: str, rows: list[dict[str, Any]]) -> None:
+    """Write what was measured into the card of an adapter."""
+    adapter = ElasticAdapter.from_pretrained(folder)
+    shown = [row for row in rows if row["method"] == "trained"] + [row for row in rows if row["size"] == "6x384"]
+    adapter.info["measured"] = [{key: row[key] for key in CARD} for row in shown]
+    adapter.described(ElasticEncoder.from_pretrained(model, adapter=None).model).save_pretrained(folder)
+
+
 def main(
     data: Path = typer.Option(..., help="The folder of the data sets."),
     model: str = typer.Option("minilm", help="Folder, hub id or alias."),
@@ -61,6 +70,7 @@ def main(
     ways: str = typer.Option("aligned,trained,across"),
     length: int = typer.Option(128, help="Tokens of a text that is measured."),
     bf16: bool = typer.Option(False, help="Measure under autocast."),
+    card: Path | None = typer.Option(None, help="Folder of an adapter whose card gets the table."),
     out: Path = typer.Option(Path("benchmarks/results/elastic.json"), help="Joined with what is there."),
 ):
     old = json.loads(out.read_text("utf-8")) if out.exists() else {"rows": [], "meta": {"runs": []}}
@@ -92,6 +102,8 @@ def main(
                     row[f"share_{mean[5:]}"] = row[mean] / whole[mean]
         write_json(out, rows, {**meta, "runs": runs})
         out.with_suffix(f".{way}.partial").unlink(missing_ok=True)
+    if card is not None:
+        write_card(card, model, rows)
     columns = ("method", "size", "mean_sts", "share_sts", "mean_ndcg", "share_ndcg")
     Console().print(table([{key: row.get(key) for key in columns} for row in rows]))
 

@@ -293,6 +293,41 @@ def embed_ideal() -> str:
     return pivot(rows, down, ("layers", lambda n: f"{n} layers"), "of_ideal", percent)
 
 
+def elastic() -> str:
+    """A row a size, before and after distillation; the share is of the full size."""
+    lines: dict[str, dict] = {}
+    for row in load("elastic"):
+        if row["method"] in ("aligned", "trained"):
+            line = lines.setdefault(row["size"], {"size": row["size"]})
+            line |= {
+                f"{key} {row['method']}": row[f"{key}"] for key in ("mean_sts", "share_sts", "mean_ndcg", "share_ndcg")
+            }
+    full = lines["6x384"]
+    full |= {key.replace("aligned", "trained"): value for key, value in full.items()}  # it stays as it is
+    columns: dict[str, tuple[str, Format]] = {"size": ("size", str)}
+    for kind, title in (("sts", "STS"), ("ndcg", "nDCG@10")):
+        for method in ("aligned", "trained"):
+            columns[f"mean_{kind} {method}"] = (f"{title}, {method}", times_100)
+        columns[f"share_{kind} trained"] = ("of full", percent)
+    return table(lines.values(), columns)
+
+
+def elastic_across() -> str:
+    rows = load("elastic")
+    full = next(row["mean_ndcg"] for row in rows if row["size"] == "6x384")
+    own = {row["size"]: row["mean_ndcg"] for row in rows if row["method"] == "trained"}
+    across = [
+        row | {"own": own[row["size"]], "share": row["mean_ndcg"] / full} for row in rows if row["method"] == "across"
+    ]
+    sets = {f"ndcg_{name}": (name, times_100) for name in ("scifact", "cranfield", "cisi")}
+    means = {
+        "mean_ndcg": ("mean", times_100),
+        "share": ("of full", percent),
+        "own": ("queries of the same size", times_100),
+    }
+    return table(across, {"size": ("documents", str), **sets, **means})
+
+
 def smae(start: str) -> str:
     """Quality of every size by pre-training; minutes of both phases."""
     rows = [row for row in load("smae") if row["model"] == start]
@@ -320,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_short": kv_short, "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
     "kv_bits": partial(kv_bits, "smollm2"), "kv_bits_variants": partial(kv_bits, "smollm2", True),
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
+    "elastic": elastic, "elastic_across": elastic_across,
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
     "kv_sft": kv_sft, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
     "kv_speed_step": partial(kv_speed, "decode_ms"),

@@ -17,6 +17,7 @@ SMALLER = {
     "TrainConfig(tokens=300_000,": "TrainConfig(tokens=512, length=256, batch_size=1,",
     "EvalConfig(": "EvalConfig(length=256, context=1024, ",
     "steps=500": "steps=3",
+    "steps=1_500": "steps=2",
 }
 FILES = {
     "pairs.jsonl": "".join(json.dumps({"anchor": f"bird {n}", "positive": f"nest {n}"}) + "\n" for n in range(99))

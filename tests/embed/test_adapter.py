@@ -90,8 +90,10 @@ def test_places(encoder, tmp_path):
         one.adapter.save_pretrained(tmp_path / "full")
     one.adapter.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "notes.txt").write_text("kept")
+    one.adapter.card = "Another card."
     one.adapter.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "notes.txt").read_text() == "kept"
+    assert ElasticAdapter.from_pretrained(tmp_path / "adapter").card == "Another card."
     one.save_pretrained(tmp_path / "encoder")
     (tmp_path / "encoder" / "adapter" / WEIGHTS_FILE).unlink()
     with pytest.raises(LadderError, match="the adapter is missing"):

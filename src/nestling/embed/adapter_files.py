@@ -54,7 +54,8 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / WEIGHTS_FILE)
         (new / CARD_FILE).write_text(card, "utf-8")
         head = {"format": FORMAT, "kind": KIND, "nestling": _library_version()}
-        value = {**head, **config, "sha256": sha256(new / WEIGHTS_FILE)}
+        sums = {"sha256": sha256(new / WEIGHTS_FILE), "card_sha256": sha256(new / CARD_FILE)}
+        value = {**head, **config, **sums}
         (new / CONFIG_FILE).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", "utf-8")
 
     write_folder(folder, fill, over=PARTS)
