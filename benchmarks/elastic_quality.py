@@ -3,12 +3,14 @@
     python benchmarks/elastic_quality.py --data FOLDER --texts texts.txt --adapter FOLDER --ways aligned,trained,across
 
 ``aligned`` is the closed form on texts without labels, ``trained`` the adapter; both are measured by `GridEvaluator`.
-``across`` searches documents of small sizes by queries of the full one, in the space of the adapter. Ways that are in
+``across`` searches documents of small sizes by queries of the full one, in the space of the adapter; ``fitted`` does
+so after `align` on the documents of the set that no query asks for, on two of the sets. Ways that are in
 the results file already are not measured again.
 """
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 import typer
-from embed_data import held_out_sets
+from embed_data import RETRIEVAL, held_out_sets
 from rich.console import Console
 
 from nestling import ElasticEncoder
@@ -30,16 +32,20 @@ from nestling.report.tables import table
 SIZES = "1x128,1x384,2x192,2x384,3x256,3x384,4x384"
 ACROSS = ("1x384", "2x384", "3x384")
 ALIGNED = 5000  # texts
+FITTED = ("cranfield", "cisi")
 CARD = ("size", "mean_sts", "share_sts", "mean_ndcg", "share_ndcg")
 KEPT = ("commit", "date", "seconds", "command")
 
 
-def across(encoder: ElasticEncoder, data: Path) -> list[dict[str, Any]]:
-    """nDCG@10 of queries of the full size on documents of small ones."""
+def across(plain: ElasticEncoder, data: Path, names: Sequence[str], fitted: bool) -> list[dict[str, Any]]:
+    """nDCG@10 of queries of the full size on documents of small ones, of some sets."""
     rows: dict[str, dict[str, Any]] = {size: {"size": size} for size in ACROSS}
-    full = encoder.model.get_embedding_dimension()
-    for name, folder in held_out_sets(data)["retrieval"].items():
-        found = read_retrieval(str(folder))
+    for name in names:
+        found, encoder = read_retrieval(str(held_out_sets(data)["retrieval"][name])), plain
+        if fitted:
+            judged = {key for gains in found.relevant.values() for key in gains}
+            encoder = ElasticEncoder(plain.model, plain.sizes, adapter=plain.adapter)
+            encoder.align([text for key, text in found.corpus.items() if key not in judged])
         places = {key: place for place, key in enumerate(sorted(found.corpus))}
         relevant = [{places[key]: gain for key, gain in found.relevant[query].items() if key in places}
                     for query in found.queries]  # fmt: skip
@@ -47,7 +53,7 @@ def across(encoder: ElasticEncoder, data: Path) -> list[dict[str, Any]]:
         texts = [found.corpus[key] for key in places]
         documents = encoder.encode(texts, sizes=ACROSS, convert_to_tensor=True)
         for size, row in rows.items():
-            row[f"ndcg_{name}"] = ranking(queries[:, :full], documents[size], relevant)[0]
+            row[f"ndcg_{name}"] = ranking(queries, documents[size], relevant)[0]
     for row in rows.values():
         values = [value for key, value in row.items() if key.startswith("ndcg_")]
         row["mean_ndcg"] = sum(values) / len(values)
@@ -67,7 +73,7 @@ def main(
     model: str = typer.Option("minilm", help="Folder, hub id or alias."),
     adapter: str = typer.Option("auto", help="Of the trained sizes."),
     texts: Path | None = typer.Option(None, help="Texts that are aligned on."),
-    ways: str = typer.Option("aligned,trained,across"),
+    ways: str = typer.Option("aligned,trained,across,fitted"),
     length: int = typer.Option(128, help="Tokens of a text that is measured."),
     bf16: bool = typer.Option(False, help="Measure under autocast."),
     card: Path | None = typer.Option(None, help="Folder of an adapter whose card gets the table."),
@@ -89,7 +95,8 @@ def main(
         with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
             if aligned:
                 encoder.align(list(islice(read_texts(texts, layout="lines"), ALIGNED)))
-            found = across(encoder, data) if way == "across" else encoder.evaluate(
+            sets = RETRIEVAL if way == "across" else FITTED
+            found = across(encoder, data, sets, way == "fitted") if way in ("across", "fitted") else encoder.evaluate(
                 evaluator=evaluator, method=way, partial=out.with_suffix(f".{way}.partial"))  # fmt: skip
         rows += [{"model": Path(model).name, "method": way, **{k: v for k, v in row.items() if k not in
                                                               ("model", "method")}} for row in found]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from nestling.embed import ElasticAdapter, ElasticEncoder, TrainConfig
 from nestling.embed.adapter_files import CONFIG_FILE, WEIGHTS_FILE, built_in
-from nestling.errors import AdapterError, FileError, LadderError
+from nestling.errors import AdapterError, ExampleError, FileError, LadderError
 
 from .families import FAMILIES, some_texts
 
@@ -108,12 +108,32 @@ def test_spaces(encoder):
         one.encode_document(TEXTS, "1x8", space=other.space)
 
 
-def test_alignment_and_training_take_its_place(encoder):
+def test_alignment_fits_its_maps_in_its_space(encoder, tmp_path):
+    one, new = trained(encoder()), list(dict.fromkeys(some_texts(120, seed=21)))
+
+    def off() -> dict[str, float]:
+        wanted = one.encode_query(new)
+        return {
+            size: float((1 - (one.encode_document(new, size) * wanted).sum(1)).mean()) for size in ("1x32", "2x32")
+        }
+
+    space, full, before = one.space, one.encode(TEXTS[:5]), off()
+    one.align(new, progress=False)
+    assert one.space == space and one.info["training"]["aligned"]["texts"] == len(new)
+    assert all(after < before[size] for size, after in off().items())
+    np.testing.assert_array_equal(one.encode(TEXTS[:5]), full)
+    one.save_pretrained(tmp_path / "out")
+    read = ElasticEncoder.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(read.encode(TEXTS[:5], "2x16"), one.encode(TEXTS[:5], "2x16"))
+    with pytest.raises(ExampleError, match="expected texts without labels"):
+        one.align([{"anchor": "w9", "positive": "w8"}])
+
+
+def test_training_on_pairs_takes_its_place(encoder):
     one = trained(encoder())
-    one.align(TEXTS, progress=False)
-    assert one.adapter is None and "alignment" in one.info
-    plain = ElasticEncoder(encoder(), SIZES).align(TEXTS, progress=False)
-    np.testing.assert_array_equal(one.encode(TEXTS[:5], "1x8"), plain.encode(TEXTS[:5], "1x8"))
+    pairs = [{"anchor": a, "positive": b} for a, b in zip(TEXTS[:20], TEXTS[20:40], strict=True)]
+    one.train(pairs, TrainConfig(steps=1, batch_size=4, held_out=0, progress=False))
+    assert one.adapter is None and one.space is None and sorted(one.projections) == [1, 2]
 
 
 def test_measuring_reads_the_adapter(encoder, tmp_path):

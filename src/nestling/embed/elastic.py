@@ -29,6 +29,7 @@ from nestling.embed.training.align import align
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples
 from nestling.embed.training.distil import distil
+from nestling.embed.training.refit import refit
 from nestling.embed.training.result import Trained, save, weight_bytes
 from nestling.embed.training.train import train
 from nestling.errors import FileError, OptionError
@@ -95,9 +96,9 @@ class ElasticEncoder(SizedEncoder):
     ) -> ElasticEncoder:
         """Let small sizes agree with the full one, in closed form, from one pass over texts without labels.
 
-        It sets `projections`, in the place of an adapter if there is one: reduced-rank regressions of the full model's
-        vectors on those of each depth. Weights stay as they are, and so does the full size, unless narrower ones share
-        its depth: then it is centred too.
+        It sets `projections`: reduced-rank regressions of the full model's vectors on those of each depth. Weights stay
+        as they are, and so does the full size, unless narrower ones share its depth: then it is centred too. With an
+        `adapter`, its maps are fitted to the texts, in its space.
 
         Args:
             texts: some thousands like those that will be embedded, as strings or rows with a column ``text``, in a
@@ -114,11 +115,13 @@ class ElasticEncoder(SizedEncoder):
             LadderError, UnsupportedEncoderError: the sizes do not fit the model.
             OptionError: an option cannot be, or all sizes are the full one, so that there is nothing to align.
         """
-        projections, info = align(
-            self.model, texts, self.sizes, prompt=prompt, batch_size=batch_size, progress=progress
-        )
-        self._adapt(None)
-        self.projections, self.info = projections, {"alignment": info}
+        options: dict[str, Any] = {"prompt": prompt, "batch_size": batch_size, "progress": progress}
+        if self.adapter is not None:
+            self._adapt(refit(self.adapter, self.model, texts, **options)[0])
+            self.info, self.rows = {"training": self.adapter.info}, []
+            return self
+        self.projections, info = align(self.model, texts, self.sizes, **options)
+        self.info = {"alignment": info}
         return self
 
     def train(
