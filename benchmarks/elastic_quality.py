@@ -45,7 +45,7 @@ def across(plain: ElasticEncoder, data: Path, names: Sequence[str], fitted: bool
         if fitted:
             judged = {key for gains in found.relevant.values() for key in gains}
             encoder = ElasticEncoder(plain.model, plain.sizes, adapter=plain.adapter)
-            encoder.align([text for key, text in found.corpus.items() if key not in judged])
+            encoder.align([text for key, text in found.corpus.items() if key not in judged and text.strip()])
         places = {key: place for place, key in enumerate(sorted(found.corpus))}
         relevant = [{places[key]: gain for key, gain in found.relevant[query].items() if key in places}
                     for query in found.queries]  # fmt: skip

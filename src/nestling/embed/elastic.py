@@ -96,9 +96,9 @@ class ElasticEncoder(SizedEncoder):
     ) -> ElasticEncoder:
         """Let small sizes agree with the full one, in closed form, from one pass over texts without labels.
 
-        It sets `projections`: reduced-rank regressions of the full model's vectors on those of each depth. Weights stay
-        as they are, and so does the full size, unless narrower ones share its depth: then it is centred too. With an
-        `adapter`, its maps are fitted to the texts, in its space.
+        It sets `projections`: reduced-rank regressions of the full model's vectors on those of each depth. Weights
+        stay as they are, and so does the full size, unless narrower ones share its depth: then it is centred too. With
+        an `adapter`, its maps are fitted to the texts, in its space.
 
         Args:
             texts: some thousands like those that will be embedded, as strings or rows with a column ``text``, in a
