@@ -105,7 +105,7 @@ def main(
         whole = next((row for row in rows if row["size"] == "6x384"), {})
         for row in rows:
             for mean in ("mean_sts", "mean_ndcg"):
-                if mean in row and mean in whole:
+                if mean in row and mean in whole and row["method"] != "fitted":  # which is of fewer sets
                     row[f"share_{mean[5:]}"] = row[mean] / whole[mean]
         write_json(out, rows, {**meta, "runs": runs})
         out.with_suffix(f".{way}.partial").unlink(missing_ok=True)

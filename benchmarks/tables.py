@@ -328,6 +328,27 @@ def elastic_across() -> str:
     return table(across, {"size": ("documents", str), **sets, **means})
 
 
+def elastic_fitted() -> str:
+    """Full queries on documents of small sizes, with the packaged maps and with maps fitted to unjudged documents."""
+    rows = load("elastic")
+    full = next(row for row in rows if row["size"] == "6x384")
+    lines: dict[str, dict] = {}
+    for row in rows:
+        if row["method"] in ("across", "fitted"):
+            line = lines.setdefault(row["size"], {"size": row["size"]})
+            for name in ("cranfield", "cisi"):
+                line[f"{name} {row['method']}"] = row[f"ndcg_{name}"]
+                line[f"{name} share"] = row[f"ndcg_{name}"] / full[f"ndcg_{name}"]
+    columns: dict[str, tuple[str, Format]] = {"size": ("documents", str)}
+    for name in ("cranfield", "cisi"):
+        columns |= {
+            f"{name} across": (f"{name}, as packaged", times_100),
+            f"{name} fitted": (f"{name}, fitted", times_100),
+        }
+        columns[f"{name} share"] = ("of full", percent)
+    return table(lines.values(), columns)
+
+
 def smae(start: str) -> str:
     """Quality of every size by pre-training; minutes of both phases."""
     rows = [row for row in load("smae") if row["model"] == start]
@@ -355,7 +376,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_short": kv_short, "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
     "kv_bits": partial(kv_bits, "smollm2"), "kv_bits_variants": partial(kv_bits, "smollm2", True),
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
-    "elastic": elastic, "elastic_across": elastic_across,
+    "elastic": elastic, "elastic_across": elastic_across, "elastic_fitted": elastic_fitted,
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
     "kv_sft": kv_sft, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
     "kv_speed_step": partial(kv_speed, "decode_ms"),
