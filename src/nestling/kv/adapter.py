@@ -16,9 +16,13 @@ from nestling.kv.allocation.budget import Budget, read_share
 from nestling.kv.allocation.table import Allocation, block_sizes
 from nestling.kv.integration.attach import fingerprint, text_config
 from nestling.kv.integration.modes import in_default_mode
+from nestling.kv.quantisation.quantiser import WIDTHS
 from nestling.options import flag
 
-BY_COORDINATE = ("mean", "drop_cost", "quantisation_cost", "step")  # all that has a number for each coordinate
+# All that is given for each coordinate, and how many numbers of it, if there are several.
+BY_COORDINATE: dict[str, list[int]] = {
+    "mean": [], "drop_cost": [], "quantisation_cost": [1 + len(WIDTHS)], "step": []
+}  # fmt: skip
 
 
 @dataclass
@@ -31,10 +35,10 @@ class KVAdapter:
         mean: likewise, fp32 ``[L, Hkv, D]``: what coordinates that are not stored are taken to be at.
         drop_cost: likewise, fp32 ``[L, Hkv, D]``: KL to the full model in nats per token expected from dropping each
             coordinate.
-        quantisation_cost: likewise, fp32 ``[L, Hkv, D]``: KL in nats per token if a coordinate was off by as much as
-            it varies, independently for every token. With it come ``step`` (of quantisers, see
-            `nestling.kv.quantisation.quantiser`) and ``info["errors"]``; empty in adapters that were made without,
-            whose caches are not quantised.
+        quantisation_cost: likewise, fp32 ``[L, Hkv, D, 1 + widths]``: KL in nats per token if a coordinate alone was
+            stored with no bits, or with each of `nestling.kv.quantisation.quantiser.WIDTHS`. With it comes ``step``,
+            ``[L, Hkv, D]``, of the quantisers; both are empty in adapters that were made without, whose caches are
+            not quantised.
         paths: searched allocations by name, ``[2, L, Hkv, blocks]`` (keys, values): what each block is worth; the
             larger, the longer it is kept as the budget falls.
         info: how it was made (basis, tokens, base model name): plain JSON values.
@@ -54,13 +58,12 @@ class KVAdapter:
     def __post_init__(self):
         layers, heads, width = self.shape
         for side in SIDES:
-            by_coordinate = {name: getattr(self, name) for name in BY_COORDINATE}
-            for name, tensor, shape in (
-                ("encode", self.encode[side], (layers, heads, width, width)),
-                *((name, values[side], (layers, heads, width)) for name, values in by_coordinate.items() if values),
-            ):
-                if tuple(tensor.shape) != shape:
-                    raise AdapterError(f"{side} {name}: shape {list(tensor.shape)}, expected {list(shape)}")
+            for name, last in (("encode", [width]), *BY_COORDINATE.items()):
+                if not (values := getattr(self, name)):
+                    continue
+                tensor, shape = values[side], [layers, heads, width, *last]
+                if list(tensor.shape) != shape:
+                    raise AdapterError(f"{side} {name}: shape {list(tensor.shape)}, expected {shape}")
                 if not torch.isfinite(tensor).all():
                     raise AdapterError(f"{side} {name}: holds NaN or infinity")
         for name, path in self.paths.items():
@@ -112,8 +115,8 @@ class KVAdapter:
 
     @property
     def quantises(self) -> bool:
-        """Whether caches can be quantised: quantisation costs, steps and errors were measured."""
-        return bool(self.quantisation_cost and self.step and self.info.get("errors"))
+        """Whether caches can be quantised: quantisation costs and steps were measured."""
+        return bool(self.quantisation_cost and self.step)
 
     def allocate(
         self,

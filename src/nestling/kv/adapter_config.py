@@ -7,11 +7,11 @@ from typing import Any
 from nestling.errors import AdapterError
 from nestling.files.fields import Fields, is_number
 from nestling.files.reading import read_object, short
-from nestling.kv.quantisation.quantiser import WIDTHS
 
 FORMAT, KIND = 2, "nestling-kv"
 LAYERS, HEADS, WIDTH = 10_000, 65_536, 65_536  # beyond those of any model
 LARGEST_ERROR = 100.0  # of a quantiser, in mean squares: 1 is as bad as storing nothing
+OLD_ERRORS = 5  # of as many quantisers, in format 1
 SIDES = ("key", "value")
 
 
@@ -37,7 +37,7 @@ def read_config(path: Path) -> dict[str, Any]:
     for key in ("nestling", "card", "base_model"):
         fields.text(key, default=None)
     _check_basis(path, config.get("basis"))
-    for key in ("tokens", "length", "skip", "sinks", "window"):
+    for key in ("tokens", "length", "skip", "sinks", "window", "context"):
         fields.whole(key, default=None)
     fields.number("condition", 0, default=None)
     try:
@@ -46,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{error}: 'model' must hold layers, num_key_value_heads and head_dim") from None
     if (errors := fields.object("errors", default=None)) is not None:
         for side in SIDES:
-            if max(errors.numbers(side, len(WIDTHS), 0)) > LARGEST_ERROR:
+            if max(errors.numbers(side, OLD_ERRORS, 0)) > LARGEST_ERROR:
                 raise AdapterError(f"{errors.where}: {side!r} must be at most {LARGEST_ERROR:g}")
     if (search := fields.object("search", default=None)) is not None:
         search.text("method")

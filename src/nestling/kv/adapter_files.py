@@ -3,13 +3,14 @@
 Two files beside a card: ``nestling_adapter.json`` (format version, the model's fingerprint, how the bases were made,
 and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
 ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.drop_cost`` ``[Hkv, D]``, all fp32; in adapters that
-caches can be quantised by also ``.quantisation_cost`` and ``.step`` ``[Hkv, D]``. ``decode`` is not stored: it is the
-inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, blocks]``, which serves
-every budget.
+caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, 1 + widths]`` and ``.step`` ``[Hkv, D]``. ``decode``
+is not stored: it is the inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME``
+``[Hkv, blocks]``, which serves every budget.
 
-In format 1 the two costs are ``.energy`` and ``.noise``. The oldest have other file names, which are PEFT's, and
-no checksum. The card is ``README.md``, or, where somebody
-else's file has that name, ``nestling_adapter.md``.
+In format 1 drop costs are ``.energy``, and in place of costs at each width there is ``.noise`` ``[Hkv, D]``, what a
+coordinate costs if it is off by as much as it varies, and ``errors``, the mean squares that quantisers lose, as shares
+of all. The oldest have other file names, which are PEFT's, and no checksum. The card is ``README.md``, or, where
+somebody else's file has that name, ``nestling_adapter.md``.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -35,6 +37,7 @@ from nestling.files.writing import check_folder
 from nestling.kv.adapter_config import FORMAT, KIND, SIDES, basis_of, read_config
 from nestling.kv.allocation.table import block_sizes
 from nestling.kv.integration.structure import fingerprint, text_config
+from nestling.kv.quantisation.quantiser import WIDTHS
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "nestling_adapter.json", "nestling_adapter.safetensors", "README.md"
 OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, OTHER_CARD_FILE = (
@@ -42,8 +45,9 @@ OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, OTHER_CARD_FILE = (
     "adapter_model.safetensors",
     "nestling_adapter.md",
 )
-HEAD = ("format", "kind", "nestling", "sha256", "card", "card_sha256")  # keys that say nothing of the bases
+HEAD = ("format", "kind", "nestling", "sha256", "card", "card_sha256", "errors")  # keys that say nothing of the bases
 OLD_NAMES = {"energy": "drop_cost", "noise": "quantisation_cost"}  # of tensors, in format 1
+OLD_WIDTHS = (1, 2, 3, 4, 8)  # of quantisers, in format 1
 BUILT_IN = Path(__file__).parent / "adapters"
 
 
@@ -177,7 +181,7 @@ def _read_tensors(weights: Path, config: dict) -> tuple[dict[str, Tensor], bool]
     checksum = config.get("sha256")
     for path in (weights, *(() if checksum is None else (waiting(weights, checksum),))):
         if os.path.lexists(path):
-            _check_tensors(path, config["model"], _renamed(tensor_shapes(path, AdapterError), config))
+            _check_tensors(path, config, _renamed(tensor_shapes(path, AdapterError), config))
     try:
         content = None if checksum is None else read_sealed(weights, checksum)
         tensors = read_tensors(weights, AdapterError) if content is None else load(content)
@@ -187,7 +191,8 @@ def _read_tensors(weights: Path, config: dict) -> tuple[dict[str, Tensor], bool]
         raise AdapterError(f"{weights} cannot be read ({error})") from error
     if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise AdapterError(f"{weights}: {wrong[0]} is of {tensors[wrong[0]].dtype}, expected floating point")
-    return _renamed(tensors, config), checksum is None or content is not None
+    tensors = _renamed(tensors, config)
+    return _by_width(tensors, config), checksum is None or content is not None
 
 
 def _renamed(by_name: dict[str, Any], config: dict) -> dict[str, Any]:
@@ -196,6 +201,26 @@ def _renamed(by_name: dict[str, Any], config: dict) -> dict[str, Any]:
         return by_name
     parts = {name: name.rsplit(".", 1) for name in by_name}
     return {f"{place}.{OLD_NAMES.get(last, last)}": by_name[name] for name, (place, last) in parts.items()}
+
+
+def _by_width(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """With costs at each width, which format 1 has as the noise of a coordinate and the mean errors of quantisers.
+
+    Widths that it does not know are given the costs of the next smaller one, so that nothing is stored with them.
+    """
+    if config["format"] != 1:
+        return tensors
+    errors = config.get("errors")
+    if errors is None:
+        return {name: t for name, t in tensors.items() if not name.endswith((".quantisation_cost", ".step"))}
+    by_width = dict(tensors)
+    for place in {name.removesuffix(".step") for name in tensors if name.endswith(".step")}:
+        known = dict(zip(OLD_WIDTHS, errors[place.rsplit(".", 1)[1]], strict=True))
+        shares = [known[max(old for old in OLD_WIDTHS if old <= bits)] for bits in WIDTHS]
+        noise = tensors[f"{place}.quantisation_cost"]
+        costs = [tensors[f"{place}.drop_cost"].float(), *(noise.float() * share for share in shares)]
+        by_width[f"{place}.quantisation_cost"] = torch.stack(costs, -1)
+    return by_width
 
 
 def built_in() -> list[str]:
@@ -209,12 +234,14 @@ def path_names(tensors: Iterable[str]) -> list[str]:
     return sorted({p[4] for p in parts if len(p) == 5 and p[3] == "path"})
 
 
-def _check_tensors(weights: Path, model: dict, found: dict[str, list[int]]) -> None:
-    """Whether tensors of these names and shapes are an adapter of a model with that fingerprint."""
+def _check_tensors(weights: Path, config: dict, found: dict[str, list[int]]) -> None:
+    """Whether tensors of these names and shapes are those of an adapter of such a config."""
+    model = config["model"]
     heads, width = model["num_key_value_heads"], model["head_dim"]
     shapes = {"encode": [heads, width, width], "mean": [heads, width], "drop_cost": [heads, width]}
     if f"layers.{model['layers'][0]}.key.quantisation_cost" in found:
-        shapes |= {"quantisation_cost": [heads, width], "step": [heads, width]}
+        several = [] if config["format"] == 1 else [1 + len(WIDTHS)]
+        shapes |= {"quantisation_cost": [heads, width, *several], "step": [heads, width]}
     shapes |= {f"path.{name}": [heads, len(block_sizes(width))] for name in path_names(found)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
     if missing := sorted(set(expected) - set(found)):

@@ -14,13 +14,13 @@ from nestling.kv.allocation.budget import read_share
 from nestling.kv.allocation.steps import MAX_GROUPS, fill, hull
 from nestling.kv.allocation.table import CHOICES
 
-ERRORS = torch.tensor([[0.36, 0.12, 0.037, 0.012, 1e-4]] * 2)
+ERRORS = torch.tensor([0.36, 0.12, 0.037, 0.012, 0.005, 0.0019, 0.0005, 1e-4])  # of quantisers
 
 
 def random_losses(seed: int, layers: int = 2, heads: int = 2, width: int = 24) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
-    drop_cost, quantisation_cost = torch.rand(2, 2, layers, heads, width, generator=rng).pow(4)
-    return losses(drop_cost, quantisation_cost, ERRORS)
+    drop_cost, noise = torch.rand(2, 2, layers, heads, width, generator=rng).pow(4)
+    return losses(torch.cat((drop_cost[..., None], noise[..., None] * ERRORS), -1))
 
 
 def by_bits(found: torch.Tensor, bits: float, width: int = 24) -> Allocation:
@@ -33,14 +33,13 @@ def lost(table: Allocation, given: torch.Tensor) -> float:
     return float(given.double().flatten(0, -2)[torch.arange(len(places)), places].sum())
 
 
-def test_losses_are_drop_costs_without_bits_and_quantisation_costs_with_some():
-    drop_cost, quantisation_cost = torch.rand(2, 2, 1, 1, 12)
-    found = losses(drop_cost, quantisation_cost, ERRORS)
-    assert found.shape == (2, 1, 1, 2, len(CHOICES))
-    found = found.float()
-    torch.testing.assert_close(found[1, 0, 0, 1, 0], drop_cost[1, 0, 0, 8:].sum())  # a last block of four coordinates
-    torch.testing.assert_close(found[0, 0, 0, 0, CHOICES.index(3)], 0.037 * quantisation_cost[0, 0, 0, :8].sum())
-    assert (found[..., -1] == 0).all()
+def test_losses_of_a_block_are_the_costs_of_its_coordinates():
+    cost = torch.rand(2, 1, 1, 12, len(CHOICES) - 1)
+    lost_by_block = losses(cost)
+    assert lost_by_block.shape == (2, 1, 1, 2, len(CHOICES))
+    torch.testing.assert_close(lost_by_block[1, 0, 0, 1, :-1], cost[1, 0, 0, 8:].sum(0))  # a last block of four
+    torch.testing.assert_close(lost_by_block[0, 0, 0, 0, :-1], cost[0, 0, 0, :8].sum(0))
+    assert (lost_by_block[..., -1] == 0).all()
 
 
 @settings(deadline=None, max_examples=20)

@@ -1,7 +1,6 @@
 """From what an adapter measured to the allocations of all budgets: by bits, or by one of several methods of ranks.
 
-* Bits: a block loses the drop costs of its coordinates at none, and their quantisation costs (KL per token if each
-  coordinate was off by as much as it varies) times the error of a quantiser of b bits at b.
+* Bits: a block loses the quantisation costs of its coordinates, which were measured at every number of bits.
 * ``energy``: the same with 0 or 16 bits for a block, where a head takes its blocks in order and keeps the first in any
   case. Drop costs of all layers share one unit (see `nestling.kv.calibration.sensitivity`).
 * ``uniform``: every head as even as the steps allow.
@@ -104,22 +103,16 @@ def by_block(by_coordinate: Tensor) -> Tensor:
 
 def losses_of(adapter: "KVAdapter") -> Tensor:
     """What blocks lose at each number of bits by the costs of an adapter that quantises; see `losses`."""
-    dropped, quantised = (
-        torch.stack([costs[side] for side in SIDES]) for costs in (adapter.drop_cost, adapter.quantisation_cost)
-    )
-    return losses(dropped, quantised, torch.tensor([adapter.info["errors"][side] for side in SIDES]))
+    return losses(torch.stack([adapter.quantisation_cost[side] for side in SIDES]))
 
 
-def losses(drop_cost: Tensor, quantisation_cost: Tensor, errors: Tensor) -> Tensor:
+def losses(quantisation_cost: Tensor) -> Tensor:
     """What every block loses at each of `CHOICES`, in nats per token: fp64 ``[2, L, Hkv, blocks, choices]``.
 
     Args:
-        drop_cost, quantisation_cost: ``[2, L, Hkv, D]``.
-        errors: of the quantisers of `WIDTHS` on keys and values, as shares of the mean squares, ``[2, widths]``.
+        quantisation_cost: of coordinates, ``[2, L, Hkv, D, 1 + widths]``; at 16 bits nothing is lost.
     """
-    lost = quantisation_cost[..., None] * errors[:, None, None, None]
-    every = torch.cat((drop_cost[..., None], lost, torch.zeros_like(drop_cost[..., None])), -1)
-    return by_block(every.mT).mT.double()
+    return by_block(torch.nn.functional.pad(quantisation_cost, (0, 1)).mT).mT.double()
 
 
 def by_rank(worth: Tensor, width: int) -> Tensor:

@@ -124,12 +124,13 @@ def read_limit(value: Any, name: str = "limit") -> Budget:
     return limit
 
 
-def share_left(share: float, *, exact_tokens: int = 0, context: int = CONTEXT) -> float:
+def share_left(share: float, *, exact_tokens: int = 0, cost: float | None = None, context: int = CONTEXT) -> float:
     """The share of their full size that compressed tokens may take so that a whole cache meets its budget.
 
     Args:
         share: of the full cache's bytes at equal precision, in (0, 1].
-        exact_tokens: tokens that there is room for in full (sinks and window). They are paid for by the others.
+        exact_tokens: tokens that there is room for at full width (sinks and window). They are paid for by the others.
+        cost: what they take, in tokens of the full cache; by default as many.
         context: number of tokens at which the total has to be met.
 
     Raises:
@@ -141,7 +142,7 @@ def share_left(share: float, *, exact_tokens: int = 0, context: int = CONTEXT) -
         return share
     if context <= exact_tokens:
         raise BudgetError(f"context={context} must be longer than the {exact_tokens} exact tokens (sinks and window)")
-    left = (share * context - exact_tokens) / (context - exact_tokens)
+    left = (share * context - (exact_tokens if cost is None else cost)) / (context - exact_tokens)
     if left <= 0:
         raise BudgetError(
             f"budget={share:g} is used up by {exact_tokens} exact tokens at {context} tokens: "

@@ -54,7 +54,7 @@ def bits_of_ranks(ranks: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """Bits of every block of coordinates: 0, 1, 2, 3, 4, 8, or 16 where coordinates are kept as they are.
+    """Bits of every block of coordinates: 0 to 8, or 16 where coordinates are kept as they are.
 
     Attributes:
         keys, values: int64 ``[L, Hkv, blocks]``.

@@ -24,7 +24,7 @@ from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.draft import DraftWatch
 from nestling.kv.cache.eviction import HeavyHitters
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore
-from nestling.kv.cache.factory import CacheFactory, given_allocation
+from nestling.kv.cache.factory import CacheFactory, given_allocation, in_rows
 from nestling.kv.cache.layer import NestedLayer
 from nestling.kv.cache.storage import Storage, is_full, members
 from nestling.kv.cache.stored import StoredCache
@@ -102,7 +102,8 @@ class NestedCache(StoredCache):
         def bases(row: int, stored_alike: Members) -> LayerBases:
             return shared(adapter, row, stored_alike, devices[layers[row]], dtype.itemsize == 2)
 
-        storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context)
+        rows = in_rows(adapter, options, allocation)
+        storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context, rows)
         self._assemble(layers, bases, allocation, text_config(model), storage, dtype, options)
         if factory is not None:
             self._start(factory, dtype.itemsize)
@@ -225,11 +226,12 @@ class NestedCache(StoredCache):
         allocation, total = allocation or self.allocation, 0
         sizes = zip(self._nested(), allocation.token_bytes(itemsize), allocation.full, strict=True)
         for (_, layer), size, full in sizes:
-            exact, states = self.storage.exact(full), 2 * layer.heads * allocation.width * itemsize
+            exact, states = self.storage.exact(full), (layer.heads, allocation.width, itemsize)
             stored, tokens_held = layer.stored_after(tokens - layer.length, exact)
             total += self.storage.nbytes(tokens, size, states, full, stored, tokens_held)
             if exact is not None:
-                total += states * max(places - exact.places(tokens, tokens - (tokens_held - stored), stored), 0)
+                more = max(places - exact.places(tokens, tokens - (tokens_held - stored), stored), 0)
+                total += self.storage.exact_nbytes(more, states) - self.storage.exact_nbytes(0, states)
             if layer.hitters is not None:
                 total += 4 * layer.heads * tokens_held
         return batch * total

@@ -1,4 +1,8 @@
-"""The exact store: sinks and recent tokens of one layer, all heads at full width, in one small buffer."""
+"""The exact store: sinks and recent tokens of one layer, all heads at full width, in one small buffer.
+
+Beside quantised coordinates recent tokens have 8 bits a number, and sinks two times 8. They are next to exact, and the
+bytes are worth more in the coordinates: at a sixteenth of the full cache and 2,048 tokens, 16 bits take most of it.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nestling.errors import OptionError
-from nestling.kv.integration.modes import ordinary, traced
+from nestling.kv.integration.modes import ordinary, traced, without_gradient
+from nestling.kv.quantisation.rows import decode_rows, encode_rows, row_bytes
 
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
 TOKENS_PER_BLOCK = 16  # recent tokens that are encoded at once, when the store is full
@@ -38,6 +43,11 @@ def coded(length, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
     return left * (left > 0) // block * block
 
 
+def exact_nbytes(places: int, sinks: int, heads: int, width: int, itemsize: int, rows: bool) -> int:
+    """Bytes of a store of so many ``places`` for keys and values of ``heads`` of ``width``; see `ExactStore`."""
+    return 2 * heads * ((places + sinks) * row_bytes(width) if rows else places * width * itemsize)
+
+
 class ExactStore:
     """Keys and values of exact tokens, ``[Hkv, B, size, D]``: sinks, recent ones in order, and at the end spare ones.
 
@@ -53,18 +63,23 @@ class ExactStore:
     ``block - 1`` tokens were taken back, of a short text some fewer, the window is as long as ever. For drafts the
     store makes room.
 
+    Args:
+        rows: whether tokens are stored at 8 bits a number (`nestling.kv.quantisation.rows`): what is stored are then
+            bytes ``[Hkv, B, size, D + 2]``, and of sinks also those of what these leave out.
+
     Attributes:
         length: sinks and recent tokens held.
         left: tokens between them: those that have left.
         spare: how many of the last of those are still here.
     """
 
-    def __init__(self, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
-        self.sinks, self.window = sinks, window
+    def __init__(self, sinks: int, window: int, block: int = TOKENS_PER_BLOCK, *, rows: bool = False):
+        self.sinks, self.window, self.rows = sinks, window, rows
         self.block = block if window else 1
         self.capacity = capacity(sinks, window, block)
         self.data: list[Tensor] = []  # keys, values
         self._flat: list[Tensor] = []  # the same memory
+        self.rest: list[Tensor] = []  # what the rows of sinks leave out, as rows
         self.length, self.left, self.spare = 0, 0, 0
 
     @property
@@ -119,6 +134,9 @@ class ExactStore:
         count = states[0].shape[2]
         end, leave = self.total + count, self.leaving(count)
         size = max(self.places(end, self.left + leave, self.spare + leave), self.with_draft(end, keep))
+        states = [state.to(dtype) for state in states]
+        if self.rows:
+            states = self._encoded(states)
         if leave == 0 and self.data and not traced(*states) and not self.data[0].requires_grad:
             if size > self.size and not self.spare:
                 self._grow(size)
@@ -127,7 +145,6 @@ class ExactStore:
                 self.length += count
                 self.spare = min(self.spare, size - self.length)
                 return []
-        states = [state.to(dtype) for state in states]
         old, missing = self._parts(states), self.sinks - self.first
         sinks = [torch.cat((part[0], state[:, :, :missing]), 2) for part, state in zip(old, states, strict=True)]
         recent = [(part[1], state[:, :, missing:]) for part, state in zip(old, states, strict=True)]
@@ -137,7 +154,34 @@ class ExactStore:
         self.left += leave
         last = [_last((part[2], *sides), rows) for part, sides in zip(old, recent, strict=True)]
         self._arrange(sinks, last, count - leave, size)
-        return gone
+        return [tuple(map(decode_rows, pair)) for pair in gone] if self.rows else gone
+
+    def _encoded(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of new tokens; what those of sinks leave out is kept here."""
+        if traced(*states):
+            states = [without_gradient(state) for state in states]
+        rows = [encode_rows(state) for state in states]
+        if first := min(self.sinks - self.first, states[0].shape[2]):
+            parts = [_rest(state[:, :, :first], row[:, :, :first]) for state, row in zip(states, rows, strict=True)]
+            if not self.rest:
+                self.rest = [ordinary(p.new_zeros(*p.shape[:2], self.sinks, p.shape[3])) for p in parts]
+            for rest, part in zip(self.rest, parts, strict=True):
+                rest.narrow(2, self.first, first).copy_(part)
+        return rows
+
+    def rounded(self, states: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of new tokens as they will be read from here, ``[Hkv, B, t, D]``."""
+        states = [state.to(dtype) for state in states]
+        if not self.rows:
+            return states
+        first = min(self.sinks - self.first, states[0].shape[2])
+        rounded = []
+        for state in states:
+            rows = encode_rows(state)
+            read = decode_rows(rows)
+            read[:, :, :first] += decode_rows(_rest(state[:, :, :first], rows[:, :, :first]))
+            rounded.append(read)
+        return rounded
 
     def _parts(self, like: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of keys and of values: sinks, recent and spare tokens; ``like`` those, if there are none yet."""
@@ -162,7 +206,7 @@ class ExactStore:
     def _grow(self, size: int) -> None:
         """Have more free places behind the recent tokens."""
         data = [ordinary(side.new_empty(*side.shape[:2], size, side.shape[3])) for side in self.data]
-        self._write(data, self.view(), 0)
+        self._write(data, [side.narrow(2, 0, self.length) for side in self.data], 0)
         self._store(data)
 
     @staticmethod
@@ -171,11 +215,19 @@ class ExactStore:
             side.narrow(2, start, state.shape[2]).copy_(state)
 
     def view(self) -> list[Tensor]:
-        """Keys and values in use, ``[Hkv, B, length, D]``."""
-        return [side.narrow(2, 0, self.length) for side in self.data]
+        """Keys and values in use, ``[Hkv, B, length, D]``; those of rows in fp32."""
+        held = [side.narrow(2, 0, self.length) for side in self.data]
+        if not self.rows:
+            return held
+        states = [decode_rows(side) for side in held]
+        for state, rest in zip(states, self.rest, strict=False):
+            state[:, :, : self.first] += decode_rows(rest[:, :, : self.first])
+        return states
 
     def flat(self) -> list[Tensor]:
         """Keys and values in use as products take them, ``[Hkv * B, length, D]``."""
+        if self.rows:
+            return [side.flatten(0, 1) for side in self.view()]
         return [side.narrow(1, 0, self.length) for side in self._flat]
 
     def crop(self, remove: int) -> int:
@@ -215,6 +267,7 @@ class ExactStore:
     def __setstate__(self, state: dict) -> None:
         parts, size = state["data"], state.pop("size")
         self.__dict__.update(state)
+        self.rest = [side.detach().clone() for side in self.rest]
         free = size - self.length - self.spare
         sides = [(s, r, r.new_zeros(*r.shape[:2], free, r.shape[3]), spare) for s, r, spare in parts]
         self._store([torch.cat(side, 2) for side in sides])
@@ -227,17 +280,23 @@ class ExactStore:
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the storage by ``change(storage)``; the batch is dimension 1."""
         self._store([change(side).contiguous() for side in self.data])
+        self.rest = [ordinary(change(side).contiguous()) for side in self.rest]
 
     def _store(self, data: Sequence[Tensor]) -> None:
         self.data = [ordinary(side) for side in data]
         self._flat = [side.flatten(0, 1) for side in self.data]
 
     def reset(self) -> None:
-        self.data, self._flat, self.length, self.left, self.spare = [], [], 0, 0, 0
+        self.data, self._flat, self.rest, self.length, self.left, self.spare = [], [], [], 0, 0, 0
 
     @property
     def nbytes(self) -> int:
-        return sum(side.untyped_storage().nbytes() for side in self.data)
+        return sum(side.untyped_storage().nbytes() for side in (*self.data, *self.rest))
+
+
+def _rest(states: Tensor, rows: Tensor) -> Tensor:
+    """What rows leave out, as rows."""
+    return encode_rows(states.float() - decode_rows(rows))
 
 
 def _leaving(recent: Sequence[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:

@@ -1,5 +1,6 @@
 """From an adapter and a budget to an allocation, and what a cache was made of: enough for that of any budget."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from nestling.errors import BudgetError
@@ -8,7 +9,7 @@ from nestling.kv.allocation.budget import Budget, read_budget, read_limit, read_
 from nestling.kv.allocation.steps import DIGITS, rounded_up
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.config import BUDGET, CacheConfig
-from nestling.kv.cache.exact import capacity
+from nestling.kv.cache.exact import capacity, exact_nbytes
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
@@ -43,6 +44,13 @@ def given_allocation(adapter: "KVAdapter", options: CacheConfig) -> Allocation:
     return adapter.allocate(options.budget)
 
 
+def in_rows(adapter: "KVAdapter", options: CacheConfig, allocation: Allocation) -> bool:
+    """Whether exact tokens are stored at 8 bits: where coordinates are quantised."""
+    if isinstance(options.budget, Allocation | Mapping):
+        return allocation.quantised
+    return quantises(adapter, options.allocation, options.quantise)
+
+
 class CacheFactory:
     """The adapter, allocation and budget of a cache: plain data, which copies of the cache share.
 
@@ -59,7 +67,8 @@ class CacheFactory:
     def __init__(self, adapter: "KVAdapter", config: CacheConfig, *, advise: bool = True):
         self.adapter, self.context = adapter, config.context
         self.budget, self.limit = read_request(config)
-        self.exact_tokens = capacity(config.sinks, config.window)
+        self.exact_tokens, self.sinks = capacity(config.sinks, config.window), config.sinks
+        self.rows = quantises(adapter, config.allocation, config.quantise)
         self.share = self.budget.share or 1.0
         self.advise = advise and not config.quantise and quantises(adapter, config.allocation, True)
         self.steps = steps_of(adapter, config.allocation, quantise=config.quantise)
@@ -71,10 +80,19 @@ class CacheFactory:
     def at(self, share: float) -> Allocation | None:
         """The allocation of a budget; None below `smallest`."""
         try:
-            left = share_left(share, exact_tokens=self.exact_tokens, context=self.context)
+            left = share_left(share, exact_tokens=self.exact_tokens, cost=self.exact_cost, context=self.context)
         except BudgetError:
             return None
         return self.steps.at(left)
+
+    @property
+    def exact_cost(self) -> float:
+        """What the exact tokens take, in tokens of the full cache."""
+        if not self.rows:
+            return self.exact_tokens
+        _, heads, width = self.adapter.shape
+        sizes = [exact_nbytes(self.exact_tokens, self.sinks, heads, width, 2, rows) for rows in (True, False)]
+        return self.exact_tokens * sizes[0] / sizes[1] if self.exact_tokens else 0.0
 
     def required(self, budget: Budget) -> Allocation:
         """The allocation of a budget that the user gave.
@@ -111,5 +129,6 @@ class CacheFactory:
         """The smallest budget, rounded up to `DIGITS` digits; at most 1."""
         least, exact = self._bare, self.exact_tokens
         if exact:
-            least = (least * (self.context - exact) + exact) / self.context if self.context > exact else 1.0
+            spent = least * (self.context - exact) + self.exact_cost
+            least = spent / self.context if self.context > exact else 1.0
         return rounded_up(least, lambda share: self.at(share) is not None)

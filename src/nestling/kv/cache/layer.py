@@ -154,8 +154,9 @@ class NestedLayer(StoredLayer):
         borders = [exact.coded(length) for length in lengths]
         if borders[0] == borders[-1]:
             return None
-        exact_states = exact.view() or [state[:, :, :0].to(self.dtype) for state in states]
-        whole = [torch.cat((h, s.to(self.dtype)), 2) for h, s in zip(exact_states, states, strict=True)]
+        new = exact.rounded(states, self.dtype)
+        exact_states = exact.view() or [state[:, :, :0] for state in new]
+        whole = [torch.cat(pair, 2) for pair in zip(exact_states, new, strict=True)]
         sinks = min(exact.total + count, exact.sinks)
         evicted = exact.left - self.groups[0].length
         return Split(

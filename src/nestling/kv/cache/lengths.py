@@ -10,7 +10,7 @@ from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, nbytes
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import TOKENS_PER_BLOCK
-from nestling.kv.cache.factory import CacheFactory, given_allocation
+from nestling.kv.cache.factory import CacheFactory, given_allocation, in_rows
 from nestling.kv.cache.storage import Storage, members
 from nestling.options import shown
 
@@ -39,9 +39,10 @@ def bytes_by_length(adapter: "KVAdapter", budget: Any = None, lengths: Sequence[
     allocation = allocation_of(adapter, options)
     if options.keep_tokens < 1:
         raise OptionError(f"keep_tokens={shown(options.keep_tokens)}: which tokens are kept depends on the text")
-    storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context)
+    eight_bits = in_rows(adapter, options, allocation)
+    storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context, eight_bits)
     (_, heads, width), itemsize = adapter.shape, _dtype(options).itemsize
-    states = 2 * heads * width * itemsize
+    states = heads, width, itemsize
     layers = list(zip(allocation.token_bytes(itemsize), allocation.full, strict=True))
     rows = []
     for tokens in lengths:

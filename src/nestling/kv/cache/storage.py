@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, Members
 from nestling.kv.cache.buffer import room
-from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, coded
+from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, coded, exact_nbytes
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import Layout
+
+States = tuple[int, int, int]  # heads, width, and bytes of a number, of keys as of values
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +20,24 @@ class Storage:
     Attributes:
         sinks, window, block: exact ones, and how many are encoded at once.
         context: at which a budget has to be met; 0 where there is none.
+        rows: whether exact tokens are stored at 8 bits; see `ExactStore`.
     """
 
     sinks: int = 0
     window: int = 0
     block: int = TOKENS_PER_BLOCK
     context: int = 0
+    rows: bool = False
 
     def exact(self, full: bool) -> ExactStore | None:
         """An empty exact store, if a layer has one: there is none where nothing is compressed, at ``full`` ranks."""
-        return ExactStore(self.sinks, self.window, self.block) if (self.sinks or self.window) and not full else None
+        if full or not (self.sinks or self.window):
+            return None
+        return ExactStore(self.sinks, self.window, self.block, rows=self.rows)
+
+    def exact_nbytes(self, places: int, states: States) -> int:
+        """Bytes of an exact store of so many places, of one text."""
+        return exact_nbytes(places, self.sinks, *states, self.rows)
 
     def until(self, full: bool) -> int:
         """Tokens in coordinates at `context`: there is no room for more before they are there."""
@@ -51,7 +61,7 @@ class Storage:
         self,
         tokens: int,
         coordinates: int,
-        states: int,
+        states: States,
         full: bool,
         stored: int | None = None,
         held: int | None = None,
@@ -60,7 +70,7 @@ class Storage:
 
         Args:
             coordinates: bytes of a token's coordinates.
-            states: bytes of its keys and values.
+            states: of its keys and values.
             full: whether nothing is compressed.
             stored, held: tokens in coordinates, and all that were not evicted; by default those of a text that was
                 only read.
@@ -69,9 +79,8 @@ class Storage:
         if exact is None:
             return coordinates * room(held, self.until(full))
         stored = exact.coded(tokens) if stored is None else stored
-        return coordinates * room(stored, self.until(full)) + states * exact.places(
-            tokens, tokens - (held - stored), stored
-        )
+        places = exact.places(tokens, tokens - (held - stored), stored)
+        return coordinates * room(stored, self.until(full)) + self.exact_nbytes(places, states)
 
 
 def is_full(width: int, members: Members) -> bool:

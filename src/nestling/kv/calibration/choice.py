@@ -19,7 +19,7 @@ from nestling.kv.allocation.budget import FULL_BITS
 from nestling.kv.allocation.steps import fill
 from nestling.kv.allocation.table import CHOICES
 from nestling.kv.calibration.config import FitConfig
-from nestling.kv.calibration.noise import Costs
+from nestling.kv.calibration.costs import Costs
 from nestling.kv.calibration.search import KLMeter
 from nestling.kv.integration.attach import decoder_and_head, input_device, text_config
 from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
@@ -107,7 +107,7 @@ def mixed(candidates: Candidates, chosen: Tensor) -> KVAdapter:
     names = list(candidates)
     basis = {side: [names[place] for place in chosen[i].tolist()] for i, side in enumerate(SIDES)}
     mixture = replace(adapters[0], **bases, info={**adapters[0].info, "basis": basis})
-    return Costs(*(pick(costs, name) for name in ("drop_cost", "quantisation_cost", "step", "error"))).of(mixture)
+    return Costs(*(pick(costs, name) for name in ("drop_cost", "quantisation_cost", "step"))).of(mixture)
 
 
 def _equal(lost: Tensor, share: float) -> Tensor:

@@ -10,7 +10,9 @@ from nestling.options import choice, natural, number, whole
 BASES = ("balanced", "pca")  # for queries and outputs, and the paper's
 AUTO = "auto"  # of both the better one for each layer and side
 METHODS = ("blend", "greedy")
-PIECES, LENGTH = 16, 512  # texts on which costs of coordinates are measured, and their tokens
+PIECES, LENGTH = 12, 2048  # texts on which quantisation costs are measured, and their tokens
+DROP_PIECES, DROP_LENGTH = 16, 512  # those for drop costs
+CONTEXT = 8192  # tokens of the longest texts that bases are made for by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,16 @@ class FitConfig(Config):
     tokens: int = option(65536, "Tokens to calibrate on; all of the text if it is shorter.", whole)
     length: int = option(1024, "Tokens per window: bases fit the positions that were seen.", whole)
     batch_tokens: int = option(4096, "Tokens per forward pass.", whole, cli=False)
-    sensitivity_windows: int = option(PIECES, "Pieces of text on which costs are measured.", whole, cli=False)
-    sensitivity_length: int = option(LENGTH, "Tokens per piece.", whole, cli=False)
+    context: int = option(
+        None,
+        f"Tokens of the longest texts that caches will hold; by default {CONTEXT}, or what the model reads if less.",
+        whole,
+        cli=int | None,
+    )
+    pieces: int = option(PIECES, "Pieces of text on which quantisation costs are measured.", whole, cli=False)
+    piece_length: int = option(LENGTH, "Tokens per piece.", whole, cli=False)
+    sensitivity_windows: int = option(DROP_PIECES, "Pieces of text for drop costs.", whole, cli=False)
+    sensitivity_length: int = option(DROP_LENGTH, "Tokens per piece.", whole, cli=False)
     sinks: int = option(SINKS, "Leading tokens that the caches will keep exact.", natural)
     window: int = option(WINDOW, "Recent tokens that they will keep exact, at least.", natural)
     seed: int = option(0, "Of the labels that the model draws.", partial(whole, minimum=0, maximum=2**32 - 1))

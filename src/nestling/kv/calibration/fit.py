@@ -16,7 +16,7 @@ from nestling.kv.cache.exact import SKIP, capacity
 from nestling.kv.calibration.choice import WINDOWS, can_choose, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.moments import collect_moments, make_bases
-from nestling.kv.calibration.sensitivity import at_full_ranks, at_half
+from nestling.kv.calibration.sensitivity import at_full_ranks, at_half, longest
 from nestling.kv.integration.attach import check_support, leaves_as_found, text_config
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
@@ -94,6 +94,7 @@ def fit(
         "skip": SKIP,
         "sinks": config.sinks,
         "window": config.window,
+        "context": longest(model, config),
     }
     adapters = {}
     for name, pairs in bases.items():

@@ -8,7 +8,7 @@ It is measured as caches will be read: sinks and recent tokens are exact for eve
 from farther away counts. Most of what a head reads is near, and which heads read far is a small part of what they do.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from nestling.errors import CalibrationError, OptionError
 from nestling.jobs.progress import progress_bar
-from nestling.kv.adapter import KVAdapter
+from nestling.kv.adapter import BY_COORDINATE, KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.allocate import halvable
 from nestling.kv.allocation.budget import SINKS, WINDOW
 from nestling.kv.allocation.table import Allocation, by_coordinate
 from nestling.kv.cache.exact import capacity
-from nestling.kv.calibration.config import FitConfig
-from nestling.kv.calibration.noise import Costs, Noise
+from nestling.kv.calibration.config import CONTEXT, FitConfig
+from nestling.kv.calibration.costs import Costs, QuantisationErrors, Samples
 from nestling.kv.integration.attach import input_device, served, text_config
 from nestling.kv.simulation.student import Student
 
+LOGITS = 2**26  # at a time: labels are drawn at some of the tokens where all would be more
 HALF = 0.5  # of the ranks: where drop costs are measured for use
 
 
@@ -39,7 +40,8 @@ def sensitivity(
     sinks: int = SINKS,
     window: int = WINDOW,
     seed: int = 0,
-    noise: Sequence[Noise] = (),
+    positions: Sequence[int] | None = None,
+    watch: Sequence[Callable] = (),
 ) -> dict[str, Tensor]:
     """The KL per token expected from fixing each coordinate at its mean, fp32 ``[L, Hkv, D]`` by side.
 
@@ -51,7 +53,8 @@ def sensitivity(
         allocation: where the masks stand: at 1 for blocks that have bits, at 0 for others. By default all at 1.
         sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
         seed: of the labels.
-        noise: are shown the same passes.
+        positions: of the first token of each batch; by default 0.
+        watch: are shown the same passes, see `Masked`.
     """
     total, tokens = torch.zeros(2, *adapter.shape, dtype=torch.float64), 0
     start = torch.ones_like(total, dtype=torch.float32)
@@ -60,21 +63,32 @@ def sensitivity(
     with served(model), torch.enable_grad():
         device, generator = input_device(model), None
         student = Student(model, adapter, sinks=sinks, window=window).eval()
-        for ids in batches:
+        for number, ids in enumerate(batches):
             ids = ids.to(device)
             mask = start.to(device).repeat(len(ids), 1, 1, 1, 1).requires_grad_()
             masked = student.weighted(mask)
-            masked.watch = noise
-            log_p = student.logits(ids, masked).float().log_softmax(-1)
-            generator = generator or torch.Generator(log_p.device).manual_seed(seed)
+            masked.watch = watch
+            generator = generator or torch.Generator(device).manual_seed(seed)
+            chosen = _some(ids.shape[1], LOGITS // (len(ids) * text_config(model).vocab_size), generator)
+            first = positions[number] if positions is not None else 0
+            log_p = student.logits(ids, masked, first, chosen).float().log_softmax(-1)
+            weight = (ids.shape[1] / log_p.shape[1]) ** 0.5  # so that its square stands for all labels
             with torch.no_grad():
-                labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(*ids.shape, 1)
-            (gradient,) = torch.autograd.grad(log_p.gather(-1, labels).sum(), mask)
+                labels = torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator)
+            score = log_p.gather(-1, labels.view(*log_p.shape[:2], 1)).sum() * weight
+            (gradient,) = torch.autograd.grad(score, mask)
             total += gradient.double().square().sum(0).cpu() / 2
             tokens += ids.numel()
     if not tokens:
         raise CalibrationError("no windows were given to measure the sensitivity")
     return {side: (total[i] / tokens).float() for i, side in enumerate(SIDES)}
+
+
+def _some(count: int, most: int, generator: torch.Generator) -> Tensor | None:
+    """The numbers of some of ``count`` tokens, in order, where there are to be fewer."""
+    if count <= max(most, 1):
+        return None
+    return torch.randperm(count, generator=generator, device=generator.device)[: max(most, 1)].sort().values
 
 
 def measure(
@@ -88,12 +102,12 @@ def measure(
 ) -> KVAdapter:
     """The adapter with what its coordinates are worth, measured on pieces of text.
 
-    Twice: at full ranks on half of the pieces, with their quantisation costs; and on all of them at half of the ranks
-    that follow from it, since what coordinates are worth depends on which others are gone.
+    Twice: quantisation costs at full ranks, on long pieces; and drop costs at half of the ranks that follow from that
+    pass, since what coordinates are worth depends on which others are gone.
 
     Args:
         windows: token ids ``[n, T]``; the pieces are taken from all over them.
-        config: number and length of the pieces, exact tokens, and the seed of the labels.
+        config: number and length of the pieces, their positions, exact tokens, and the seed of the labels.
         sort: put the coordinates of every head in the order of their drop costs.
 
     Raises:
@@ -106,35 +120,62 @@ def measure(
 def at_full_ranks(
     model, adapters: Sequence[KVAdapter], windows: Tensor, config: FitConfig, progress: bool
 ) -> list[Costs]:
-    """What the coordinates of several adapters cost, by one pass over half of the pieces; see `measure`."""
-    batches = _pieces(model, windows, config, -(-config.sensitivity_windows // 2))
-    noises = [Noise(adapter, input_device(model)) for adapter in adapters]
-    _drop_costs(model, adapters[0], batches, config, progress, noise=noises)
-    tokens = sum(ids.numel() for ids in batches)
-    return [noise.measured(tokens) for noise in noises]
+    """What the coordinates of several adapters cost, by one forward pass over long pieces, one text a row, for the
+    steps of their quantisers, and one with gradients for their errors; see `measure`.
+
+    The pieces begin at positions from all over the context: keys turn with them, and so what has to be quantised.
+    """
+    device, context = input_device(model), longest(model, config)
+    length = min(config.piece_length, context)
+    pieces = [piece for batch in _pieces(model, windows, config, config.pieces, length) for piece in batch.split(1)]
+    last = max(context - pieces[0].shape[1], 0)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(config.seed))
+    positions = torch.linspace(0, last, len(pieces)).long()[order].tolist()
+    samples = [Samples(adapter, device) for adapter in adapters]
+    student = Student(model, adapters[0], sinks=config.sinks, window=config.window).eval()
+    with served(model), torch.no_grad(), progress_bar(progress) as bar:
+        track = bar.track(list(zip(pieces, positions, strict=True)), description="steps of quantisers")
+        for ids, first in track:
+            student.watched(ids.to(device), samples, first)
+    errors = [QuantisationErrors(a, s.steps(), device) for a, s in zip(adapters, samples, strict=True)]
+    _drop_costs(model, adapters[0], pieces, config, progress, positions=positions, watch=errors)
+    tokens = sum(ids.numel() for ids in pieces)
+    return [error.measured(tokens, len(pieces)) for error in errors]
+
+
+def longest(model, config: FitConfig) -> int:
+    """The tokens of the longest texts that costs are measured for.
+
+    Raises:
+        OptionError: if they are more than the model reads.
+    """
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if config.context is None:
+        return min(limit or CONTEXT, CONTEXT)
+    if limit and config.context > limit:
+        raise OptionError(f"context={config.context} is more than the {limit} tokens that the model reads: give fewer")
+    return config.context
 
 
 def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort: bool, progress: bool) -> KVAdapter:
     """An adapter that has costs, with drop costs that were measured at half of its ranks; see `measure`."""
     adapter = order_by_drop_cost(adapter) if sort else adapter
     half = adapter.allocate(halvable(HALF, adapter.shape[2]), quantise=False)
-    batches = _pieces(model, windows, config, config.sensitivity_windows)
+    batches = _pieces(model, windows, config, config.sensitivity_windows, config.sensitivity_length)
     adapter = replace(adapter, drop_cost=_drop_costs(model, adapter, batches, config, progress, allocation=half))
     return order_by_drop_cost(adapter) if sort else adapter
 
 
-def _drop_costs(
-    model, adapter: KVAdapter, batches, config: FitConfig, progress: bool, allocation=None, noise=()
-) -> dict[str, Tensor]:
+def _drop_costs(model, adapter: KVAdapter, batches, config: FitConfig, progress: bool, **options) -> dict[str, Tensor]:
     with progress_bar(progress) as bar:
         track = bar.track(batches, description="costs of coordinates")
         return sensitivity(
-            model, adapter, track, allocation, sinks=config.sinks, window=config.window, seed=config.seed, noise=noise
+            model, adapter, track, sinks=config.sinks, window=config.window, seed=config.seed, **options
         )
 
 
-def _pieces(model, windows: Tensor, config: FitConfig, count: int) -> tuple[Tensor, ...]:
-    batches = spread(windows, count, config.sensitivity_length, text_config(model).vocab_size)
+def _pieces(model, windows: Tensor, config: FitConfig, count: int, length: int) -> tuple[Tensor, ...]:
+    batches = spread(windows, count, length, text_config(model).vocab_size)
     if batches[0].shape[1] <= (exact := capacity(config.sinks, config.window)):
         raise OptionError(
             f"pieces of {batches[0].shape[1]} tokens hold nothing beyond the {exact} exact ones: costs need "
@@ -146,10 +187,15 @@ def _pieces(model, windows: Tensor, config: FitConfig, count: int) -> tuple[Tens
 def spread(windows: Tensor, pieces: int, length: int, vocabulary: int) -> tuple[Tensor, ...]:
     """Pieces of ``length`` tokens at even distances from all over the windows ``[n, T]``, in batches.
 
+    Longer pieces than the windows are several in a row.
+
     Logits of the whole vocabulary are kept with their gradient: small batches for large vocabularies.
     """
-    length = min(length, windows.shape[1])
-    rows = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    length = min(length, windows.numel())
+    if length <= windows.shape[1]:
+        rows = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    else:
+        rows = windows.flatten()[: windows.numel() // length * length].view(-1, length)
     chosen = torch.linspace(0, len(rows) - 1, min(pieces, len(rows))).round().long()
     return rows[chosen].split(max(1, min(8, 2**26 // (vocabulary * length))))
 
@@ -162,8 +208,10 @@ def order_by_drop_cost(adapter: KVAdapter) -> KVAdapter:
     order = {side: drop_cost.argsort(-1, descending=True) for side, drop_cost in adapter.drop_cost.items()}
     encode = {s: adapter.encode[s].gather(-1, o[..., None, :].expand_as(adapter.encode[s])) for s, o in order.items()}
     sorted_ones = {
-        name: {s: values[s].gather(-1, o) for s, o in order.items()}
-        for name in ("drop_cost", "quantisation_cost", "step")
-        if (values := getattr(adapter, name))
+        name: {
+            s: values[s].gather(2, o.view(*o.shape, *[1] * len(last)).expand_as(values[s])) for s, o in order.items()
+        }
+        for name, last in BY_COORDINATE.items()
+        if name != "mean" and (values := getattr(adapter, name))  # means are of keys and values
     }
     return replace(adapter, encode=encode, **sorted_ones)  # type: ignore[arg-type]

@@ -1,39 +1,42 @@
-/* Products with packed codes (see pack.py), without unpacking them to memory.
+/* Products with packed codes (see packing.py), without unpacking them to memory.
 
-   rows: bytes, one row of `stride` bytes for each packed row, a token a byte. counts: blocks of 8, 4, 3, 2 and 1 bits,
-   in that order, which is that of their coordinates. Eight tokens are a vector: codes of a block of eight coordinates
-   are unpacked into registers, and used there by up to four queries. The loops over coordinates and queries have
-   constant bounds once they are inlined, and are unrolled. Built by kernels.py; packed.py has the same in torch.
+   rows: bytes, one row of `stride` bytes for each packed row, a token a byte. counts: blocks of 8, 7, ... 1 bits, in
+   that order, which is that of their coordinates. Eight tokens are a vector: codes of a block of eight coordinates are
+   unpacked into registers, and used there by up to four queries. The loops over coordinates and queries have constant
+   bounds once they are inlined, and are unrolled. Built by cpu.py; packed.py has the same in torch.
 */
 #include <stdint.h>
 
 #define TILE 512 /* tokens of a job, or of a partial sum */
+#define KINDS 8  /* of blocks: their widths are 8 - kind */
 #define INLINE static inline __attribute__((always_inline))
 
-static const int WIDTH[5] = {8, 4, 3, 2, 1};
-
-typedef struct { const uint8_t *high, *low; int64_t stride; } Block; /* low: the last bits of codes of three */
+typedef struct { const uint8_t *field[4]; int64_t stride; } Block; /* its rows of 8, 4, 2 and 1 bits a coordinate */
 
 static Block block_of(const uint8_t *rows, int64_t stride, const int64_t *counts, int kind, int64_t number) {
-    int64_t fours = 8 * counts[0], twos = fours + 4 * counts[1], ones = twos + 2 * (counts[2] + counts[3]);
-    switch (kind) {
-    case 0: return (Block){rows + 8 * number * stride, 0, stride};
-    case 1: return (Block){rows + (fours + 4 * number) * stride, 0, stride};
-    case 2: return (Block){rows + (twos + 2 * number) * stride, rows + (ones + number) * stride, stride};
-    case 3: return (Block){rows + (twos + 2 * (counts[2] + number)) * stride, 0, stride};
-    default: return (Block){rows + (ones + counts[2] + number) * stride, 0, stride};
+    Block block = {.stride = stride};
+    for (int i = 0; i < 4; i++) {
+        const int bits = 8 >> i;
+        int64_t before = number, total = 0;
+        for (int k = 0; k < KINDS; k++)
+            if ((8 - k) & bits) {
+                before += k < kind ? counts[k] : 0;
+                total += counts[k];
+            }
+        block.field[i] = rows + bits * before * stride;
+        rows += bits * total * stride;
     }
+    return block;
 }
 
 /* Coordinate c of a block at a token. */
 INLINE float code(const Block *b, const int width, const int c, int64_t t) {
-    switch (width) {
-    case 8: return (float)b->high[c * b->stride + t];
-    case 4: return (float)((b->high[c % 4 * b->stride + t] >> (c / 4 * 4)) & 15);
-    case 3: return (float)(((b->high[c % 2 * b->stride + t] >> (c / 2 * 2)) & 3) << 1 | ((b->low[t] >> c) & 1));
-    case 2: return (float)((b->high[c % 2 * b->stride + t] >> (c / 2 * 2)) & 3);
-    default: return (float)((b->high[t] >> c) & 1);
-    }
+    if (width == 8) return (float)b->field[0][c * b->stride + t];
+    int value = 0;
+    if (width & 4) value = (b->field[1][c % 4 * b->stride + t] >> (c / 4 * 4)) & 15;
+    if (width & 2) value = value << 2 | ((b->field[2][c % 2 * b->stride + t] >> (c / 2 * 2)) & 3);
+    if (width & 1) value = value << 1 | ((b->field[3][t] >> c) & 1);
+    return (float)value;
 }
 
 INLINE void score(const Block *b, const int width, const int queries, const float *q, int64_t q_stride, int64_t start,
@@ -80,6 +83,9 @@ INLINE void weigh(const Block *b, const int width, const int queries, const int 
 #define FOR_WIDTHS(DO)                                                                                                 \
     switch (width) {                                                                                                   \
     case 8: FOR_QUERIES(DO, 8); break;                                                                                 \
+    case 7: FOR_QUERIES(DO, 7); break;                                                                                 \
+    case 6: FOR_QUERIES(DO, 6); break;                                                                                 \
+    case 5: FOR_QUERIES(DO, 5); break;                                                                                 \
     case 4: FOR_QUERIES(DO, 4); break;                                                                                 \
     case 3: FOR_QUERIES(DO, 3); break;                                                                                 \
     case 2: FOR_QUERIES(DO, 2); break;                                                                                 \
@@ -121,10 +127,10 @@ void nestling_score(const uint8_t *rows, int64_t stride, int64_t packed, const i
             int some = queries - n < 4 ? (int)(queries - n) : 4;
             const float *q = query + (g * queries + n) * width;
             float *to = out + (g * queries + n) * out_stride + start;
-            for (int kind = 0; kind < 5; kind++)
+            for (int kind = 0; kind < KINDS; kind++)
                 for (int64_t number = 0; number < counts[kind]; number++, q += 8) {
                     Block b = block_of(rows + g * packed * stride, stride, counts, kind, number);
-                    score_block(&b, WIDTH[kind], some, q, width, start, count, to, out_stride);
+                    score_block(&b, 8 - kind, some, q, width, start, count, to, out_stride);
                 }
         }
     }
@@ -134,7 +140,8 @@ void nestling_score(const uint8_t *rows, int64_t stride, int64_t packed, const i
 void nestling_weighted(const uint8_t *rows, int64_t stride, int64_t packed, const int64_t *counts, const float *weight,
                        int64_t weight_stride, int64_t groups, int64_t queries, int64_t width, int64_t tokens,
                        float *out, int threads) {
-    int64_t blocks = counts[0] + counts[1] + counts[2] + counts[3] + counts[4];
+    int64_t blocks = 0;
+    for (int kind = 0; kind < KINDS; kind++) blocks += counts[kind];
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t job = 0; job < groups * blocks; job++) {
         int64_t g = job / blocks, number = job % blocks;
@@ -147,7 +154,7 @@ void nestling_weighted(const uint8_t *rows, int64_t stride, int64_t packed, cons
             for (int64_t start = 0; start < tokens; start += TILE) {
                 int count = tokens - start < TILE ? (int)(tokens - start) : TILE;
                 const float *w = weight + (g * queries + n) * weight_stride + start;
-                weigh_block(&b, WIDTH[kind], some, w, weight_stride, start, count, to + n * width, width);
+                weigh_block(&b, 8 - kind, some, w, weight_stride, start, count, to + n * width, width);
             }
         }
     }

@@ -9,10 +9,20 @@ import math
 import torch
 from torch import Tensor
 
-WIDTHS = (1, 2, 3, 4, 8)  # bits of a code; a coordinate that is not coded has 0 bits, or 16 and is stored as it is
-CELLS = {1: 8.0, 2: 4.0, 3: 2.0, 4: 1.0, 8: 0.125}  # a cell, in steps
+WIDTHS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+)  # bits of a code; a coordinate that is not coded has 0 bits, or 16 and is stored as it is
+# A cell, in steps. From 6 bits on codes reach twice as far: what is cut off at the ends would be most of the error.
+CELLS = {1: 8.0, 2: 4.0, 3: 2.0, 4: 1.0, 5: 0.5, 6: 0.5, 7: 0.25, 8: 0.125}
 # Where a cell's values lie in the mean, from its middle towards zero: outer cells are wide, and densities fall.
-SHRINK = {1: 0.65, 2: 0.93, 3: 1.0, 4: 1.02, 8: 1.0}
+SHRINK = {1: 0.65, 2: 0.93, 3: 1.0, 4: 1.02, 5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0}
 USUAL = 0.3  # what `chosen_steps` finds for Gaussians, about
 TRIED = (0.22, 0.24, 0.26, 0.28, 0.30, 0.32, 0.34, 0.36, 0.39, 0.42, 0.46, 0.50)  # steps, in root mean squares
 
@@ -33,6 +43,11 @@ def scale(step: Tensor, bits: int) -> Tensor:
     return step * (CELLS[bits] * SHRINK[bits])
 
 
+def rounded(z: Tensor, step: Tensor, bits: int) -> Tensor:
+    """What is read of coordinates about their means that are stored with so many bits."""
+    return (quantise(z, step, bits) - offset(bits)) * scale(step, bits)
+
+
 def fake_quantise(z: Tensor, bits: Tensor, rms: Tensor) -> Tensor:
     """What is read of coordinates that are stored with some bits each, with a gradient: for training.
 
@@ -47,7 +62,7 @@ def fake_quantise(z: Tensor, bits: Tensor, rms: Tensor) -> Tensor:
     still, size = z.detach(), rms.detach().clamp_min(torch.finfo(z.dtype).tiny)
     step, error = USUAL * size, torch.zeros_like(z)
     for width in WIDTHS:
-        value = (quantise(still, step, width) - offset(width)) * scale(step, width)
+        value = rounded(still, step, width)
         error = torch.where(bits == width, value - still, error)
     return torch.where(bits == 0, 0.0, z + error / size * rms)
 
@@ -63,30 +78,20 @@ def narrowed(code: Tensor, bits: int, fewer: int) -> Tensor:
     return ((code.int() - middle) >> shift).clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
 
-def chosen_steps(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps that serve all widths, and what is lost at each.
+def chosen_steps(samples: Tensor) -> Tensor:
+    """Steps that serve all widths, ``[..., D]``.
+
+    Those of `TRIED` with the smallest geometric mean of the mean squares that are lost at 2, 3 and 4 bits.
 
     Args:
         samples: coordinates about their means, ``[..., N, D]``.
-
-    Returns:
-        Steps ``[..., D]``, those of `TRIED` with the smallest geometric mean of the errors at 2, 3 and 4 bits, and the
-        errors there, ``[..., D, len(WIDTHS)]``: mean squares, as shares of those of the samples.
     """
     power = samples.square().mean(-2).clamp_min(torch.finfo(samples.dtype).tiny)
-    best = torch.full_like(power, torch.inf)
-    steps, errors = torch.ones_like(power), torch.ones(*power.shape, len(WIDTHS), dtype=samples.dtype)
+    best, steps = torch.full_like(power, torch.inf), torch.ones_like(power)
     for share in TRIED:
         step = share * power.sqrt()
-        step_errors = torch.stack([_error(samples, step, bits) for bits in WIDTHS], -1) / power[..., None]
-        criterion = step_errors[..., [WIDTHS.index(bits) for bits in (2, 3, 4)]].clamp_min(1e-12).log().sum(-1)
+        lost = [(rounded(samples, step[..., None, :], bits) - samples).square().mean(-2) for bits in (2, 3, 4)]
+        criterion = (torch.stack(lost) / power).clamp_min(1e-12).log().sum(0)
         better = criterion < best
         best, steps = torch.where(better, criterion, best), torch.where(better, step, steps)
-        errors = torch.where(better[..., None], step_errors, errors)
-    return steps, errors
-
-
-def _error(samples: Tensor, step: Tensor, bits: int) -> Tensor:
-    step = step[..., None, :]
-    value = (quantise(samples, step, bits) - offset(bits)) * scale(step, bits)
-    return (value - samples).square().mean(-2)
+    return steps

@@ -3,6 +3,9 @@
 The masks are in `nestling.kv.simulation.projections`. The teacher is the same model without them.
 """
 
+import inspect
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -95,9 +98,28 @@ class Student(nn.Module):
             )
         return states.last_hidden_state
 
-    def logits(self, input_ids: Tensor, masked: Masked) -> Tensor:
-        """The logits ``[B, T, V]`` of the whole model, which may do to them what it likes behind the output map."""
-        return self.lm(input_ids=input_ids, **self._arguments(masked)).logits
+    def logits(self, input_ids: Tensor, masked: Masked, first: int = 0, tokens: Tensor | None = None) -> Tensor:
+        """The logits ``[B, T, V]`` of the whole model, which may do to them what it likes behind the output map.
+
+        Args:
+            first: position of the first token, where the model can be told.
+            tokens: of which tokens, where the model can be told; by default of all.
+        """
+        options = self._arguments(masked)
+        accepted = inspect.signature(self.lm.forward).parameters
+        if first and "position_ids" in accepted:
+            positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+            options["position_ids"] = positions.expand(input_ids.shape)
+        if tokens is not None and "logits_to_keep" in accepted:
+            options["logits_to_keep"] = tokens
+        return self.lm(input_ids=input_ids, **options).logits
+
+    @torch.no_grad()
+    def watched(self, input_ids: Tensor, watch: Sequence[Callable], first: int = 0) -> None:
+        """Show keys and values of the full model, as `Masked` does; ``first`` as of `logits`."""
+        masked = self.weighted(torch.ones(len(input_ids), *self.bases.mean.shape, device=input_ids.device))
+        masked.watch = watch
+        self.logits(input_ids, masked, first, torch.zeros(1, dtype=torch.long, device=input_ids.device))
 
     @torch.no_grad()
     def divergence(self, input_ids: Tensor, bits: Tensor, teacher: Tensor) -> Tensor:
