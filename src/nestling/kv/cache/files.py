@@ -30,6 +30,7 @@ from nestling.kv.integration.attach import NAME, base_model, detach, implementat
 from nestling.kv.integration.modes import default_mode
 from nestling.kv.integration.state import layer_devices
 from nestling.kv.integration.structure import fingerprint
+from nestling.kv.quantisation.rows import row_bytes
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
@@ -184,7 +185,7 @@ def _parts(layer: NestedLayer) -> Iterator[tuple[str, Part, int, int]]:
             else:
                 yield f"{name}.plain", rows, heads, width if basis.encode is None else basis.encode.shape[1]
     if layer.exact is not None:
-        yield "exact", layer.exact, layer.heads, width
+        yield "exact", layer.exact, layer.heads, row_bytes(width) if layer.exact.rows else width
     if layer.hitters is not None:
         yield "hitters", layer.hitters, layer.heads, 0
 
@@ -198,7 +199,8 @@ def _tensors(part: Part, state: dict) -> dict[str, Tensor]:
     """The tensors of a part's state, none where it holds no tokens."""
     if isinstance(part, ExactStore):
         sides = zip(SIDES, state["data"], strict=False)  # none where there are no tokens
-        return {f"{side}.{p}": tensor for side, parts in sides for p, tensor in zip(PARTS, parts, strict=True)}
+        tensors = {f"{side}.{p}": tensor for side, parts in sides for p, tensor in zip(PARTS, parts, strict=True)}
+        return tensors | {f"{side}.rest": rest for side, rest in zip(SIDES, state["rest"], strict=False)}
     tensor = state["mass" if isinstance(part, HeavyHitters) else "data"]
     return {} if tensor is None else {"data": tensor}
 
@@ -225,10 +227,13 @@ def _fill(layer: NestedLayer, saved: Fields, tensors: dict[str, Tensor]) -> None
         elif isinstance(part, ExactStore):
             first = min(numbers["length"], part.sinks)
             counts = dict(zip(PARTS, (first, numbers["length"] - first, numbers["spare"]), strict=True))
+            if part.rows and part.sinks:
+                counts["rest"] = part.sinks
             shapes = {f"{side}.{p}": [heads, batch, n, rows] for side in SIDES for p, n in counts.items()}
         else:
             shapes = {"data": [heads, batch, held]}
-        dtype = torch.uint8 if name.endswith(".codes") else torch.float32 if name == "hitters" else layer.dtype
+        in_bytes = part.rows if isinstance(part, ExactStore) else name.endswith(".codes")
+        dtype = torch.uint8 if in_bytes else torch.float32 if name == "hitters" else layer.dtype
         own = {key: tensors.pop(f"{name}.{key}") for key in shapes if f"{name}.{key}" in tensors}
         for key, shape in shapes.items() if own or any(0 not in shape for shape in shapes.values()) else ():
             if key not in own or [*own[key].shape] != shape or own[key].dtype != dtype:
@@ -249,7 +254,8 @@ def _restored(part: Part, tensors: dict[str, Tensor], device: torch.device) -> d
     """The inverse of `_tensors`."""
     moved = {key: tensor.to(device, copy=True) for key, tensor in tensors.items()}
     if isinstance(part, ExactStore):
-        return {"data": [[moved[f"{side}.{p}"] for p in PARTS] for side in SIDES] if moved else []}
+        data = [[moved[f"{side}.{p}"] for p in PARTS] for side in SIDES] if moved else []
+        return {"data": data, "rest": [moved[f"{side}.rest"] for side in SIDES if f"{side}.rest" in moved]}
     return {"mass" if isinstance(part, HeavyHitters) else "data": moved.get("data")}
 
 
