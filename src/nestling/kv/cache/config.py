@@ -65,8 +65,12 @@ class CacheConfig(Config):
     quantise: bool = option(
         True, "Store each coordinate at the width that pays, of 0 to 16 bits, where the adapter can.", flag
     )
-    sinks: int = option(SINKS, "Leading tokens that are kept exact.", natural)
-    window: int = option(WINDOW, "Recent tokens that are kept exact, at least, and up to 15 more.", natural)
+    sinks: int = option(
+        SINKS, "Leading tokens that are kept exact, or at twice 8 bits beside quantised ones.", natural
+    )
+    window: int = option(
+        WINDOW, "Recent tokens, and up to 15 more, that are kept exact, or at 8 bits beside quantised ones.", natural
+    )
     exact_prompt: bool = option(
         True, "The first prompt attends to exact keys and values; only later reads see the compression.", flag
     )
