@@ -3,7 +3,7 @@
 Two files beside a card: ``nestling_adapter.json`` (format version, the model's fingerprint, how the bases were made,
 and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
 ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.drop_cost`` ``[Hkv, D]``, all fp32; in adapters that
-caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, 1 + widths]`` and ``.step`` ``[Hkv, D]``. ``decode``
+caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, widths]`` and ``.step`` ``[Hkv, D]``. ``decode``
 is not stored: it is the inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME``
 ``[Hkv, blocks]``, which serves every budget.
 
@@ -218,8 +218,7 @@ def _by_width(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
         known = dict(zip(OLD_WIDTHS, errors[place.rsplit(".", 1)[1]], strict=True))
         shares = [known[max(old for old in OLD_WIDTHS if old <= bits)] for bits in WIDTHS]
         noise = tensors[f"{place}.quantisation_cost"]
-        costs = [tensors[f"{place}.drop_cost"].float(), *(noise.float() * share for share in shares)]
-        by_width[f"{place}.quantisation_cost"] = torch.stack(costs, -1)
+        by_width[f"{place}.quantisation_cost"] = noise.float()[..., None] * torch.tensor(shares)
     return by_width
 
 
@@ -240,7 +239,7 @@ def _check_tensors(weights: Path, config: dict, found: dict[str, list[int]]) -> 
     heads, width = model["num_key_value_heads"], model["head_dim"]
     shapes = {"encode": [heads, width, width], "mean": [heads, width], "drop_cost": [heads, width]}
     if f"layers.{model['layers'][0]}.key.quantisation_cost" in found:
-        several = [] if config["format"] == 1 else [1 + len(WIDTHS)]
+        several = [] if config["format"] == 1 else [len(WIDTHS)]
         shapes |= {"quantisation_cost": [heads, width, *several], "step": [heads, width]}
     shapes |= {f"path.{name}": [heads, len(block_sizes(width))] for name in path_names(found)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}

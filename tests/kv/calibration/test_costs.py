@@ -47,7 +47,8 @@ def test_costs_are_of_the_errors_of_quantisers_along_gradients(fitted, ids, fami
     layers, heads, width = made.adapter.shape
     step = torch.full((2, layers, heads, width), 0.1)
     watch = QuantisationErrors(made.adapter, step, CPU)
-    sensitivity(made.model, made.adapter, [text], sinks=0, window=0, seed=3, positions=[first], watch=[watch])
+    exact = FitConfig(sinks=0, window=0, seed=3)
+    sensitivity(made.model, made.adapter, [text], exact, positions=[first], watch=[watch])
 
     shifts = torch.zeros(layers, 2, 2, heads, 24, width, requires_grad=True)
     logits, held = stock_logits(made.stock, text, shifts, position_ids=torch.arange(first, first + 24).expand(2, -1))

@@ -212,7 +212,7 @@ def test_no_token_is_an_error(ids, fitted):
     with pytest.raises(kv.CalibrationError, match="no token is left after the first 4 positions"):
         collect_moments(tiny_model("llama-gqa"), [ids[:, :4]])
     with pytest.raises(kv.CalibrationError, match="no windows"):
-        sensitivity(fitted("llama-gqa").model, fitted("llama-gqa").adapter, [])
+        sensitivity(fitted("llama-gqa").model, fitted("llama-gqa").adapter, [], kv.FitConfig())
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,8 @@ def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, smal
     allocation = None if rank == 16 else kv.Allocation.of_ranks(*ranks, 16)
     draw, drawn = torch.multinomial, []
     monkeypatch.setattr(torch, "multinomial", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
-    exact = {"sinks": sinks, "window": window}
-    got = sensitivity(model, adapter, ids.split(rows), allocation, **exact, seed=3)
+    config = kv.FitConfig(sinks=sinks, window=window, seed=3)
+    got = sensitivity(model, adapter, ids.split(rows), config, allocation)
     labels = torch.cat(drawn).view(8, 24, 1)
     total = torch.zeros(2, *adapter.shape, dtype=torch.float64)
     for row in range(8):
@@ -358,7 +358,7 @@ def test_sensitivity_is_half_the_squared_gradient_of_every_row(monkeypatch, smal
     for expected, side in zip(total.float(), SIDES, strict=True):
         torch.testing.assert_close(got[side], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
     zero = replace(adapter, mean={side: torch.zeros_like(mean) for side, mean in adapter.mean.items()})
-    other = sensitivity(model, zero, ids.split(rows), allocation, **exact, seed=3)
+    other = sensitivity(model, zero, ids.split(rows), config, allocation)
     if rank == 16:  # the means matter, but for a shift that all keys share
         assert torch.allclose(other["key"], got["key"], rtol=1e-3) == (sinks == window == 0)
     assert not torch.allclose(other["value"], got["value"], rtol=0.05)
@@ -372,7 +372,7 @@ def test_sensitivity_predicts_the_kl_of_a_small_change(small, sinks, window):
     draws = 150
     mean = torch.zeros(2, *adapter.shape)
     for seed in range(draws):
-        found = sensitivity(model, adapter, [ids], sinks=sinks, window=window, seed=seed)
+        found = sensitivity(model, adapter, [ids], kv.FitConfig(sinks=sinks, window=window, seed=seed))
         mean += torch.stack([found[side] for side in SIDES]) / draws
     ones = torch.ones(2, *adapter.shape, dtype=torch.float64)
     full, eps = masked_log_p(model, adapter, ones, ids, sinks, window), 1e-3
@@ -392,10 +392,11 @@ def test_sensitivity_predicts_the_kl_of_a_small_change(small, sinks, window):
 def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
     model = tiny_model("llama-gqa")
     adapter = tiny_fit(model, ids, sensitivity_windows=2, sinks=0)
-    live = sensitivity(model, adapter, [ids[:2, :16]], sinks=0, window=0)
+    text, config = ids[:2, :16], kv.FitConfig(sinks=0, window=0)
+    live = sensitivity(model, adapter, [text], config)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    frozen = sensitivity(model.requires_grad_(False), adapter, [ids[:2, :16]], sinks=0, window=0)
-    other = sensitivity(model, adapter, [ids[:2, :16]], sinks=0, window=0, seed=1)
+    frozen = sensitivity(model.requires_grad_(False), adapter, [text], config)
+    other = sensitivity(model, adapter, [text], replace(config, seed=1))
     for side in SIDES:
         assert torch.equal(live[side], frozen[side]) and not torch.equal(live[side], other[side])
 
@@ -403,17 +404,23 @@ def test_sensitivity_needs_no_weight_gradients_and_leaves_none(ids):
 def test_what_only_near_tokens_read_is_worth_nothing(ids):
     model = tiny_model("llama-gqa")
     adapter = tiny_fit(model, ids, sensitivity_windows=2, sinks=0)
-    drop_cost = sensitivity(model, adapter, [ids[:2, :19]], sinks=1, window=3)  # up to 18 recent ones are exact
+    config = kv.FitConfig(sinks=1, window=3)
+    drop_cost = sensitivity(model, adapter, [ids[:2, :19]], config)  # up to 18 recent ones are exact
     assert all(float(e.abs().max()) == 0 for e in drop_cost.values())
     with pytest.raises(ValueError, match="pieces of 19 tokens hold nothing beyond the 19 exact ones"):
-        measure(model, adapter, ids[:, :19], kv.FitConfig(sinks=1, window=3))
+        measure(model, adapter, ids[:1, :19], config)
+    with pytest.raises(ValueError, match="pieces of 19 tokens hold nothing beyond the 19 exact ones"):
+        measure(model, adapter, ids, replace(config, sensitivity_length=19))
 
 
 def test_pieces_are_from_all_over_the_windows():
     windows = torch.arange(60).view(3, 20)
     found = torch.cat(spread(windows, 3, 8, 100))
     assert found[:, 0].tolist() == [0, 20, 48] and found.shape == (3, 8)
-    assert torch.equal(torch.cat(spread(windows, 100, 32, 100)), windows)
+    assert torch.equal(torch.cat(spread(windows, 100, 20, 100)), windows)
+    for length, most in ((28, 2), (32, 1), (100, 1)):  # longer ones go on in the next window, as far as there is text
+        found, count = torch.cat(spread(windows, 100, length, 100)), min(length, 60)
+        assert torch.equal(found, torch.arange(most * count).view(most, count))
     assert [len(part) for part in spread(windows, 3, 20, 2**21)] == [1, 1, 1]
 
 
@@ -444,16 +451,21 @@ def test_every_family_fits(ids, family, basis):
 @pytest.mark.parametrize("basis", ["balanced", "pca"])
 def test_fit_is_the_sum_of_its_parts(ids, basis):
     """And orders the balanced coordinates by what they were measured to be worth; PCA keeps the paper's order."""
-    exact = dict(sinks=2, window=4)
-    adapter = tiny_fit(tiny_model("qwen3"), ids, basis=basis, sensitivity_windows=8, seed=5, **exact)
+    config = kv.FitConfig(sinks=2, window=4, seed=5)
+    given = dict(pieces=4, piece_length=32, context=128, sensitivity_windows=8, sinks=2, window=4, seed=5)
+    adapter = tiny_fit(tiny_model("qwen3"), ids, basis=basis, **given)
     model = tiny_model("qwen3")  # heads of width 24: drop costs are measured again at 16
     moments = collect_moments(model, [ids])
     bases, means = make_bases(model, moments, basis), {i: m.means(basis) for i, m in moments.items()}
     expected = kv.KVAdapter.from_bases(model.config, bases, means, {})
     pieces = ids.view(16, 32)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(5))
+    positions = torch.tensor([0, 32, 64, 96])[order].tolist()  # each piece is measured by itself, at one of them
     for chosen in ([0, 5, 10, 15], [0, 2, 4, 6, 9, 11, 13, 15]):
-        half = expected.allocate(2 / 3) if len(chosen) == 8 else None
-        drop_cost = sensitivity(model, expected, [pieces[chosen]], half, **exact, seed=5)
+        if len(chosen) == 4:
+            drop_cost = sensitivity(model, expected, pieces[chosen].split(1), config, positions=positions)
+        else:
+            drop_cost = sensitivity(model, expected, [pieces[chosen]], config, expected.allocate(2 / 3))
         order = {s: e.argsort(-1, descending=True) if basis == "balanced" else None for s, e in drop_cost.items()}
         encode = dict(expected.encode)
         for side, o in order.items():
@@ -461,7 +473,7 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
                 drop_cost[side] = drop_cost[side].gather(-1, o)
                 encode[side] = encode[side].gather(-1, o[..., None, :].expand_as(encode[side]))
         expected = replace(expected, encode=encode, drop_cost=drop_cost)
-    assert adapter.info["sinks"] == 2 and adapter.info["window"] == 4
+    assert (adapter.info["sinks"], adapter.info["window"], adapter.info["context"]) == (2, 4, 128)
     for side in SIDES:
         torch.testing.assert_close(adapter.drop_cost[side], expected.drop_cost[side], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(adapter.mean[side], expected.mean[side], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """From what an adapter measured to the allocations of all budgets: by bits, or by one of several methods of ranks.
 
-* Bits: a block loses the quantisation costs of its coordinates, which were measured at every number of bits.
+* Bits: a block loses the costs of its coordinates, the drop costs at no bits, and at others quantisation costs, which
+  were measured at every width.
 * ``energy``: the same with 0 or 16 bits for a block, where a head takes its blocks in order and keeps the first in any
   case. Drop costs of all layers share one unit (see `nestling.kv.calibration.sensitivity`).
 * ``uniform``: every head as even as the steps allow.
@@ -103,16 +104,21 @@ def by_block(by_coordinate: Tensor) -> Tensor:
 
 def losses_of(adapter: "KVAdapter") -> Tensor:
     """What blocks lose at each number of bits by the costs of an adapter that quantises; see `losses`."""
-    return losses(torch.stack([adapter.quantisation_cost[side] for side in SIDES]))
+    drop_cost, quantisation_cost = (
+        torch.stack([costs[side] for side in SIDES]) for costs in (adapter.drop_cost, adapter.quantisation_cost)
+    )
+    return losses(drop_cost, quantisation_cost)
 
 
-def losses(quantisation_cost: Tensor) -> Tensor:
+def losses(drop_cost: Tensor, quantisation_cost: Tensor) -> Tensor:
     """What every block loses at each of `CHOICES`, in nats per token: fp64 ``[2, L, Hkv, blocks, choices]``.
 
     Args:
-        quantisation_cost: of coordinates, ``[2, L, Hkv, D, 1 + widths]``; at 16 bits nothing is lost.
+        drop_cost: of coordinates, ``[2, L, Hkv, D]``: what they cost at no bits.
+        quantisation_cost: of coordinates, ``[2, L, Hkv, D, widths]``; at 16 bits nothing is lost.
     """
-    return by_block(torch.nn.functional.pad(quantisation_cost, (0, 1)).mT).mT.double()
+    by_bits = (drop_cost[..., None], quantisation_cost, torch.zeros_like(drop_cost)[..., None])
+    return by_block(torch.cat(by_bits, -1).double().mT).mT
 
 
 def by_rank(worth: Tensor, width: int) -> Tensor:

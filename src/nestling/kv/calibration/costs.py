@@ -31,7 +31,7 @@ class Costs:
 
     Attributes:
         drop_cost: if a coordinate was at its mean, ``[L, Hkv, D]``.
-        quantisation_cost: at no bits and at each of `WIDTHS`, ``[L, Hkv, D, 1 + widths]``.
+        quantisation_cost: at each of `WIDTHS`, ``[L, Hkv, D, widths]``.
         step: of quantisers, ``[L, Hkv, D]``, see `nestling.kv.quantisation.quantiser`.
     """
 
@@ -91,7 +91,8 @@ class QuantisationErrors:
     def __init__(self, adapter: KVAdapter, step: Tensor, device: torch.device):
         self.coordinates, self.step = Coordinates(adapter, device), step.to(device)
         shape = (2, *adapter.shape, 1 + len(WIDTHS))
-        # Sums over texts: of the costs with all tokens together, of the squares of those, and with tokens apart.
+        # Sums over texts, at no bits and at each width: of the costs with all tokens together, of the squares of
+        # those, and with tokens apart.
         self.together, self.squares, self.apart = (
             torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)
         )
@@ -116,8 +117,8 @@ class QuantisationErrors:
     def measured(self, tokens: int, texts: int) -> Costs:
         """What coordinates cost per token, of so many tokens in so many texts."""
         together, squares, apart = (part.cpu() for part in (self.together, self.squares, self.apart))
-        cost = (shrunk(together, squares, apart, texts) / tokens).float()
-        dropped, step = (together[..., 0] / tokens).float(), self.step.float().cpu()
+        cost = shrunk(together[..., 1:], squares[..., 1:], apart[..., 1:], texts)
+        dropped, cost, step = (part.float().cpu() for part in (together[..., 0] / tokens, cost / tokens, self.step))
         return Costs(*({side: part[i] for i, side in enumerate(SIDES)} for part in (dropped, cost, step)))
 
 

@@ -19,7 +19,6 @@ from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import BY_COORDINATE, KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.allocate import halvable
-from nestling.kv.allocation.budget import SINKS, WINDOW
 from nestling.kv.allocation.table import Allocation, by_coordinate
 from nestling.kv.cache.exact import capacity
 from nestling.kv.calibration.config import CONTEXT, FitConfig
@@ -35,11 +34,9 @@ def sensitivity(
     model,
     adapter: KVAdapter,
     batches: Iterable[Tensor],
+    config: FitConfig,
     allocation: Allocation | None = None,
     *,
-    sinks: int = SINKS,
-    window: int = WINDOW,
-    seed: int = 0,
     positions: Sequence[int] | None = None,
     watch: Sequence[Callable] = (),
 ) -> dict[str, Tensor]:
@@ -50,9 +47,8 @@ def sensitivity(
 
     Args:
         batches: token ids ``[B, T]``; every row is one sample of the gradient.
+        config: exact tokens, as the caches will keep them, and the seed of the labels.
         allocation: where the masks stand: at 1 for blocks that have bits, at 0 for others. By default all at 1.
-        sinks, window: exact tokens, as the caches will keep them; 0 and 0 where everything is compressed.
-        seed: of the labels.
         positions: of the first token of each batch; by default 0.
         watch: are shown the same passes, see `Masked`.
     """
@@ -62,13 +58,13 @@ def sensitivity(
         start = by_coordinate(allocation.stacked > 0, adapter.shape[2]).float()
     with served(model), torch.enable_grad():
         device, generator = input_device(model), None
-        student = Student(model, adapter, sinks=sinks, window=window).eval()
+        student = Student(model, adapter, sinks=config.sinks, window=config.window).eval()
         for number, ids in enumerate(batches):
             ids = ids.to(device)
             mask = start.to(device).repeat(len(ids), 1, 1, 1, 1).requires_grad_()
             masked = student.weighted(mask)
             masked.watch = watch
-            generator = generator or torch.Generator(device).manual_seed(seed)
+            generator = generator or torch.Generator(device).manual_seed(config.seed)
             chosen = _some(ids.shape[1], LOGITS // (len(ids) * text_config(model).vocab_size), generator)
             first = positions[number] if positions is not None else 0
             log_p = student.logits(ids, masked, first, chosen).float().log_softmax(-1)
@@ -169,9 +165,7 @@ def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort:
 def _drop_costs(model, adapter: KVAdapter, batches, config: FitConfig, progress: bool, **options) -> dict[str, Tensor]:
     with progress_bar(progress) as bar:
         track = bar.track(batches, description="costs of coordinates")
-        return sensitivity(
-            model, adapter, track, sinks=config.sinks, window=config.window, seed=config.seed, **options
-        )
+        return sensitivity(model, adapter, track, config, **options)
 
 
 def _pieces(model, windows: Tensor, config: FitConfig, count: int, length: int) -> tuple[Tensor, ...]:
