@@ -14,11 +14,13 @@ CONFIG, WEIGHTS = "nestling_adapter.json", "nestling_adapter.safetensors"
 TRAINING = {"preset": "default", "sampling": "path", "allocation": "energy", "sinks": 4, "window": 64, "tokens": 64,
             "seconds": 3, "learning_rate": 0.002, "curve": [{"step": 0, "tokens": 0, "kl_0.5": 0.2}]}  # fmt: skip
 
+ERRORS = dict.fromkeys(("key", "value"), [0.4, 0.12, 0.04, 0.01, 1e-4])  # as in format 1
+
 
 @pytest.fixture
 def folder(fitted, tmp_path) -> Path:
     fitted("llama-gqa").adapter.save_pretrained(tmp_path / "adapter")
-    change(tmp_path / "adapter", training=TRAINING)
+    change(tmp_path / "adapter", training=TRAINING, errors=ERRORS)
     return tmp_path / "adapter"
 
 

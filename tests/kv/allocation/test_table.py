@@ -71,7 +71,7 @@ def test_tables_must_fit():
         (good[:1], good, 8, r"keys is \[1, 3, 1\], expected \[2, 3, 1\]"),
         (good, good.mT, 8, r"values is \[2, 1, 3\]"),
         (good, good * 2, 8, "values holds 32 bits, expected some of"),
-        (good - 11, good, 8, "keys holds 5 bits"),
+        (good - 7, good, 8, "keys holds 9 bits"),
         (good, good, 16, "heads of 16 coordinates, expected 8"),
         (good.double(), good, 8, "keys are torch.float64, expected whole numbers"),
     ):

@@ -235,7 +235,7 @@ def set_in(head: dict, value, *place) -> None:
 
 
 HOSTILE = {
-    "NaN": (lambda h, t: t[first(t, "exact.key.recent")].fill_(torch.nan), "holds NaN or infinity"),
+    "NaN": (lambda h, t: t[first(t, "exact.key.recent")][..., -2:].fill_(0xFF), "holds NaN or infinity"),  # its scales
     "NaN in a stock layer": (lambda h, t: t[first(t, "0.keys")].fill_(torch.nan), "holds NaN or infinity"),
     "a tensor less": (lambda h, t: t.pop(first(t, ".codes.data")), "data must be of torch.uint8 and shape"),
     "a stock tensor less": (lambda h, t: t.pop(first(t, "0.keys")), "'keys' is not what a layer of this kind has"),
@@ -252,7 +252,7 @@ HOSTILE = {
     "fewer layers": (lambda h, t: h["layers"].pop(), "damaged: 2 layers, expected 3"),
     "no layers": (lambda h, t: h.pop("layers"), "'layers' is missing"),
     "other bits": (lambda h, t: set_in(h, 1, "allocation", "keys", 0, 0, 0), "another adapter"),
-    "bits that no block has": (lambda h, t: set_in(h, 5, "allocation", "keys", 0, 0, 0), "holds 5 bits"),
+    "bits that no block has": (lambda h, t: set_in(h, 9, "allocation", "keys", 0, 0, 0), "holds 9 bits"),
     "another budget": (lambda h, t: set_in(h, 0.9, "budget"), "another adapter"),
     "a budget that is none": (lambda h, t: set_in(h, "x", "budget"), "'budget' must be a finite number"),
     "an unknown option": (lambda h, t: set_in(h, 1, "options", "sink"), "sink"),
