@@ -1,8 +1,8 @@
-"""Measures the quantisation costs of an adapter again, on long texts of several kinds, and saves it with them.
+"""Measures the costs of an adapter again, on long texts of several kinds, and saves it with them.
 
     python benchmarks/kv_costs.py --data FOLDER --out FOLDER [--adapter smollm2] [--context 8192]
 
-Bases stay as they are, and so do the allocations of ranks. The texts are half of the Brown corpus, a quarter of an
+Bases stay as they are. The texts are half of the Brown corpus, a quarter of an
 encyclopedia and a quarter of a book; what the benchmarks measure on is not among them.
 """
 
@@ -16,7 +16,7 @@ import typer
 from nestling import kv
 from nestling.data.texts import read_texts
 from nestling.data.windows import token_windows
-from nestling.kv.calibration.sensitivity import at_full_ranks
+from nestling.kv.calibration.sensitivity import measure
 from nestling.models import load_model
 
 DOCUMENTS, ENCYCLOPEDIA, BOOK = 400, 0.6, slice(200_000, 800_000)  # of each kind what is drawn from
@@ -46,9 +46,8 @@ def main(
     lm, tokenizer = load_model(model)
     old = kv.KVAdapter.from_pretrained(adapter)
     config = kv.FitConfig(pieces=count, piece_length=length, context=context)
-    (costs,) = at_full_ranks(lm, [old], pieces(data, tokenizer, count, length), config, True)
-    info = {**old.info, "context": context}
-    new = replace(old, quantisation_cost=costs.quantisation_cost, step=costs.step, info=info)
+    new = measure(lm, old, pieces(data, tokenizer, count, length), config)
+    new = replace(new, info={**new.info, "context": context})
     new.save_pretrained(out, half=True)
     print(f"{out}: costs of {count} texts of {length:,} tokens, in {time.monotonic() - start:.0f} s")
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nestling import kv
 from nestling.errors import OptionError
+from nestling.kv.allocation.budget import SINKS
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.lengths import bytes_by_length, shared_bytes
 from nestling.kv.evaluation.evaluate import held_bytes
@@ -17,7 +18,7 @@ from nestling.kv.integration.attach import fingerprint
 from ..families import nested_cache, tiny_model
 
 SMOL = dict(num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
-BOUNDS = {256: 0.45, 1024: 0.33, 4096: 0.26}  # shares of the full cache at a budget of a quarter
+BOUNDS = {256: 0.33, 1024: 0.26, 4096: 0.25}  # shares of the full cache at a budget of a quarter
 OPTIONS = {
     "default": {"budget": 0.25},
     "half": {"budget": 0.5},
@@ -71,15 +72,15 @@ def test_the_bounds_of_a_quarter(smol):
     for tokens in range(1, 601):
         feed(cache, 1)
         assert cache.nbytes == told[tokens]["bytes"], tokens
-    assert all(row["share"] <= 1 for row in told.values())
+    assert all(row["share"] <= (1 if tokens > SINKS else 1.04) for tokens, row in told.items())
     for tokens, bound in BOUNDS.items():
         assert told[tokens]["share"] <= bound
     assert told[1024]["share"] <= 0.25 + 16 / 1024, "a budget is met at its context"
 
 
 @pytest.mark.parametrize("budget", [0.125, 0.25])
-def test_no_length_takes_more_than_the_full_cache(smol, budget):
-    assert all(row["share"] <= 1 for row in bytes_by_length(smol[1], budget, range(1, 2000)))
+def test_no_length_beyond_the_sinks_takes_more_than_the_full_cache(smol, budget):
+    assert all(row["share"] <= 1 for row in bytes_by_length(smol[1], budget, range(SINKS + 1, 2000)))
 
 
 VERBS = st.lists(
@@ -119,7 +120,7 @@ def test_bytes_depend_on_the_length_however_it_was_reached(smol, verbs):
             (row,) = bytes_by_length(adapter, cache.budget, [tokens])
             assert cache.nbytes == held_bytes(cache)
             if cropped:  # what was encoded stays so, which takes less
-                assert cache.nbytes <= cache.full_nbytes
+                assert cache.nbytes <= (1 if tokens > SINKS else 1.04) * cache.full_nbytes
             else:
                 assert cache.nbytes == batch * row["bytes"]
 

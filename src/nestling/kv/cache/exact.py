@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestling.errors import OptionError
-from nestling.kv.integration.modes import ordinary, traced, without_gradient
+from nestling.kv.integration.modes import ordinary, traced
 from nestling.kv.quantisation.rows import decode_rows, encode_rows, row_bytes
 
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
@@ -45,7 +45,8 @@ def coded(length, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
 
 def exact_nbytes(places: int, sinks: int, heads: int, width: int, itemsize: int, rows: bool) -> int:
     """Bytes of a store of so many ``places`` for keys and values of ``heads`` of ``width``; see `ExactStore`."""
-    return 2 * heads * ((places + sinks) * row_bytes(width) if rows else places * width * itemsize)
+    vectors = places + min(sinks, places)  # where tokens are fewer than sinks, there are no more places
+    return 2 * heads * (vectors * row_bytes(width) if rows else places * width * itemsize)
 
 
 class ExactStore:
@@ -65,7 +66,8 @@ class ExactStore:
 
     Args:
         rows: whether tokens are stored at 8 bits a number (`nestling.kv.quantisation.rows`): what is stored are then
-            bytes ``[Hkv, B, size, D + 2]``, and of sinks also those of what these leave out.
+            bytes ``[Hkv, B, size, D + 2]``, and of sinks also those of what these leave out. It ends where tokens come
+            that a gradient is to pass through.
 
     Attributes:
         length: sinks and recent tokens held.
@@ -135,6 +137,8 @@ class ExactStore:
         end, leave = self.total + count, self.leaving(count)
         size = max(self.places(end, self.left + leave, self.spare + leave), self.with_draft(end, keep))
         states = [state.to(dtype) for state in states]
+        if self.rows and traced(*states):
+            self._stop_rows(dtype)
         if self.rows:
             states = self._encoded(states)
         if leave == 0 and self.data and not traced(*states) and not self.data[0].requires_grad:
@@ -156,23 +160,33 @@ class ExactStore:
         self._arrange(sinks, last, count - leave, size)
         return [tuple(map(decode_rows, pair)) for pair in gone] if self.rows else gone
 
+    def _stop_rows(self, dtype: torch.dtype) -> None:
+        """Store what is held, and all that comes, in ``dtype``: bytes pass no gradient on."""
+        states, spare = (
+            self.view(),
+            [decode_rows(side.narrow(2, self.size - self.spare, self.spare)) for side in self.data],
+        )
+        self.rows, self.rest, free = False, [], self.size - self.length - self.spare
+        self._store(
+            [
+                torch.cat((state, state.new_zeros(*state.shape[:2], free, state.shape[3]), last), 2).to(dtype)
+                for state, last in zip(states, spare, strict=True)
+            ]
+        )
+
     def _encoded(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The rows of new tokens; what those of sinks leave out is kept here."""
-        if traced(*states):
-            states = [without_gradient(state) for state in states]
         rows = [encode_rows(state) for state in states]
         if first := min(self.sinks - self.first, states[0].shape[2]):
             parts = [_rest(state[:, :, :first], row[:, :, :first]) for state, row in zip(states, rows, strict=True)]
-            if not self.rest:
-                self.rest = [ordinary(p.new_zeros(*p.shape[:2], self.sinks, p.shape[3])) for p in parts]
-            for rest, part in zip(self.rest, parts, strict=True):
-                rest.narrow(2, self.first, first).copy_(part)
+            old = [side[:, :, : self.first] for side in self.rest] or [part[:, :, :0] for part in parts]
+            self.rest = [ordinary(torch.cat(pair, 2)) for pair in zip(old, parts, strict=True)]
         return rows
 
     def rounded(self, states: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Keys and values of new tokens as they will be read from here, ``[Hkv, B, t, D]``."""
         states = [state.to(dtype) for state in states]
-        if not self.rows:
+        if not self.rows or traced(*states):
             return states
         first = min(self.sinks - self.first, states[0].shape[2])
         rounded = []
@@ -243,6 +257,7 @@ class ExactStore:
         kept = max(recent - remove, 0)
         removed = min(remove - (recent - kept), self.left)
         first, spare = min(self.first, end), max(self.spare - removed, 0)
+        self.rest = [side if side.shape[2] == first else side[:, :, :first].clone() for side in self.rest]
         self.left -= removed
         back = min(spare, max(self.left - coded(end, self.sinks, self.window, self.block), 0))
         self.left -= back

@@ -228,7 +228,7 @@ def _fill(layer: NestedLayer, saved: Fields, tensors: dict[str, Tensor]) -> None
             first = min(numbers["length"], part.sinks)
             counts = dict(zip(PARTS, (first, numbers["length"] - first, numbers["spare"]), strict=True))
             if part.rows and part.sinks:
-                counts["rest"] = part.sinks
+                counts["rest"] = first
             shapes = {f"{side}.{p}": [heads, batch, n, rows] for side in SIDES for p, n in counts.items()}
         else:
             shapes = {"data": [heads, batch, held]}

@@ -117,9 +117,19 @@ class QuantisationErrors:
     def measured(self, tokens: int, texts: int) -> Costs:
         """What coordinates cost per token, of so many tokens in so many texts."""
         together, squares, apart = (part.cpu() for part in (self.together, self.squares, self.apart))
-        cost = shrunk(together[..., 1:], squares[..., 1:], apart[..., 1:], texts)
-        dropped, cost, step = (part.float().cpu() for part in (together[..., 0] / tokens, cost / tokens, self.step))
+        cost = shrunk(together, squares, apart, texts) / tokens
+        dropped, cost, step = (part.float().cpu() for part in (cost[..., 0], cost[..., 1:], self.step))
         return Costs(*({side: part[i] for i, side in enumerate(SIDES)} for part in (dropped, cost, step)))
+
+
+def blended(full: Tensor, half: Tensor) -> Tensor:
+    """The geometric mean of two measurements of the same costs, ``[L, Hkv, D]``, at the level of the first.
+
+    At full ranks a few coordinates cost most of all; once others are gone they do not. Either alone is wrong at one
+    end of the budgets.
+    """
+    level = full.sum() / half.sum().clamp_min(TINY)
+    return (full.clamp_min(0) * half.clamp_min(0) * level).sqrt()
 
 
 def shrunk(together: Tensor, squares: Tensor, apart: Tensor, texts: int) -> Tensor:

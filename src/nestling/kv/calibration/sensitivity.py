@@ -22,7 +22,7 @@ from nestling.kv.allocation.allocate import halvable
 from nestling.kv.allocation.table import Allocation, by_coordinate
 from nestling.kv.cache.exact import capacity
 from nestling.kv.calibration.config import CONTEXT, FitConfig
-from nestling.kv.calibration.costs import Costs, QuantisationErrors, Samples
+from nestling.kv.calibration.costs import Costs, QuantisationErrors, Samples, blended
 from nestling.kv.integration.attach import input_device, served, text_config
 from nestling.kv.simulation.student import Student
 
@@ -98,8 +98,8 @@ def measure(
 ) -> KVAdapter:
     """The adapter with what its coordinates are worth, measured on pieces of text.
 
-    Twice: quantisation costs at full ranks, on long pieces; and drop costs at half of the ranks that follow from that
-    pass, since what coordinates are worth depends on which others are gone.
+    Twice: at full ranks, on long pieces; and drop costs also at half of the ranks that follow from that pass, since
+    what coordinates are worth depends on which others are gone.
 
     Args:
         windows: token ids ``[n, T]``; the pieces are taken from all over them.
@@ -154,11 +154,13 @@ def longest(model, config: FitConfig) -> int:
 
 
 def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort: bool, progress: bool) -> KVAdapter:
-    """An adapter that has costs, with drop costs that were measured at half of its ranks; see `measure`."""
+    """An adapter that has costs, with drop costs between its own and those at half of its ranks; see `measure`."""
     adapter = order_by_drop_cost(adapter) if sort else adapter
     half = adapter.allocate(halvable(HALF, adapter.shape[2]), quantise=False)
     batches = _pieces(model, windows, config, config.sensitivity_windows, config.sensitivity_length)
-    adapter = replace(adapter, drop_cost=_drop_costs(model, adapter, batches, config, progress, allocation=half))
+    dropped = _drop_costs(model, adapter, batches, config, progress, allocation=half)
+    drop_cost = {side: blended(adapter.drop_cost[side], dropped[side]) for side in SIDES}
+    adapter = replace(adapter, drop_cost=drop_cost)
     return order_by_drop_cost(adapter) if sort else adapter
 
 
