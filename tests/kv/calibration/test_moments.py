@@ -12,6 +12,7 @@ from nestling.basis import pca
 from nestling.errors import TextTooShortError
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.calibration import moments as module
+from nestling.kv.calibration.costs import QuantisationErrors
 from nestling.kv.calibration.moments import SKIP, collect_moments, make_bases
 from nestling.kv.calibration.sensitivity import measure, sensitivity, spread
 from nestling.kv.integration.attach import (
@@ -463,9 +464,13 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
     positions = torch.tensor([0, 32, 64, 96])[order].tolist()  # each piece is measured by itself, at one of them
     for chosen in ([0, 5, 10, 15], [0, 2, 4, 6, 9, 11, 13, 15]):
         if len(chosen) == 4:
-            drop_cost = sensitivity(model, expected, pieces[chosen].split(1), config, positions=positions)
-        else:
-            drop_cost = sensitivity(model, expected, [pieces[chosen]], config, expected.allocate(2 / 3))
+            watch = QuantisationErrors(expected, torch.ones(2, *expected.shape), torch.device("cpu"))
+            sensitivity(model, expected, pieces[chosen].split(1), config, positions=positions, watch=[watch])
+            drop_cost = watch.measured(4 * 32, 4).drop_cost
+        else:  # the geometric mean of what they cost at full and at half ranks, at the level of the former
+            full, half = expected.drop_cost, expected.allocate(2 / 3)
+            drop_cost = sensitivity(model, expected, [pieces[chosen]], config, half)
+            drop_cost = {s: (d * full[s]).sqrt() * (full[s].sum() / d.sum()).sqrt() for s, d in drop_cost.items()}
         order = {s: e.argsort(-1, descending=True) if basis == "balanced" else None for s, e in drop_cost.items()}
         encode = dict(expected.encode)
         for side, o in order.items():
