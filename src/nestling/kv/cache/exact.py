@@ -66,13 +66,14 @@ class ExactStore:
 
     Args:
         rows: whether tokens are stored at 8 bits a number (`nestling.kv.quantisation.rows`): what is stored are then
-            bytes ``[Hkv, B, size, D + 2]``, and of sinks also those of what these leave out. It ends where tokens come
-            that a gradient is to pass through.
+            bytes ``[Hkv, B, size, D + 2]``, and of sinks also those of what these leave out.
 
     Attributes:
         length: sinks and recent tokens held.
         left: tokens between them: those that have left.
         spare: how many of the last of those are still here.
+        open: 1 once tokens have come that a gradient passes through: what is stored in rows is then rounded alike, but
+            stored as fp32 numbers.
     """
 
     def __init__(self, sinks: int, window: int, block: int = TOKENS_PER_BLOCK, *, rows: bool = False):
@@ -82,7 +83,7 @@ class ExactStore:
         self.data: list[Tensor] = []  # keys, values
         self._flat: list[Tensor] = []  # the same memory
         self.rest: list[Tensor] = []  # what the rows of sinks leave out, as rows
-        self.length, self.left, self.spare = 0, 0, 0
+        self.length, self.left, self.spare, self.open = 0, 0, 0, 0
 
     @property
     def first(self) -> int:
@@ -137,10 +138,10 @@ class ExactStore:
         end, leave = self.total + count, self.leaving(count)
         size = max(self.places(end, self.left + leave, self.spare + leave), self.with_draft(end, keep))
         states = [state.to(dtype) for state in states]
-        if self.rows and traced(*states):
-            self._stop_rows(dtype)
+        if self.rows and not self.open and traced(*states):
+            self._decode()
         if self.rows:
-            states = self._encoded(states)
+            states = self.rounded(states, dtype) if self.open else self._encoded(states)
         if leave == 0 and self.data and not traced(*states) and not self.data[0].requires_grad:
             if size > self.size and not self.spare:
                 self._grow(size)
@@ -158,21 +159,19 @@ class ExactStore:
         self.left += leave
         last = [_last((part[2], *sides), rows) for part, sides in zip(old, recent, strict=True)]
         self._arrange(sinks, last, count - leave, size)
-        return [tuple(map(decode_rows, pair)) for pair in gone] if self.rows else gone
+        if not self.rows:
+            return gone
+        # Rounded to the dtype as well, so that what is stored of them does not depend on how wide it was before.
+        read = (lambda rows: rows) if self.open else decode_rows
+        return [tuple(read(side).to(dtype) for side in pair) for pair in gone]
 
-    def _stop_rows(self, dtype: torch.dtype) -> None:
-        """Store what is held, and all that comes, in ``dtype``: bytes pass no gradient on."""
-        states, spare = (
-            self.view(),
-            [decode_rows(side.narrow(2, self.size - self.spare, self.spare)) for side in self.data],
-        )
-        self.rows, self.rest, free = False, [], self.size - self.length - self.spare
-        self._store(
-            [
-                torch.cat((state, state.new_zeros(*state.shape[:2], free, state.shape[3]), last), 2).to(dtype)
-                for state, last in zip(states, spare, strict=True)
-            ]
-        )
+    def _decode(self) -> None:
+        """Store numbers in place of bytes from now on, which pass no gradient on: the same, in fp32."""
+        states = self.view()
+        last = [decode_rows(side.narrow(2, self.size - self.spare, self.spare)) for side in self.data]
+        free, self.rest, self.open = self.size - self.length - self.spare, [], 1
+        sides = zip(states, last, strict=True)
+        self._store([torch.cat((s, s.new_zeros(*s.shape[:2], free, s.shape[3]), end), 2) for s, end in sides])
 
     def _encoded(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The rows of new tokens; what those of sinks leave out is kept here."""
@@ -184,9 +183,9 @@ class ExactStore:
         return rows
 
     def rounded(self, states: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Keys and values of new tokens as they will be read from here, ``[Hkv, B, t, D]``."""
+        """Keys and values of new tokens as they will be read from here, ``[Hkv, B, t, D]``, with their gradient."""
         states = [state.to(dtype) for state in states]
-        if not self.rows or traced(*states):
+        if not self.rows:
             return states
         first = min(self.sinks - self.first, states[0].shape[2])
         rounded = []
@@ -194,7 +193,7 @@ class ExactStore:
             rows = encode_rows(state)
             read = decode_rows(rows)
             read[:, :, :first] += decode_rows(_rest(state[:, :, :first], rows[:, :, :first]))
-            rounded.append(read)
+            rounded.append(read + (state - state.detach()) if traced(state) else read)
         return rounded
 
     def _parts(self, like: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -231,7 +230,7 @@ class ExactStore:
     def view(self) -> list[Tensor]:
         """Keys and values in use, ``[Hkv, B, length, D]``; those of rows in fp32."""
         held = [side.narrow(2, 0, self.length) for side in self.data]
-        if not self.rows:
+        if not self.rows or self.open:
             return held
         states = [decode_rows(side) for side in held]
         for state, rest in zip(states, self.rest, strict=False):
@@ -240,7 +239,7 @@ class ExactStore:
 
     def flat(self) -> list[Tensor]:
         """Keys and values in use as products take them, ``[Hkv * B, length, D]``."""
-        if self.rows:
+        if self.rows and not self.open:
             return [side.flatten(0, 1) for side in self.view()]
         return [side.narrow(1, 0, self.length) for side in self._flat]
 
@@ -302,7 +301,8 @@ class ExactStore:
         self._flat = [side.flatten(0, 1) for side in self.data]
 
     def reset(self) -> None:
-        self.data, self._flat, self.rest, self.length, self.left, self.spare = [], [], [], 0, 0, 0
+        self.data, self._flat, self.rest = [], [], []
+        self.length, self.left, self.spare, self.open = 0, 0, 0, 0
 
     @property
     def nbytes(self) -> int:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT, KIND, KEY = 1, "nestling-cache", "nestling"
 SIDES, PARTS = ("key", "value"), ("sinks", "recent", "spare")
-NUMBERS = {Buffer: ("length",), ExactStore: ("length", "left", "spare", "size"), HeavyHitters: ("evicted",)}
+NUMBERS = {Buffer: ("length",), ExactStore: ("length", "left", "spare", "size", "open"), HeavyHitters: ("evicted",)}
 DERIVED = ("dtype", "device")  # attributes of stock layers that their tensors have
 
 Part = Buffer | ExactStore | HeavyHitters
@@ -227,13 +227,14 @@ def _fill(layer: NestedLayer, saved: Fields, tensors: dict[str, Tensor]) -> None
         elif isinstance(part, ExactStore):
             first = min(numbers["length"], part.sinks)
             counts = dict(zip(PARTS, (first, numbers["length"] - first, numbers["spare"]), strict=True))
-            if part.rows and part.sinks:
+            if numbers["open"]:
+                rows = layer.bases.width
+            elif part.rows and part.sinks:
                 counts["rest"] = first
             shapes = {f"{side}.{p}": [heads, batch, n, rows] for side in SIDES for p, n in counts.items()}
         else:
             shapes = {"data": [heads, batch, held]}
-        in_bytes = part.rows if isinstance(part, ExactStore) else name.endswith(".codes")
-        dtype = torch.uint8 if in_bytes else torch.float32 if name == "hitters" else layer.dtype
+        dtype = _dtype(name, part, numbers, layer.dtype)
         own = {key: tensors.pop(f"{name}.{key}") for key in shapes if f"{name}.{key}" in tensors}
         for key, shape in shapes.items() if own or any(0 not in shape for shape in shapes.values()) else ():
             if key not in own or [*own[key].shape] != shape or own[key].dtype != dtype:
@@ -248,6 +249,13 @@ def _fill(layer: NestedLayer, saved: Fields, tensors: dict[str, Tensor]) -> None
         layer.device, layer.is_initialized = layer.bases.device, True
         layer.pending, layer.draft = saved.whole("pending"), saved.whole("draft")
         layer.record_past = saved.flag("record_past")
+
+
+def _dtype(name: str, part: Part, numbers: dict[str, int], dtype: torch.dtype) -> torch.dtype:
+    """Of the tensors of a part of a layer that stores ``dtype``."""
+    if isinstance(part, ExactStore) and part.rows:
+        return torch.float32 if numbers["open"] else torch.uint8
+    return torch.uint8 if name.endswith(".codes") else torch.float32 if name == "hitters" else dtype
 
 
 def _restored(part: Part, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
