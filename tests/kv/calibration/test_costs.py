@@ -12,7 +12,7 @@ from nestling.kv.allocation.allocate import losses_of
 from nestling.kv.allocation.steps import fill
 from nestling.kv.allocation.table import CHOICES
 from nestling.kv.calibration.config import FitConfig
-from nestling.kv.calibration.costs import EVERY, QuantisationErrors, Samples, blended, shrunk
+from nestling.kv.calibration.costs import EVERY, QuantisationErrors, Samples, between, shrunk
 from nestling.kv.calibration.moments import SKIP
 from nestling.kv.calibration.search import KLMeter
 from nestling.kv.calibration.sensitivity import at_full_ranks, longest, measure, sensitivity
@@ -118,16 +118,16 @@ def test_estimates_are_pulled_together_as_far_as_texts_disagree(seed, texts):
 def test_what_is_never_read_costs_nothing():
     zeros = torch.zeros(2, 1, 1, 8, 3, dtype=torch.float64)
     assert torch.equal(shrunk(zeros, zeros, zeros, 8), zeros)
-    assert torch.equal(blended(zeros[0].float(), zeros[0].float()), zeros[0].float())
+    assert torch.equal(between(zeros[0].float(), zeros[0].float()), zeros[0].float())
 
 
 def test_drop_costs_are_between_those_at_full_and_at_half_ranks():
     """In their logarithms half way, whatever the level of those at half."""
     full, half = torch.tensor([[[8.0, 1, 1, 0]]]), torch.tensor([[[2.0, 4, 4, 3]]])
-    torch.testing.assert_close(blended(full, full), full)
-    assert torch.equal(blended(full, half) == 0, full == 0)
+    torch.testing.assert_close(between(full, full), full)
+    assert torch.equal(between(full, half) == 0, full == 0)
     for level in (1, 1e-4, 1e4):
-        ratios = (blended(full, half * level)[..., :3] / full[..., :3]).log()
+        ratios = (between(full, half * level)[..., :3] / full[..., :3]).log()
         expected = (half[..., :3] / full[..., :3] * full.sum() / half.sum()).log() / 2
         torch.testing.assert_close(ratios, expected)
 

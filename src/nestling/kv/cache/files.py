@@ -30,7 +30,7 @@ from nestling.kv.integration.attach import NAME, base_model, detach, implementat
 from nestling.kv.integration.modes import default_mode
 from nestling.kv.integration.state import layer_devices
 from nestling.kv.integration.structure import fingerprint
-from nestling.kv.quantisation.rows import row_bytes
+from nestling.kv.quantisation.rows import decode_rows, row_bytes
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
@@ -239,6 +239,8 @@ def _fill(layer: NestedLayer, saved: Fields, tensors: dict[str, Tensor]) -> None
         for key, shape in shapes.items() if own or any(0 not in shape for shape in shapes.values()) else ():
             if key not in own or [*own[key].shape] != shape or own[key].dtype != dtype:
                 raise FileError(f"{fields.where}: {key} must be of {dtype} and shape {shape}")
+            if name == "exact" and dtype == torch.uint8 and not torch.isfinite(decode_rows(own[key])).all():
+                raise FileError(f"{fields.where}: {key} holds NaN or infinity")
         restored = {**_state(part), **numbers, **_restored(part, own, layer.bases.device)}
         if isinstance(part, HeavyHitters):
             vars(part).update(restored)

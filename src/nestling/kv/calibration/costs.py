@@ -122,7 +122,7 @@ class QuantisationErrors:
         return Costs(*({side: part[i] for i, side in enumerate(SIDES)} for part in (dropped, cost, step)))
 
 
-def blended(full: Tensor, half: Tensor) -> Tensor:
+def between(full: Tensor, half: Tensor) -> Tensor:
     """The geometric mean of two measurements of the same costs, ``[L, Hkv, D]``, at the level of the first.
 
     At full ranks a few coordinates cost most of all; once others are gone they do not. Either alone is wrong at one

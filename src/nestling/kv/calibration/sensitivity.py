@@ -22,7 +22,7 @@ from nestling.kv.allocation.allocate import halvable
 from nestling.kv.allocation.table import Allocation, by_coordinate
 from nestling.kv.cache.exact import capacity
 from nestling.kv.calibration.config import CONTEXT, FitConfig
-from nestling.kv.calibration.costs import Costs, QuantisationErrors, Samples, blended
+from nestling.kv.calibration.costs import Costs, QuantisationErrors, Samples, between
 from nestling.kv.integration.attach import input_device, served, text_config
 from nestling.kv.simulation.student import Student
 
@@ -159,7 +159,7 @@ def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort:
     half = adapter.allocate(halvable(HALF, adapter.shape[2]), quantise=False)
     batches = _pieces(model, windows, config, config.sensitivity_windows, config.sensitivity_length)
     dropped = _drop_costs(model, adapter, batches, config, progress, allocation=half)
-    drop_cost = {side: blended(adapter.drop_cost[side], dropped[side]) for side in SIDES}
+    drop_cost = {side: between(adapter.drop_cost[side], dropped[side]) for side in SIDES}
     adapter = replace(adapter, drop_cost=drop_cost)
     return order_by_drop_cost(adapter) if sort else adapter
 
