@@ -55,7 +55,7 @@ app.add_typer(demo_app, name="demo")
 def demo_kv(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or alias.")] = "smollm2",
     out: Annotated[Path, typer.Option(help="The report to write.")] = Path("report.html"),
-    context: Annotated[int, typer.Option(help="Tokens of the text that is read."), positive] = 1700,
+    context: Annotated[int, typer.Option(help="Tokens of the text that is read."), positive] = 4096,
     tokens: Annotated[
         int, typer.Option(help="Calibrate on this many, even if the package has an adapter."), natural
     ] = 0,

@@ -131,10 +131,10 @@ def run(model: str, out: Path, context: int, tokens: int, console: Console) -> l
         f"{ids.shape[1]:,} tokens of Python's help pages, with a story about a lighthouse in their midst, are read "
         "once at each size. The questions come afterwards, so that they can only be answered from the cache."
     )
-    if context > 2 * adapter.info.get("length", context):
+    if context > (limit := adapter.info.get("context", context)):
         console.print(
-            f"The adapter was made from texts of {adapter.info['length']:,} tokens. In much longer ones small caches "
-            "lose what stands far back: make one by `nestling kv fit` with a larger --length."
+            f"The adapter was made for texts of up to {limit:,} tokens. In longer ones small caches lose what stands "
+            "far back: make one by `nestling kv fit` with a larger --context."
         )
     rows: list[dict[str, Any]] = []
     answers, caches = {}, {}
