@@ -48,12 +48,12 @@ def encoders(axes: Axes) -> None:
         if row["encoder"] == ENCODER and (row["batch"], row["tokens"]) == SHAPE
     }
     rows = [row for row in load("embed_quality") if row["model"] == ENCODER and row["seed"] == 0]
-    full = next(row for row in rows if row["method"] == "full-then-cut" and row["cup"] == "12x384")
+    full = next(row for row in rows if row["method"] == "full-then-cut" and row["size"] == "12x384")
     for i, (name, method) in enumerate(ENCODERS.items()):
         own = [row for row in rows if row["method"] == method]
         if method == "separate":  # its largest model is the one that was trained at full size
             own.append(full)
-        _line(axes, sorted((speed[row["cup"]], 100 * row["mean_sts"]) for row in own), i, name)
+        _line(axes, sorted((speed[row["size"]], 100 * row["mean_sts"]) for row in own), i, name)
     _dress(
         axes,
         "Encoder: quality over speed",
