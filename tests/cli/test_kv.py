@@ -213,10 +213,11 @@ def test_inspect_shows_bits_and_bytes(place):
     rows = json.loads((place / "bits.json").read_text())["rows"]
     adapter = kv.KVAdapter.from_pretrained(place / "adapter")
     bits = [bits for row in rows if "layer" in row for side in ("keys", "values") for bits in row[side]]
-    assert 0.7 < sum(bits) / len(bits) / 16 <= 0.75
+    assert 0.7 < sum(bits) / len(bits) / 16 <= 0.77  # recent tokens take less than their share
     lengths = {row["tokens"]: row for row in rows if "tokens" in row}
     assert [*lengths.values()] == bytes_by_length(adapter, 0.75)
-    assert lengths[8192]["share"] <= 0.75 and f"{shared_bytes(adapter, 0.75):,} bytes of bases" in result.output
+    assert lengths[1024]["share"] <= 0.75 + 16 / 1024 and lengths[8192]["share"] <= 0.77
+    assert f"{shared_bytes(adapter, 0.75):,} bytes of bases" in result.output
     assert (place / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -240,7 +241,7 @@ def test_inspect_shows_bits_and_bytes(place):
         ),
         (("kv", "train", "lm", "--out", "new", "--text", "short.txt", "--budgets", 75), "shorter than one window"),
         (("kv", "train", "lm", "--out", "new", "--text", "text.txt", "--budgets", "75,7.5%"), "--budgets='7.5%'"),
-        (("kv", "eval", "lm", "adapter", "--budgets", "75,7.5%"), "--budgets='7.5%'"),
+        (("kv", "eval", "lm", "adapter", "--budgets", "75,0.5%"), "--budgets='0.5%'"),
         (("kv", "search", "lm", "adapter", "--out", "new", "--budgets", 75, "--method", "luck"), "luck"),
         (("kv", "fit", "nowhere/model", "--out", "new"), "nowhere/model"),
     ],
