@@ -30,5 +30,9 @@ def encode_rows(vectors: Tensor) -> Tensor:
 def decode_rows(rows: Tensor) -> Tensor:
     """The vectors ``[..., D]``, fp32."""
     width = rows.shape[-1] - SCALE_DTYPE.itemsize
-    scale = rows[..., width:].flatten().view(SCALE_DTYPE).float().view(*rows.shape[:-1], 1)
-    return rows[..., :width].view(torch.int8).float().mul_(scale)
+    scale = rows[..., width:]
+    if width % SCALE_DTYPE.itemsize or not rows.numel():  # scales that are not aligned have to be copied
+        scale = scale.flatten().view(SCALE_DTYPE).view(*rows.shape[:-1], 1)
+    else:
+        scale = scale.view(SCALE_DTYPE)
+    return rows[..., :width].view(torch.int8) * scale.float()
