@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-embed test test-slow test-all test-versions lint bench docs clean
+.PHONY: help install demo demo-embed test test-slow test-all test-versions test-integrations lint bench docs clean
 
 help:
 	@echo "make install   environment in $(VENV)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-slow  the tests that take long: kills, mutated files, every family of models"
 	@echo "make test-all  both"
 	@echo "make test-versions  some of them with the oldest and the newest transformers and sentence-transformers"
+	@echo "make test-integrations  those with other libraries: vector stores, Ray and the like, in .integrations"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, into benchmarks/results"
 	@echo "make docs      the documents as a site, into site"
@@ -80,6 +81,21 @@ test-versions: .versions/oldest/.installed .versions/newest/.installed
 		PYTHONPATH=$(CURDIR)/.versions/$$leg $(PYTEST) -m "not slow and not real" $(VERSION_TESTS) $(ARGS) || exit 1; \
 	done
 
+# Heavy libraries lie in an environment of their own, which sees the one in $(VENV) behind it.
+INTEGRATIONS := .integrations
+
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt $(STAMP)
+	test -x $(INTEGRATIONS)/bin/python || $(BIN)/python -m venv $(INTEGRATIONS)
+	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' \
+		> $$($(INTEGRATIONS)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/behind.pth
+	$(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install -q 'pip>=25.1'
+	$(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt --group integrations
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src $(INTEGRATIONS)/bin/python -m pytest $(SLOW) \
+		tests/integrations $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,5 +110,5 @@ docs: install
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf site .versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site .versions .integrations build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

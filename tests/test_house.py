@@ -16,7 +16,7 @@ MOST_LINES = 350
 MOST_PARAMETERS = 8
 STILL_WIDE = 6
 # A room may import those before it: basis, errors and the like belong to none. `cli` shows both wings.
-ROOMS = ("files", "data", "jobs", "report", "kv", "embed", "cli")
+ROOMS = ("files", "data", "jobs", "report", "kv", "embed", "integrations", "cli")
 KV = ("quantisation", "allocation", "integration", "cache", "simulation", "calibration", "training", "evaluation")
 EMBED = ("model", "evaluation", "export", "training", "pretraining")
 
@@ -119,9 +119,20 @@ def test_the_wings_do_not_know_each_other():
         if {name.split(".")[0], other.split(".")[0]} == {"kv", "embed"}
     ]
     assert not crossing
-    assert not [
-        name for name, others in imports().items() if name[:3] != "cli" and any(o[:4] == "cli." for o in others)
-    ]
+    for last, allowed in (("cli", ("cli",)), ("integrations", ("cli", "integrations"))):
+        assert not [
+            name
+            for name, others in imports().items()
+            if name.split(".")[0] not in allowed and any(other.split(".")[0] == last for other in others)
+        ]
+
+
+def test_an_integration_knows_one_wing():
+    rooms_of = defaultdict(set)
+    for name, others in imports().items():
+        if name.startswith("integrations."):
+            rooms_of[name.split(".")[1]] |= {other.split(".")[0] for other in others} & {"kv", "embed"}
+    assert not {name for name, wings in rooms_of.items() if len(wings) > 1}
 
 
 def test_files_can_be_read_at_one_sitting():
