@@ -13,8 +13,8 @@ import typer
 
 from nestling.data.rows import open_rows
 
-WORDS = range(3, 81)  # of a text
-LONGEST = 300  # characters; passages are cut there
+WORDS = range(3, 121)  # of a text
+LONGEST = 600  # characters; passages are cut there
 CAPTIONS = 2  # of a picture
 
 

@@ -76,12 +76,12 @@ def test_what_is_saved_is_what_is_loaded(fitted, ids, tmp_path, family):
 def test_an_adapter_is_two_files_and_a_card(made, folder):
     assert sorted(os.listdir(folder)) == ["README.md", CONFIG_FILE, WEIGHTS_FILE]
     config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    assert (config["format"], config["kind"], config["basis"]) == (2, "nestling-kv", "balanced")
+    assert (config["format"], config["kind"], config["basis"]) == (3, "nestling-kv", "balanced")
     assert config["model"] == made.adapter.fingerprint
     tensors = load_file(folder / WEIGHTS_FILE)
     assert len(tensors) == 5 * 2 * 3
     shapes = {"encode": (2, 16, 16), **dict.fromkeys(("mean", "drop_cost", "step"), (2, 16))}
-    shapes["quantisation_cost"] = (2, 16, len(WIDTHS))
+    shapes["quantisation_cost"] = (2, 16, 1 + len(WIDTHS))
     for row, layer in enumerate(made.adapter.fingerprint["layers"]):
         for side in ("key", "value"):
             for name, shape in shapes.items():
@@ -230,7 +230,7 @@ def old_tensors(folder: Path) -> None:
     renamed = load_file(folder / WEIGHTS_FILE)
     for name in [*renamed]:
         if name.endswith(".quantisation_cost"):
-            renamed[name] = renamed[name][..., 1].contiguous()
+            renamed[name] = renamed[name][..., 2].contiguous()
         for old, new in OLD_NAMES.items():
             if name.endswith(f".{new}"):
                 renamed[name.removesuffix(new) + old] = renamed.pop(name)
@@ -255,9 +255,10 @@ def test_old_names_of_costs_are_read_in_the_first_format_alone(made, folder):
     again = KVAdapter.from_pretrained(folder)
     assert same(again, made.adapter) and again.quantises
     for side in ("key", "value"):
-        noise, (one, two, three, four, eight) = made.adapter.quantisation_cost[side][..., 1], OLD_ERRORS[side]
+        noise, (one, two, three, four, eight) = made.adapter.quantisation_cost[side][..., 2], OLD_ERRORS[side]
         shares = torch.tensor([one, two, three, four, four, four, four, eight])  # nothing is known of 5, 6 and 7 bits
-        torch.testing.assert_close(again.quantisation_cost[side], noise[..., None] * shares)
+        torch.testing.assert_close(again.quantisation_cost[side][..., 1:], noise[..., None] * shares)
+        assert torch.equal(again.quantisation_cost[side][..., 0], again.drop_cost[side])
         assert torch.equal(again.step[side], made.adapter.step[side])
     for share in (0.5, 0.25, 0.125):  # so they are not used
         assert not {5, 6, 7} & {*again.allocate(share).stacked.flatten().tolist()}
@@ -266,6 +267,21 @@ def test_old_names_of_costs_are_read_in_the_first_format_alone(made, folder):
     assert same(unquantised, made.adapter) and not unquantised.quantises
     edit(folder, format=2)
     with pytest.raises(AdapterError, match=r"lacks 6 tensors, first layers\.0\.key\.drop_cost"):
+        KVAdapter.from_pretrained(folder)
+
+
+def test_without_costs_at_no_bits_they_are_the_drop_costs(made, folder):
+    """Format 2."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    save_file({n: t[..., 1:].contiguous() if n.endswith(".quantisation_cost") else t for n, t in tensors.items()},
+              folder / WEIGHTS_FILE)  # fmt: skip
+    edit(folder, format=2, sha256=sha256(folder / WEIGHTS_FILE))
+    again = KVAdapter.from_pretrained(folder)
+    for side, costs in made.adapter.quantisation_cost.items():
+        assert torch.equal(again.quantisation_cost[side][..., 1:], costs[..., 1:])
+        assert torch.equal(again.quantisation_cost[side][..., 0], made.adapter.drop_cost[side])
+    edit(folder, format=3)
+    with pytest.raises(AdapterError, match=r"quantisation_cost has shape \[2, 16, 8\], expected \[2, 16, 9\]"):
         KVAdapter.from_pretrained(folder)
 
 
@@ -392,7 +408,7 @@ def test_what_is_no_config_is_refused(folder, content):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"format": 3}, "has format 3, this version reads up to 2: upgrade"),
+        ({"format": 4}, "has format 4, this version reads up to 3: upgrade"),
         ({"format": None}, "has format None"),
         ({"format": "1"}, "has format '1'"),
         ({"kind": "lora"}, "kind is not 'nestling-kv'"),

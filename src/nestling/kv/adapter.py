@@ -21,7 +21,7 @@ from nestling.options import flag
 
 # All that is given for each coordinate, and how many numbers of it, if there are several.
 BY_COORDINATE: dict[str, list[int]] = {
-    "mean": [], "drop_cost": [], "quantisation_cost": [len(WIDTHS)], "step": []
+    "mean": [], "drop_cost": [], "quantisation_cost": [1 + len(WIDTHS)], "step": []
 }  # fmt: skip
 
 
@@ -34,10 +34,11 @@ class KVAdapter:
         encode: ``{"key": ..., "value": ...}``, fp32 ``[L, Hkv, D, D]``.
         mean: likewise, fp32 ``[L, Hkv, D]``: what coordinates that are not stored are taken to be at.
         drop_cost: likewise, fp32 ``[L, Hkv, D]``: KL to the full model in nats per token expected from dropping each
-            coordinate.
-        quantisation_cost: likewise, fp32 ``[L, Hkv, D, widths]``: KL in nats per token if a coordinate alone was
-            stored with each of `nestling.kv.quantisation.quantiser.WIDTHS`. With it comes ``step``, ``[L, Hkv, D]``,
-            of the quantisers; both are empty in adapters that were made without, whose caches are not quantised.
+            coordinate where the others are kept or dropped whole: ranks follow from it.
+        quantisation_cost: likewise, fp32 ``[L, Hkv, D, 1 + widths]``: KL in nats per token expected from storing each
+            coordinate with no bits and with each of `nestling.kv.quantisation.quantiser.WIDTHS`. With it comes
+            ``step``, ``[L, Hkv, D]``, of the quantisers; both are empty in adapters that were made without, whose
+            caches are not quantised.
         paths: searched allocations by name, ``[2, L, Hkv, blocks]`` (keys, values): what each block is worth; the
             larger, the longer it is kept as the budget falls.
         info: how it was made (basis, tokens, base model name): plain JSON values.

@@ -8,7 +8,7 @@ from nestling.errors import AdapterError
 from nestling.files.fields import Fields, is_number
 from nestling.files.reading import read_object, short
 
-FORMAT, KIND = 2, "nestling-kv"
+FORMAT, KIND = 3, "nestling-kv"
 LAYERS, HEADS, WIDTH = 10_000, 65_536, 65_536  # beyond those of any model
 LARGEST_ERROR = 100.0  # of a quantiser, in mean squares: 1 is as bad as storing nothing
 OLD_ERRORS = 5  # of as many quantisers, in format 1

@@ -3,11 +3,11 @@
 Two files beside a card: ``nestling_adapter.json`` (format version, the model's fingerprint, how the bases were made,
 and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
 ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.drop_cost`` ``[Hkv, D]``, all fp32; in adapters that
-caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, widths]`` and ``.step`` ``[Hkv, D]``. ``decode``
+caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, 1 + widths]`` and ``.step`` ``[Hkv, D]``. ``decode``
 is not stored: it is the inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME``
 ``[Hkv, blocks]``, which serves every budget.
 
-In format 1 drop costs are ``.energy``, and in place of costs at each width there is ``.noise`` ``[Hkv, D]``, what a
+In format 2 quantisation costs lack those at no bits, which are the drop costs. In format 1 drop costs are ``.energy``, and in place of costs at each width there is ``.noise`` ``[Hkv, D]``, what a
 coordinate costs if it is off by as much as it varies, and ``errors``, the mean squares that quantisers lose, as shares
 of all. The oldest have other file names, which are PEFT's, and no checksum. The card is ``README.md``, or, where
 somebody else's file has that name, ``nestling_adapter.md``.
@@ -204,12 +204,15 @@ def _renamed(by_name: dict[str, Any], config: dict) -> dict[str, Any]:
 
 
 def _by_width(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """With costs at each width, which format 1 has as the noise of a coordinate and the mean errors of quantisers.
+    """With costs at no bits and at each width.
 
-    Widths that it does not know are given the costs of the next smaller one, so that nothing is stored with them.
+    Format 1 has them as the noise of a coordinate and the mean errors of quantisers. Widths that it does not know are
+    given the costs of the next smaller one, so that nothing is stored with them.
     """
-    if config["format"] != 1:
+    if config["format"] == FORMAT:
         return tensors
+    if config["format"] == 2:
+        return {name: _from_no_bits(tensors, name, t) for name, t in tensors.items()}
     errors = config.get("errors")
     if errors is None:
         return {name: t for name, t in tensors.items() if not name.endswith((".quantisation_cost", ".step"))}
@@ -219,7 +222,15 @@ def _by_width(tensors: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
         shares = [known[max(old for old in OLD_WIDTHS if old <= bits)] for bits in WIDTHS]
         noise = tensors[f"{place}.quantisation_cost"]
         by_width[f"{place}.quantisation_cost"] = noise.float()[..., None] * torch.tensor(shares)
-    return by_width
+    return {name: _from_no_bits(by_width, name, t) for name, t in by_width.items()}
+
+
+def _from_no_bits(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
+    """Quantisation costs with those at no bits before them, the drop costs; other tensors as they are."""
+    place, last = name.rsplit(".", 1)
+    if last != "quantisation_cost":
+        return tensor
+    return torch.cat((tensors[f"{place}.drop_cost"].float()[..., None], tensor.float()), -1)
 
 
 def built_in() -> list[str]:
@@ -239,7 +250,7 @@ def _check_tensors(weights: Path, config: dict, found: dict[str, list[int]]) -> 
     heads, width = model["num_key_value_heads"], model["head_dim"]
     shapes = {"encode": [heads, width, width], "mean": [heads, width], "drop_cost": [heads, width]}
     if f"layers.{model['layers'][0]}.key.quantisation_cost" in found:
-        several = [] if config["format"] == 1 else [len(WIDTHS)]
+        several = {1: [], 2: [len(WIDTHS)]}.get(config["format"], [1 + len(WIDTHS)])
         shapes |= {"quantisation_cost": [heads, width, *several], "step": [heads, width]}
     shapes |= {f"path.{name}": [heads, len(block_sizes(width))] for name in path_names(found)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}

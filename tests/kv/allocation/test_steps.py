@@ -14,13 +14,12 @@ from nestling.kv.allocation.budget import read_share
 from nestling.kv.allocation.steps import MAX_GROUPS, fill, hull
 from nestling.kv.allocation.table import CHOICES
 
-ERRORS = torch.tensor([0.36, 0.12, 0.037, 0.012, 0.005, 0.0019, 0.0005, 1e-4])  # of quantisers
+ERRORS = torch.tensor([1.0, 0.36, 0.12, 0.037, 0.012, 0.005, 0.0019, 0.0005, 1e-4])  # of no bits, and of quantisers
 
 
 def random_losses(seed: int, layers: int = 2, heads: int = 2, width: int = 24) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
-    drop_cost, noise = torch.rand(2, 2, layers, heads, width, generator=rng).pow(4)
-    return losses(drop_cost, noise[..., None] * ERRORS)
+    return losses(torch.rand(2, layers, heads, width, 1, generator=rng).pow(4) * ERRORS)
 
 
 def by_bits(found: torch.Tensor, bits: float, width: int = 24) -> Allocation:
@@ -35,7 +34,7 @@ def lost(table: Allocation, given: torch.Tensor) -> float:
 
 def test_losses_of_a_block_are_the_costs_of_its_coordinates():
     cost = torch.rand(2, 1, 1, 12, len(CHOICES) - 1, dtype=torch.float64)
-    lost_by_block = losses(cost[..., 0].float(), cost[..., 1:].float())
+    lost_by_block = losses(cost.float())
     assert lost_by_block.dtype == torch.float64
     assert lost_by_block.shape == (2, 1, 1, 2, len(CHOICES))
     torch.testing.assert_close(lost_by_block[1, 0, 0, 1, :-1], cost[1, 0, 0, 8:].sum(0))  # a last block of four

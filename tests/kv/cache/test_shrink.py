@@ -41,7 +41,7 @@ def made():
         s: torch.rand(shape, generator=rng) * torch.rand(LAYERS, HEADS, 1, generator=rng) ** 2 for s in encode
     }
     step = {s: torch.full(shape, 2.0) for s in encode}
-    shares = torch.tensor([0.8, 0.24, 0.08, 0.02, 0.01, 0.006, 0.004, 0.002])  # at 1 bit, 2, ...
+    shares = torch.tensor([1, 0.8, 0.24, 0.08, 0.02, 0.01, 0.006, 0.004, 0.002])  # at no bits, 1 bit, 2, ...
     quantisation_cost = {s: e[..., None] * shares for s, e in drop_cost.items()}
     model_fingerprint = fingerprint(model.config)
     return model, kv.KVAdapter(

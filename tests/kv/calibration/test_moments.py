@@ -467,20 +467,22 @@ def test_fit_is_the_sum_of_its_parts(ids, basis):
             watch = QuantisationErrors(expected, torch.ones(2, *expected.shape), torch.device("cpu"))
             sensitivity(model, expected, pieces[chosen].split(1), config, positions=positions, watch=[watch])
             drop_cost = watch.measured(4 * 32, 4).drop_cost
-        else:  # the geometric mean of what they cost at full and at half ranks, at the level of the former
+        else:  # at no bits the geometric mean of what they cost at full and at half ranks, at the level of the former
             full, half = expected.drop_cost, expected.allocate(2 / 3)
             drop_cost = sensitivity(model, expected, [pieces[chosen]], config, half)
-            drop_cost = {s: (d * full[s]).sqrt() * (full[s].sum() / d.sum()).sqrt() for s, d in drop_cost.items()}
+            none = {s: (d * full[s]).sqrt() * (full[s].sum() / d.sum()).sqrt() for s, d in drop_cost.items()}
         order = {s: e.argsort(-1, descending=True) if basis == "balanced" else None for s, e in drop_cost.items()}
         encode = dict(expected.encode)
         for side, o in order.items():
             if o is not None:
                 drop_cost[side] = drop_cost[side].gather(-1, o)
                 encode[side] = encode[side].gather(-1, o[..., None, :].expand_as(encode[side]))
+                none = {**none, side: none[side].gather(-1, o)} if len(chosen) == 8 else {}
         expected = replace(expected, encode=encode, drop_cost=drop_cost)
     assert (adapter.info["sinks"], adapter.info["window"], adapter.info["context"]) == (2, 4, 128)
     for side in SIDES:
         torch.testing.assert_close(adapter.drop_cost[side], expected.drop_cost[side], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(adapter.quantisation_cost[side][..., 0], none[side], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(adapter.mean[side], expected.mean[side], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(adapter.encode[side], expected.encode[side], rtol=1e-4, atol=1e-5)
 

@@ -104,21 +104,17 @@ def by_block(by_coordinate: Tensor) -> Tensor:
 
 def losses_of(adapter: "KVAdapter") -> Tensor:
     """What blocks lose at each number of bits by the costs of an adapter that quantises; see `losses`."""
-    drop_cost, quantisation_cost = (
-        torch.stack([costs[side] for side in SIDES]) for costs in (adapter.drop_cost, adapter.quantisation_cost)
-    )
-    return losses(drop_cost, quantisation_cost)
+    return losses(torch.stack([adapter.quantisation_cost[side] for side in SIDES]))
 
 
-def losses(drop_cost: Tensor, quantisation_cost: Tensor) -> Tensor:
+def losses(quantisation_cost: Tensor) -> Tensor:
     """What every block loses at each of `CHOICES`, in nats per token: fp64 ``[2, L, Hkv, blocks, choices]``.
 
     Args:
-        drop_cost: of coordinates, ``[2, L, Hkv, D]``: what they cost at no bits.
-        quantisation_cost: of coordinates, ``[2, L, Hkv, D, widths]``; at 16 bits nothing is lost.
+        quantisation_cost: of coordinates at no bits and at each width, ``[2, L, Hkv, D, 1 + widths]``; at 16 bits
+            nothing is lost.
     """
-    by_bits = (drop_cost[..., None], quantisation_cost, torch.zeros_like(drop_cost)[..., None])
-    return by_block(torch.cat(by_bits, -1).double().mT).mT
+    return by_block(torch.nn.functional.pad(quantisation_cost.double(), (0, 1)).mT).mT
 
 
 def by_rank(worth: Tensor, width: int) -> Tensor:

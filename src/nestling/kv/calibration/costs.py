@@ -31,7 +31,7 @@ class Costs:
 
     Attributes:
         drop_cost: if a coordinate was at its mean, ``[L, Hkv, D]``.
-        quantisation_cost: at each of `WIDTHS`, ``[L, Hkv, D, widths]``.
+        quantisation_cost: at no bits and at each of `WIDTHS`, ``[L, Hkv, D, 1 + widths]``.
         step: of quantisers, ``[L, Hkv, D]``, see `nestling.kv.quantisation.quantiser`.
     """
 
@@ -118,8 +118,8 @@ class QuantisationErrors:
         """What coordinates cost per token, of so many tokens in so many texts."""
         together, squares, apart = (part.cpu() for part in (self.together, self.squares, self.apart))
         cost = shrunk(together, squares, apart, texts) / tokens
-        dropped, cost, step = (part.float().cpu() for part in (cost[..., 0], cost[..., 1:], self.step))
-        return Costs(*({side: part[i] for i, side in enumerate(SIDES)} for part in (dropped, cost, step)))
+        parts = (part.float().cpu() for part in (cost[..., 0], cost, self.step))
+        return Costs(*({side: part[i] for i, side in enumerate(SIDES)} for part in parts))
 
 
 def between(full: Tensor, half: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ def measure(
 ) -> KVAdapter:
     """The adapter with what its coordinates are worth, measured on pieces of text.
 
-    Twice: at full ranks, on long pieces; and drop costs also at half of the ranks that follow from that pass, since
-    what coordinates are worth depends on which others are gone.
+    Twice: at full ranks, on long pieces; and at half of the ranks that follow from that pass, since what coordinates
+    are worth depends on which others are gone.
 
     Args:
         windows: token ids ``[n, T]``; the pieces are taken from all over them.
@@ -154,13 +154,20 @@ def longest(model, config: FitConfig) -> int:
 
 
 def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort: bool, progress: bool) -> KVAdapter:
-    """An adapter that has costs, with drop costs between its own and those at half of its ranks; see `measure`."""
+    """An adapter that has costs, with drop costs at half of its ranks; see `measure`.
+
+    Ranks follow from these, while in a quantised cache, where fewer coordinates are gone, they are worth something
+    between that and what they are worth at full ranks.
+    """
     adapter = order_by_drop_cost(adapter) if sort else adapter
     half = adapter.allocate(halvable(HALF, adapter.shape[2]), quantise=False)
     batches = _pieces(model, windows, config, config.sensitivity_windows, config.sensitivity_length)
     dropped = _drop_costs(model, adapter, batches, config, progress, allocation=half)
-    drop_cost = {side: between(adapter.drop_cost[side], dropped[side]) for side in SIDES}
-    adapter = replace(adapter, drop_cost=drop_cost)
+    cost = {
+        side: torch.cat((between(full[..., 0], dropped[side])[..., None], full[..., 1:]), -1)
+        for side, full in adapter.quantisation_cost.items()
+    }
+    adapter = replace(adapter, drop_cost=dropped, quantisation_cost=cost)
     return order_by_drop_cost(adapter) if sort else adapter
 
 
