@@ -18,7 +18,7 @@ STILL_WIDE = 6
 # A room may import those before it: basis, errors and the like belong to none. `cli` shows both wings.
 ROOMS = ("files", "data", "jobs", "report", "kv", "embed", "integrations", "cli")
 KV = ("quantisation", "allocation", "integration", "cache", "simulation", "calibration", "training", "evaluation")
-EMBED = ("model", "evaluation", "export", "training", "pretraining")
+EMBED = ("model", "evaluation", "export", "training", "pretraining", "corpus", "search")
 
 
 def module(name: str) -> str:

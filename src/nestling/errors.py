@@ -95,3 +95,11 @@ class MaskingError(NestlingError, ValueError):
 
 class UnsupportedEncoderError(NestlingError, ValueError):
     """A model that cannot be cut into cups. The message names it and the reason."""
+
+
+class EncodeError(NestlingError, RuntimeError):
+    """Vectors of a corpus that cannot be made or read; the message says where it stopped and how to go on."""
+
+
+class SearchError(NestlingError, ValueError):
+    """An index that cannot be made or searched: another space, width or id; the message says what differs."""

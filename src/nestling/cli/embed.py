@@ -1,4 +1,4 @@
-"""The commands of the embedding wing: ``nestling embed pretrain|align|train|eval|export``.
+"""The commands of the embedding wing: ``nestling embed pretrain|align|train|eval|export|encode``.
 
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nestling.cli.data import Language, TextSource
+from nestling.cli.encode import encode
 from nestling.cli.export import export
 from nestling.cli.options import takes
 from nestling.cli.pretrain import pretrain
@@ -37,7 +38,7 @@ from nestling.embed.training.config import TrainConfig
 from nestling.errors import TextTooShortError
 
 embed_app = typer.Typer(
-    no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export."
+    no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export, encode."
 )
 embed_app.command()(pretrain)
 
@@ -167,3 +168,4 @@ def _show_training(model: str, sizes: Any, info: dict[str, Any]) -> None:
 
 
 embed_app.command()(export)
+embed_app.command()(encode)

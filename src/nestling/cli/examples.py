@@ -26,6 +26,10 @@ EXAMPLES = {
     "embed pretrain": ("nestling embed pretrain minilm --out pretrained --text documents.jsonl --steps 1000",),
     "embed eval": ("nestling embed eval elastic --sts dev.jsonl --html sizes.html",),
     "embed export": ("nestling embed export elastic --out small --size 2x64",),
+    "embed encode": (
+        "nestling embed encode minilm --text corpus.jsonl --sizes 3x256,6x384 --out vectors",
+        "nestling embed encode minilm --text corpus.jsonl --sizes 3x256,6x384 --out vectors --engine processes",
+    ),
     "demo kv": ("nestling demo kv --out report.html",),
     "demo embed": ("nestling demo embed --keep models",),
 }

@@ -7,18 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nestling.errors import (
+    EncodeError,
     EvaluationError,
     ExampleError,
     ExportError,
     LadderError,
     MaskingError,
     MissingExtraError,
+    SearchError,
     TrainingError,
     UnsupportedEncoderError,
 )
 
 if TYPE_CHECKING:
     from nestling.embed.adapter import ElasticAdapter
+    from nestling.embed.corpus.config import EncodeConfig
+    from nestling.embed.corpus.encode import encode_corpus
+    from nestling.embed.corpus.vectors import Vectors
     from nestling.embed.elastic import ElasticEncoder
     from nestling.embed.evaluation.evaluator import GridEvaluator
     from nestling.embed.evaluation.results import save_results
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ElasticAdapter",
     "ElasticEncoder",
+    "EncodeConfig",
+    "EncodeError",
     "EvaluationError",
     "ExampleError",
     "ExportError",
@@ -42,16 +49,20 @@ __all__ = [
     "MaskingError",
     "PretrainConfig",
     "Projection",
+    "SearchError",
     "StarbucksLoss",
     "Texts",
     "TrainConfig",
     "TrainingError",
     "UnsupportedEncoderError",
+    "Vectors",
+    "encode_corpus",
     "save_results",
 ]
 HOMES = {
     "ElasticAdapter": "adapter",
     "ElasticEncoder": "elastic",
+    "EncodeConfig": "corpus.config",
     "Exported": "export.export",
     "GridEvaluator": "evaluation.evaluator",
     "LossConfig": "training.config",
@@ -60,6 +71,8 @@ HOMES = {
     "StarbucksLoss": "training.loss",
     "Texts": "pretraining.corpus",
     "TrainConfig": "training.config",
+    "Vectors": "corpus.vectors",
+    "encode_corpus": "corpus.encode",
     "save_results": "evaluation.results",
 }
 

@@ -109,16 +109,14 @@ class SizedEncoder:
             EvaluationError: texts are no strings, or a vector is not finite.
             ExportError: there are projections, and none for that depth.
         """
-        if size is not None and sizes is not None:
-            raise OptionError(f"size={size} and sizes={shown(sizes)}: give one of the two")
-        wanted = [self._size(each) for each in ([size] if sizes is None else sizes)]
+        wanted = self._wanted(size, sizes)
         options: dict[str, Any] = {"prompt": self._prompt(prompt_name, prompt), "batch_size": batch_size}
-        found = self._encoded(texts, wanted, convert_to_tensor, **options)
+        found = self._encoded(texts, wanted, as_tensors=convert_to_tensor, **options)
         return found[wanted[0].name] if sizes is None else found
 
     def encode_query(
-        self, texts: Any, size: Size | None = None, *, space: str | None = None, batch_size: int = 32,
-        convert_to_tensor: bool = False,
+        self, texts: Any, size: Size | None = None, *, sizes: Iterable[Size] | None = None, space: str | None = None,
+        batch_size: int = 32, convert_to_tensor: bool = False,
     ) -> Any:  # fmt: skip
         """The vectors of queries, with the model's prompt for them, to be compared with those of `encode_document`.
 
@@ -127,7 +125,7 @@ class SizedEncoder:
         `encode`, up to rounding.
 
         Args:
-            texts, batch_size, convert_to_tensor: as of `encode`.
+            texts, sizes, batch_size, convert_to_tensor: as of `encode`.
             size: such as ``"6x384"``; by default the full one.
             space: the id that the documents' vectors were kept with; another space than this encoder's is refused.
 
@@ -136,32 +134,40 @@ class SizedEncoder:
                 is not in its space.
             LadderError, OptionError, EvaluationError, ExportError: as `encode`.
         """
-        return self._in_space("query", texts, size, space, batch_size, convert_to_tensor)
+        options: dict[str, Any] = {"as_tensors": convert_to_tensor, "batch_size": batch_size}
+        return self._in_space("query", texts, size, sizes, space, **options)
 
     def encode_document(
-        self, texts: Any, size: Size | None = None, *, space: str | None = None, batch_size: int = 32,
-        convert_to_tensor: bool = False,
+        self, texts: Any, size: Size | None = None, *, sizes: Iterable[Size] | None = None, space: str | None = None,
+        batch_size: int = 32, convert_to_tensor: bool = False,
     ) -> Any:  # fmt: skip
         """The vectors of documents, for those of `encode_query`, which has the arguments and errors."""
-        return self._in_space("passage", texts, size, space, batch_size, convert_to_tensor)
+        options: dict[str, Any] = {"as_tensors": convert_to_tensor, "batch_size": batch_size}
+        return self._in_space("passage", texts, size, sizes, space, **options)
 
-    def _in_space(self, use: str, texts: Any, size: Any, space: str | None, batch_size: int, as_tensors: bool) -> Any:
-        wanted = self._size(size)
+    def _in_space(self, use: str, texts: Any, size: Any, sizes: Any, space: str | None, **options: Any) -> Any:
+        wanted = self._wanted(size, sizes)
         if space is not None and space != self.space:
             raise AdapterError(
                 f"space={shown(space)}, and this encoder's is {self.space}: vectors of the two cannot be compared; "
                 "load the adapter that the index was made with, or make the index anew"
             )
-        if self.adapter is not None and wanted.layers not in self.projections:
+        outside = [each for each in wanted if self.adapter is not None and each.layers not in self.projections]
+        if outside:
             raise AdapterError(
-                f"{wanted} is not in the space of the adapter, which follows another teacher: take a smaller size"
+                f"{outside[0]} is not in the space of the adapter, which follows another teacher: take a smaller size"
             )
         prompt = stored_prompts(self.model)[use]
-        found = self._encoded(texts, [wanted], as_tensors, True, prompt=prompt, batch_size=batch_size, task=TASKS[use])
-        return found[wanted.name]
+        found = self._encoded(texts, wanted, in_space=True, prompt=prompt, task=TASKS[use], **options)
+        return found[wanted[0].name] if sizes is None else found
+
+    def _wanted(self, size: Any, sizes: Iterable[Any] | None) -> list[Cup]:
+        if size is not None and sizes is not None:
+            raise OptionError(f"size={size} and sizes={shown(sizes)}: give one of the two")
+        return [self._size(each) for each in ([size] if sizes is None else sizes)]
 
     def _encoded(
-        self, texts: Any, wanted: Sequence[Cup], as_tensors: bool, in_space: bool = False, **options: Any
+        self, texts: Any, wanted: Sequence[Cup], *, as_tensors: bool, in_space: bool = False, **options: Any
     ) -> dict[str, Any]:
         """Vectors by the size's name. Sizes that are read from the same layers cost one forward."""
         single, similarity = isinstance(texts, str), Similarity.of(self.model)
