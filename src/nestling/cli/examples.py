@@ -20,6 +20,7 @@ EXAMPLES = {
     "kv search": ("nestling kv search smollm2 adapter --out searched",),
     "kv eval": ("nestling kv eval smollm2 smollm2 --budgets 50%,25%,12.5% --json rows.json",),
     "kv generate": ("nestling kv generate smollm2 smollm2 --prompt 'The lighthouse keeper' --budget 25%",),
+    "kv serve": ("nestling kv serve smollm2 --budget 25% --port 8000",),
     "kv inspect": ("nestling kv inspect smollm2 --budget 25%",),
     "embed align": ("nestling embed align minilm --out elastic --text documents.jsonl",),
     "embed train": ("nestling embed train minilm --out elastic --pairs pairs.jsonl --sts dev.jsonl",),

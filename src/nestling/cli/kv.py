@@ -1,4 +1,4 @@
-"""The commands of the cache wing: ``nestling kv fit|train|search|eval|generate|inspect``.
+"""The commands of the cache wing: ``nestling kv fit|train|search|eval|generate|serve|inspect``.
 
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
@@ -26,12 +26,16 @@ from nestling.cli.terminal import (
     show,
     write_results,
 )
+from nestling.errors import AdapterError
+from nestling.integrations.serve.config import ServeConfig
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.calibration.config import FitConfig, SearchConfig
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.training.config import TrainConfig
 
-kv_app = typer.Typer(no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, inspect.")
+kv_app = typer.Typer(
+    no_args_is_help=True, help="Nested KV caches: fit, train, search, eval, generate, serve, inspect."
+)
 
 Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", metavar="ADAPTER")]
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
@@ -215,6 +219,38 @@ def generate(
     cache = kv.NestedCache(language_model, nested, config)
     text = sys.stdin.read() if prompt == "-" else prompt
     console.print(stream(language_model, tokenizer, text, cache, max_new_tokens, temperature), style="dim")
+
+
+@kv_app.command()
+@errors_as_messages
+@takes(cache=CacheConfig, config=ServeConfig)
+def serve(
+    model: Model,
+    cache: CacheConfig,
+    config: ServeConfig,
+    adapter: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub id of an adapter; default: that of the package.", metavar="[ADAPTER]"),
+    ] = None,
+) -> None:
+    """Serve MODEL to OpenAI's clients: chat, streamed or not, each request with a compressed cache of its own."""
+    from nestling.integrations.serve.server import Listener
+
+    listener = Listener(config)
+    from nestling import kv
+    from nestling.integrations.serve.engine import Engine
+    from nestling.kv.adapter_files import built_in
+    from nestling.models import load_model
+
+    if adapter is None and model not in built_in():
+        raise AdapterError(
+            f"{model}: the package has no adapter for it; name one after the model, made by nestling kv fit {model}"
+        )
+    nested = kv.KVAdapter.from_pretrained(model if adapter is None else adapter)
+    language_model, tokenizer = loading(load_model, model)
+    server = listener.server(Engine(language_model, tokenizer, nested, cache, config))
+    console.print(f"{model} at {listener.url}")
+    server.run(sockets=[listener.socket])
 
 
 @kv_app.command()

@@ -1,0 +1,92 @@
+"""A server that listens: until it is stopped, or in a thread for as long as a block lasts."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nestling.errors import OptionError
+from nestling.integrations.libraries import library
+from nestling.integrations.serve.config import ServeConfig
+from nestling.kv.cache.config import CacheConfig
+
+GRACE = 10  # seconds that answers have to be finished when the server is stopped
+
+
+class Listener:
+    """A place to listen, taken before a model is loaded; nobody is answered until it serves.
+
+    Args:
+        config: its host and port.
+
+    Attributes:
+        url: of the API, as clients want it.
+
+    Raises:
+        OptionError: the host cannot be found, or the port is in use or not allowed.
+        MissingExtraError: Starlette or uvicorn is not installed.
+    """
+
+    def __init__(self, config: ServeConfig):
+        self.uvicorn = library("uvicorn", "serve")
+        library("starlette", "serve")
+        self.config = config
+        try:
+            family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+            self.socket = socket.socket(family)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind(address)
+        except (OSError, UnicodeError) as error:
+            raise OptionError(
+                f"host={config.host!r}, port={config.port}: cannot listen there ({error}); "
+                "choose another port, or 0 for one that is free"
+            ) from error
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        self.url = f"http://{host}:{self.socket.getsockname()[1]}/v1"
+
+    def server(self, engine: Any, log_level: str = "info") -> Any:
+        """A uvicorn server of an engine, which is closed when the server ends."""
+        from nestling.integrations.serve.app import Application
+
+        app = Application(engine).build()
+        config = self.uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=GRACE)
+        return self.uvicorn.Server(config)
+
+
+@contextmanager
+def serving(
+    model: Any, tokenizer: Any, adapter: Any, cache: CacheConfig | None = None, config: ServeConfig | None = None
+) -> Iterator[str]:
+    """A server in a thread, for as long as the block lasts: for notebooks and tests.
+
+    Args:
+        model: a causal language model, loaded.
+        tokenizer: its own, with a chat template.
+        adapter: made for the model.
+        cache: options of every request's cache.
+        config: where to listen, and limits. Default: a free port of this machine.
+
+    Yields:
+        The base URL for clients.
+
+    Raises:
+        OptionError: cannot listen there.
+        AdapterError, BudgetError, UnsupportedModelError: as `Engine`.
+        MissingExtraError: Starlette or uvicorn is not installed.
+    """
+    listener = Listener(ServeConfig(port=0) if config is None else config)
+    from nestling.integrations.serve.engine import Engine
+
+    with listener.socket:
+        server = listener.server(Engine(model, tokenizer, adapter, CacheConfig.of(cache), listener.config), "warning")
+        thread = threading.Thread(target=server.run, args=([listener.socket],), name="nestling-server", daemon=True)
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield listener.url
+        finally:
+            server.should_exit = True
+            thread.join()
