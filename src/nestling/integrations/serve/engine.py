@@ -14,7 +14,7 @@ import torch
 from jinja2 import TemplateError
 from transformers.generation.streamers import BaseStreamer
 
-from nestling.errors import NestlingError, UnsupportedModelError
+from nestling.errors import BudgetError, NestlingError, UnsupportedModelError
 from nestling.integrations.serve.config import ServeConfig
 from nestling.integrations.serve.metrics import Metrics
 from nestling.integrations.serve.pieces import Pieces
@@ -157,11 +157,12 @@ class Engine:
 
         Raises:
             RequestError: the template refuses the messages, the prompt is too long, or so many tokens are not to be
-                had.
-            BudgetError: the request's budget cannot be met.
+                had, or its budget cannot be met.
         """
-        share, _ = read_request(request.cache)
-        CacheFactory(self.adapter, request.cache).required(share)
+        try:
+            CacheFactory(self.adapter, request.cache).required(read_request(request.cache)[0])
+        except BudgetError as error:
+            raise RequestError(str(error), param="nestling") from error
         try:
             with self._tokenizing:
                 inputs = self.tokenizer.apply_chat_template(
