@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import openai
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -57,9 +56,10 @@ def chat() -> SimpleNamespace:
 @pytest.fixture
 def serve(chat):
     """``serve(**limits)``: a server for a block, as an OpenAI client that does not try again."""
+    openai = pytest.importorskip("openai")
 
     @contextmanager
-    def start(cache: kv.CacheConfig = CACHE, **limits) -> Iterator[openai.OpenAI]:
+    def start(cache: kv.CacheConfig = CACHE, **limits) -> Iterator:
         config = ServeConfig(**{"port": 0, "max_new_tokens": 64, **limits})
         with serving(chat.model, chat.tokenizer, chat.adapter, cache, config) as url:
             with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
@@ -68,7 +68,7 @@ def serve(chat):
     return start
 
 
-def metrics(client: openai.OpenAI) -> dict[str, float]:
+def metrics(client) -> dict[str, float]:
     """What the server counts, by name and labels."""
     import urllib.request
 

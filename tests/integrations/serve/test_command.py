@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 
-import openai
 import pytest
 from typer.testing import CliRunner
 
 from nestling.cli import app
 
 from .conftest import metrics
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
 
 
 @pytest.fixture(scope="module")

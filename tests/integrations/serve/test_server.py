@@ -6,12 +6,13 @@ import threading
 import time
 from urllib.parse import urlsplit
 
-import openai
 import pytest
 
 from nestling import kv
 
 from .conftest import CACHE, metrics
+
+openai = pytest.importorskip("openai")
 
 TEXT = "tell me of the sea, the keeper and the lamp that was lit at night"
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": TEXT}], "max_tokens": 40, "temperature": 0}
