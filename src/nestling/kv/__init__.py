@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nestling.kv.calibration.search import search
     from nestling.kv.evaluation.config import EvalConfig
     from nestling.kv.evaluation.evaluate import Candidate, compare, evaluate
+    from nestling.kv.evaluation.scoring import Score, score
     from nestling.kv.integration.attach import attach, detach, supports
     from nestling.kv.training.config import TrainConfig
     from nestling.kv.training.train import train
@@ -44,6 +45,7 @@ __all__ = [
     "GradientError",
     "KVAdapter",
     "NestedCache",
+    "Score",
     "SearchConfig",
     "TrainConfig",
     "TrainingError",
@@ -54,6 +56,7 @@ __all__ = [
     "detach",
     "evaluate",
     "fit",
+    "score",
     "search",
     "supports",
     "train",
@@ -68,6 +71,7 @@ HOMES = {
     "fit": "calibration.fit",
     "search": "calibration.search",
     **dict.fromkeys(("Candidate", "compare", "evaluate"), "evaluation.evaluate"),
+    **dict.fromkeys(("Score", "score"), "evaluation.scoring"),
     **dict.fromkeys(("attach", "detach", "supports"), "integration.attach"),
     "EvalConfig": "evaluation.config",
     "TrainConfig": "training.config",

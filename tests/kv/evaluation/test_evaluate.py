@@ -15,14 +15,8 @@ from nestling.errors import BudgetError, EvaluationError, TextTooShortError
 from nestling.kv.cache.buffer import room
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import Candidate, ResultStore, compare, evaluate
-from nestling.kv.evaluation.tasks import (
-    DEPTHS,
-    choice_pairs,
-    choice_scores,
-    encode_question,
-    held_bytes,
-    passkey_prompts,
-)
+from nestling.kv.evaluation.scoring import choice_scores
+from nestling.kv.evaluation.tasks import DEPTHS, choice_pairs, encode_question, held_bytes, passkey_prompts
 from nestling.kv.integration.attach import cached
 
 from ..families import cache_of_bases, nested_cache, tiny_fit, tiny_model

@@ -29,16 +29,8 @@ from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import check_length
 from nestling.kv.evaluation.config import EvalConfig
-from nestling.kv.evaluation.tasks import (
-    choice_scores,
-    encode_question,
-    forward,
-    growing,
-    held_bytes,
-    number_answer,
-    passkey_prompts,
-    read,
-)
+from nestling.kv.evaluation.scoring import choice_scores, forward, read
+from nestling.kv.evaluation.tasks import encode_question, growing, held_bytes, number_answer, passkey_prompts
 from nestling.kv.integration.attach import attach, input_device, leaves_as_found, stock_layers, text_config
 from nestling.kv.integration.modes import in_default_mode
 from nestling.losses import kl_divergence

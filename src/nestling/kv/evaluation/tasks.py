@@ -5,22 +5,20 @@ Used by `nestling.kv.evaluation.evaluate`. Everything here is deterministic, and
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial as bind
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from nestling.errors import EvaluationError
-from nestling.kv.integration.attach import cached, input_device, logits_of_last
+from nestling.kv.evaluation.scoring import Pair, forward, read
 from nestling.options import whole
 
-Pair = tuple[list[int], list[int]]  # ids of a context and of what continues it
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
 STATIC = ("encode", "decode", "biases", "order", "centre", "step", "scale", "offset")  # of a nested cache
 DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of what is asked for, as shares of a prompt
@@ -64,55 +62,6 @@ def encode_question(tokenizer, row: Mapping[str, Any]) -> list[Pair]:
     if min(cuts.values()) < 1:
         raise EvaluationError(f"a question leaves no token of context before its choices: {row['question']!r:.80}")
     return [(ids[: cuts[context]], ids[cuts[context] :]) for (context, _), ids in zip(pairs, joint, strict=True)]
-
-
-def choice_scores(model, make: Callable[[], Cache], pairs: Sequence[Pair], chunk: int) -> list[float]:
-    """The score of each (context, continuation): the mean log-likelihood per token of the continuation, in nats.
-
-    A context that all choices share is read once, in chunks, and its cache is repeated for the choices. They are
-    padded on the right, so an exact window counts the padding. Caches that cannot be repeated (transformers' quantised
-    and linear-attention ones) read the context again for each choice.
-    """
-    cache, contexts = make(), [context for context, _ in pairs]
-    if contexts.count(contexts[0]) == len(contexts) and _repeatable(cache):
-        return _scores(model, cache, contexts[0], [rest for _, rest in pairs], chunk)
-    return [_scores(model, make(), context, [rest], chunk)[0] for context, rest in pairs]
-
-
-def _repeatable(cache: Cache) -> bool:
-    """Whether `batch_repeat_interleave` repeats everything: some layers inherit it and hold more than it knows."""
-    partly = ("q_group_size", "conv_states")  # quantised layers, and those with a convolution
-    return all(
-        hasattr(layer, "batch_repeat_interleave") and not any(hasattr(layer, name) for name in partly)
-        for layer in cache.layers
-    )
-
-
-def _scores(model, cache: Cache, context: list[int], rests: list[list[int]], chunk: int) -> list[float]:
-    first = read(model, torch.tensor([context]), cache, chunk)[0].float().log_softmax(-1)
-    totals = [float(first[rest[0]]) for rest in rests]
-    longest = max(map(len, rests)) - 1
-    if longest:
-        if len(rests) > 1:
-            cache.batch_repeat_interleave(len(rests))
-        ids = torch.tensor([rest[:-1] + [0] * (longest + 1 - len(rest)) for rest in rests])
-        for i, (rest, logits) in enumerate(zip(rests, forward(model, ids, cache), strict=True)):
-            labels = torch.tensor(rest[1:], dtype=torch.long, device=logits.device)
-            totals[i] -= float(cross_entropy(logits[: len(labels)].float(), labels, reduction="sum"))
-    return [total / len(rest) for total, rest in zip(totals, rests, strict=True)]
-
-
-def forward(model, ids: Tensor, cache: Cache) -> Tensor:
-    """Logits ``[B, t, V]`` of tokens ``[B, t]`` that follow those in the cache."""
-    ids = ids.to(input_device(model))
-    return model(input_ids=ids, use_cache=True, **cached(model, cache)).logits
-
-
-def read(model, ids: Tensor, cache: Cache, chunk: int) -> Tensor:
-    """Pass ids ``[B, n]`` through the cache in chunks; the last token's logits ``[B, V]``."""
-    for part in ids.to(input_device(model)).split(chunk, 1):
-        output = logits_of_last(model, part, cache)
-    return output.logits[:, -1]
 
 
 def passkey_prompts(tokenizer, n: int) -> list[tuple[Tensor, str]]:
