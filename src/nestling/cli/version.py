@@ -2,9 +2,9 @@
 
 import platform
 from collections.abc import Iterator
-from importlib import metadata
 
 from nestling.cli.terminal import console
+from nestling.files.writing import version_of
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "sentence-transformers",
@@ -14,7 +14,7 @@ PACKAGES = (
 
 def show_version(everything: bool) -> None:
     """Print the version; with ``everything`` also those of other packages, devices, threads and kernels."""
-    console.print(f"nestling {_version('nestling') or 'from a checkout'}", highlight=False)
+    console.print(f"nestling {version_of('nestling') or 'from a checkout'}", highlight=False)
     for name, value in _facts() if everything else ():
         console.print(f"{name}: {value}", highlight=False)
 
@@ -22,19 +22,12 @@ def show_version(everything: bool) -> None:
 def _facts() -> Iterator[tuple[str, str]]:
     """Names and values, the quick ones first. What is missing or broken is said, and is no error."""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
-    yield from ((package, _version(package) or "not installed") for package in PACKAGES)
+    yield from ((package, version_of(package) or "not installed") for package in PACKAGES)
     for name, fact in (("devices", _devices), ("threads", _threads), ("kernels", _kernels)):
         try:
             yield name, fact()
         except Exception as error:  # a broken installation is what this is asked for
             yield name, f"unknown ({type(error).__name__}: {error})"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> str:

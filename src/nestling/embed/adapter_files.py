@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from nestling.embed.ladder import Ladder
 from nestling.errors import AdapterError, FileError, LadderError
 from nestling.files.fields import Fields
 from nestling.files.folders import Parts, read_sealed, sha256, write_folder
+from nestling.files.hub import download
 from nestling.files.reading import read_object, read_text, short, tensor_shapes
-from nestling.files.writing import check_folder
+from nestling.files.writing import check_folder, version_of
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "elastic_adapter.json", "elastic_adapter.safetensors", "README.md"
 PARTS = Parts(CONFIG_FILE, (WEIGHTS_FILE, CARD_FILE))
@@ -53,7 +53,7 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     def fill(new: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / WEIGHTS_FILE)
         (new / CARD_FILE).write_text(card, "utf-8")
-        head = {"format": FORMAT, "kind": KIND, "nestling": _library_version()}
+        head = {"format": FORMAT, "kind": KIND, "nestling": version_of("nestling")}
         sums = {"sha256": sha256(new / WEIGHTS_FILE), "card_sha256": sha256(new / CARD_FILE)}
         value = {**head, **config, **sums}
         (new / CONFIG_FILE).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", "utf-8")
@@ -69,7 +69,11 @@ def read(name: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = BUILT_IN / str(name) if str(name) in built_in() else _download(str(name))
+        folder = (
+            BUILT_IN / str(name)
+            if str(name) in built_in()
+            else download(str(name), (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE))
+        )
     path, weights, card = (folder / file for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE))
     if not path.is_file():
         raise AdapterError(f"{path} is missing: not a folder of an elastic adapter")
@@ -135,21 +139,3 @@ def _check_tensors(
         raise AdapterError(f"{weights} lacks the projections of depths {sorted(missing)}")
     if beyond := {d for d in depths if d > depth}:
         raise AdapterError(f"{weights} has projections of depths {sorted(beyond)}, the model has {depth} layers")
-
-
-def _library_version() -> str | None:
-    try:
-        return version("nestling")
-    except PackageNotFoundError:  # run from a checkout
-        return None
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]))
-    except Exception as error:  # no such id, no access, no network, in the classes of several libraries
-        raise AdapterError(
-            f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
-        ) from error

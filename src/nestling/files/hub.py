@@ -1,10 +1,26 @@
-"""Uploading a folder to the hub."""
+"""Folders that go to the hub and come from there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nestling.errors import NestlingError
+from nestling.errors import AdapterError, NestlingError
 from nestling.files.temporary import private_temporary_folder
+
+
+def download(repo_id: str, names: Sequence[str]) -> Path:
+    """A folder with those files of an adapter that a repository has.
+
+    Raises:
+        AdapterError: there is no such repository, or no access to it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(names)))
+    except Exception as error:  # no such id, no access, no network, in the classes of several libraries
+        raise AdapterError(
+            f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
+        ) from error
 
 
 def upload(

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -228,3 +229,11 @@ def _write_into(path: str | os.PathLike[str], content: str | bytes) -> None:
     os.set_blocking(number, True)
     with open(number, "wb") as file:
         file.write(content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, as files name it; None where it is not installed, as in a checkout."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

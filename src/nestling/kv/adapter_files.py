@@ -7,10 +7,11 @@ caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, 1 + widths]`` 
 is not stored: it is the inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME``
 ``[Hkv, blocks]``, which serves every budget.
 
-In format 2 quantisation costs lack those at no bits, which are the drop costs. In format 1 drop costs are ``.energy``, and in place of costs at each width there is ``.noise`` ``[Hkv, D]``, what a
-coordinate costs if it is off by as much as it varies, and ``errors``, the mean squares that quantisers lose, as shares
-of all. The oldest have other file names, which are PEFT's, and no checksum. The card is ``README.md``, or, where
-somebody else's file has that name, ``nestling_adapter.md``.
+In format 2 quantisation costs lack those at no bits, which are the drop costs. In format 1 drop costs are
+``.energy``, and in place of costs at each width there is ``.noise`` ``[Hkv, D]``, what a coordinate costs if it is off
+by as much as it varies, and ``errors``, the mean squares that quantisers lose, as shares of all. The oldest have other
+file names, which are PEFT's, and no checksum. The card is ``README.md``, or, where somebody else's file has that name,
+``nestling_adapter.md``.
 """
 
 import contextlib
@@ -20,7 +21,6 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from torch import Tensor
 
 from nestling.errors import AdapterError, FileError, NestlingError
 from nestling.files.folders import Parts, read_sealed, sha256, waiting, write_folder
+from nestling.files.hub import download
 from nestling.files.reading import LARGEST, read_object, read_tensors, read_text, tensor_shapes
-from nestling.files.writing import check_folder
+from nestling.files.writing import check_folder, version_of
 from nestling.kv.adapter_config import FORMAT, KIND, SIDES, basis_of, read_config
 from nestling.kv.allocation.table import block_sizes
 from nestling.kv.integration.structure import fingerprint, text_config
@@ -59,7 +60,7 @@ def write(folder: str | Path, info: dict, tensors: dict[str, Tensor], card: str)
     """
     folder = Path(folder)
     check_place(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
-    config = {"format": FORMAT, "kind": KIND, "nestling": _library_version(), **info}
+    config = {"format": FORMAT, "kind": KIND, "nestling": version_of("nestling"), **info}
 
     def fill(new: Path) -> None:
         save_file(tensors, new / WEIGHTS_FILE)
@@ -152,7 +153,7 @@ def read(folder: str | Path) -> tuple[dict, dict[str, Tensor], str]:
     """
     path = Path(folder)
     if not path.is_dir():
-        path = BUILT_IN / path if str(folder) in built_in() else _download(str(folder))
+        path = BUILT_IN / path if str(folder) in built_in() else _downloaded(str(folder))
     config, tensors = _read_pair(path)
     name = config.get("card")
     card = path / (name if name in (CARD_FILE, OTHER_CARD_FILE) else CARD_FILE)
@@ -263,26 +264,11 @@ def _check_tensors(weights: Path, config: dict, found: dict[str, list[int]]) -> 
             raise AdapterError(f"{weights}: {name} has shape {found[name]}, expected {shape}")
 
 
-def _library_version() -> str | None:
-    try:
-        return version("nestling")
-    except PackageNotFoundError:  # run from a checkout
-        return None
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        names = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, OTHER_CARD_FILE]
-        folder = Path(snapshot_download(repo_id, allow_patterns=names))
-        if not (folder / CONFIG_FILE).is_file():
-            folder = Path(snapshot_download(repo_id, allow_patterns=[OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, CARD_FILE]))
+def _downloaded(repo_id: str) -> Path:
+    folder = download(repo_id, (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, OTHER_CARD_FILE))
+    if (folder / CONFIG_FILE).is_file():
         return folder
-    except Exception as error:  # no such id, no access, no network, in the classes of several libraries
-        raise AdapterError(
-            f"{repo_id} is neither an adapter folder nor a hub id that can be reached ({type(error).__name__})"
-        ) from error
+    return download(repo_id, (OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, CARD_FILE))
 
 
 def _default_card(config: dict) -> str:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from nestling.errors import NestlingError
 from nestling.files.fields import Fields
 from nestling.files.reading import read_object, short
-from nestling.files.writing import write_file
+from nestling.files.writing import version_of, write_file
 from nestling.report.tables import Row
 
 
@@ -29,7 +28,7 @@ def run_meta(seconds: float | None = None) -> dict[str, Any]:
 
     `commit` is None unless git tracks this file.
     """
-    versions = {package: _version(package) for package in ("torch", "transformers", "nestling")}
+    versions = {package: version_of(package) for package in ("torch", "transformers", "nestling")}
     return {
         "commit": _commit(Path(__file__).resolve()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,13 +58,6 @@ def _cpu() -> str:
 
 def _gpu() -> str:
     return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _command(argv: Sequence[str]) -> str:
