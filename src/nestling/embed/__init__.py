@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from nestling.embed.model.projection import Projection
     from nestling.embed.pretraining.config import PretrainConfig
     from nestling.embed.pretraining.corpus import Texts
+    from nestling.embed.search.choose import choose_plan
+    from nestling.embed.search.config import PlanConfig
+    from nestling.embed.search.flat import FlatIndex
+    from nestling.embed.search.index import Hit, Index
+    from nestling.embed.search.plan import Plan
     from nestling.embed.training.config import LossConfig, TrainConfig
     from nestling.embed.training.loss import StarbucksLoss
 
@@ -43,10 +48,15 @@ __all__ = [
     "ExampleError",
     "ExportError",
     "Exported",
+    "FlatIndex",
     "GridEvaluator",
+    "Hit",
+    "Index",
     "LadderError",
     "LossConfig",
     "MaskingError",
+    "Plan",
+    "PlanConfig",
     "PretrainConfig",
     "Projection",
     "SearchError",
@@ -56,6 +66,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedEncoderError",
     "Vectors",
+    "choose_plan",
     "encode_corpus",
     "save_results",
 ]
@@ -64,14 +75,20 @@ HOMES = {
     "ElasticEncoder": "elastic",
     "EncodeConfig": "corpus.config",
     "Exported": "export.export",
+    "FlatIndex": "search.flat",
     "GridEvaluator": "evaluation.evaluator",
+    "Hit": "search.index",
+    "Index": "search.index",
     "LossConfig": "training.config",
+    "Plan": "search.plan",
+    "PlanConfig": "search.config",
     "PretrainConfig": "pretraining.config",
     "Projection": "model.projection",
     "StarbucksLoss": "training.loss",
     "Texts": "pretraining.corpus",
     "TrainConfig": "training.config",
     "Vectors": "corpus.vectors",
+    "choose_plan": "search.choose",
     "encode_corpus": "corpus.encode",
     "save_results": "evaluation.results",
 }

@@ -1,0 +1,1 @@
+"""Search in two steps: a prefix of the vectors finds candidates, the full vectors rank them."""

@@ -1,0 +1,1 @@
+"""Vector stores as engines of `nestling.embed.search`: a file each."""

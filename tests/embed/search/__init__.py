@@ -1,0 +1,1 @@
+"""Search: plans and indexes."""
