@@ -47,9 +47,9 @@ def test_an_answer_is_that_of_generate(chat, serve):
     assert choice.message.content == chat.answer(TEXT, 40) and choice.message.role == "assistant"
     assert choice.finish_reason == "length" and reply.usage.completion_tokens == 40
     assert reply.usage.prompt_tokens == prompt and reply.usage.total_tokens == prompt + 40
-    held = reply.nestling
-    assert held["budget"] == 0.4 and 0 < held["cache_bytes"] < held["full_cache_bytes"]
-    assert held["full_cache_bytes"] == (prompt + 39) * chat.adapter.full_elements * 2
+    told = reply.nestling
+    assert told["budget"] == 0.4 and 0 < told["cache_bytes"] < told["full_cache_bytes"]
+    assert told["full_cache_bytes"] == (prompt + 39) * chat.adapter.full_elements * 2
 
 
 def test_a_stream_is_the_same_answer_in_pieces(chat, serve):

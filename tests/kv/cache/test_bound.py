@@ -1,9 +1,11 @@
 """A model bound to an adapter: whoever calls generate gets a nested cache, a fresh one for each call."""
 
+from inspect import signature
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from nestling import kv
 from nestling.errors import AdapterError, BudgetError
@@ -103,3 +105,75 @@ def test_a_bound_model_can_be_bound_again(fitted, ids, model, watched):
             model.generate(ids[:1, :10], **OPTIONS)
         model.generate(ids[:1, :10], **OPTIONS)
     assert [cache.budget for cache in watched if cache.get_seq_length()] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "temperature": 0.8},
+    ],
+    ids=lambda ways: next(iter(ways)),
+)
+def test_every_way_of_decoding_is_that_of_a_cache_handed_over(fitted, ids, model, watched, ways):
+    adapter = fitted("llama-gqa").adapter
+    tokens = ids[:1, :12].repeat(1, 3)  # there is something to look up
+    options = OPTIONS | ways
+    torch.manual_seed(0)
+    expected = model.generate(tokens, **cached(model, kv.NestedCache(model, adapter, CONFIG)), **options)
+    watched.clear()
+    with kv.bound(model, adapter, CONFIG):
+        for _ in range(2):
+            torch.manual_seed(0)
+            assert torch.equal(model.generate(tokens, **options), expected)
+    assert len([cache for cache in watched if cache.get_seq_length()]) == 2
+
+
+def test_a_chat_that_keeps_its_cache_reads_each_turn_once(fitted, ids, model, watched, monkeypatch):
+    adapter, turns = fitted("llama-gqa").adapter, (ids[:1, :20], ids[1:2, :7], ids[2:3, :5])
+    read, forward = [], type(model).forward
+
+    def counted(self, input_ids=None, **kwargs):
+        read.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    counted.__signature__ = signature(forward)
+    with kv.bound(model, adapter, CONFIG):
+        kept = kv.NestedCache(model, adapter, CONFIG)
+        said, prompts = ids[:1, :0], []
+        for turn in turns:
+            said = torch.cat([said, turn], 1)
+            said = model.generate(said, **cached(model, kept), **OPTIONS)
+            prompts.append(max(read))
+            read.clear()
+            model.generate(turn, **OPTIONS)  # a question beside it has a cache of its own
+            read.clear()
+    assert prompts == [20, 8, 6]  # with the last token of the answer before
+    assert kept.get_seq_length() == said.shape[1] - 1 == 20 + 7 + 5 + 3 * 8 - 1
+    beside = [cache.get_seq_length() for cache in watched if cache is not kept]
+    assert [length for length in beside if length] == [27, 14, 12]
+
+
+def test_a_pipeline_chats(fitted, model, watched):
+    adapter, words = fitted("llama-gqa").adapter, tokenizer()
+    words.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}w3"
+    pipe = pipeline("text-generation", model=model, tokenizer=words, device="cpu")
+    chat = [{"role": "user", "content": "w5 w17 w30 w8 w60 w44"}]
+    with kv.bound(model, adapter, CONFIG):
+        once = pipe(chat, **OPTIONS)[0]["generated_text"]
+        assert pipe(chat, **OPTIONS)[0]["generated_text"] == once and once[-1]["role"] == "assistant"
+        longer = pipe([*once, {"role": "user", "content": "w9"}], **OPTIONS)[0]["generated_text"]
+    assert longer[: len(once)] == once
+    assert len([cache for cache in watched if cache.get_seq_length()]) == 3
+
+
+def test_a_cache_that_is_asked_for_by_its_kind_is_left_to_transformers(fitted, ids, model, watched):
+    adapter = fitted("llama-gqa").adapter
+    config = GenerationConfig(**OPTIONS, use_cache=False, pad_token_id=0, eos_token_id=2)
+    with kv.bound(model, adapter, CONFIG):
+        model.generate(ids[:1, :10], cache_implementation="static", **OPTIONS)
+        model.generate(ids[:1, :10], config)  # by its place
+    assert not [cache for cache in watched if cache.get_seq_length()]

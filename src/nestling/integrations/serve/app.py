@@ -54,6 +54,7 @@ class Application:
         try:
             body = await _body(request)
             asked = read_request(body, self.engine.name, self.engine.cache)
+            self.engine.check_line()  # those who cannot wait are told so before their text is looked at
             job = await asyncio.to_thread(self.engine.prepare, asked, asyncio.get_running_loop())
             self.engine.submit(job)
         except ClientDisconnect:

@@ -7,6 +7,7 @@ from nestling.config import Config, option
 from nestling.options import natural, text, whole
 
 MOST_BYTES = 16 * 2**20  # of a request's body
+GRACE = 10  # seconds that answers have to be finished when the server is stopped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from jinja2 import TemplateError
 from transformers.generation.streamers import BaseStreamer
 
 from nestling.errors import BudgetError, NestlingError, UnsupportedModelError
-from nestling.integrations.serve.config import ServeConfig
+from nestling.integrations.serve.config import GRACE, ServeConfig
 from nestling.integrations.serve.metrics import Metrics
 from nestling.integrations.serve.pieces import Pieces
 from nestling.integrations.serve.request import ChatRequest, RequestError
 from nestling.kv.adapter import KVAdapter
+from nestling.kv.allocation.budget import Budget
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.factory import CacheFactory, read_request
@@ -117,8 +118,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.adapter, self.config = model, tokenizer, adapter, config
         self.name = model.name_or_path
-        budget, limit = read_request(cache)
-        self.cache = cache if limit is None else CacheConfig(**(cache.to_dict() | {"budget": None, "limit": limit}))
+        self.cache = _with_limit(cache)
         self.standard = NestedCache(model, adapter, self.cache)  # kept, since it keeps the bases that all share
         self.context: int | None = getattr(text_config(model), "max_position_embeddings", None)
         own = model.generation_config
@@ -159,18 +159,21 @@ class Engine:
             RequestError: the template refuses the messages, the prompt is too long, or so many tokens are not to be
                 had, or its budget cannot be met.
         """
-        try:
-            CacheFactory(self.adapter, request.cache).required(read_request(request.cache)[0])
-        except BudgetError as error:
-            raise RequestError(str(error), param="nestling") from error
+        if request.cache != self.cache:
+            try:
+                factory = CacheFactory(self.adapter, request.cache)
+                factory.required(factory.budget)
+            except BudgetError as error:
+                raise RequestError(str(error), param="nestling") from error
         try:
             with self._tokenizing:
-                inputs = self.tokenizer.apply_chat_template(
+                read = self.tokenizer.apply_chat_template(
                     request.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
                 )
         except TemplateError as error:
             raise RequestError(f"messages: the model's template refuses them: {error}", param="messages") from error
-        return Job(request, dict(inputs), self._room(request, inputs["input_ids"].shape[-1]), loop)
+        inputs = {name: read[name] for name in ("input_ids", "attention_mask")}
+        return Job(request, inputs, self._room(request, inputs["input_ids"].shape[-1]), loop)
 
     def _room(self, request: ChatRequest, prompt: int) -> int:
         """How many tokens the answer may have."""
@@ -190,22 +193,26 @@ class Engine:
             )
         return asked or min(most, left)
 
-    def submit(self, job: Job) -> None:
-        """Put a job into the line.
+    def check_line(self) -> None:
+        """See whether one more request may wait.
 
         Raises:
             RequestError: the line is full (429), or the server is about to stop (503).
         """
+        if self._closed:
+            raise _stopping()
+        if (waiting := len(self._line)) + self.running > self.config.queue:
+            said = f"{waiting} requests wait already, and no more may: try again in a moment"
+            raise RequestError(said, 429, "rate_limit_error", code="rate_limit_exceeded")
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the line.
+
+        Raises:
+            RequestError: as `check_line`.
+        """
         with self._changed:
-            if self._closed:
-                raise _stopping()
-            if len(self._line) + self.running > self.config.queue:
-                raise RequestError(
-                    f"{len(self._line)} requests wait already, and no more may: try again in a moment",
-                    429,
-                    "rate_limit_error",
-                    code="rate_limit_exceeded",
-                )
+            self.check_line()
             self._line.append(job)
             self._changed.notify()
 
@@ -229,7 +236,7 @@ class Engine:
             job.gone.set()
         for _ in waiting:
             self.metrics.ended("failed")
-        self._worker.join()
+        self._worker.join(GRACE)  # a prompt that is being read is not waited for longer
 
     def _work(self) -> None:
         while True:
@@ -285,6 +292,13 @@ class Engine:
         ended = pieces.stopped or bool(pieces.tokens and pieces.tokens[-1] in self.ends)
         reason = "stop" if ended else "length"
         return Done(reason, len(pieces.tokens), cache.budget, cache.nbytes, cache.full_nbytes)
+
+
+def _with_limit(cache: CacheConfig) -> CacheConfig:
+    """The same options with a budget in bytes as a limit, which stays when a request has a budget of its own."""
+    if not isinstance(cache.budget, str | Budget) or (limit := read_request(cache)[1]) is None:
+        return cache
+    return replace(cache, budget=None, limit=limit)
 
 
 @contextmanager

@@ -43,11 +43,11 @@ class Metrics:
             self.tokens["generated"] += answer
             self.seconds += seconds
 
-    def holds(self, held: int, full: int) -> None:
-        """So many bytes are held now, where a full cache would hold ``full``."""
+    def holds(self, stored: int, full: int) -> None:
+        """``stored`` bytes are held now, where a full cache would hold ``full``."""
         with self._lock:
-            self.held, self.full = held, full
-            self.peak, self.full_peak = max(self.peak, held), max(self.full_peak, full)
+            self.held, self.full = stored, full
+            self.peak, self.full_peak = max(self.peak, stored), max(self.full_peak, full)
 
     def text(self, waiting: int, running: int) -> str:
         """All of them, as Prometheus reads them."""

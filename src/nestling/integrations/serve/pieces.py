@@ -43,8 +43,8 @@ class Pieces:
         """What was held back, when no more tokens come."""
         rest = self._decode(self._start, None)[len(self._decode(self._start, self._told)) :]
         text = self._without_stop(rest)
-        held, self._held = self._held, ""
-        return text if self.stopped else text + held
+        rest, self._held = self._held, ""
+        return text if self.stopped else text + rest
 
     def _decode(self, start: int, end: int | None) -> str:
         ids = self.tokens[start:end]
@@ -59,6 +59,6 @@ class Pieces:
         if places:
             self.stopped, self._held = True, ""
             return text[: min(places)]
-        held = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        kept = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]

@@ -92,46 +92,46 @@ def read_request(body: bytes, model: str, cache: CacheConfig) -> ChatRequest:
     Raises:
         RequestError: it is no JSON object, names another model, or has a value that cannot be or is not served.
     """
-    given = _object(body)
+    fields = _object(body)
     try:
-        return _read(given, model, cache)
+        return _read(fields, model, cache)
     except OptionError as error:
         raise RequestError(str(error), param=str(error).partition("=")[0] if "=" in str(error) else None) from error
 
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        given = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise RequestError(f"the body is {shown(given)}: expected a JSON object")
-    return {name: value for name, value in given.items() if value is not None}
+    if not isinstance(fields, dict):
+        raise RequestError(f"the body is {shown(fields)}: expected a JSON object")
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _read(given: dict[str, Any], model: str, cache: CacheConfig) -> ChatRequest:
-    asked = text("model", given.get("model"))
+def _read(fields: dict[str, Any], model: str, cache: CacheConfig) -> ChatRequest:
+    asked = text("model", fields.get("model"))
     if asked != model:
         raise RequestError(
             f"model={shown(asked)} is not served here: expected {model!r}", 404, param="model", code="model_not_found"
         )
-    _check_names(given)
-    lengths = [whole(name, given[name]) for name in ("max_completion_tokens", "max_tokens") if name in given]
-    stream = flag("stream", given.get("stream", False))
+    _check_names(fields)
+    lengths = [whole(name, fields[name]) for name in ("max_completion_tokens", "max_tokens") if name in fields]
+    stream = flag("stream", fields.get("stream", False))
     return ChatRequest(
-        messages=_messages(given.get("messages")),
-        cache=_cache(given.get("nestling", {}), cache),
+        messages=_messages(fields.get("messages")),
+        cache=_cache(fields.get("nestling", {}), cache),
         max_tokens=min(lengths, default=None),
-        sampling=_sampling(given),
-        seed=whole("seed", given["seed"], 0, 2**63 - 1) if "seed" in given else None,
-        stop=_stop(given.get("stop", [])),
+        sampling=_sampling(fields),
+        seed=whole("seed", fields["seed"], 0, 2**63 - 1) if "seed" in fields else None,
+        stop=_stop(fields.get("stop", [])),
         stream=stream,
-        include_usage=stream and _include_usage(given.get("stream_options", {})),
+        include_usage=stream and _include_usage(fields.get("stream_options", {})),
     )
 
 
-def _check_names(given: Mapping[str, Any]) -> None:
-    for name, value in given.items():
+def _check_names(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
         if name in READ or name in IGNORED or value in NEUTRAL.get(name, ()):
             continue
         expected = f"expected {shown(NEUTRAL[name][0])} or nothing" if name in NEUTRAL else "leave it out"
@@ -140,11 +140,11 @@ def _check_names(given: Mapping[str, Any]) -> None:
         )
 
 
-def _messages(given: Any) -> list[dict[str, str]]:
-    if not isinstance(given, list) or not given:
-        raise OptionError(f"messages={shown(given)}: expected a list with at least one message")
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise OptionError(f"messages={shown(value)}: expected a list with at least one message")
     messages = []
-    for place, message in enumerate(given):
+    for place, message in enumerate(value):
         name = f"messages[{place}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise OptionError(f"{name}={shown(message)}: expected an object with a role of {', '.join(ROLES)}")
@@ -153,12 +153,12 @@ def _messages(given: Any) -> list[dict[str, str]]:
     return messages
 
 
-def _content(name: str, given: Any) -> str:
-    parts = [{"type": "text", "text": given}] if isinstance(given, str) else given
+def _content(name: str, value: Any) -> str:
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
     if not isinstance(parts, list) or not all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
     ):
-        raise OptionError(f"{name}={shown(given)}: expected a string, or parts of type text")
+        raise OptionError(f"{name}={shown(value)}: expected a string, or parts of type text")
     content = "".join(part["text"] for part in parts)
     try:
         content.encode()
@@ -167,34 +167,34 @@ def _content(name: str, given: Any) -> str:
     return content
 
 
-def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
+def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
-    if "temperature" in given:
-        chosen["temperature"] = number("temperature", given["temperature"], minimum=0.0, maximum=2.0)
-    if "top_p" in given:
-        chosen["top_p"] = number("top_p", given["top_p"], above=0.0, maximum=1.0)
+    if "temperature" in fields:
+        chosen["temperature"] = number("temperature", fields["temperature"], minimum=0.0, maximum=2.0)
+    if "top_p" in fields:
+        chosen["top_p"] = number("top_p", fields["top_p"], above=0.0, maximum=1.0)
     if chosen.get("temperature") == 0:
         return {"do_sample": False}
     return {"do_sample": True, **chosen} if chosen else {}
 
 
-def _stop(given: Any) -> tuple[str, ...]:
-    stops = [given] if isinstance(given, str) else given
+def _stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise OptionError(f"stop={shown(given)}: expected a text, or a list of at most {MOST_STOPS}, none empty")
+        raise OptionError(f"stop={shown(value)}: expected a text, or a list of at most {MOST_STOPS}, none empty")
     return tuple(stops)
 
 
-def _include_usage(given: Any) -> bool:
-    if not isinstance(given, dict) or set(given) - {"include_usage"}:
-        raise OptionError(f"stream_options={shown(given)}: expected an object with include_usage")
-    return flag("stream_options.include_usage", given.get("include_usage", False))
+def _include_usage(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) - {"include_usage"}:
+        raise OptionError(f"stream_options={shown(value)}: expected an object with include_usage")
+    return flag("stream_options.include_usage", value.get("include_usage", False))
 
 
-def _cache(given: Any, cache: CacheConfig) -> CacheConfig:
-    if not isinstance(given, dict) or set(given) - {"budget"}:
-        raise OptionError(f"nestling={shown(given)}: expected an object with a budget")
-    if (budget := given.get("budget")) is None:
+def _cache(value: Any, cache: CacheConfig) -> CacheConfig:
+    if not isinstance(value, dict) or set(value) - {"budget"}:
+        raise OptionError(f"nestling={shown(value)}: expected an object with a budget")
+    if (budget := value.get("budget")) is None:
         return cache
     if not isinstance(budget, str | int | float):  # the library also takes allocations, which are the adapter's
         raise OptionError(f"budget={shown(budget)}: expected a share such as 0.25 or '25%'")

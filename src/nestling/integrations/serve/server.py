@@ -9,10 +9,8 @@ from typing import Any
 
 from nestling.errors import OptionError
 from nestling.integrations.libraries import library
-from nestling.integrations.serve.config import ServeConfig
+from nestling.integrations.serve.config import GRACE, ServeConfig
 from nestling.kv.cache.config import CacheConfig
-
-GRACE = 10  # seconds that answers have to be finished when the server is stopped
 
 
 class Listener:

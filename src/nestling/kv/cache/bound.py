@@ -20,8 +20,8 @@ def bound(model: Any, adapter: "KVAdapter", budget: Any = None) -> Iterator[None
     """Within it every ``model.generate()`` that is given no cache has a fresh nested one, whoever calls it.
 
     transformers has no public place where a kind of cache can be registered, so ``generate`` of this one object is
-    wrapped, and put back afterwards. Calls with ``use_cache=False`` or a cache of their own are left alone, and so is
-    ``model(...)``.
+    wrapped, and put back afterwards. Calls with ``use_cache=False``, a cache of their own or a ``cache_implementation``
+    are left alone, and so is ``model(...)``.
 
     Args:
         model: the causal LM that the adapter was made for.
@@ -36,9 +36,11 @@ def bound(model: Any, adapter: "KVAdapter", budget: Any = None) -> Iterator[None
 
         @wraps(generate)
         def with_cache(*args: Any, **kwargs: Any) -> Any:
-            config = kwargs.get("generation_config") or model.generation_config
+            asked = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+            config = asked or model.generation_config
             uses = kwargs.get("use_cache", config.use_cache) is not False
-            if uses and all(kwargs.get(name) is None for name in NAMES):
+            kind = kwargs.get("cache_implementation", getattr(asked, "cache_implementation", None))
+            if uses and kind is None and all(kwargs.get(name) is None for name in NAMES):
                 rest = {name: value for name, value in kwargs.items() if name not in NAMES}
                 return generate(*args, **rest, **cached(model, NestedCache(model, adapter, budget)))
             return generate(*args, **kwargs)
