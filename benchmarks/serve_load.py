@@ -63,6 +63,7 @@ def main(
     try:
         assert server.stdout is not None
         url = server.stdout.readline().split()[-1]
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # its log, which must not fill the pipe
         while True:
             try:
                 metrics(url)

@@ -8,7 +8,7 @@ from nestling.files.writing import version_of
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "sentence-transformers",
-    "accelerate", "datasets", "peft", "onnxruntime", "triton",
+    "accelerate", "datasets", "peft", "onnxruntime", "triton", "starlette", "uvicorn",
 )  # fmt: skip
 
 

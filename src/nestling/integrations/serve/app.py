@@ -1,6 +1,7 @@
 """The routes: chat completions, models, metrics and health. Every error has OpenAI's shape."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,13 @@ from nestling.integrations.serve.replies import Reply, failure
 from nestling.integrations.serve.request import RequestError, read_request
 
 CLIENT_GONE = 499  # as nginx logs it; nobody reads it
+
+
+class _Json(JSONResponse):
+    """JSON in ASCII: text that came from outside may hold what UTF-8 cannot."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 class Application:
@@ -63,6 +71,9 @@ class Application:
         except NestlingError as error:
             self.engine.metrics.ended("busy" if getattr(error, "status", 400) in (429, 503) else "refused")
             raise
+        except Exception:
+            self.engine.metrics.ended("failed")
+            raise
         reply = Reply(job, self.engine.name)
         if asked.stream:
             first = await self._while_there(request, job, job.events.get())
@@ -79,7 +90,7 @@ class Application:
         whole = await self._while_there(request, job, _whole(job))
         if whole is None:
             return Response(status_code=CLIENT_GONE)
-        return JSONResponse(reply.whole(*whole))
+        return _Json(reply.whole(*whole))
 
     async def _while_there(self, request: Request, job: Job, result: Any) -> Any:
         """What an awaitable gives, or None if the client goes away before."""
@@ -105,7 +116,7 @@ class Application:
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return _Json({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
         """One model by its name."""
@@ -116,7 +127,7 @@ class Application:
                 param="model",
                 code="model_not_found",
             )
-        return JSONResponse(self._model())
+        return _Json(self._model())
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.engine.name, "object": "model", "created": self.created, "owned_by": "nestling"}
@@ -129,7 +140,7 @@ class Application:
     async def health(self, request: Request) -> Response:
         """Whether requests are answered."""
         alive = self.engine.alive
-        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+        return _Json({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
 
 async def _body(request: Request) -> bytes:
@@ -165,15 +176,15 @@ async def _disconnected(request: Request) -> None:
 async def _refused(request: Request, error: Exception) -> Response:
     refused = error if isinstance(error, RequestError) else RequestError(str(error))
     headers = {"Retry-After": "1"} if refused.status in (429, 503) else None
-    return JSONResponse(refused.to_dict(), refused.status, headers)
+    return _Json(refused.to_dict(), refused.status, headers)
 
 
 async def _no_such(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(RequestError(said).to_dict(), error.status_code, error.headers)
+    return _Json(RequestError(said).to_dict(), error.status_code, error.headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     said = f"the server failed ({type(error).__name__}); its log says more"
-    return JSONResponse(RequestError(said, 500, "server_error").to_dict(), 500)
+    return _Json(RequestError(said, 500, "server_error").to_dict(), 500)

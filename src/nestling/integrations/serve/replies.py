@@ -56,8 +56,8 @@ class Reply:
 
 
 def event(data: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """A server-sent event, in ASCII: some clients take other characters for the ends of lines."""
+    return f"data: {json.dumps(data)}\n\n"
 
 
 def failure(error: RequestError) -> str:

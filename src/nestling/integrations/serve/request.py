@@ -134,10 +134,11 @@ def _check_names(fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         if name in READ or name in IGNORED or value in NEUTRAL.get(name, ()):
             continue
-        expected = f"expected {shown(NEUTRAL[name][0])} or nothing" if name in NEUTRAL else "leave it out"
-        raise RequestError(
-            f"{name}={shown(value)} is not served: {expected}", param=name, code="unsupported_parameter"
-        )
+        if name in NEUTRAL:
+            said = f"{name}={shown(value)} is not served: expected {shown(NEUTRAL[name][0])} or nothing"
+        else:
+            said = f"{shown(name)} is not served: leave it out"
+        raise RequestError(said, param=name[:60], code="unsupported_parameter")
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
