@@ -278,7 +278,7 @@ def test_the_version(arguments):
 def test_the_version_without_extras_or_a_working_torch(monkeypatch):
     from nestling.cli import version
 
-    monkeypatch.setattr(version, "_version", lambda package: None)
+    monkeypatch.setattr(version, "version_of", lambda package: None)
     monkeypatch.setattr(version, "_devices", lambda: _raise(RuntimeError("driver")))
     monkeypatch.setattr(version, "_kernels", lambda: _raise(ImportError("transformers")))
     result = CliRunner().invoke(app, ["--version", "-v"])

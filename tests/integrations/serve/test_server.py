@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from nestling import kv
+from nestling.kv.integration.attach import implementation
 
 from .conftest import CACHE, metrics
 
@@ -40,9 +41,12 @@ def slow(chat, monkeypatch):
 
 
 def test_an_answer_is_that_of_generate(chat, serve):
+    before = implementation(chat.model)
     with serve() as client:
+        assert implementation(chat.model) == "nestling" != before
         reply = client.chat.completions.create(**ASK)
         assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
+    assert implementation(chat.model) == before
     choice, prompt = reply.choices[0], len("u:;a:") + len(TEXT)
     assert choice.message.content == chat.answer(TEXT, 40) and choice.message.role == "assistant"
     assert choice.finish_reason == "length" and reply.usage.completion_tokens == 40

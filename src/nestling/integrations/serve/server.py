@@ -57,7 +57,7 @@ class Listener:
 def serving(
     model: Any, tokenizer: Any, adapter: Any, cache: CacheConfig | None = None, config: ServeConfig | None = None
 ) -> Iterator[str]:
-    """A server in a thread, for as long as the block lasts: for notebooks and tests.
+    """A server in a thread, for as long as the block lasts: for notebooks and tests. The model is left as it was found.
 
     Args:
         model: a causal language model, loaded.
@@ -76,8 +76,9 @@ def serving(
     """
     listener = Listener(ServeConfig(port=0) if config is None else config)
     from nestling.integrations.serve.engine import Engine
+    from nestling.kv.integration.state import as_found
 
-    with listener.socket:
+    with as_found(model), listener.socket:
         server = listener.server(Engine(model, tokenizer, adapter, CacheConfig.of(cache), listener.config), "warning")
         thread = threading.Thread(target=server.run, args=([listener.socket],), name="nestling-server", daemon=True)
         thread.start()
