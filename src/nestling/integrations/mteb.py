@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -81,14 +81,14 @@ class SizedModel(AbsEncoder):
 
     def _meta(self) -> "ModelMeta":
         cut, origin = self.encoder.cut(self.size), origin_of(self.model)
-        count = sum(parameter.numel() for parameter in cut.parameters())
+        count, transformer = sum(parameter.numel() for parameter in cut.parameters()), cast(Any, cut[0])
         stem = (origin.base or origin.name or "encoder").rpartition("/")[2]
         name = stem if stem.endswith(f"-{self.size}") else f"{stem}-{self.size}"
         languages = library("mteb.languages.iso_mappings", "mteb")._hf_langs_to_iso_lang_scripts
         facts: dict[str, Any] = {
             "name": f"nestling/{name}", "revision": fingerprint(cut)["weights"][:40], "loader": None,
             "release_date": None, "languages": languages(origin.facts.get("language")), "n_parameters": count,
-            "n_embedding_parameters": cut[0].model.get_input_embeddings().weight.numel(),
+            "n_embedding_parameters": transformer.model.get_input_embeddings().weight.numel(),
             "memory_usage_mb": sum(p.numel() * p.element_size() for p in cut.parameters()) / 2**20,
             "max_tokens": longest(cut), "embed_dim": self.size.dims, "license": origin.facts.get("license"),
             "open_weights": True, "public_training_code": None, "public_training_data": None,
