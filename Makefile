@@ -84,12 +84,14 @@ test-versions: .versions/oldest/.installed .versions/newest/.installed
 # Heavy libraries lie in an environment of their own, which sees the one in $(VENV) behind it.
 INTEGRATIONS := .integrations
 
-$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt $(STAMP)
+$(INTEGRATIONS)/.installed: pyproject.toml constraints.txt .ci/consumers.txt $(STAMP)
 	test -x $(INTEGRATIONS)/bin/python || $(BIN)/python -m venv $(INTEGRATIONS)
 	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' \
 		> $$($(INTEGRATIONS)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/behind.pth
 	$(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install -q 'pip>=25.1'
 	$(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt --group integrations
+	$(INTEGRATIONS)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r .ci/consumers.txt
+	! command -v npm || npm install --silent --no-audit --no-fund --prefix $(INTEGRATIONS) @huggingface/transformers@4.3.2
 	touch $@
 
 test-integrations: $(INTEGRATIONS)/.installed
