@@ -200,6 +200,12 @@ def test_a_client_that_goes_away_ends_its_generation(serve, slow, stream):
         assert client.chat.completions.create(**ASK).usage.completion_tokens == 40
 
 
+def test_without_a_line_one_client_after_another_is_answered(serve):
+    with serve(queue=0) as client:
+        for _ in range(8):
+            assert client.chat.completions.create(**{**ASK, "max_tokens": 2}).usage.completion_tokens == 2
+
+
 def test_the_line_has_an_end_and_those_who_wait_may_leave_it(serve, slow):
     with serve(queue=1) as client:
         answers = []

@@ -156,8 +156,8 @@ class Engine:
             loop: in which the job's events are waited for.
 
         Raises:
-            RequestError: the template refuses the messages, the prompt is too long, or so many tokens are not to be
-                had, or its budget cannot be met.
+            RequestError: the budget cannot be met, the template refuses the messages, or prompt and answer are longer
+                than the model or the server allows.
         """
         if request.cache != self.cache:
             try:
@@ -245,10 +245,7 @@ class Engine:
                 if self._closed:
                     return
                 job = self._running = self._line.popleft()
-            try:
-                self._answer(job)
-            finally:
-                self._running = None
+            self._answer(job)
 
     def _answer(self, job: Job) -> None:
         """Generate, and tell the client how it ended, whatever happens."""
@@ -265,6 +262,7 @@ class Engine:
             )
         self.metrics.holds(0, 0)
         self.metrics.ended("gone" if job.gone.is_set() else outcome)
+        self._running = None  # before the client knows, which may have another request
         job.tell(end)
 
     def _generate(self, job: Job) -> Done:
