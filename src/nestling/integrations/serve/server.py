@@ -57,7 +57,9 @@ class Listener:
 def serving(
     model: Any, tokenizer: Any, adapter: Any, cache: CacheConfig | None = None, config: ServeConfig | None = None
 ) -> Iterator[str]:
-    """A server in a thread, for as long as the block lasts: for notebooks and tests. The model is left as it was found.
+    """A server in a thread, for as long as the block lasts: for notebooks and tests.
+
+    The model is left as it was found.
 
     Args:
         model: a causal language model, loaded.

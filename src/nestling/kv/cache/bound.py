@@ -20,8 +20,8 @@ def bound(model: Any, adapter: "KVAdapter", budget: Any = None) -> Iterator[None
     """Within it every ``model.generate()`` that is given no cache has a fresh nested one, whoever calls it.
 
     transformers has no public place where a kind of cache can be registered, so ``generate`` of this one object is
-    wrapped, and put back afterwards. Calls with ``use_cache=False``, a cache of their own or a ``cache_implementation``
-    are left alone, and so is ``model(...)``.
+    wrapped, and put back afterwards. Calls with ``use_cache=False``, a ``cache_implementation`` or a cache of their
+    own are left alone, and so is ``model(...)``.
 
     Args:
         model: the causal LM that the adapter was made for.
