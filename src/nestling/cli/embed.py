@@ -1,4 +1,4 @@
-"""The commands of the embedding wing: ``nestling embed pretrain|align|train|eval|export|encode``.
+"""The commands of the embedding wing: ``nestling embed pretrain|align|train|eval|export|encode|search``.
 
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
@@ -15,6 +15,7 @@ from nestling.cli.encode import encode
 from nestling.cli.export import export
 from nestling.cli.options import takes
 from nestling.cli.pretrain import pretrain
+from nestling.cli.search import search
 from nestling.cli.sets import EncoderSets, TrainingData
 from nestling.cli.terminal import (
     Adapter,
@@ -38,7 +39,8 @@ from nestling.embed.training.config import TrainConfig
 from nestling.errors import TextTooShortError
 
 embed_app = typer.Typer(
-    no_args_is_help=True, help="Sentence encoders of every size: align, or pretrain and train; eval, export, encode."
+    no_args_is_help=True,
+    help="Sentence encoders of every size: align, or pretrain and train; eval, export, encode, search.",
 )
 embed_app.command()(pretrain)
 
@@ -169,3 +171,4 @@ def _show_training(model: str, sizes: Any, info: dict[str, Any]) -> None:
 
 embed_app.command()(export)
 embed_app.command()(encode)
+embed_app.command()(search)

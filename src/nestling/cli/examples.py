@@ -31,6 +31,7 @@ EXAMPLES = {
         "nestling embed encode minilm --text corpus.jsonl --sizes 3x256,6x384 --out vectors",
         "nestling embed encode minilm --text corpus.jsonl --sizes 3x256,6x384 --out vectors --engine processes",
     ),
+    "embed search": ("nestling embed search minilm --vectors vectors --query 'a young bird' --top 5",),
     "demo kv": ("nestling demo kv --out report.html",),
     "demo embed": ("nestling demo embed --keep models",),
 }

@@ -1,5 +1,6 @@
 """Ray Data as the engine of `nestling.embed.encode_corpus`: actors with a model each write shards, which are rows."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +27,10 @@ class ShardWriter:
 def ray_engine(job: Job, works: Iterator[Work], workers: int) -> Iterator[Shard]:
     """Shards as actors of Ray Data have written them; ``EncodeConfig(engine=ray_engine)``.
 
-    It uses the cluster that this process is connected to, or starts one on this machine. All machines see the folder
-    of the vectors under the same name. What an actor was at when it was killed is given to another one. One processor
-    of the cluster stays free for Ray's own work: a pool that takes all of them waits for ever.
+    It uses the cluster that this process is connected to, or that ``RAY_ADDRESS`` names, or starts one here. All
+    machines see the folder of the vectors under the same name. What an actor was at when it was killed is given to
+    another one. One processor of the cluster stays free for Ray's own work: a pool that takes all of them waits for
+    ever.
 
     Args:
         workers: actors, at most the cluster's processors less one.
@@ -40,7 +42,7 @@ def ray_engine(job: Job, works: Iterator[Work], workers: int) -> Iterator[Shard]
     ray = library("ray", "ray")
     data = library("ray.data", "ray")
     if not ray.is_initialized():
-        ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        _connect(ray, workers + 1)
     free = int(ray.cluster_resources().get("CPU", 0)) - 1
     if free < 1:
         raise EncodeError("the cluster of Ray has one processor, and its own work needs that: give it two or more")
@@ -61,3 +63,10 @@ def ray_engine(job: Job, works: Iterator[Work], workers: int) -> Iterator[Shard]
         raise EncodeError(
             f"Ray gave up [{reason(error)}]; the same command goes on after the shards that are written"
         ) from error
+
+
+def _connect(ray: Any, processors: int) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_ADDRESS" not in os.environ:  # without an address Ray would join whatever another user has started here
+        options |= {"address": "local", "num_cpus": processors, "include_dashboard": False}
+    ray.init(**options)

@@ -86,7 +86,7 @@ def test_queries_of_a_larger_size_search_documents_of_a_smaller_one(documents):
 @pytest.mark.parametrize("length", [50, 20_000, 20_011])
 def test_the_best_of_scores_are_the_best(count, length):
     scores = torch.from_numpy(np.random.default_rng(2).normal(size=length).astype(np.float32))
-    assert torch.equal(best(scores, count), scores.topk(min(count, length)).indices)
+    assert {*best(scores, count).tolist()} == {*scores.topk(min(count, length)).indices.tolist()}
 
 
 def test_codes_of_a_prefix_keep_the_order(documents):

@@ -12,20 +12,20 @@ FIRST = 1 << 14  # scores up to which sorting out is as quick without blocks
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` largest scores ``[n]``, the largest first; all of them if there are fewer.
+    """The places of the ``count`` largest scores ``[n]``, in any order; all of them if there are fewer.
 
     The best are in the blocks with the largest maxima: looking at those alone takes a quarter of the time.
     """
     count = min(count, len(scores))
     whole = len(scores) // BLOCK * BLOCK
     if len(scores) < FIRST or count * BLOCK * 4 > whole:
-        return scores.topk(count).indices
+        return scores.topk(count, sorted=False).indices
     blocks = scores[:whole].view(-1, BLOCK)
     chosen = blocks.amax(1).topk(count, sorted=False).indices
     places = (chosen[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
     if whole < len(scores):
         places = torch.cat([places, torch.arange(whole, len(scores))])
-    return places[scores[places].topk(count).indices]
+    return places[scores[places].topk(count, sorted=False).indices]
 
 
 def exact_best(
