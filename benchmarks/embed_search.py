@@ -33,7 +33,6 @@ from nestling.integrations.vector_stores.usearch import UsearchIndex
 from nestling.report.results import run_meta, write_json
 
 QUERIES, RECALLED, TIMED = 1000, 500, 100
-GRAPH = (128, 192, 256)  # widths for graphs, whose time follows the candidates more than the width
 
 
 def read(path: Path, size: str) -> np.ndarray:
@@ -69,19 +68,19 @@ def in_memory(make: Callable, plan: Plan) -> Iterator:
     yield make(plan)
 
 
-ENGINES: dict[str, tuple[Callable, bool, Callable[[], float]]] = {
-    "torch, flat": (partial(in_memory, FlatIndex), False, time.process_time),
-    "FAISS, flat": (partial(in_memory, FaissIndex), False, time.process_time),
-    "FAISS, HNSW": (partial(in_memory, partial(FaissIndex, kind="hnsw")), True, time.process_time),
-    "usearch, HNSW, fp16": (partial(in_memory, UsearchIndex), True, time.process_time),
-    "Qdrant's engine, HNSW": (qdrant, True, time.process_time),
-    "PostgreSQL, pgvector, HNSW": (postgres, True, time.perf_counter),
+ENGINES: dict[str, tuple[Callable, Callable[[], float]]] = {
+    "torch, flat": (partial(in_memory, FlatIndex), time.process_time),
+    "FAISS, flat": (partial(in_memory, FaissIndex), time.process_time),
+    "FAISS, HNSW": (partial(in_memory, partial(FaissIndex, kind="hnsw")), time.process_time),
+    "usearch, HNSW, fp16": (partial(in_memory, UsearchIndex), time.process_time),
+    "Qdrant's engine, HNSW": (qdrant, time.process_time),
+    "PostgreSQL, pgvector, HNSW": (postgres, time.perf_counter),
 }
 
 
 def measured(engine: str, plan: Plan, documents: np.ndarray, queries: np.ndarray, exact: np.ndarray) -> dict:
     """A row of one engine and plan."""
-    opened, _, clock = ENGINES[engine]
+    opened, clock = ENGINES[engine]
     reference = faiss.IndexFlatIP(documents.shape[1])
     reference.add(documents)
     with opened(plan) as index:
@@ -113,6 +112,7 @@ def main(
     size: str = typer.Option("6x384", help="Of a folder."),
     out: Path = typer.Option(Path(__file__).parent / "results" / "embed_search.json", help="The results."),
     target: float = typer.Option(0.99, help="The recall that plans are chosen for."),
+    only: list[str] = typer.Option([], help="Of the engines; may be repeated."),
 ) -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -123,21 +123,20 @@ def main(
     done = {(row["engine"], row["candidates"] is None) for row in rows if row["vectors"] == len(documents)}
     rows = [row for row in rows if row["vectors"] == len(documents)]
     dims = documents.shape[1]
-    plans = {
-        True: choose_plan(documents, PlanConfig(recall=target, widths=GRAPH)),
-        False: choose_plan(documents, PlanConfig(recall=target)),
-    }
-    for graph, plan in plans.items():
-        print("graphs:" if graph else "flat:", plan, flush=True)
-    for engine, (_, graph, _) in ENGINES.items():
-        for plan in (plans[graph], Plan.full(dims)):
-            if (engine, plan.is_full) in done:
+    chosen = choose_plan(documents, PlanConfig(recall=target))
+    print(chosen, flush=True)
+    for row in chosen.tried:
+        print(row)
+    for full in (False, True):
+        for engine in ENGINES:
+            if (engine, full) in done or (only and engine not in only):
                 continue
+            plan = Plan.full(dims) if full else chosen
             try:
                 row = measured(engine, plan, documents, queries, exact)
             except ImportError as error:
                 print(f"{engine}: left out, {error}")
-                break
+                continue
             rows.append(row)
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             write_json(out, rows, run_meta())

@@ -31,6 +31,8 @@ def nodes():
     """A cluster of two nodes on this machine, of two processors each."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or workers wait for whatever else the machine does
     environment = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1"}}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     cluster.add_node(num_cpus=2)
@@ -38,6 +40,7 @@ def nodes():
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    monkeypatch.undo()
 
 
 def test_two_nodes_write_the_same_vectors_and_a_killed_worker_loses_nothing(place, nodes):

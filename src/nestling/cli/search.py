@@ -1,11 +1,14 @@
 """The command ``nestling embed search``."""
 
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nestling.cli.options import takes
 from nestling.cli.terminal import (
     Adapter,
     Encoder,
@@ -14,27 +17,35 @@ from nestling.cli.terminal import (
     console,
     errors_as_messages,
     loaded_encoder,
-    positive,
     show,
     write_results,
 )
+from nestling.config import Config, option
 from nestling.errors import OptionError, SearchError
+from nestling.options import number, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(Config):
+    """What is searched, and how exactly."""
+
+    size: str | None = option(None, "Of the vectors; default: the largest that is there.")
+    query_size: str | None = option(None, "Of the queries; default: that of the vectors; the full one is best.")
+    top: int = option(10, "Results a query.", whole)
+    recall: float | None = option(
+        None, "Search by a prefix that has this recall, such as 0.99; default: exactly.",
+        partial(number, above=0, below=1),
+    )  # fmt: skip
+    plan: Path | None = option(None, "File that the plan for --recall is kept in.")
 
 
 @errors_as_messages
+@takes(options=SearchOptions)
 def search(
     model: Encoder,
     vectors: Annotated[Path, typer.Option(help="Folder that `embed encode` has written.")],
     query: Annotated[list[str], typer.Option(help="Text to search for; may be repeated.")],
-    size: Annotated[str | None, typer.Option(help="Of the vectors; default: the largest that is there.")] = None,
-    query_size: Annotated[
-        str | None, typer.Option(help="Of the queries; default: that of the vectors; the full one is best.")
-    ] = None,
-    top: Annotated[int, typer.Option(help="Results a query."), positive] = 10,
-    recall: Annotated[
-        float | None, typer.Option(help="Search by a prefix that has this recall, such as 0.99; default: exactly.")
-    ] = None,
-    plan: Annotated[Path | None, typer.Option(help="File that the plan for --recall is kept in.")] = None,
+    options: SearchOptions,
     adapter: Adapter = "auto",
     json: Json = None,
 ) -> None:
@@ -46,16 +57,17 @@ def search(
     from nestling.embed.search.plan import Plan
 
     check_outputs(json)
-    if plan is not None and recall is None:
+    top, recall = options.top, options.recall
+    if options.plan is not None and recall is None:
         raise OptionError("--plan is of a search with --recall: give that as well")
     there = Vectors.open(vectors)
-    wanted = Ladder.parse([size or there.sizes[-1]]).full
-    asked = wanted if query_size is None else Ladder.parse([query_size]).full
+    wanted = Ladder.parse([options.size or there.sizes[-1]]).full
+    asked = wanted if options.query_size is None else Ladder.parse([options.query_size]).full
     if wanted.name not in there.sizes:
         raise OptionError(f"--size {wanted}: {vectors} has {', '.join(there.sizes)}")
     if asked.dims < wanted.dims:
         raise SearchError(f"--query-size {asked} is narrower than the vectors of {wanted}: take at least as many dims")
-    encoder = loaded_encoder(model, [asked.name], adapter)
+    encoder = loaded_encoder(model, asked.name, adapter)
     space = space_of(encoder, asked.layers)
     if space != there.spaces[wanted.name]:
         raise SearchError(
@@ -63,7 +75,7 @@ def search(
             "search with the model and adapter that made them, and, without an adapter, at the same depth"
         )
     stored = there.read(wanted)
-    chosen = Plan.full(wanted.dims, top) if recall is None else _plan(stored, recall, top, plan)
+    chosen = Plan.full(wanted.dims, top) if recall is None else _plan(stored, recall, top, options.plan)
     index = FlatIndex(chosen, space)
     index.add(there.ids, stored, space=space)
     console.print(f"{len(index):,} vectors of {wanted}: {chosen}")

@@ -33,7 +33,7 @@ class Plan:
         k: results a query that it was chosen for.
         target: of the recall.
         recall: measured on queries that did not choose it, against search through all vectors.
-        milliseconds: a query by `FlatIndex` on one thread, measured with it; ``exact_milliseconds`` by all vectors.
+        milliseconds: of a processor, a query by `FlatIndex` on one thread; ``exact_milliseconds`` by all vectors.
         tried: a row for each width.
     """
 

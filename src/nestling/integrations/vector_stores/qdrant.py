@@ -59,13 +59,15 @@ class QdrantIndex(Index):
             write_file(self.folder / ABOUT, json.dumps(about) + "\n")
 
     def _config(self, graph: Any) -> Any:
-        def vector(size: int) -> Any:
+        def vector(size: int, graph: Any) -> Any:
             return self._qdrant.EdgeVectorParams(size, self._qdrant.Distance.Dot, hnsw_config=graph)
 
-        vectors = {"full": vector(self.plan.dims)}
-        if not self.plan.is_full:
-            vectors["prefix"] = vector(self.plan.width)
-        return self._qdrant.EdgeConfig(vectors=vectors)
+        if self.plan.is_full:
+            return self._qdrant.EdgeConfig(vectors={"full": vector(self.plan.dims, graph)})
+        none = self._qdrant.HnswIndexConfig(0, 0, SMALL)  # full vectors only rank: they need no graph
+        return self._qdrant.EdgeConfig(
+            vectors={"full": vector(self.plan.dims, none), "prefix": vector(self.plan.width, graph)}
+        )
 
     def __len__(self) -> int:
         return self._shard.count(self._qdrant.CountRequest(exact=True))
