@@ -372,11 +372,26 @@ def smae_speed() -> str:
     return table(load("smae_speed"), {"method": ("training step", PRETRAININGS.__getitem__), **columns})
 
 
+def embed_search() -> str:
+    """A row for each engine, by a prefix and then by full vectors."""
+    rows = sorted(load("embed_search"), key=lambda row: row["candidates"] is None)
+    for row in rows:
+        row["stages"] = "full vectors"
+        if row["candidates"] is not None:
+            row["stages"] = f"{row['width']} of {row['dims']} find {row['candidates']}"
+    columns = {
+        "engine": ("engine", str), "stages": ("coordinates", str), "recall": ("recall@10", percent),
+        "ms": ("ms a query", digits), "over_flat": ("speed over FAISS flat", digits), "build_s": ("build s", digits),
+    }  # fmt: skip
+    return table(rows, columns)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "kv_short": kv_short, "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
     "kv_bits": partial(kv_bits, "smollm2"), "kv_bits_variants": partial(kv_bits, "smollm2", True),
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
-    "elastic": elastic, "elastic_across": elastic_across, "elastic_fitted": elastic_fitted,
+    "elastic": elastic, "embed_search": embed_search,
+    "elastic_across": elastic_across, "elastic_fitted": elastic_fitted,
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
     "kv_sft": kv_sft, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
     "kv_speed_step": partial(kv_speed, "decode_ms"),
