@@ -16,7 +16,7 @@ from names import CACHES, ENCODERS, MEASURES, MODELS, PRETRAININGS, TRAININGS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
 
 Row = Mapping[str, Any]
 Format = Callable[[Any], str]
@@ -156,6 +156,11 @@ def kv_step() -> str:
         table(own, {"method": ("training step", TRAININGS.__getitem__), **columns})
         for shape, own in shapes.items()
     })  # fmt: skip
+
+
+def serve_load() -> str:
+    seconds, resident = ("seconds for an answer", digits), ("resident memory, MiB", lambda size: f"{size:,.0f}")
+    return table(load("serve_load"), {"requests": ("requests", str), "seconds": seconds, "resident_mib": resident})
 
 
 def kv_sft() -> str:
@@ -393,7 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "elastic": elastic, "embed_search": embed_search,
     "elastic_across": elastic_across, "elastic_fitted": elastic_fitted,
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
-    "kv_sft": kv_sft, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
+    "kv_sft": kv_sft, "serve_load": serve_load, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
     "kv_speed_step": partial(kv_speed, "decode_ms"),
     "kv_speed_step_gain": partial(kv_speed, "decode_dynamic_over_this"),
     "kv_speed_attention": partial(kv_speed, "attention_ms"),
