@@ -6,7 +6,8 @@
 
 `bits` and `ranks` are of the trained adapter, and `bits-NAME` and `ranks-NAME` of another one (`--adapter`, `--name`);
 `bits-auto` (the default bases), `bits-balanced` and `bits-pca` of ones that are calibrated here, on the Brown corpus.
-Ours keep 4 sinks and a recent window in bf16, which is counted; budgets are met at the length of the windows, and left
+Ours keep 4 sinks and recent tokens at 8 bits or in bf16, which are counted: as many as caches keep by default, or, as
+`--name window-64 --window 64` has it, as many as integers keep. Budgets are met at the length of the windows, and left
 out where ranks cannot meet them. Plain integers have the bytes that their groups and scales take; `quanto` and `hqq`
 are transformers' QuantizedCache.
 """
@@ -49,8 +50,8 @@ METHODS = ["bits", *CALIBRATED, "ranks", *BASELINES]
 
 
 def candidates(
-    lm, adapter: Callable[[str], kv.KVAdapter], methods: list[str], shares: list[float], context: int, window: int,
-    behind: str = "",
+    lm, adapter: Callable[[str], kv.KVAdapter], methods: list[str], shares: list[float], context: int,
+    window: int | None, behind: str = "",
 ) -> list:  # fmt: skip
     """Methods at each share; ``adapter`` gives those of ours, and ``behind`` is put behind the trained one's names."""
     found = []
@@ -85,7 +86,7 @@ def main(
     budgets: str = typer.Option("0.3125,0.25,0.1875,0.125,0.09375,0.0625", help="Shares of the full cache."),
     windows: int = typer.Option(3, help="Windows of text."),
     length: int = typer.Option(4096, help="Tokens a window."),
-    window: int = typer.Option(64, help="Recent tokens kept exact, at least."),
+    window: int | None = typer.Option(None, help="Recent tokens that ours keep exact; default: by the budget."),
     rows: int = typer.Option(100, help="Questions a task; 0 for none."),
     passkey: str = typer.Option("", help="Prompt lengths for hidden passkeys, with the tasks."),
     chunk: int = typer.Option(64, help="Tokens that go through a cache at once."),

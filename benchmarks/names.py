@@ -18,6 +18,7 @@ CACHES = {
     "bits": "nestling",
     "bits-131k": "nestling, short training",
     "bits-for-ranks": "nestling, trained on ranks",
+    "bits-window-64": "nestling, window of 64",
     "bits-window-32": "nestling, window of 32",
     "bits-balanced": "nestling, untrained",
     "bits-pca": "nestling, untrained PCA",

@@ -22,8 +22,17 @@ Row = Mapping[str, Any]
 Format = Callable[[Any], str]
 
 # The adapters and integers that the main table of kv_bits leaves out.
-VARIANTS = ("bits-131k", "bits-for-ranks", "bits-window-32", "ranks-131k", "ranks-for-ranks", "int3", "int2")
-VARIANTS += ("hadamard-int4", "hadamard-int3", "hadamard-int2", "quanto-int4", "quanto-int2", "hqq-int2")
+VARIANTS = ("bits-131k", "bits-for-ranks", "bits-window-64", "bits-window-32", "ranks-131k", "ranks-for-ranks")
+VARIANTS += (
+    "int3",
+    "int2",
+    "hadamard-int4",
+    "hadamard-int3",
+    "hadamard-int2",
+    "quanto-int4",
+    "quanto-int2",
+    "hqq-int2",
+)
 
 
 def load(name: str) -> list[dict]:

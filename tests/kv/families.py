@@ -8,8 +8,8 @@ from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.exact import TOKENS_PER_BLOCK
 from nestling.kv.cache.storage import Storage
+from nestling.kv.cache.window import TOKENS_PER_BLOCK
 
 BASE = dict(
     vocab_size=97,

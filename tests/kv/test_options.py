@@ -7,6 +7,7 @@ import torch
 
 from nestling import kv
 from nestling.errors import BudgetError, NestlingError, OptionError
+from nestling.kv.cache.window import Window
 from nestling.kv.evaluation.tasks import passkey_prompts
 from nestling.options import shown
 
@@ -37,7 +38,7 @@ def refused(name: str, value, call) -> None:
     "name, value",
     cases(
         sinks=(-1, *NOT_WHOLE[:-1]),
-        window=(-64, *NOT_WHOLE[:-1]),
+        window=(-64, *(value for value in NOT_WHOLE[:-1] if value is not None)),
         context=(*NOT_POSITIVE, *NOT_WHOLE[:-1]),
         keep_tokens=(None, *NOT_SHARES),
         budget=("", "x", "0%", "101%", *NOT_SHARES[:4], *NOT_SHARES[4:6], True, [0.5], "0MiB", "-1MiB"),
@@ -214,14 +215,15 @@ def test_numbers_of_other_kinds_are_numbers(fitted, ids):
     other = nested_cache(case.model, case.adapter, "60%", sinks=2, window=3, context=200)
     assert torch.equal(one.allocation.stacked, other.allocation.stacked) and one.budget == other.budget == 0.6
     for a, b in zip(one.layers, other.layers, strict=True):
-        assert (a.exact.sinks, a.exact.window) == (b.exact.sinks, b.exact.window) == (2, 3)
-        assert all(type(size) is int for size in (a.exact.sinks, a.exact.window))
+        assert (a.exact.sinks, a.exact.window) == (b.exact.sinks, b.exact.window) == (2, Window(3))
+        assert all(type(size) is int for size in (a.exact.sinks, a.exact.window.least))
 
 
-@pytest.mark.parametrize("length", [1, 40, 83])
-def test_windows_no_longer_than_the_exact_tokens_are_refused_by_their_own_name(idle, ids, length):
-    with pytest.raises(OptionError, match=f"length={length} .* 83 exact tokens"):
-        kv.evaluate(idle.model, None, ids, idle.adapter, kv.EvalConfig(budgets=[0.9], length=length))
+@pytest.mark.parametrize("length, window, exact", [(1, 64, 83), (40, 64, 83), (83, 64, 83), (27, None, 27)])
+def test_windows_no_longer_than_the_exact_tokens_are_refused_by_their_own_name(idle, ids, length, window, exact):
+    config = kv.EvalConfig(budgets=[0.9], length=length, window=window)
+    with pytest.raises(OptionError, match=f"length={length} .* {exact} exact tokens"):
+        kv.evaluate(idle.model, None, ids, idle.adapter, config)
 
 
 @pytest.mark.parametrize("given", [0.001, "0.1%", "3%"])

@@ -266,14 +266,14 @@ def inspect(
     from nestling import kv
     from nestling.kv.allocation.budget import read_budget
     from nestling.kv.cache.config import BUDGET
-    from nestling.kv.cache.lengths import allocation_of, bytes_by_length, shared_bytes
+    from nestling.kv.cache.lengths import bytes_by_length, plan_of, shared_bytes
     from nestling.kv.report import bit_rows, bits_map, bits_table
     from nestling.report.figures import write_png
 
     check_outputs(json, png)
     nested = kv.KVAdapter.from_pretrained(adapter)
     lengths, shared = bytes_by_length(nested, config), shared_bytes(nested, config)
-    allocation = allocation_of(nested, config)
+    allocation = plan_of(nested, config).allocation
     share = read_budget(BUDGET if config.budget is None else config.budget, "--budget").share
     rows, asked = bit_rows(nested, allocation), f" at {share:.4g} of the full cache"
     console.print(bits_table(rows, f"bits per number, of 16,{asked}"))

@@ -23,6 +23,7 @@ from nestling.errors import NestlingError, OptionError
 from nestling.integrations.libraries import library
 from nestling.kv import CacheConfig, KVAdapter, NestedCache, attach, score
 from nestling.kv.cache.exact import capacity
+from nestling.kv.cache.factory import planned
 from nestling.kv.evaluation.scoring import read
 from nestling.kv.integration.attach import cached
 from nestling.models import locate
@@ -148,14 +149,16 @@ class NestlingLM(HFLM):
 
     def _warn(self) -> None:
         """Say once that texts are so short that nothing of them is compressed."""
-        exact = capacity(self.cache_config.sinks, self.cache_config.window)
-        median = statistics.median(tokens for tokens, *_ in self.reads) if self.reads else exact + 1
+        if not self.reads:
+            return
+        median = int(statistics.median(tokens for tokens, *_ in self.reads))
+        exact = capacity(self.cache_config.sinks, planned(self.adapter, self.cache_config).window, median)
         if median <= exact and not self.warned:
             self.warned = True
             log.warning(
-                "The median text has %d tokens, and the last %d are exact (sinks=%d, window=%d): this measures next "
-                "to nothing of the cache. Give more few-shot examples, or a smaller window.",
-                *(median, exact, self.cache_config.sinks, self.cache_config.window),
+                "The median text has %d tokens, and up to %d are exact (sinks and window): this measures next to "
+                "nothing of the cache. Give more few-shot examples, or a smaller window.",
+                *(median, exact),
             )
 
     def get_model_info(self) -> dict[str, Any]:

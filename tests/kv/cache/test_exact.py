@@ -1,5 +1,7 @@
 """The exact store: which tokens are exact, where they leave, and attention around those points."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache import matmul as products
 from nestling.kv.cache.bases import LayerBases
-from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, capacity
+from nestling.kv.cache.exact import ExactStore, capacity
 from nestling.kv.cache.packed import Layout
+from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
 
 from .test_cache import one_layer
 
@@ -30,13 +33,14 @@ def numbers(states) -> list[int]:
 
 @given(
     st.integers(0, 5),
-    st.integers(0, 9),
+    st.tuples(st.integers(0, 9), st.sampled_from([0.0, 0.0, 0.1, 0.4, 0.9]), st.integers(0, 5)),
     st.integers(1, 6),
     st.lists(st.tuples(st.sampled_from(["crop", "append", "draft"]), st.integers(0, 25)), min_size=1, max_size=12),
 )
 @settings(deadline=None)
 def test_no_token_is_lost_or_moved(sinks, window, block, operations):
     """Sinks, then what has left, then what is held, are the text, after any appends and crops."""
+    window = Window(*window)
     store, text, left = ExactStore(sinks, window, block), [], []
     oldest = 0  # of the tokens after the sinks, the first that may still be exact
     for number, (verb, count) in enumerate(operations):
@@ -57,10 +61,13 @@ def test_no_token_is_lost_or_moved(sinks, window, block, operations):
             continue
         beyond = max(len(text) - sinks, 0)
         expected = min(max(by_rule(len(text), sinks, window, block), oldest), beyond)
-        full = capacity(sinks, window, block)
+        full = capacity(sinks, window, len(text), block)
         exact, spare = len(text) - len(left), max(len(left) - oldest, 0)
+        full = max(exact, full)
         short = max(exact, min(exact + min(spare, 3 * len(left) // 4), full - 1))
-        size = max(full if len(text) >= 4 * full else short, draft)
+        least = sinks + (window.least + block - 1 if window.least else 0)
+        growth = (window.least + window.less) / window.share if window.share else math.inf
+        size = max(full if len(text) >= min(4 * least, growth - 128) else short, draft)
         oldest = min(max(oldest, beyond - (size - store.first)), beyond)
         held = numbers(store.view())
         assert all(torch.equal(a.flatten(0, 1), b) for a, b in zip(store.view(), store.flat(), strict=True))
@@ -69,10 +76,11 @@ def test_no_token_is_lost_or_moved(sinks, window, block, operations):
         assert store.data[0].shape == (2, 1, size, 3)
 
 
-def by_rule(length: int, sinks: int, window: int, block: int) -> int:
+def by_rule(length: int, sinks: int, window: Window, block: int) -> int:
     """How many of so many tokens are compressed."""
     beyond, block = max(length - sinks, 0), block if window else 1
-    return next(left for left in range(0, beyond + 1, block) if beyond - left < window + block)
+    recent = max(math.floor(length * window.share) - window.less, window.least) if window.share else window.least
+    return next(left for left in range(0, beyond + 1, block) if beyond - left < recent + block)
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 40)), min_size=1, max_size=20))

@@ -12,9 +12,9 @@ from nestling import kv
 from nestling.errors import AdapterError, BudgetError, CacheMismatchError
 from nestling.kv.allocation.table import CHOICES, Allocation
 from nestling.kv.cache.buffer import room
-from nestling.kv.cache.exact import TOKENS_PER_BLOCK
 from nestling.kv.cache.layer import NestedLayer
 from nestling.kv.cache.packed import Coding, Layout, PackedRows
+from nestling.kv.cache.window import TOKENS_PER_BLOCK
 from nestling.kv.evaluation.evaluate import held_bytes
 from nestling.kv.integration.attach import cached
 from nestling.kv.quantisation import cpu as kernels

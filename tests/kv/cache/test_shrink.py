@@ -137,7 +137,11 @@ OPERATIONS = st.one_of(
 )
 GROWTH = st.tuples(st.just("append"), st.integers(1, 60), st.integers(0, 999))
 KINDS = st.fixed_dictionaries(
-    {"quantise": st.booleans(), "sinks": st.sampled_from([0, 0, 2, 5]), "window": st.sampled_from([0, 0, 3, 20])}
+    {
+        "quantise": st.booleans(),
+        "sinks": st.sampled_from([0, 0, 2, 5]),
+        "window": st.sampled_from([0, 0, 3, 20, None, None]),
+    }
 )
 
 

@@ -8,6 +8,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nestling.errors import BudgetError, CacheMismatchError
-from nestling.kv.allocation.budget import Budget, read_share
+from nestling.kv.allocation.budget import WINDOW, Budget, read_share
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache import files
 from nestling.kv.cache.bases import LayerBases, Members, nbytes, shared
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.draft import DraftWatch
 from nestling.kv.cache.eviction import HeavyHitters
-from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore
-from nestling.kv.cache.factory import CacheFactory, given_allocation, in_rows
+from nestling.kv.cache.exact import ExactStore
+from nestling.kv.cache.factory import CacheFactory, planned
 from nestling.kv.cache.layer import NestedLayer
 from nestling.kv.cache.storage import Storage, is_full, members
 from nestling.kv.cache.stored import StoredCache
+from nestling.kv.cache.window import TOKENS_PER_BLOCK
 from nestling.kv.integration.attach import (
     attach,
     layer_devices,
@@ -87,12 +89,8 @@ class NestedCache(StoredCache):
     ):
         options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
         adapter.check(model)
-        factory, dtype = None, storage_dtype(model.dtype, options)
-        if isinstance(options.budget, Allocation | Mapping):
-            allocation = given_allocation(adapter, options)
-        else:
-            factory = CacheFactory(adapter, options, advise=dtype.itemsize == 2)
-            allocation = factory.required(factory.budget)
+        dtype = storage_dtype(model.dtype, options)
+        factory, allocation, window, rows = planned(adapter, options, advise=dtype.itemsize == 2)
         if allocation.quantised and dtype.itemsize != 2:
             raise BudgetError(
                 f"dtype={dtype}: beside quantised coordinates it must be one of 16 bits; or say quantise=False"
@@ -102,8 +100,7 @@ class NestedCache(StoredCache):
         def bases(row: int, stored_alike: Members) -> LayerBases:
             return shared(adapter, row, stored_alike, devices[layers[row]], dtype.itemsize == 2)
 
-        rows = in_rows(adapter, options, allocation)
-        storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context, rows)
+        storage = Storage(options.sinks, window, TOKENS_PER_BLOCK, options.context, rows)
         self._assemble(layers, bases, allocation, text_config(model), storage, dtype, options)
         if factory is not None:
             self._start(factory, dtype.itemsize)
@@ -132,7 +129,8 @@ class NestedCache(StoredCache):
             stored_alike = members(allocation, row)
             layer_bases, full = bases(row, stored_alike), is_full(width, stored_alike)
             keep, groups = options.keep_tokens, storage.groups(layer_bases, stored_alike)
-            hitters = HeavyHitters(keep, storage.sinks, storage.window) if keep < 1 else None
+            recent = WINDOW if options.window is None else options.window  # where no exact store says which they are
+            hitters = HeavyHitters(keep, storage.sinks, recent) if keep < 1 else None
             exact, prompt = storage.exact(full), options.exact_prompt
             layers[index] = NestedLayer(groups, exact, layer_bases, config, dtype, prompt, hitters, index)
         super().__init__(layers=layers)
@@ -148,7 +146,7 @@ class NestedCache(StoredCache):
         self.factory, self.budget = factory, factory.share
         if factory.limit is not None:
             self.limit = factory.limit.limit
-            least = self._expected(1, 1, itemsize, factory.at(factory.smallest))
+            least = self._expected(1, 1, itemsize, factory.at(factory.smallest), self._storage_at(factory.smallest))
             if least > (self.limit or 0):
                 raise BudgetError(f"{factory.limit.given} is out of reach: a first token takes {_mib(least)}")
 
@@ -194,44 +192,54 @@ class NestedCache(StoredCache):
         first = self._nested()[0][1]
         itemsize = first.dtype.itemsize
         tokens = first.length + new
-        if new:
-            places = ExactStore(self.storage.sinks, self.storage.window).with_draft(tokens, first.may_go(new))
-        else:
-            places = max(0 if layer.exact is None else layer.exact.size for _, layer in self._nested())
-        if self._expected(batch, tokens, itemsize, places=places) <= self.limit:
+
+        def places(storage: Storage) -> int:
+            if new:
+                return ExactStore(storage.sinks, storage.window).with_draft(tokens, first.may_go(new))
+            return max(0 if layer.exact is None else layer.exact.size for _, layer in self._nested())
+
+        if self._expected(batch, tokens, itemsize, places=places(self.storage)) <= self.limit:
             return
         budget, smallest = self.budget, self.factory.smallest
         while budget > smallest:
             budget = max(STEP_DOWN * budget, smallest)
-            allocation = self.factory.at(budget)
+            allocation, storage = self.factory.at(budget), self._storage_at(budget)
             ahead = tokens // 8 if budget > smallest else 0
             counts = {tokens, tokens + ahead}  # in a short text more tokens may take less, since some leave
             if allocation is not None and all(
-                self._expected(batch, count, itemsize, allocation, places) <= self.limit for count in counts
+                self._expected(batch, count, itemsize, allocation, storage, places(storage)) <= self.limit
+                for count in counts
             ):
                 return self._store_by(allocation, budget)
-        allocation = self.factory.at(smallest)
-        needed = _mib(self._expected(batch, tokens, itemsize, allocation, places))
+        allocation, storage = self.factory.at(smallest), self._storage_at(smallest)
+        needed = _mib(self._expected(batch, tokens, itemsize, allocation, storage, places(storage)))
         what = f"{tokens} tokens of {batch} texts" if batch > 1 else f"{tokens} tokens"
         limit = self.factory.limit.given if self.factory.limit else f"limit={self.limit}"
         raise BudgetError(f"{limit}: {what} take {needed} at the smallest budget, {smallest:.4g}, and do not fit")
 
+    def _storage_at(self, budget: float) -> Storage:
+        """As layers are put together from at a budget."""
+        assert self.factory is not None
+        return replace(self.storage, window=self.factory.window(budget))
+
     def _expected(
-        self, batch: int, tokens: int, itemsize: int, allocation: Allocation | None = None, places: int = 0
-    ) -> int:
-        """Bytes that the nested layers take when the text has that many tokens, by the allocation in use or another.
+        self, batch: int, tokens: int, itemsize: int, allocation: Allocation | None = None,
+        storage: Storage | None = None, places: int = 0,
+    ) -> int:  # fmt: skip
+        """Bytes that the nested layers take when the text has that many tokens, as they are stored or by an allocation
+        and a window.
 
         ``places``: at least so many of exact tokens, which drafts that may be taken back need.
         """
-        allocation, total = allocation or self.allocation, 0
+        allocation, storage, total = allocation or self.allocation, storage or self.storage, 0
         sizes = zip(self._nested(), allocation.token_bytes(itemsize), allocation.full, strict=True)
         for (_, layer), size, full in sizes:
-            exact, states = self.storage.exact(full), (layer.heads, allocation.width, itemsize)
+            exact, states = storage.exact(full), (layer.heads, allocation.width, itemsize)
             stored, tokens_held = layer.stored_after(tokens - layer.length, exact)
-            total += self.storage.nbytes(tokens, size, states, full, stored, tokens_held)
+            total += storage.nbytes(tokens, size, states, full, stored, tokens_held)
             if exact is not None:
                 more = max(places - exact.places(tokens, tokens - (tokens_held - stored), stored), 0)
-                total += self.storage.exact_nbytes(more, states) - self.storage.exact_nbytes(0, states)
+                total += storage.exact_nbytes(more, states) - storage.exact_nbytes(0, states)
             if layer.hitters is not None:
                 total += 4 * layer.heads * tokens_held
         return batch * total
@@ -239,8 +247,8 @@ class NestedCache(StoredCache):
     def shrink(self, budget: Any) -> None:
         """Lower the budget of a cache in use: coordinates and bits are dropped in place, a layer at a time.
 
-        What is left is what a cache of that budget would hold of the same tokens, and is not read again. Exact
-        tokens stay exact. The same budget again changes nothing.
+        What is left is what a cache of that budget would hold of the same tokens, and is not read again: as many
+        recent tokens stay exact as there. The same budget again changes nothing.
 
         Args:
             budget: share of the full cache, such as ``0.25`` or ``"25%"``; see
@@ -261,6 +269,7 @@ class NestedCache(StoredCache):
     def _store_by(self, allocation: Allocation, budget: float) -> None:
         """Store by another allocation, which keeps no more of anything unless the cache is empty."""
         assert self.factory is not None
+        self.storage = self._storage_at(budget)
         with default_mode(gradients=False):
             for row, (_, layer) in enumerate(self._nested()):
                 width, device = layer.bases.width, layer.bases.device
@@ -269,6 +278,7 @@ class NestedCache(StoredCache):
                     bases = shared(self.factory.adapter, row, stored_alike, device, layer.dtype.itemsize == 2)
                     groups = self.storage.groups(bases, stored_alike, layer.groups)
                     layer.move(groups, self.storage.exact(is_full(width, stored_alike)), bases)
+                layer.keep_exact(self.storage.window)
         self.allocation, self.budget = allocation, budget
 
     def save(self, path: str | Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from nestling.config import Config, option
 from nestling.errors import OptionError
-from nestling.kv.allocation.budget import CONTEXT, SINKS, WINDOW, Budget, read_budget, read_limit
+from nestling.kv.allocation.budget import CONTEXT, SINKS, Budget, read_budget, read_limit
 from nestling.options import flag, natural, share, shown, text, whole
 
 BUDGET = 0.25  # where neither a budget nor a limit is given
@@ -68,8 +68,11 @@ class CacheConfig(Config):
     sinks: int = option(
         SINKS, "Leading tokens that are kept exact, or at twice 8 bits beside quantised ones.", natural
     )
-    window: int = option(
-        WINDOW, "Recent tokens, and up to 15 more, that are kept exact, or at 8 bits beside quantised ones.", natural
+    window: int | None = option(
+        None,
+        "Recent tokens, and up to 15 more, that are kept exact, or at 8 bits beside quantised ones. Default: three "
+        "tenths of the budget, so that there are more of them the longer the text is.",
+        natural,
     )
     exact_prompt: bool = option(
         True, "The first prompt attends to exact keys and values; only later reads see the compression.", flag

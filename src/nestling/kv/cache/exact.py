@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from nestling.errors import OptionError
+from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
 from nestling.kv.integration.modes import ordinary, traced
 from nestling.kv.quantisation.rows import decode_rows, encode_rows, row_bytes
 
 SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
-TOKENS_PER_BLOCK = 16  # recent tokens that are encoded at once, when the store is full
 SHORT = 4  # in texts shorter than so many full stores, free places would be much of all bytes
+GROWTH = 128  # tokens of a text for which a store that grows with it has room
 
 
-def capacity(sinks: int, window: int, block: int = TOKENS_PER_BLOCK) -> int:
-    """Tokens that a layer's exact store has room for: they are paid for out of the budget."""
-    return sinks + (window + block - 1 if window else 0)
+def capacity(sinks: int, window: Window | int, length: int = 0, block: int = TOKENS_PER_BLOCK) -> int:
+    """Tokens that a layer's exact store has room for in a text of that ``length``: they are paid for out of the
+    budget."""
+    recent = window.at(-(-length // GROWTH) * GROWTH) if isinstance(window, Window) else window
+    return sinks + (recent + block - 1 if window else 0)
 
 
 def check_length(length: int, sinks: int, window: int) -> None:
@@ -32,14 +35,14 @@ def check_length(length: int, sinks: int, window: int) -> None:
         )
 
 
-def coded(length, sinks: int, window: int, block: int = TOKENS_PER_BLOCK):
+def coded(length, sinks: int, window: Window | int, block: int = TOKENS_PER_BLOCK):
     """How many of ``length`` tokens (an int, or a tensor of them) are not exact any more: the rule of the store.
 
     It is also the rule of what a query sees: the token at position p sees ``coded(p + 1)`` tokens compressed, however
     the text is cut into calls.
     """
     block = block if window else 1
-    left = length - sinks - window
+    left = length - sinks - (window.at(length) if isinstance(window, Window) else window)
     return left * (left > 0) // block * block
 
 
@@ -52,9 +55,9 @@ def exact_nbytes(places: int, sinks: int, heads: int, width: int, itemsize: int,
 class ExactStore:
     """Keys and values of exact tokens, ``[Hkv, B, size, D]``: sinks, recent ones in order, and at the end spare ones.
 
-    From ``window`` to ``window + block - 1`` recent tokens are exact: when there would be more, the oldest leave,
-    ``block`` at a time, to be encoded. How many depends on the length of the text alone, not on how it was cut into
-    calls. With ``window=0`` there are none: tokens leave as they come.
+    As many recent tokens as ``window`` says are exact, and up to ``block - 1`` more: when there would be more, the
+    oldest leave, ``block`` at a time, to be encoded. How many depends on the length of the text alone, not on how it
+    was cut into calls. With a window of 0 there are none: tokens leave as they come.
 
     A new token is written in place. In a text shorter than `SHORT` times the capacity the store grows with its tokens,
     and has fewer free places; see `places`.
@@ -76,10 +79,10 @@ class ExactStore:
             stored as fp32 numbers.
     """
 
-    def __init__(self, sinks: int, window: int, block: int = TOKENS_PER_BLOCK, *, rows: bool = False):
-        self.sinks, self.window, self.rows = sinks, window, rows
+    def __init__(self, sinks: int, window: Window | int, block: int = TOKENS_PER_BLOCK, *, rows: bool = False):
+        self.sinks, self.rows = sinks, rows
+        self.window = window if isinstance(window, Window) else Window(window)
         self.block = block if window else 1
-        self.capacity = capacity(sinks, window, block)
         self.data: list[Tensor] = []  # keys, values
         self._flat: list[Tensor] = []  # the same memory
         self.rest: list[Tensor] = []  # what the rows of sinks leave out, as rows
@@ -94,6 +97,10 @@ class ExactStore:
     def size(self) -> int:
         """Tokens that there is room for."""
         return self.data[0].shape[2] if self.data else 0
+
+    def capacity(self, tokens: int) -> int:
+        """See `capacity`."""
+        return capacity(self.sinks, self.window, tokens, self.block)
 
     def coded(self, length: int) -> int:
         """How many tokens have left when the text has that many: no fewer than have left by now."""
@@ -118,10 +125,11 @@ class ExactStore:
             tokens: of the text, of which ``left`` have left.
             spare: how many of these are still here, or could be.
         """
-        if tokens >= SHORT * self.capacity:
-            return self.capacity
-        exact = tokens - left
-        return max(exact, min(exact + min(spare, 3 * left // 4), self.capacity - 1))
+        most, exact = self.capacity(tokens), tokens - left
+        short = SHORT * capacity(self.sinks, self.window.least, block=self.block)
+        if tokens >= min(short, self.window.steady - GROWTH):  # in short texts the capacity must not change
+            return max(exact, most)
+        return max(exact, min(exact + min(spare, 3 * left // 4), most - 1))
 
     def with_draft(self, tokens: int, keep: int) -> int:
         """The size of the store if the last ``keep`` of so many tokens may be taken back, or less than it needs."""
@@ -164,6 +172,11 @@ class ExactStore:
         # Rounded to the dtype as well, so that what is stored of them does not depend on how wide it was before.
         read = (lambda rows: rows) if self.open else decode_rows
         return [tuple(read(side).to(dtype) for side in pair) for pair in gone]
+
+    def release(self, window: Window, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        """Keep a smaller window from now on; returns the pairs that are no longer exact, as `append`."""
+        self.window = window
+        return self.append([side[:, :, :0] for side in self.view()], dtype) if self.data else []
 
     def _decode(self) -> None:
         """Store numbers in place of bytes from now on, which pass no gradient on: the same, in fp32."""

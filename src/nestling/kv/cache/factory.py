@@ -1,18 +1,38 @@
 """From an adapter and a budget to an allocation, and what a cache was made of: enough for that of any budget."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nestling.errors import BudgetError
 from nestling.kv.allocation.allocate import quantises, steps_of
-from nestling.kv.allocation.budget import Budget, read_budget, read_limit, read_share, share_left
+from nestling.kv.allocation.budget import FULL_BITS, Budget, read_budget, read_limit, read_share, share_left
 from nestling.kv.allocation.steps import DIGITS, rounded_up
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.config import BUDGET, CacheConfig
 from nestling.kv.cache.exact import capacity, exact_nbytes
+from nestling.kv.cache.window import LEAST, Window
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
+
+
+BISECTIONS = 20  # down to a millionth of the full cache
+
+
+class Plan(NamedTuple):
+    """What a cache starts with.
+
+    Attributes:
+        factory: from which it gets others, if it was given a budget and not an allocation.
+        allocation: of its coordinates.
+        window: of its exact tokens.
+        rows: whether these are stored at 8 bits, as they are beside quantised coordinates.
+    """
+
+    factory: "CacheFactory | None"
+    allocation: Allocation
+    window: Window
+    rows: bool
 
 
 def read_request(config: CacheConfig) -> tuple[Budget, Budget | None]:
@@ -44,11 +64,28 @@ def given_allocation(adapter: "KVAdapter", options: CacheConfig) -> Allocation:
     return adapter.allocate(options.budget)
 
 
-def in_rows(adapter: "KVAdapter", options: CacheConfig, allocation: Allocation) -> bool:
-    """Whether exact tokens are stored at 8 bits: where coordinates are quantised."""
-    if isinstance(options.budget, Allocation | Mapping):
-        return allocation.quantised
-    return quantises(adapter, options.allocation, options.quantise)
+def planned(adapter: "KVAdapter", options: CacheConfig, *, advise: bool = True) -> Plan:
+    """What a cache of these options starts with.
+
+    Args:
+        advise: see `CacheFactory`.
+
+    Raises:
+        BudgetError: the budget or allocation cannot be met; the message has the smallest budget that can.
+    """
+    if not isinstance(options.budget, Allocation | Mapping):
+        factory = CacheFactory(adapter, options, advise=advise)
+        return Plan(factory, factory.required(factory.budget), factory.window(factory.share), factory.rows)
+    allocation = given_allocation(adapter, options)
+    rows, share = allocation.quantised, allocation.bits / (FULL_BITS * adapter.full_elements)
+    return Plan(None, allocation, _window(options, share, rows), rows)
+
+
+def _window(options: CacheConfig, share: float, rows: bool) -> Window:
+    """The recent tokens that are exact at a budget, where the user does not say."""
+    if options.window is not None:
+        return Window(options.window)
+    return Window.of_budget(share, options.context, options.sinks, rows)
 
 
 class CacheFactory:
@@ -67,8 +104,8 @@ class CacheFactory:
     def __init__(self, adapter: "KVAdapter", config: CacheConfig, *, advise: bool = True):
         self.adapter, self.context = adapter, config.context
         self.budget, self.limit = read_request(config)
-        self.exact_tokens, self.sinks = capacity(config.sinks, config.window), config.sinks
         self.rows = quantises(adapter, config.allocation, config.quantise)
+        self.config, self.sinks = config, config.sinks
         self.share = self.budget.share or 1.0
         self.advise = advise and not config.quantise and quantises(adapter, config.allocation, True)
         self.steps = steps_of(adapter, config.allocation, quantise=config.quantise)
@@ -79,20 +116,38 @@ class CacheFactory:
 
     def at(self, share: float) -> Allocation | None:
         """The allocation of a budget; None below `smallest`."""
+        return self._beside(share, self.window(share))
+
+    def _beside(self, share: float, window: Window) -> Allocation | None:
+        """What exact tokens leave of a budget."""
+        tokens = self._places(window)
         try:
-            left = share_left(share, exact_tokens=self.exact_tokens, cost=self.exact_cost, context=self.context)
+            left = share_left(share, exact_tokens=tokens, cost=self.exact_cost(tokens), context=self.context)
         except BudgetError:
             return None
         return self.steps.at(left)
 
-    @property
-    def exact_cost(self) -> float:
-        """What the exact tokens take, in tokens of the full cache."""
+    def window(self, share: float) -> Window:
+        """The recent tokens that are exact at a budget: where the least of all coordinates need more of it than is
+        usual, as few as there can be."""
+        window = _window(self.config, share, self.rows)
+        fits = self.config.window is not None or self._beside(share, window) is not None
+        return window if fits else Window(LEAST)
+
+    def exact_tokens(self, share: float) -> int:
+        """Places for exact tokens at a budget, when the text has the length of the context."""
+        return self._places(self.window(share))
+
+    def _places(self, window: Window) -> int:
+        return capacity(self.sinks, window, self.context)
+
+    def exact_cost(self, tokens: int) -> float:
+        """What so many exact tokens take, in tokens of the full cache."""
         if not self.rows:
-            return self.exact_tokens
+            return tokens
         _, heads, width = self.adapter.shape
-        sizes = [exact_nbytes(self.exact_tokens, self.sinks, heads, width, 2, rows) for rows in (True, False)]
-        return self.exact_tokens * sizes[0] / sizes[1] if self.exact_tokens else 0.0
+        sizes = [exact_nbytes(tokens, self.sinks, heads, width, 2, rows) for rows in (True, False)]
+        return tokens * sizes[0] / sizes[1] if tokens else 0.0
 
     def required(self, budget: Budget) -> Allocation:
         """The allocation of a budget that the user gave.
@@ -108,15 +163,15 @@ class CacheFactory:
 
     def _least(self) -> str:
         """The smallest budget, why it is not smaller, and what would make it so."""
-        least = f"{self.smallest:.{DIGITS}g}"
-        fits = self.context > self.exact_tokens
+        least, tokens = f"{self.smallest:.{DIGITS}g}", self.exact_tokens(self.smallest)
+        fits = self.context > tokens
         ways = ["quantise=True"] if self.advise and fits else []
-        if self.exact_tokens and self._bare < 1:
+        if tokens and self._bare < 1:
             ways = ["fewer exact tokens", "a longer context", *ways]
             if fits:
-                least += f" with {self.exact_tokens} exact tokens (sinks and window) at context={self.context}"
+                least += f" with {tokens} exact tokens (sinks and window) at context={self.context}"
             else:
-                exact = f"the {self.exact_tokens} exact tokens (sinks and window)"
+                exact = f"the {tokens} exact tokens (sinks and window)"
                 least += f": for less, context={self.context} must be longer than {exact}"
         return least + (f". Smaller ones are possible with {', or '.join(ways)}" if ways else "")
 
@@ -127,8 +182,8 @@ class CacheFactory:
 
     def _smallest(self) -> float:
         """The smallest budget, rounded up to `DIGITS` digits; at most 1."""
-        least, exact = self._bare, self.exact_tokens
-        if exact:
-            spent = least * (self.context - exact) + self.exact_cost
-            least = spent / self.context if self.context > exact else 1.0
-        return rounded_up(least, lambda share: self.at(share) is not None)
+        low, high = self._bare, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.at(middle) is not None else (middle, high)
+        return rounded_up(low, lambda share: self.at(share) is not None)

@@ -213,7 +213,7 @@ def _fill(layer: NestedLayer, saved: Fields, tensors: dict[str, Tensor]) -> None
         exact = saved.object("exact")
         left, recent, spare, size = (exact.whole(name) for name in ("left", "length", "spare", "size"))
         stored -= recent
-        fits = recent + spare <= size <= max(layer.exact.capacity, recent + spare) + RECORDED
+        fits = recent + spare <= size <= max(layer.exact.capacity(length), recent + spare) + RECORDED
         if left + recent != length or spare > left or not fits:
             raise FileError(f"{exact.where}: numbers of tokens that no cache of {length} has")
     for name, part, heads, rows in _parts(layer):

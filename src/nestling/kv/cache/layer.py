@@ -22,6 +22,7 @@ from nestling.kv.cache.packed import PackedRows
 from nestling.kv.cache.shrink import copy_truncated
 from nestling.kv.cache.split import Split
 from nestling.kv.cache.stored import StoredLayer
+from nestling.kv.cache.window import Window
 from nestling.kv.integration.modes import full_precision, traced
 from nestling.kv.integration.owner import Owner
 
@@ -228,7 +229,7 @@ class NestedLayer(StoredLayer):
 
         Args:
             groups: empty, or with what the present ones hold where it stays as it is; see `RankGroup`.
-            exact: an empty store, used if this layer has none yet since nothing was compressed.
+            exact: an empty store, used if this layer has none yet since nothing was compressed; or else its window.
             bases: of the groups.
         """
         if self.length:
@@ -251,6 +252,13 @@ class NestedLayer(StoredLayer):
             if self.hitters is not None:
                 self.hitters.apply(lambda tensor: _reordered(tensor, there))
         self._store_in(groups, exact, bases)
+
+    def keep_exact(self, window: Window) -> None:
+        """Keep that window from now on: tokens that it does not reach are compressed."""
+        if self.exact is not None:
+            for gone in self.exact.release(window, self.dtype):
+                for group in self.groups:
+                    group.append(gone, self.dtype)
 
     def heads_first(self, states: Tensor) -> Tensor:
         """``[B, Hkv, ...]`` to ``[Hkv, B, ...]``, heads in the order of the groups."""
@@ -278,14 +286,16 @@ class NestedLayer(StoredLayer):
         """Tokens that would be held with ``count`` new ones, those in coordinates and all of them.
 
         Args:
-            exact: the store that there would be, empty: what it takes if this layer has none of its own.
+            exact: the store that there would be, empty: by its window tokens leave, or stay exact.
         """
         tokens = self.held + count
         if exact is None:
             return tokens, tokens
         if self.exact is None:
             return exact.leaving(tokens), tokens
-        return self.groups[0].length + self.exact.leaving(count), tokens
+        left = self.exact.left
+        total = self.exact.total + count
+        return self.groups[0].length + max(exact.coded(total) - left, 0), tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a count of zero or less, as in transformers)."""

@@ -1,17 +1,16 @@
 """What a cache takes in bytes at each length of text, told from its allocation: no model runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nestling.errors import OptionError
-from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, nbytes
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.exact import TOKENS_PER_BLOCK
-from nestling.kv.cache.factory import CacheFactory, given_allocation, in_rows
+from nestling.kv.cache.factory import Plan, planned
 from nestling.kv.cache.storage import Storage, members
+from nestling.kv.cache.window import TOKENS_PER_BLOCK
 from nestling.options import shown
 
 if TYPE_CHECKING:
@@ -36,14 +35,13 @@ def bytes_by_length(adapter: "KVAdapter", budget: Any = None, lengths: Sequence[
         BudgetError: the budget or allocation cannot be met.
     """
     options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
-    allocation = allocation_of(adapter, options)
+    plan = plan_of(adapter, options)
     if options.keep_tokens < 1:
         raise OptionError(f"keep_tokens={shown(options.keep_tokens)}: which tokens are kept depends on the text")
-    eight_bits = in_rows(adapter, options, allocation)
-    storage = Storage(options.sinks, options.window, TOKENS_PER_BLOCK, options.context, eight_bits)
+    storage = Storage(options.sinks, plan.window, TOKENS_PER_BLOCK, options.context, plan.rows)
     (_, heads, width), itemsize = adapter.shape, _dtype(options).itemsize
     states = heads, width, itemsize
-    layers = list(zip(allocation.token_bytes(itemsize), allocation.full, strict=True))
+    layers = list(zip(plan.allocation.token_bytes(itemsize), plan.allocation.full, strict=True))
     rows = []
     for tokens in lengths:
         stored = sum(storage.nbytes(tokens, size, states, full) for size, full in layers)
@@ -62,24 +60,22 @@ def shared_bytes(adapter: "KVAdapter", budget: Any = None) -> int:
         BudgetError: the budget or allocation cannot be met.
     """
     options = budget if isinstance(budget, CacheConfig) else CacheConfig(budget=budget)
-    allocation, half = allocation_of(adapter, options), _dtype(options).itemsize == SIXTEEN_BITS.itemsize
+    allocation, half = plan_of(adapter, options).allocation, _dtype(options).itemsize == SIXTEEN_BITS.itemsize
     rows = range(adapter.shape[0])
     return nbytes(LayerBases.of(adapter._layer_bases(row), members(allocation, row), half) for row in rows)
 
 
-def allocation_of(adapter: "KVAdapter", options: CacheConfig) -> Allocation:
-    """The allocation that a new cache of these options starts with.
+def plan_of(adapter: "KVAdapter", options: CacheConfig) -> Plan:
+    """What a new cache of these options starts with.
 
     Raises:
         OptionError: the options have a limit alone, under which the allocation depends on the length.
         BudgetError: the budget or allocation cannot be met.
     """
-    if isinstance(options.budget, Allocation | Mapping):
-        return given_allocation(adapter, options)
-    factory = CacheFactory(adapter, options)
-    if factory.limit is not None:
-        raise OptionError(f"{factory.limit.given} is never exceeded at any length: give a share for bytes by length")
-    return factory.required(factory.budget)
+    plan = planned(adapter, options)
+    if plan.factory is not None and (limit := plan.factory.limit) is not None:
+        raise OptionError(f"{limit.given} is never exceeded at any length: give a share for bytes by length")
+    return plan
 
 
 def _dtype(options: CacheConfig) -> torch.dtype:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, Members
 from nestling.kv.cache.buffer import room
-from nestling.kv.cache.exact import TOKENS_PER_BLOCK, ExactStore, coded, exact_nbytes
+from nestling.kv.cache.exact import ExactStore, coded, exact_nbytes
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import Layout
+from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
 
 States = tuple[int, int, int]  # heads, width, and bytes of a number, of keys as of values
 
@@ -24,7 +25,7 @@ class Storage:
     """
 
     sinks: int = 0
-    window: int = 0
+    window: Window = Window()
     block: int = TOKENS_PER_BLOCK
     context: int = 0
     rows: bool = False

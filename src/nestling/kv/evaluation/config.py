@@ -6,7 +6,7 @@ from typing import Any
 
 from nestling.config import Config, option
 from nestling.errors import OptionError
-from nestling.kv.allocation.budget import SINKS, WINDOW, Budget, read_shares
+from nestling.kv.allocation.budget import SINKS, Budget, read_shares
 from nestling.options import choice, flag, natural, shown, whole, wholes
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -60,7 +60,9 @@ class EvalConfig(Config):
         True, "Store each coordinate at the width that pays, of 0 to 16 bits, where the adapter can.", flag
     )
     sinks: int = option(SINKS, "Leading tokens kept exact.", natural)
-    window: int = option(WINDOW, "Recent tokens kept exact, at least.", natural)
+    window: int | None = option(
+        None, "Recent tokens kept exact, at least; default: three tenths of the budget.", natural
+    )
     exact_prompt: bool = option(False, "The first prompt attends to exact keys and values.", flag, cli=False)
     context: int | None = option(None, "Tokens at which budgets are met; default: the length.", whole, cli=False)
     dtype: Any = option(

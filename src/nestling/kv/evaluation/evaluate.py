@@ -28,6 +28,7 @@ from nestling.kv.allocation.allocate import ENERGY, quantises
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import check_length
+from nestling.kv.cache.window import LEAST
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.scoring import choice_scores, forward, read
 from nestling.kv.evaluation.tasks import encode_question, growing, held_bytes, number_answer, passkey_prompts
@@ -94,7 +95,7 @@ def evaluate(
     sizes: list[Any] = config.budgets if named else [allocation]
     configs = [CacheConfig(budget=size, allocation=allocation if named else None, **options) for size in sizes]
     if config.context is None and any(named and size.share != 1 for size in sizes):
-        check_length(config.length, config.sinks, config.window)
+        check_length(config.length, config.sinks, LEAST if config.window is None else config.window)
     candidates = [
         Candidate(method, size.share if named else None, bind(NestedCache, model, adapter, cache))
         for size, cache in zip(sizes, configs, strict=True)
