@@ -52,7 +52,7 @@ def test_fit_writes_an_adapter_and_results(place):
 
 def test_the_demo_calibrates_asks_and_measures(place, monkeypatch):
     monkeypatch.setattr("nestling.kv.demo.SIZES", (0.7, 0.6))  # heads of width 16 cannot be cut to an eighth
-    monkeypatch.setattr("nestling.kv.demo.MEASURED", (0.75, 0.7))
+    monkeypatch.setattr("nestling.kv.demo.MEASURED", (0.75, 0.6))
     result = run(
         "demo", "kv", "--model", place / "lm", "--tokens", 1024, "--context", 1900, "--out", place / "demo.html",
         "--json", place / "demo.json",
@@ -68,7 +68,7 @@ def test_the_demo_calibrates_asks_and_measures(place, monkeypatch):
     assert [(r["method"], r["budget"]) for r in measured[:3]] == [
         ("full", None),
         ("nestling", 0.75),
-        ("nestling", 0.7),
+        ("nestling", 0.6),
     ]
     assert 0 < measured[1]["kl"] < measured[2]["kl"]
     page = (place / "demo.html").read_text()
@@ -213,10 +213,10 @@ def test_inspect_shows_bits_and_bytes(place):
     rows = json.loads((place / "bits.json").read_text())["rows"]
     adapter = kv.KVAdapter.from_pretrained(place / "adapter")
     bits = [bits for row in rows if "layer" in row for side in ("keys", "values") for bits in row[side]]
-    assert 0.7 < sum(bits) / len(bits) / 16 <= 0.77  # recent tokens take less than their share
+    assert 0.75 < sum(bits) / len(bits) / 16 < 0.96  # recent tokens, a third of all, take 8 bits
     lengths = {row["tokens"]: row for row in rows if "tokens" in row}
     assert [*lengths.values()] == bytes_by_length(adapter, 0.75)
-    assert lengths[1024]["share"] <= 0.75 + 16 / 1024 and lengths[8192]["share"] <= 0.77
+    assert lengths[1024]["share"] <= 0.75 + 32 / 1024 and lengths[8192]["share"] <= 0.82
     assert f"{shared_bytes(adapter, 0.75):,} bytes of bases" in result.output
     assert (place / "r.png").read_bytes().startswith(b"\x89PNG")
 

@@ -188,10 +188,9 @@ class NestedCache(StoredCache):
         Raises:
             BudgetError: if they do not fit at the smallest budget; the cache is as it was.
         """
-        assert self.limit is not None and self.factory is not None
+        assert self.limit is not None and self.factory
         first = self._nested()[0][1]
-        itemsize = first.dtype.itemsize
-        tokens = first.length + new
+        itemsize, tokens = first.dtype.itemsize, first.length + new
 
         def places(storage: Storage) -> int:
             if new:
@@ -218,16 +217,14 @@ class NestedCache(StoredCache):
         raise BudgetError(f"{limit}: {what} take {needed} at the smallest budget, {smallest:.4g}, and do not fit")
 
     def _storage_at(self, budget: float) -> Storage:
-        """As layers are put together from at a budget."""
-        assert self.factory is not None
+        assert self.factory
         return replace(self.storage, window=self.factory.window(budget))
 
     def _expected(
         self, batch: int, tokens: int, itemsize: int, allocation: Allocation | None = None,
         storage: Storage | None = None, places: int = 0,
     ) -> int:  # fmt: skip
-        """Bytes that the nested layers take when the text has that many tokens, as they are stored or by an allocation
-        and a window.
+        """Bytes that the nested layers take when the text has that many tokens, by what is in use or by other things.
 
         ``places``: at least so many of exact tokens, which drafts that may be taken back need.
         """

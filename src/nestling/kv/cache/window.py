@@ -38,7 +38,9 @@ class Window:
             context: tokens of a text at which the budget is met.
             rows: whether exact tokens take 8 bits a number, sinks twice as many, and not 16.
         """
-        share, less = EXACT_SHARE * budget * (1 + rows), sinks + sinks * rows + TOKENS_PER_BLOCK - 1
+        # Above a half the rest would be stored as it is: layers that lose nothing have no exact tokens of their own.
+        share = EXACT_SHARE * budget * (1 + rows) * min(1.0, 2 * (1 - budget))
+        less = sinks + sinks * rows + TOKENS_PER_BLOCK - 1
         return cls(max(int(share * context) - less, LEAST), share, less)
 
     def at(self, length: Any) -> Any:
