@@ -4,7 +4,7 @@
 
 ``aligned`` is the closed form on texts without labels, ``trained`` the adapter; both are measured by `GridEvaluator`.
 ``across`` searches documents of small sizes by queries of the full one, in the space of the adapter; ``fitted`` does
-so after `align` on the documents of the set that no query asks for, on two of the sets. Ways that are in
+so after `align` on the documents of the set that no query asks for. Ways that are in
 the results file already are not measured again.
 """
 
@@ -32,7 +32,6 @@ from nestling.report.tables import table
 SIZES = "1x128,1x384,2x192,2x384,3x256,3x384,4x384"
 ACROSS = ("1x384", "2x384", "3x384")
 ALIGNED = 5000  # texts
-FITTED = ("cranfield", "cisi")
 CARD = ("size", "mean_sts", "share_sts", "mean_ndcg", "share_ndcg")
 KEPT = ("commit", "date", "seconds", "command")
 
@@ -95,9 +94,11 @@ def main(
         with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
             if aligned:
                 encoder.align(list(islice(read_texts(texts, layout="lines"), ALIGNED)))
-            sets = RETRIEVAL if way == "across" else FITTED
-            found = across(encoder, data, sets, way == "fitted") if way in ("across", "fitted") else encoder.evaluate(
-                evaluator=evaluator, method=way, partial=out.with_suffix(f".{way}.partial"))  # fmt: skip
+            if way in ("across", "fitted"):
+                found = across(encoder, data, RETRIEVAL, way == "fitted")
+            else:
+                partial = out.with_suffix(f".{way}.partial")
+                found = encoder.evaluate(evaluator=evaluator, method=way, partial=partial)
         rows += [{"model": Path(model).name, "method": way, **{k: v for k, v in row.items() if k not in
                                                               ("model", "method")}} for row in found]  # fmt: skip
         meta = run_meta(time.monotonic() - start)
@@ -105,7 +106,7 @@ def main(
         whole = next((row for row in rows if row["size"] == "6x384"), {})
         for row in rows:
             for mean in ("mean_sts", "mean_ndcg"):
-                if mean in row and mean in whole and row["method"] != "fitted":  # which is of fewer sets
+                if mean in row and mean in whole:
                     row[f"share_{mean[5:]}"] = row[mean] / whole[mean]
         write_json(out, rows, {**meta, "runs": runs})
         out.with_suffix(f".{way}.partial").unlink(missing_ok=True)

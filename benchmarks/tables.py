@@ -326,41 +326,18 @@ def elastic() -> str:
     return table(lines.values(), columns)
 
 
-def elastic_across() -> str:
+def elastic_across(method: str = "across") -> str:
+    """Full queries on documents of small sizes, by the packaged maps or by maps fitted to documents of each set."""
     rows = load("elastic")
     full = next(row["mean_ndcg"] for row in rows if row["size"] == "6x384")
     own = {row["size"]: row["mean_ndcg"] for row in rows if row["method"] == "trained"}
-    across = [
-        row | {"own": own[row["size"]], "share": row["mean_ndcg"] / full} for row in rows if row["method"] == "across"
+    shown = [
+        row | {"own": own[row["size"]], "share": row["mean_ndcg"] / full} for row in rows if row["method"] == method
     ]
-    sets = {f"ndcg_{name}": (name, times_100) for name in ("scifact", "cranfield", "cisi")}
-    means = {
-        "mean_ndcg": ("mean", times_100),
-        "share": ("of full", percent),
-        "own": ("queries of the same size", times_100),
-    }
-    return table(across, {"size": ("documents", str), **sets, **means})
-
-
-def elastic_fitted() -> str:
-    """Full queries on documents of small sizes, with the packaged maps and with maps fitted to unjudged documents."""
-    rows = load("elastic")
-    full = next(row for row in rows if row["size"] == "6x384")
-    lines: dict[str, dict] = {}
-    for row in rows:
-        if row["method"] in ("across", "fitted"):
-            line = lines.setdefault(row["size"], {"size": row["size"]})
-            for name in ("cranfield", "cisi"):
-                line[f"{name} {row['method']}"] = row[f"ndcg_{name}"]
-                line[f"{name} share"] = row[f"ndcg_{name}"] / full[f"ndcg_{name}"]
     columns: dict[str, tuple[str, Format]] = {"size": ("documents", str)}
-    for name in ("cranfield", "cisi"):
-        columns |= {
-            f"{name} across": (f"{name}, as packaged", times_100),
-            f"{name} fitted": (f"{name}, fitted", times_100),
-        }
-        columns[f"{name} share"] = ("of full", percent)
-    return table(lines.values(), columns)
+    columns |= {f"ndcg_{name}": (name, times_100) for name in ("scifact", "cranfield", "cisi")}
+    columns |= {"mean_ndcg": ("mean", times_100), "share": ("of full", percent)}
+    return table(shown, columns | ({"own": ("queries of the same size", times_100)} if method == "across" else {}))
 
 
 def smae(start: str) -> str:
@@ -405,7 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_bits": partial(kv_bits, "smollm2"), "kv_bits_variants": partial(kv_bits, "smollm2", True),
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
     "elastic": elastic, "embed_search": embed_search,
-    "elastic_across": elastic_across, "elastic_fitted": elastic_fitted,
+    "elastic_across": elastic_across, "elastic_fitted": partial(elastic_across, "fitted"),
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
     "kv_sft": kv_sft, "serve_load": serve_load, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
     "kv_speed_step": partial(kv_speed, "decode_ms"),

@@ -213,7 +213,7 @@ def test_inspect_shows_bits_and_bytes(place):
     rows = json.loads((place / "bits.json").read_text())["rows"]
     adapter = kv.KVAdapter.from_pretrained(place / "adapter")
     bits = [bits for row in rows if "layer" in row for side in ("keys", "values") for bits in row[side]]
-    assert 0.75 < sum(bits) / len(bits) / 16 < 0.96  # recent tokens, a third of all, take 8 bits
+    assert 0.7 < sum(bits) / len(bits) / 16 <= 0.77  # recent tokens take less than their share
     lengths = {row["tokens"]: row for row in rows if "tokens" in row}
     assert [*lengths.values()] == bytes_by_length(adapter, 0.75)
     assert lengths[1024]["share"] <= 0.75 + 32 / 1024 and lengths[8192]["share"] <= 0.82

@@ -40,12 +40,12 @@ def new_cache(made, budget=0.6, **options):
 
 def test_caches_of_an_adapter_and_an_allocation_share_bases(fitted):
     made = fitted("llama-gqa")
-    one, other, smaller = new_cache(made), new_cache(made, exact_prompt=False), new_cache(made, 0.55)
+    one, other, smaller = new_cache(made), new_cache(made, exact_prompt=False), new_cache(made, 0.52)
     assert pointers(one) and pointers(one) == pointers(other)
     assert pointers(smaller) - pointers(one)
     assert not pointers(one) & pointers(new_cache(made, dtype=torch.float32)), "those are in fp32"
     assert one.shared_nbytes < 0.6 * new_cache(made, dtype=torch.float32).shared_nbytes
-    other.shrink(0.55)
+    other.shrink(0.52)
     assert pointers(other) == pointers(smaller)
 
 

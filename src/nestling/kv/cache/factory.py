@@ -125,7 +125,9 @@ class CacheFactory:
             left = share_left(share, exact_tokens=tokens, cost=self.exact_cost(tokens), context=self.context)
         except BudgetError:
             return None
-        return self.steps.at(left)
+        # Above a half exact tokens of 8 bits leave the others more than the budget: layers that lost nothing by that
+        # would have 16 bits for all.
+        return self.steps.at(min(left, share) if window.share else left)
 
     def window(self, share: float) -> Window:
         """The recent tokens that are exact at a budget: where the least of all coordinates need more of it than is

@@ -14,6 +14,7 @@ from torch import Tensor
 TOKENS_PER_BLOCK = 16  # recent tokens that are encoded at once, when the store is full
 LEAST = 8  # recent tokens, in a text of any length
 EXACT_SHARE = 0.3  # of the bytes of a budget, for exact tokens
+LARGEST = 0.4  # budget that has more of them than smaller ones: layers that lose nothing have none, and save none
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,7 @@ class Window:
             context: tokens of a text at which the budget is met.
             rows: whether exact tokens take 8 bits a number, sinks twice as many, and not 16.
         """
-        # Above a half the rest would be stored as it is: layers that lose nothing have no exact tokens of their own.
-        share = EXACT_SHARE * budget * (1 + rows) * min(1.0, 2 * (1 - budget))
+        share = EXACT_SHARE * min(budget, LARGEST) * (1 + rows)
         less = sinks + sinks * rows + TOKENS_PER_BLOCK - 1
         return cls(max(int(share * context) - less, LEAST), share, less)
 
