@@ -124,7 +124,7 @@ def read_limit(value: Any, name: str = "limit") -> Budget:
     return limit
 
 
-def share_left(share: float, *, exact_tokens: int = 0, cost: float | None = None, context: int = CONTEXT) -> float:
+def share_left(share: float, *, exact_tokens: float = 0, cost: float | None = None, context: int = CONTEXT) -> float:
     """The share of their full size that compressed tokens may take so that a whole cache meets its budget.
 
     Args:
@@ -141,11 +141,13 @@ def share_left(share: float, *, exact_tokens: int = 0, cost: float | None = None
     if share == 1 or not exact_tokens:
         return share
     if context <= exact_tokens:
-        raise BudgetError(f"context={context} must be longer than the {exact_tokens} exact tokens (sinks and window)")
+        raise BudgetError(
+            f"context={context} must be longer than the {exact_tokens:g} exact tokens (sinks and window)"
+        )
     left = (share * context - (exact_tokens if cost is None else cost)) / (context - exact_tokens)
     if left <= 0:
         raise BudgetError(
-            f"budget={share:g} is used up by {exact_tokens} exact tokens at {context} tokens: "
+            f"budget={share:g} is used up by {exact_tokens:.0f} exact tokens at {context} tokens: "
             "use fewer sinks, a smaller window or a longer context"
         )
     return left

@@ -5,6 +5,7 @@ bytes are worth more in the coordinates: at a sixteenth of the full cache and 2,
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ GROWTH = 128  # tokens of a text for which a store that grows with it has room
 def capacity(sinks: int, window: Window | int, length: int = 0, block: int = TOKENS_PER_BLOCK) -> int:
     """Tokens that a layer's exact store has room for in a text of that ``length``: they are paid for out of the
     budget."""
-    recent = window.at(-(-length // GROWTH) * GROWTH) if isinstance(window, Window) else window
-    return sinks + (recent + block - 1 if window else 0)
+    return int(places(sinks, window if isinstance(window, Window) else Window(window), length, block))
+
+
+def places(sinks: int, window: Window, length: int, block: int = TOKENS_PER_BLOCK) -> float:
+    """The same, without rounding."""
+    return sinks + (window.real(-(-length // GROWTH) * GROWTH) + block - 1 if window else 0)
 
 
 def check_length(length: int, sinks: int, window: int) -> None:
@@ -46,10 +51,10 @@ def coded(length, sinks: int, window: Window | int, block: int = TOKENS_PER_BLOC
     return left * (left > 0) // block * block
 
 
-def exact_nbytes(places: int, sinks: int, heads: int, width: int, itemsize: int, rows: bool) -> int:
-    """Bytes of a store of so many ``places`` for keys and values of ``heads`` of ``width``; see `ExactStore`."""
-    vectors = places + min(sinks, places)  # where tokens are fewer than sinks, there are no more places
-    return 2 * heads * (vectors * row_bytes(width) if rows else places * width * itemsize)
+def exact_nbytes(size: Any, sinks: int, heads: int, width: int, itemsize: int, rows: bool) -> Any:
+    """Bytes of a store of so many places for keys and values of ``heads`` of ``width``; see `ExactStore`."""
+    vectors = size + min(sinks, size)  # where tokens are fewer than sinks, there are no more places
+    return 2 * heads * (vectors * row_bytes(width) if rows else size * width * itemsize)
 
 
 class ExactStore:
@@ -80,9 +85,8 @@ class ExactStore:
     """
 
     def __init__(self, sinks: int, window: Window | int, block: int = TOKENS_PER_BLOCK, *, rows: bool = False):
-        self.sinks, self.rows = sinks, rows
         self.window = window if isinstance(window, Window) else Window(window)
-        self.block = block if window else 1
+        self.sinks, self.rows, self.block = sinks, rows, block if window else 1
         self.data: list[Tensor] = []  # keys, values
         self._flat: list[Tensor] = []  # the same memory
         self.rest: list[Tensor] = []  # what the rows of sinks leave out, as rows

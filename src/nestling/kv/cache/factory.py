@@ -1,5 +1,6 @@
 """From an adapter and a budget to an allocation, and what a cache was made of: enough for that of any budget."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,8 +10,8 @@ from nestling.kv.allocation.budget import FULL_BITS, Budget, read_budget, read_l
 from nestling.kv.allocation.steps import DIGITS, rounded_up
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.config import BUDGET, CacheConfig
-from nestling.kv.cache.exact import capacity, exact_nbytes
-from nestling.kv.cache.window import LEAST, Window
+from nestling.kv.cache.exact import exact_nbytes, places
+from nestling.kv.cache.window import Window
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
@@ -115,35 +116,51 @@ class CacheFactory:
         return self
 
     def at(self, share: float) -> Allocation | None:
-        """The allocation of a budget; None below `smallest`."""
-        return self._beside(share, self.window(share))
-
-    def _beside(self, share: float, window: Window) -> Allocation | None:
-        """What exact tokens leave of a budget."""
-        tokens = self._places(window)
-        try:
-            left = share_left(share, exact_tokens=tokens, cost=self.exact_cost(tokens), context=self.context)
-        except BudgetError:
-            return None
-        # Above a half exact tokens of 8 bits leave the others more than the budget: layers that lost nothing by that
-        # would have 16 bits for all.
-        return self.steps.at(min(left, share) if window.share else left)
+        """The allocation of a budget; None below `smallest`. It has no more of any block than that of a larger one."""
+        left = self._shared_out(share)[1]
+        return None if left is None else self.steps.at(left)
 
     def window(self, share: float) -> Window:
-        """The recent tokens that are exact at a budget: where the least of all coordinates need more of it than is
-        usual, as few as there can be."""
+        """The recent tokens that are exact at a budget."""
+        return self._shared_out(share)[0]
+
+    def _shared_out(self, share: float) -> tuple[Window, float | None]:
+        """What exact tokens have of a budget, and what they leave the others, as a share of their full size.
+
+        Where the least that these need is more than is usually left, the window is the largest one that leaves it.
+        """
         window = _window(self.config, share, self.rows)
-        fits = self.config.window is not None or self._beside(share, window) is not None
-        return window if fits else Window(LEAST)
+        left = self._left(share, window)
+        if self.config.window is not None or (left is not None and left >= self._bare):
+            # Above a half exact tokens of 8 bits leave more than the budget: layers that lost nothing by that would
+            # have 16 bits for all.
+            return window, left if left is None or not window.share else min(left, share)
+        low, high = 0.0, share
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            left = self._left(share, _window(self.config, middle, self.rows))
+            low, high = (middle, high) if left is not None and left >= self._bare else (low, middle)
+        window = _window(self.config, low, self.rows)
+        left = self._left(share, window)
+        return window, self._bare if left is not None and left >= self._bare else None
+
+    def _left(self, share: float, window: Window) -> float | None:
+        """The share of its full size that a token which is not exact may take; None if there is nothing left."""
+        tokens = self._places(window)
+        try:
+            return share_left(share, exact_tokens=tokens, cost=self.exact_cost(tokens), context=self.context)
+        except BudgetError:
+            return None
 
     def exact_tokens(self, share: float) -> int:
         """Places for exact tokens at a budget, when the text has the length of the context."""
-        return self._places(self.window(share))
+        return math.ceil(self._places(self.window(share)))
 
-    def _places(self, window: Window) -> int:
-        return capacity(self.sinks, window, self.context)
+    def _places(self, window: Window) -> float:
+        """The same, without rounding: of two budgets the larger one leaves more."""
+        return places(self.sinks, window, self.context)
 
-    def exact_cost(self, tokens: int) -> float:
+    def exact_cost(self, tokens: float) -> float:
         """What so many exact tokens take, in tokens of the full cache."""
         if not self.rows:
             return tokens

@@ -45,11 +45,13 @@ class Window:
 
     def at(self, length: Any) -> Any:
         """In a text of ``length`` tokens, an int or a tensor of them. It grows by one at most where that does."""
-        if not self.share:
-            return self.least
         if isinstance(length, Tensor):
             return ((self.share * length).long() - self.less).clamp_min(self.least)
-        return max(int(self.share * length) - self.less, self.least)
+        return int(self.real(length))
+
+    def real(self, length: int) -> float:
+        """The same for a text of ``length`` tokens, without rounding."""
+        return max(self.share * length - self.less, self.least)
 
     @property
     def steady(self) -> float:
