@@ -35,7 +35,9 @@ def refused(*arguments: object) -> str:
 
 
 def test_the_command_serves_until_it_is_told_to_stop(place):
-    code = "from nestling.cli import app; app()"
+    # As in a terminal: what runs in the background of a shell is started with interrupts ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "; from nestling.cli import app; app()"
     words = ["kv", "serve", "lm", "adapter", "--port", "0", "--budget", "40%", "--window", "4", "--sinks", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
