@@ -46,7 +46,7 @@ class Window:
     def at(self, length: Any) -> Any:
         """In a text of ``length`` tokens, an int or a tensor of them. It grows by one at most where that does."""
         if isinstance(length, Tensor):
-            return ((self.share * length).long() - self.less).clamp_min(self.least)
+            return ((self.share * length.double()).long() - self.less).clamp_min(self.least)
         return int(self.real(length))
 
     def real(self, length: int) -> float:
