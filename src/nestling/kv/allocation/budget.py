@@ -141,9 +141,8 @@ def share_left(share: float, *, exact_tokens: float = 0, cost: float | None = No
     if share == 1 or not exact_tokens:
         return share
     if context <= exact_tokens:
-        raise BudgetError(
-            f"context={context} must be longer than the {exact_tokens:g} exact tokens (sinks and window)"
-        )
+        exact = f"the {exact_tokens:.0f} exact tokens (sinks and window)"
+        raise BudgetError(f"context={context} must be longer than {exact}")
     left = (share * context - (exact_tokens if cost is None else cost)) / (context - exact_tokens)
     if left <= 0:
         raise BudgetError(
