@@ -1,9 +1,9 @@
 """How many recent tokens a cache keeps exact, at least: by default as many as take three tenths of its budget.
 
 That is near the best for SmolLM2 at 2,048 tokens and budgets from 6 to 25 %: at 12.5 % with half as many its KL is a
-quarter larger, with half as many again more than twice as large (``benchmarks/kv_bits.py --window``). Up to the context
-that a cache is made for, their number is the one at the context. Beyond it there are more of them the longer the text
-is, so that a cache takes the same share of the full one.
+quarter larger, with half as many again more than twice as large (``benchmarks/kv_bits.py --window``). Up to the
+context that a cache is made for, their number is the one at the context. Beyond it there are more of them the longer
+the text is, so that a cache takes the same share of the full one.
 """
 
 import math
