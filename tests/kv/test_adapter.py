@@ -598,7 +598,7 @@ def test_paper_compresses_everything(made):
     "options, message",
     [
         ({"budget": 0.2}, r"smallest possible, 0\.5132"),
-        ({"budget": 0.7, "allocation": "best"}, "must be 'energy', 'uniform' or a table, got 'best'"),
+        ({"budget": 0.7, "allocation": "best"}, "must be 'energy', 'uniform', 'layer' or a table, got 'best'"),
         ({"budget": {"keys": [[8]], "values": [[8]]}, "limit": "1MiB"}, "an allocation is a budget by itself"),
         ({"budget": {"keys": [[8]], "values": [[8]]}}, r"keys is \[1, 1, 2\], expected \[3, 2, 2\]"),
         (

@@ -130,8 +130,8 @@ class KVAdapter:
         Args:
             budget: a share of the full cache, see `nestling.kv.allocation.budget.read_share`. An allocation, or its
                 dict, is checked and given back.
-            method: ``"energy"``, ``"uniform"`` or the name of a searched one. Default: energy, or for ranks the last
-                searched.
+            method: ``"energy"``, ``"uniform"``, ``"layer"`` or the name of a searched one, see
+                `nestling.kv.allocation.allocate`. Default: energy, or for ranks the last searched.
             quantise: at the widths that pay, where caches can be quantised and no method of ranks is named; else by
                 ranks, which are blocks of 16 bits or none.
 

@@ -117,6 +117,37 @@ def test_energy_is_the_optimum_of_the_additive_model(layers, heads, width, share
     assert sum(tail[r] for tail, r in zip(tails, ranks, strict=True)) == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
+@given(budgets(heads=(1, 9)), st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_a_layer_has_one_rank_and_the_budget_is_met_within_a_step_of_it(budget, seed):
+    layers, heads, width, elements = budget
+    table = allocate("layer", *budget, seed)
+    table.check(layers, heads, width)
+    assert not table.quantised and elements - 2 * heads * STEP < table.bits / 16 <= elements + 1e-6
+    ranks = table.coordinates
+    assert (ranks == ranks[:1, :, :1]).all(), "of all heads, keys as values"
+    assert [len(table.groups(row)) for row in range(layers)] == [1] * layers
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.floats(0, 1), st.integers(0, 999))
+@settings(deadline=None, max_examples=40)
+def test_one_rank_a_layer_is_the_optimum_among_such(layers, heads, share, seed):
+    width = 24
+    low, high = smallest(layers, heads, width), 2 * layers * heads * width
+    elements = low + share * (high - low)
+    costs = [side.sort(-1, descending=True)[0] for side in drop_costs(layers, heads, width, seed)]
+    chosen = at(ranks_of("layer", *costs), elements).coordinates[0, :, 0].tolist()
+    rows = sum(costs).double().sum(1)  # of a layer
+
+    def lost(ranks) -> float:
+        return sum(float(row[r:].sum()) for row, r in zip(rows, ranks, strict=True))
+
+    sizes = [8, 16, 24]
+    # Steps in order of gain reach the lower hull of all choices: nothing of the same size or less loses less.
+    same = [r for r in product(sizes, repeat=layers) if sum(r) <= sum(chosen)]
+    assert lost(chosen) == pytest.approx(min(map(lost, same)), rel=1e-9, abs=1e-12)
+
+
 def test_energy_goes_where_it_is_lost():
     key, value = torch.zeros(2, 2, 32), torch.zeros(2, 2, 32)
     key[1, 0, :24], value[0, 1, :16] = 1.0, 2.0
@@ -131,7 +162,7 @@ def test_an_unsorted_drop_cost_is_not_stuck_behind_a_small_step():
     assert at(ranks_of("energy", key, value), 8 + 8 + 16).coordinates.flatten().tolist() == [24, 8]
 
 
-@pytest.mark.parametrize("method", ["uniform", "energy"])
+@pytest.mark.parametrize("method", ["uniform", "energy", "layer"])
 @given(st.integers(1, 3), st.integers(1, 12), st.sampled_from([16, 20, 32, 64]), st.integers(0, 99), st.data())
 @settings(deadline=None, max_examples=50)
 def test_a_larger_budget_lowers_nothing(method, layers, heads, width, seed, data):
@@ -180,7 +211,7 @@ def test_budgets_out_of_range_are_refused(budget, options, message):
         share_left(budget, **options)
 
 
-@pytest.mark.parametrize("method", ["uniform", "energy"])
+@pytest.mark.parametrize("method", ["uniform", "energy", "layer"])
 def test_below_the_smallest_the_message_says_what_can_be_met(method):
     steps = ranks_of(method, *drop_costs(2, 2, 64))
     with pytest.raises(BudgetError, match=r"budget='12\.4%' is below the smallest possible, 0\.125$"):

@@ -307,7 +307,7 @@ def test_a_budget_below_the_smallest_and_other_precisions_are_refused(fitted):
         nested_cache(made.model, made.adapter, 0.001, quantise=True, sinks=0, window=0)
     with pytest.raises(BudgetError, match="16 bits"):
         nested_cache(made.model, made.adapter, 0.3, quantise=True, dtype=torch.float32)
-    with pytest.raises(BudgetError, match="'uniform' or a table, got 'greedy'"):
+    with pytest.raises(BudgetError, match="'layer' or a table, got 'greedy'"):
         nested_cache(made.model, made.adapter, 0.3, quantise=True, allocation="greedy")
 
 

@@ -119,5 +119,5 @@ def test_bad_input_is_refused(fitted, ids):
         searched_by(case, ids, length=65, window=0)
     with pytest.raises(kv.AdapterError, match="made for another model"):
         search(case.model, None, ids, fitted("qwen3").adapter, kv.SearchConfig(**WHOLE))
-    with pytest.raises(kv.BudgetError, match="allocation must be 'energy', 'uniform' or a table, got 'greedy'"):
+    with pytest.raises(kv.BudgetError, match="must be 'energy', 'uniform', 'layer' or a table, got 'greedy'"):
         nested_cache(case.model, case.adapter, 0.75, allocation="greedy")

@@ -5,6 +5,8 @@
 * ``energy``: the same with 0 or 16 bits for a block, where a head takes its blocks in order and keeps the first in any
   case. Drop costs of all layers share one unit (see `nestling.kv.calibration.sensitivity`).
 * ``uniform``: every head as even as the steps allow.
+* ``layer``: by drop cost, with one rank for all heads of a layer, keys and values alike: what engines can serve whose
+  pages have one width in a layer.
 * A searched path (see `nestling.kv.calibration.search`): in the order of what was measured.
 """
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
 
 SIDES = ("key", "value")
-ENERGY, UNIFORM = "energy", "uniform"  # methods that every adapter has: by drop cost, and all heads alike
+# Methods that every adapter has: by drop cost, all heads alike, and by drop cost with the heads of a layer alike.
+ENERGY, UNIFORM, LAYER = "energy", "uniform", "layer"
 
 
 def quantises(adapter: "KVAdapter", method: str | None, quantise: bool) -> bool:
@@ -41,7 +44,8 @@ def steps_of(adapter: "KVAdapter", method: str | None = None, *, quantise: bool 
     if quantises(adapter, method, quantise):
         return fill(losses_of(adapter), adapter.shape[2])
     method = method or adapter.allocation
-    return fill(by_rank(worth(adapter, method), adapter.shape[2]), adapter.shape[2], grouped=method != UNIFORM)
+    width = adapter.shape[2]
+    return fill(by_rank(worth(adapter, method), width), width, grouped=method != UNIFORM, alike=method == LAYER)
 
 
 def worth(adapter: "KVAdapter", method: str) -> Tensor:
@@ -53,12 +57,12 @@ def worth(adapter: "KVAdapter", method: str) -> Tensor:
     layers, heads, width = adapter.shape
     if method == UNIFORM:
         return equal_worth(layers, heads, width)
-    if method == ENERGY:
+    if method in (ENERGY, LAYER):
         drop_cost = torch.stack([adapter.drop_cost[side] for side in SIDES]).double()
         return by_block(drop_cost) / (FULL_BITS * block_sizes(width))
     if isinstance(method, str) and method in adapter.paths:
         return adapter.paths[method].double()
-    known = ", ".join(map(repr, (ENERGY, UNIFORM, *adapter.paths)))
+    known = ", ".join(map(repr, (ENERGY, UNIFORM, LAYER, *adapter.paths)))
     raise BudgetError(f"allocation must be {known} or a table, got {shown(method)}")
 
 

@@ -5,7 +5,8 @@ steps of all blocks in order of gain per bit is the optimum for every budget at 
 few of the same steps, in no block more than a larger one: that is what lets a cache in use be shrunk.
 
 Groups: a layer stores its heads in at most `MAX_GROUPS` groups. In models with more KV heads, heads with similar sizes
-are tied together, at every budget the same ones, and the steps are taken for the groups, at the group's cost.
+are tied together, at every budget the same ones, and the steps are taken for the groups, at the group's cost. Where a
+layer must have one rank, as for engines whose pages have one width, all its heads are one group, keys and values too.
 """
 
 import math
@@ -25,7 +26,7 @@ CLUSTERED_AT = (0.75, 0.5, 0.25)  # shares of the bits of all steps, at which he
 ROUNDING = 1e-6  # of a number of bits
 DIGITS = 4  # of the smallest budget, which is rounded up
 
-Units = list[list[list[int]]]  # of each layer, the lists of heads that move together
+Unit = list[tuple[int, int]]  # sides and heads of a layer that move together: (0, head) are keys, (1, head) values
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,14 @@ def rounded_up(least: float, possible: Callable[[float], bool]) -> float:
     return min(share, 1.0)
 
 
-def fill(lost: Tensor, width: int, *, grouped: bool = True) -> Steps:
+def fill(lost: Tensor, width: int, *, grouped: bool = True, alike: bool = False) -> Steps:
     """The allocations of all budgets by what blocks lose at each of `CHOICES`, or of `RANKS`.
 
     Args:
         lost: ``[2, L, Hkv, blocks, choices]``, 0 at the last one.
         width: of the heads.
         grouped: tie heads together where a layer has more than `MAX_GROUPS`.
+        alike: tie all heads of a layer together, keys and values as well.
 
     Raises:
         BudgetError: if a loss is not finite.
@@ -131,16 +133,23 @@ def fill(lost: Tensor, width: int, *, grouped: bool = True) -> Steps:
     if not torch.isfinite(lost).all():
         raise BudgetError("costs must be finite: calibrate the adapter again")
     layers, heads = lost.shape[1:3]
-    steps = _filled(lost, width, [[[head] for head in range(heads)] for _ in range(layers)])
+    if alike:
+        return _filled(lost, width, [[[(side, head) for side in (0, 1) for head in range(heads)]]] * layers)
+    steps = _filled(lost, width, [_by_side([[head] for head in range(heads)])] * layers)
     if heads <= MAX_GROUPS or not grouped:
         return steps
     tables = [steps.table(steps.least + share * (steps.most - steps.least)) for share in CLUSTERED_AT]
     sizes = torch.cat([table.sum(-1).double() for table in tables if table is not None])
-    return _filled(lost, width, [cluster(sizes[:, row].T) for row in range(layers)])
+    return _filled(lost, width, [_by_side(cluster(sizes[:, row].T)) for row in range(layers)])
 
 
-def _filled(lost: Tensor, width: int, units: Units) -> Steps:
-    """Steps in order of gain per bit, for heads that move together. Among equals a head takes its blocks in order."""
+def _by_side(groups: Iterable[list[int]]) -> list[Unit]:
+    """Groups of heads of a layer, whose keys move together, and whose values do."""
+    return [[(side, head) for head in group] for group in groups for side in (0, 1)]
+
+
+def _filled(lost: Tensor, width: int, units: Sequence[Sequence[Unit]]) -> Steps:
+    """Steps in order of gain per bit, for the units of each layer. Among equals a head takes its blocks in order."""
     layers, heads, blocks, choices = lost.shape[1:]
     start = torch.zeros(lost.shape[:-1], dtype=torch.int64)
     ranks = choices == len(RANKS)
@@ -149,14 +158,14 @@ def _filled(lost: Tensor, width: int, units: Units) -> Steps:
     sizes, steps = block_sizes(width).tolist(), []
     for layer, groups in enumerate(units):
         for unit in groups:
-            mean = lost[:, layer, unit].mean(1).tolist()
-            for side in (0, 1):
-                most = math.inf  # that a block of ranks may gain, in spite of rounding
-                for block in range(int(ranks), blocks):
-                    places = [((side * layers + layer) * heads + head) * blocks + block for head in unit]
-                    for gain, bits, cost in hull(mean[side][block], sizes[block]):
-                        most = min(gain, most) if ranks else gain
-                        steps.append((-most, (places, bits, cost * len(unit))))
+            sides, members = (list(part) for part in zip(*unit, strict=True))
+            mean = lost[sides, layer, members].mean(0).tolist()
+            most = math.inf  # that a block of ranks may gain, in spite of rounding
+            for block in range(int(ranks), blocks):
+                places = [((side * layers + layer) * heads + head) * blocks + block for side, head in unit]
+                for gain, bits, cost in hull(mean[block], sizes[block]):
+                    most = min(gain, most) if ranks else gain
+                    steps.append((-most, (places, bits, cost * len(unit))))
     steps.sort(key=lambda step: step[0])  # which keeps the order of equals
     return Steps.of(start, width, (step for _, step in steps))
 

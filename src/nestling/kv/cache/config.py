@@ -59,7 +59,8 @@ class CacheConfig(Config):
     )
     allocation: str | None = option(
         None,
-        "energy, uniform, or the name of a searched one; by default energy, for ranks the last searched.",
+        "energy, uniform, layer (one rank a layer), or the name of a searched one; by default energy, for ranks the "
+        "last searched.",
         text,
     )
     quantise: bool = option(

@@ -53,7 +53,7 @@ class EvalConfig(Config):
     )
     allocation: Any = option(
         None,
-        "energy, uniform or a searched one, such as greedy; default: energy, or for ranks the last searched.",
+        "energy, uniform, layer or a searched one, such as greedy; default: energy, or for ranks the last searched.",
         cli=str | None,
     )
     quantise: bool = option(
