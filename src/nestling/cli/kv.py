@@ -178,7 +178,9 @@ def evaluate(
     """Measure what budgets cost: KL to the full model, perplexity, top-1 agreement, tasks, bytes."""
     from nestling import kv
     from nestling.data.texts import read_multiple_choice
+    from nestling.kv.report import shown_columns
     from nestling.models import load_model
+    from nestling.report.tables import table
 
     check_outputs(json, html)
     nested = kv.KVAdapter.from_pretrained(adapter)
@@ -187,7 +189,7 @@ def evaluate(
     language_model, tokenizer = loading(load_model, model)
     start = time.perf_counter()
     result = kv.evaluate(language_model, tokenizer, texts, nested, replace(config, tasks=tasks))
-    show(result, f"{model}, {config.windows} windows of {config.length} tokens")
+    console.print(table(result, shown_columns(result), f"{model}, {config.windows} windows of {config.length} tokens"))
     write_results(json, result, time.perf_counter() - start)
     if html is not None:
         from nestling.kv.report import write_report

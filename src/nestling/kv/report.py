@@ -14,14 +14,17 @@ from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
 
 COLUMNS = {
-    "method": "method", "budget": "budget", "bytes_per_token": "bytes a token", "bytes_share": "of bf16",
-    "kl": "KL", "ppl": "perplexity", "top1": "top-1",
+    "method": "method", "budget": "budget", "bytes_share": "of bf16", "kl": "KL", "kl_99": "KL, 99 %",
+    "kl_last": "KL, last eighth", "ppl": "perplexity", "top1": "top-1",
 }  # fmt: skip
+DETAILS = {"model", "bytes_per_token", "kl_low", "kl_high", "kl_median", "kl_99_9", "kl_first", "kl_by_position"}
+DETAILS |= {"next_token"}  # are in the JSON alone
 QUALITY = (
     "KL (nats per token) is the distance of the predictions to those of the full cache, on text that was not "
     "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is the full "
-    "model's. Bytes are those of the storage really held, beside a full cache in bf16; a model that computes in fp32 "
-    "holds twice that by itself."
+    "model's. One token in a hundred has a KL above that of 99 %, and the last eighth is of the text. Bytes are "
+    "those of the storage really held, beside a full cache in bf16; a model that computes in fp32 holds twice that by "
+    "itself."
 )
 
 
@@ -70,7 +73,34 @@ def quality_section(rows: Sequence[dict]) -> Section:
         measured, "bytes_share", "kl", "method", title="What a smaller cache costs", percent_x=True, log_y=True,
         xlabel="bytes held, share of the full bf16 cache", ylabel="KL to the full model (nats per token)",
     )  # fmt: skip
-    return Section("Quality against bytes", QUALITY, rows=rows, columns=COLUMNS, figure=figure)
+    return Section("Quality against bytes", QUALITY, rows=rows, columns=shown_columns(rows), figure=figure)
+
+
+def shown_columns(rows: Sequence[dict]) -> dict[str, str]:
+    """The columns that people compare, with their headers, and those of tasks and passkeys where there are some."""
+    present = dict.fromkeys(key for row in rows for key in row)
+    columns = {key: header for key, header in COLUMNS.items() if key in present}
+    return columns | {key: key for key in present if key not in columns and key not in DETAILS}
+
+
+def position_section(rows: Sequence[dict]) -> Section:
+    """KL by position: whether a cache holds to the end of a text."""
+    points = [
+        {
+            "eighth": place,
+            "kl": value,
+            "budget": row["method"] if row["budget"] is None else f"{100 * row['budget']:g}%",
+        }
+        for row in rows
+        if row["method"] != "full"
+        for place, value in enumerate(row.get("kl_by_position", ()), 1)
+    ]
+    figure = curve(
+        points, "eighth", "kl", "budget", title="Does it last?", log_y=True, xlabel="eighth of the text",
+        ylabel="KL to the full model (nats per token)",
+    )  # fmt: skip
+    note = "The mean KL in each eighth of the texts. A line that rises says that longer texts will cost more."
+    return Section("Loss by position", note, figure=figure)
 
 
 def map_section(allocation: Allocation, name: str) -> Section:
@@ -95,6 +125,8 @@ def write_report(path: Path, adapter: KVAdapter, rows: list[dict], allocation: A
     """One HTML page: the table of budgets, KL against bytes, and a map of one allocation."""
     share = min((row["budget"] for row in rows if row["budget"]), default=1.0)
     sections = [quality_section(rows), map_section(allocation, f"{100 * share:.3g}%")]
+    if "kl_by_position" in rows[0]:
+        sections.insert(1, position_section(rows))
     write_html(path, title, about(adapter), sections, run_meta())
 
 

@@ -30,12 +30,15 @@ from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.exact import check_length
 from nestling.kv.cache.window import LEAST
 from nestling.kv.evaluation.config import EvalConfig
+from nestling.kv.evaluation.loss import loss_columns
 from nestling.kv.evaluation.scoring import choice_scores, forward, read
 from nestling.kv.evaluation.tasks import encode_question, growing, held_bytes, number_answer, passkey_prompts
 from nestling.kv.integration.attach import attach, input_device, leaves_as_found, stock_layers, text_config
 from nestling.kv.integration.modes import in_default_mode
 from nestling.losses import kl_divergence
 from nestling.options import flag
+
+SUMS = 5  # numbers of a window before its losses
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,12 @@ def compare(
     Returns:
         A row a candidate: ``model, method, budget, bytes_share`` (bytes held over those of a full bf16 cache, on the
         longest window or prompt; layers with a window of their own, which do not grow, are left out of both),
-        ``bytes_per_token, kl`` (mean nats per token to the full model), ``ppl, top1`` (share of positions with the
-        full model's first choice), ``acc_<task>, above_chance`` (what the mean accuracy of the tasks is above chance,
-        as a share of what the full model's is; None if that is not) and ``passkey_<n>`` (share that was answered).
-        What was not measured is absent or None.
+        ``bytes_per_token, kl`` (mean nats per token to the full model) and what
+        `nestling.kv.evaluation.loss.loss_columns` has beside it, ``ppl, top1`` (share of positions with the full
+        model's first choice), ``next_token`` (share whose first choice is the next token of the text),
+        ``acc_<task>, above_chance`` (what the mean accuracy of the tasks is above chance, as a share of what the full
+        model's is; None if that is not) and ``passkey_<n>`` (share that was answered). What was not measured is
+        absent or None.
 
     Raises:
         OptionError: if an option has a value that it cannot have.
@@ -232,43 +237,47 @@ class _Run:
             self.results[candidate.name].update(bytes_share=share, bytes_per_token=held / len(ids))
 
     def windows(self, windows: list[Tensor], advance: Callable[[int], None]) -> None:
-        sums, totals = self.store.done, {c.name: torch.zeros(5, dtype=torch.float64) for c in self.candidates}
+        done, found = self.store.done, {c.name: [] for c in self.candidates}
         for number, window in enumerate(windows):
             keys = {c.name: self.key(c, "text", window.tolist()) for c in self.candidates}
-            ids, todo = window.to(self.device), [c for c in self.candidates if keys[c.name] not in sums]
+            ids, todo = window.to(self.device), [c for c in self.candidates if keys[c.name] not in done]
             advance(len(self.candidates) - len(todo))
             teacher = self.model(input_ids=ids[None], use_cache=False).logits[0] if todo else ids
             for c in todo:
-                sums[keys[c.name]] = self.window(c, ids, teacher, f"window {number + 1}")
+                done[keys[c.name]] = self.window(c, ids, teacher, f"window {number + 1}")
                 advance(1)
             if todo:
                 self.store.save()
             for c in self.candidates:
-                totals[c.name] += torch.tensor(self.store.numbers(keys[c.name], 5), dtype=torch.float64)
-        positions = sum(map(len, windows))
+                found[c.name].append(self.store.numbers(keys[c.name], SUMS + len(window)))
         for c in self.candidates:
-            kl, nll, hits, labels, nbytes = totals[c.name].tolist()
+            measured = torch.tensor(found[c.name], dtype=torch.float64)
+            nll, hits, right, labels, nbytes = measured[:, :SUMS].sum(0).tolist()
+            kl = measured[:, SUMS:]
             self.set_bytes(c, windows[0], nbytes / len(windows))
-            ppl = math.exp(min(nll / max(labels, 1), 700))
-            self.results[c.name].update(kl=kl / positions, ppl=ppl, top1=hits / positions)
+            ppl, next_token = math.exp(min(nll / max(labels, 1), 700)), right / max(labels, 1)
+            self.results[c.name].update(**loss_columns(kl), ppl=ppl, top1=hits / kl.numel(), next_token=next_token)
         self.longest = max(self.longest, len(windows[0]))
 
     def window(self, candidate: Candidate, ids: Tensor, teacher: Tensor, where: str) -> list[float]:
-        """Sums over a window ``[n]``: KL, negative log-likelihood, agreements, labels; and bytes held at its end."""
-        cache, sums, start = candidate.make(), torch.zeros(4, dtype=torch.float64), 0
+        """Of a window: sums of negative log-likelihood, agreements, right next tokens and labels; the bytes held
+        at its end; and the KL of each token."""
+        cache, sums, kl, start = candidate.make(), torch.zeros(4, dtype=torch.float64), [], 0
         full = candidate is self.candidates[0]  # it reads without a cache
         parts = () if full else ids[None].split(self.chunk, 1)
         chunks = [teacher] if full else (forward(self.model, part, cache)[0] for part in parts)
         for logits in chunks:
             end = start + len(logits)
             expected, labels = teacher[start:end], ids[start + 1 : end + 1].to(logits.device)
-            kl = float(kl_divergence(expected, logits).double().sum())
+            kl += kl_divergence(expected, logits).tolist()
             nll = float(cross_entropy(logits[: len(labels)].float(), labels, reduction="none").double().sum())
-            hits = int((logits.argmax(-1) == expected.argmax(-1)).sum())
-            self.check(candidate, f"{where}, tokens {start} to {end - 1}", (kl, nll))
-            sums += torch.tensor([kl, nll, hits, len(labels)], dtype=torch.float64)
+            chosen = logits.argmax(-1)
+            hits, right = int((chosen == expected.argmax(-1)).sum()), int((chosen[: len(labels)] == labels).sum())
+            self.check(candidate, f"{where}, tokens {start} to {end - 1}", (nll, *kl[start:]))
+            sums += torch.tensor([nll, hits, right, len(labels)], dtype=torch.float64)
             start = end
-        return [*sums.tolist(), self.stock_bytes(ids)[0] if full else held_bytes(cache, bounded=False)]
+        nbytes = self.stock_bytes(ids)[0] if full else held_bytes(cache, bounded=False)
+        return [*sums.tolist(), nbytes, *(float(f"{value:.7g}") for value in kl)]
 
     def task(self, task: str, rows: Sequence[dict], encoded: list, advance: Callable[[int], None]) -> None:
         answers = [row["answer"] for row in rows]
