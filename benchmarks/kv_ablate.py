@@ -24,7 +24,7 @@ from nestling import kv
 from nestling.data.texts import read_texts
 from nestling.data.windows import token_windows
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.calibration.sensitivity import measure
+from nestling.kv.calibration.fit import measure
 from nestling.kv.simulation import student
 from nestling.kv.simulation.projections import Projected
 from nestling.models import load_model

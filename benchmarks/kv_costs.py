@@ -16,7 +16,7 @@ import typer
 from nestling import kv
 from nestling.data.texts import read_texts
 from nestling.data.windows import token_windows
-from nestling.kv.calibration.sensitivity import measure
+from nestling.kv.calibration.fit import measure
 from nestling.models import load_model
 
 DOCUMENTS, ENCYCLOPEDIA, BOOK = 400, 0.6, slice(200_000, 800_000)  # of each kind what is drawn from

@@ -13,9 +13,10 @@ from nestling.kv.allocation.steps import fill
 from nestling.kv.allocation.table import CHOICES
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.costs import EVERY, QuantisationErrors, Samples, between, shrunk
+from nestling.kv.calibration.fit import measure
 from nestling.kv.calibration.moments import SKIP
 from nestling.kv.calibration.search import KLMeter
-from nestling.kv.calibration.sensitivity import at_full_ranks, longest, measure, sensitivity
+from nestling.kv.calibration.sensitivity import at_full_ranks, longest, sensitivity
 from nestling.kv.integration.attach import cached
 from nestling.kv.quantisation.quantiser import WIDTHS, chosen_steps, rounded
 from nestling.kv.simulation.student import Student

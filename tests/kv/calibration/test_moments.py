@@ -13,8 +13,9 @@ from nestling.errors import TextTooShortError
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.calibration import moments as module
 from nestling.kv.calibration.costs import QuantisationErrors
+from nestling.kv.calibration.fit import measure
 from nestling.kv.calibration.moments import SKIP, collect_moments, make_bases
-from nestling.kv.calibration.sensitivity import measure, sensitivity, spread
+from nestling.kv.calibration.sensitivity import sensitivity, spread
 from nestling.kv.integration.attach import (
     PassThroughLayer,
     attach,
@@ -450,8 +451,9 @@ def test_every_family_fits(ids, family, basis):
 
 
 @pytest.mark.parametrize("basis", ["balanced", "pca"])
-def test_fit_is_the_sum_of_its_parts(ids, basis):
+def test_fit_is_the_sum_of_its_parts(ids, basis, monkeypatch):
     """And orders the balanced coordinates by what they were measured to be worth; PCA keeps the paper's order."""
+    monkeypatch.setattr("nestling.kv.calibration.fit.corrected", lambda model, adapter, *args, **options: adapter)
     config = kv.FitConfig(sinks=2, window=4, seed=5)
     given = dict(pieces=4, piece_length=32, context=128, sensitivity_windows=8, sinks=2, window=4, seed=5)
     adapter = tiny_fit(tiny_model("qwen3"), ids, basis=basis, **given)

@@ -60,6 +60,10 @@ class Coordinates:
         mean, encode = (part[side, row].to(states.device) for part in (self.mean, self.encode))
         return (states.detach().float() - mean[:, None]) @ encode
 
+    def states(self, side: int, row: int, z: Tensor) -> Tensor:
+        """Keys or values again, without their means."""
+        return z @ self.decode[side, row].to(z.device)
+
     def gradient(self, side: int, row: int, gradient: Tensor) -> Tensor:
         """By coordinates, of that by keys or values."""
         return gradient.float() @ self.decode[side, row].to(gradient.device).mT

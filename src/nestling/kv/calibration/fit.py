@@ -15,6 +15,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.cache.exact import SKIP, capacity
 from nestling.kv.calibration.choice import WINDOWS, can_choose, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
+from nestling.kv.calibration.correction import corrected
 from nestling.kv.calibration.moments import collect_moments, make_bases
 from nestling.kv.calibration.sensitivity import at_full_ranks, at_half, longest
 from nestling.kv.integration.attach import check_support, leaves_as_found, text_config
@@ -109,4 +110,32 @@ def fit(
         adapter = costs[0].of(adapters[config.basis])
     condition = max(float(torch.linalg.cond(encode.double()).max()) for encode in adapter.encode.values())
     adapter.info["condition"] = round(condition, 4)  # of bases in fp32: an orthogonal one has 1
-    return at_half(model, adapter, windows, config, sort=config.basis != "pca", progress=progress)
+    adapter = at_half(model, adapter, windows, config, sort=config.basis != "pca", progress=progress)
+    return corrected(model, adapter, windows, config, progress=progress)
+
+
+def measure(
+    model,
+    adapter: KVAdapter,
+    windows: Tensor,
+    config: FitConfig,
+    *,
+    sort: bool = False,
+    progress: bool = True,
+) -> KVAdapter:
+    """The adapter with what its coordinates are worth, measured on pieces of text.
+
+    At full ranks, on long pieces; at half of the ranks that follow from that pass, since what coordinates are worth
+    depends on which others are gone; and at what small budgets leave, where dropping some costs more than they say.
+
+    Args:
+        windows: token ids ``[n, T]``; the pieces are taken from all over them.
+        config: number and length of the pieces, their positions, exact tokens, and the seed of the labels.
+        sort: put the coordinates of every head in the order of their drop costs.
+
+    Raises:
+        OptionError: if a piece holds no more than the exact tokens.
+    """
+    (costs,) = at_full_ranks(model, [adapter], windows, config, progress)
+    adapter = at_half(model, costs.of(adapter), windows, config, sort, progress)
+    return corrected(model, adapter, windows, config, progress=progress)

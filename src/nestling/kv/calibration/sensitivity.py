@@ -87,37 +87,11 @@ def _some(count: int, most: int, generator: torch.Generator) -> Tensor | None:
     return torch.randperm(count, generator=generator, device=generator.device)[: max(most, 1)].sort().values
 
 
-def measure(
-    model,
-    adapter: KVAdapter,
-    windows: Tensor,
-    config: FitConfig,
-    *,
-    sort: bool = False,
-    progress: bool = True,
-) -> KVAdapter:
-    """The adapter with what its coordinates are worth, measured on pieces of text.
-
-    Twice: at full ranks, on long pieces; and at half of the ranks that follow from that pass, since what coordinates
-    are worth depends on which others are gone.
-
-    Args:
-        windows: token ids ``[n, T]``; the pieces are taken from all over them.
-        config: number and length of the pieces, their positions, exact tokens, and the seed of the labels.
-        sort: put the coordinates of every head in the order of their drop costs.
-
-    Raises:
-        OptionError: if a piece holds no more than the exact tokens.
-    """
-    (costs,) = at_full_ranks(model, [adapter], windows, config, progress)
-    return at_half(model, costs.of(adapter), windows, config, sort, progress)
-
-
 def at_full_ranks(
     model, adapters: Sequence[KVAdapter], windows: Tensor, config: FitConfig, progress: bool
 ) -> list[Costs]:
     """What the coordinates of several adapters cost, by one forward pass over long pieces, one text a row, for the
-    steps of their quantisers, and one with gradients for their errors; see `measure`.
+    steps of their quantisers, and one with gradients for their errors.
 
     The pieces begin at positions from all over the context: keys turn with them, and so what has to be quantised.
     """
@@ -154,7 +128,7 @@ def longest(model, config: FitConfig) -> int:
 
 
 def at_half(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, sort: bool, progress: bool) -> KVAdapter:
-    """An adapter that has costs, with drop costs at half of its ranks; see `measure`.
+    """An adapter that has costs, with drop costs at half of its ranks.
 
     Ranks follow from these, while in a quantised cache, where fewer coordinates are gone, they are worth something
     between that and what they are worth at full ranks.

@@ -157,7 +157,7 @@ class Masked:
     """
 
     rows: dict[int, int]
-    cut: Projected | Coded
+    cut: Callable[[Tensor, int, int], Tensor]
     sinks: int
     window: int
     served: set[int]

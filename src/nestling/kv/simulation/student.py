@@ -14,7 +14,7 @@ from nestling.errors import TrainingError, UnsupportedModelError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.integration.attach import attach, cached, decoder_and_head, input_device, stock_layers, text_config
-from nestling.kv.simulation.projections import Coded, Masked, MaskedBases, MaskedLayer, Projected
+from nestling.kv.simulation.projections import Masked, MaskedBases, MaskedLayer
 from nestling.losses import IGNORED, head_loss
 
 
@@ -56,13 +56,14 @@ class Student(nn.Module):
 
     def masked(self, bits: Tensor) -> Masked:
         """What the attention function needs for bits of blocks, ``[B, 2, L, Hkv, blocks]``."""
-        return self._masked(self.bases.cut(bits))
+        return self.reading(self.bases.cut(bits))
 
     def weighted(self, mask: Tensor) -> Masked:
         """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
-        return self._masked(self.bases.weighted(mask))
+        return self.reading(self.bases.weighted(mask))
 
-    def _masked(self, cut: Projected | Coded) -> Masked:
+    def reading(self, cut: Callable[[Tensor, int, int], Tensor]) -> Masked:
+        """The same for any way to read keys and values, see `Masked`."""
         return Masked(self.rows, cut, self.sinks, self.window, set())
 
     def _arguments(self, masked: Masked) -> dict:
@@ -89,7 +90,9 @@ class Student(nn.Module):
         Raises:
             UnsupportedModelError: if a layer was not reached.
         """
-        masked = self.masked(bits)
+        return self._hidden(input_ids, self.masked(bits))
+
+    def _hidden(self, input_ids: Tensor, masked: Masked) -> Tensor:
         states = decoder_and_head(self.lm)[0](input_ids=input_ids, **self._arguments(masked))
         if masked.served != set(self.rows):
             raise UnsupportedModelError(
@@ -131,6 +134,11 @@ class Student(nn.Module):
         head = decoder_and_head(self.lm)[1]
         rows = self.hidden(input_ids, bits)
         return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
+
+    def distance(self, input_ids: Tensor, masked: Masked) -> Tensor:
+        """KL to the full model of texts ``[B, T]``, mean nats per token, with a gradient by what ``masked`` reads."""
+        teacher, head = self.teacher(input_ids), decoder_and_head(self.lm)[1]
+        return head_loss(self._hidden(input_ids, masked).flatten(0, 1), teacher.flatten(0, 1), head).loss
 
     def forward(self, input_ids: Tensor, bits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """The loss and its parts for ids ``[B, T]`` and bits of blocks ``[B, 2, L, Hkv, blocks]``.

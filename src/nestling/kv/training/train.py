@@ -26,8 +26,7 @@ from nestling.kv.allocation.allocate import steps_of
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.exact import check_length
 from nestling.kv.calibration.config import FitConfig
-from nestling.kv.calibration.fit import fit
-from nestling.kv.calibration.sensitivity import measure
+from nestling.kv.calibration.fit import fit, measure
 from nestling.kv.integration.attach import attach, check_head, head_shape, input_device, leaves_as_found, text_config
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
