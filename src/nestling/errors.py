@@ -65,6 +65,10 @@ class GradientError(NestlingError, RuntimeError):
     """A gradient would have to pass through what has none; the message says what to do instead."""
 
 
+class KernelError(NestlingError, RuntimeError):
+    """Compiled functions that cannot be had; the message is the reason."""
+
+
 class CalibrationError(NestlingError, ValueError):
     """Statistics that no basis can be made from; the message names the layer."""
 

@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nestling.errors import FileError
+from nestling.errors import FileError, KernelError
 from nestling.files.private import private_folder
 from nestling.files.temporary import sweep, temporary_folder
 from nestling.files.writing import naming, sync, write_file
@@ -38,10 +38,6 @@ THREADS = "-fopenmp"  # which Apple's compiler does not have: one thread then
 TURNED_OFF = "NESTLING_KERNELS=0"
 
 log = logging.getLogger(__name__)
-
-
-class _Missing(Exception):
-    """There are no compiled functions; the message is the reason."""
 
 
 def status() -> str:
@@ -60,7 +56,7 @@ def _triton_state() -> str:
 def _state() -> str:
     try:
         return f"on ({_loaded()._name})"
-    except _Missing as reason:
+    except KernelError as reason:
         return f"off ({reason})"
 
 
@@ -69,7 +65,7 @@ def compiled() -> ctypes.CDLL | None:
     """The compiled functions, or None where they cannot be had, which is logged once."""
     try:
         return _loaded()
-    except _Missing as reason:
+    except KernelError as reason:
         level = logging.INFO if _is_turned_off() else logging.WARNING
         log.log(level, "compiled kernels are off, products are slower: %s", reason)
         return None
@@ -77,23 +73,35 @@ def compiled() -> ctypes.CDLL | None:
 
 def _loaded() -> ctypes.CDLL:
     if _is_turned_off():
-        raise _Missing(TURNED_OFF)
+        raise KernelError(TURNED_OFF)
+    return library(SOURCE, "nestling_weighted")
+
+
+def library(source: Path, function: str) -> ctypes.CDLL:
+    """A file of C as a library, compiled for this machine if it is not there yet.
+
+    Args:
+        function: that it has to have.
+
+    Raises:
+        KernelError: it cannot be had; the message is the reason.
+    """
     if (program := compiler()) is None:
-        raise _Missing(f"there is no C compiler {os.environ.get('CC') or 'cc'!r}; CC names another")
+        raise KernelError(f"there is no C compiler {os.environ.get('CC') or 'cc'!r}; CC names another")
     try:
         folder = private_folder(_folder())
         sweep(folder)
-        path = folder / file_name(program)
+        path = folder / file_name(program, source)
         if not _is_whole(path):
-            _compile(program, path)
-        library = ctypes.CDLL(str(path))
+            _compile(program, source, path)
+        loaded = ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
-        raise _Missing(f"{program} failed: {_last_line(error.stderr)}") from error
+        raise KernelError(f"{program} failed: {_last_line(error.stderr)}") from error
     except (FileError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        raise _Missing(str(error)) from error
-    if not hasattr(library, "nestling_weighted"):
-        raise _Missing(f"{path} lacks functions")
-    return library
+        raise KernelError(str(error)) from error
+    if not hasattr(loaded, function):
+        raise KernelError(f"{path} lacks functions")
+    return loaded
 
 
 def _is_turned_off() -> bool:
@@ -120,10 +128,10 @@ def compiler() -> str | None:
     return None if path is None else shlex.join([os.path.abspath(path), *arguments])
 
 
-def file_name(compiler: str) -> str:
+def file_name(compiler: str, source: Path | None = None) -> str:
     """Of the library: another one for other source, another compiler and another processor."""
     machine = f"{platform.machine()} {platform.node()} {torch.backends.cpu.get_cpu_capability()} {compiler} {FLAGS}"
-    return f"{hashlib.sha256(SOURCE.read_bytes() + machine.encode()).hexdigest()[:16]}.so"
+    return f"{hashlib.sha256((source or SOURCE).read_bytes() + machine.encode()).hexdigest()[:16]}.so"
 
 
 def _is_whole(path: Path) -> bool:
@@ -139,10 +147,10 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, source: Path, path: Path) -> None:
     with naming(path), temporary_folder(path.parent) as work:
         new = work / path.name
-        command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(new)]
+        command = [*shlex.split(compiler), *FLAGS, str(source), "-o", str(new)]
         if subprocess.run([*command, THREADS], capture_output=True, timeout=120).returncode:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
         sync(new)
