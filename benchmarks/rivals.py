@@ -216,7 +216,8 @@ def balanced(states: Tensor, bits: int, *, by_channel: bool) -> list[Tensor]:
     for _ in range(ROUNDS):
         rows = rows * (x / (rows * columns)).std(-1, keepdim=True).clamp_min(1e-6)
         columns = columns * (x / (rows * columns)).std(-2, keepdim=True).clamp_min(1e-6)
-    other = (rows if by_channel else columns).half()
+    other = rows if by_channel else columns  # divided by its mean: what is common to all goes into the scales
+    other = (other / other.log().mean((-2, -1), keepdim=True).exp()).half()
     codes, scale, low = _asymmetric(x / other.float(), bits, -2 if by_channel else -1)
     return [_pack(codes, bits), scale, low, other]
 

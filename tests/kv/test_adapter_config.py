@@ -13,6 +13,7 @@ from nestling.kv import KVAdapter
 CONFIG, WEIGHTS = "nestling_adapter.json", "nestling_adapter.safetensors"
 TRAINING = {"preset": "default", "sampling": "path", "allocation": "energy", "sinks": 4, "window": 64, "tokens": 64,
             "seconds": 3, "learning_rate": 0.002, "curve": [{"step": 0, "tokens": 0, "kl_0.5": 0.2}]}  # fmt: skip
+MEASURED = dict.fromkeys(("budget", "bytes_share", "kl", "kl_99", "kl_first", "kl_last"), 0.25)
 
 ERRORS = dict.fromkeys(("key", "value"), [0.4, 0.12, 0.04, 0.01, 1e-4])  # as in format 1
 
@@ -71,6 +72,11 @@ def change(folder: Path, **changes) -> None:
         {"training__curve": [{"kl_0.5": 1}]},
         {"training__learning_rate": None},
         {"training__seconds": -3},
+        {"measured": 3},
+        {"measured": {"length": 0, "windows": 1, "rows": []}},
+        {"measured": {"length": 9, "windows": 1, "rows": [3]}},
+        {"measured": {"length": 9, "windows": 1, "rows": [{**MEASURED, "kl": "low"}]}},
+        {"measured": {"length": 9, "windows": 1, "rows": [{**MEASURED, "predicted": -1}]}},
         {"model__layers": [0, 0, 0]},
         {"model__layers": [True, 1, 2]},
         {"model__layers": [2, 1, 0]},

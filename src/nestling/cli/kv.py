@@ -5,6 +5,7 @@ Commands only parse, call the library and print. Heavy imports happen inside the
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,12 @@ Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", 
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
 
 
+def apart(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Texts to learn from, and one in twenty held out; a single one is both."""
+    every = list(texts)
+    return [text for i, text in enumerate(every) if i % 20] or every, every[::20]
+
+
 @kv_app.command()
 @errors_as_messages
 @takes(source=TextSource, config=FitConfig)
@@ -51,19 +58,21 @@ def fit(
     config: FitConfig,
     json: Json = None,
 ) -> None:
-    """Calibrate nested bases for MODEL on text, without training, and save them as an adapter."""
+    """Calibrate nested bases for MODEL on text, without training, measure their caches, and save them."""
     from nestling import kv
     from nestling.kv.adapter_config import basis_of
     from nestling.kv.adapter_files import check_place, expected_bytes
+    from nestling.kv.evaluation.check import COLUMNS, checked
     from nestling.models import load_model
+    from nestling.report.tables import table
 
     check_outputs(json, folder=out)
     check_place(out)
-    texts = source.read()
+    texts, held_out = apart(source.read())
     language_model, tokenizer = loading(load_model, model)
     check_place(out, expected_bytes(language_model))
     start = time.perf_counter()
-    adapter = kv.fit(language_model, tokenizer, texts, config)
+    adapter = checked(language_model, tokenizer, held_out, kv.fit(language_model, tokenizer, texts, config))
     seconds = time.perf_counter() - start
     adapter.save_pretrained(out)
     layers, heads, width = adapter.shape
@@ -73,6 +82,9 @@ def fit(
         f"({used / seconds:.0f} tokens/s), worst condition number {adapter.info['condition']:.1f}. Saved to {out}"
     )
     console.print(f"Bases: {basis_of(adapter.info)}")
+    if measured := adapter.info.get("measured"):
+        title = f"{model}: caches on {measured['length']:,} held-out tokens"
+        console.print(table(measured["rows"], {k: h for k, h in COLUMNS.items() if k in measured["rows"][0]}, title))
     write_results(json, [{"model": model, "seconds": seconds, **adapter.info}], seconds)
 
 
@@ -94,21 +106,21 @@ def train(
     """Train nested bases for MODEL by distillation under sampled ranks (MatryoshkaKV)."""
     from nestling import kv
     from nestling.kv.adapter_files import check_place, expected_bytes, shares_of
+    from nestling.kv.evaluation.check import checked
     from nestling.models import load_model
 
     check_outputs(json, html, folder=out)
     check_place(out)
     check_checkpoints(out, config.resume)
-    texts = list(source.read())
+    texts, held_out = apart(source.read())
     if eval_text is not None:
-        held_out = list(replace(source, text=eval_text).read())
-    else:
-        held_out, texts = texts[::20], [t for i, t in enumerate(texts) if i % 20] or texts
+        texts, held_out = list(source.read()), list(replace(source, text=eval_text).read())
     start = None if adapter is None else kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)
     check_place(out, expected_bytes(language_model))
     config = replace(config, output_dir=out.with_name(f"{out.name}-checkpoints"))
     trained = kv.train(language_model, tokenizer, texts, start, config, eval_texts=held_out)
+    trained = checked(language_model, tokenizer, held_out, trained)
     trained.save_pretrained(out)
     measured = trained.info["training"]
     rows = [p for p in measured["curve"] if any(name.startswith("kl") for name in p)]
@@ -266,6 +278,7 @@ def inspect(
 ) -> None:
     """Show what a cache takes: bits by layer and head, and bytes by length of text. No model is loaded."""
     from nestling import kv
+    from nestling.kv.allocation.allocate import predicted
     from nestling.kv.allocation.budget import read_budget
     from nestling.kv.cache.config import BUDGET
     from nestling.kv.cache.lengths import bytes_by_length, plan_of, shared_bytes
@@ -281,6 +294,8 @@ def inspect(
     console.print(bits_table(rows, f"bits per number, of 16,{asked}"))
     show(lengths, f"bytes by length{asked}")
     console.print(f"{shared:,} bytes of bases, which all caches of this adapter and allocation share")
+    if allocation.stacked.unique().numel() > 2 and nested.quantises:
+        console.print(f"KL expected: {predicted(nested, allocation):.2g} nats a token to the full cache")
     write_results(json, [*rows, *lengths])
     if png is not None:
         write_png(png, bits_map(allocation, f"Bits{asked}"))

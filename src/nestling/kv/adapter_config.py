@@ -53,6 +53,8 @@ def read_config(path: Path) -> dict[str, Any]:
         search.whole("forwards", default=None)
     if (training := fields.object("training", default=None)) is not None:
         _check_training(training)
+    if (measured := fields.object("measured", default=None)) is not None:
+        _check_measured(measured)
     return config
 
 
@@ -86,6 +88,17 @@ def _check_model(model: Fields) -> None:
     for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         model.whole(key, 1)
     model.object("rope")
+
+
+def _check_measured(measured: Fields) -> None:
+    """What a card tells of the caches."""
+    for key in ("length", "windows"):
+        measured.whole(key, 1)
+    for row in measured.objects("rows"):
+        for name in ("budget", "bytes_share", "kl", "kl_99", "kl_first", "kl_last"):
+            row.number(name)
+        if "predicted" in row.values:
+            row.number("predicted", 0)
 
 
 def _check_training(training: Fields) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from nestling.errors import BudgetError
 from nestling.kv.allocation.budget import FULL_BITS
 from nestling.kv.allocation.steps import Steps, fill
-from nestling.kv.allocation.table import block_sizes
+from nestling.kv.allocation.table import CHOICES, Allocation, block_sizes
 from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 from nestling.options import shown
 
@@ -119,6 +119,13 @@ def losses(quantisation_cost: Tensor) -> Tensor:
             nothing is lost.
     """
     return by_block(torch.nn.functional.pad(quantisation_cost.double(), (0, 1)).mT).mT
+
+
+def predicted(adapter: "KVAdapter", allocation: Allocation) -> float:
+    """The KL to the full model that an allocation of bits is expected to cost, in nats per token: the sum of what its
+    blocks lose, as measured where the adapter was made. Errors of blocks that add up or cancel are not in it."""
+    place = torch.bucketize(allocation.stacked, torch.tensor(CHOICES))
+    return float(losses_of(adapter).gather(-1, place[..., None]).sum())
 
 
 def by_rank(worth: Tensor, width: int) -> Tensor:

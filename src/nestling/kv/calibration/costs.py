@@ -40,9 +40,10 @@ class Costs:
     step: dict[str, Tensor]
 
     def of(self, adapter: KVAdapter) -> KVAdapter:
-        """The adapter with these costs; what was searched by other ones is left out."""
+        """The adapter with these costs; what was searched and measured by other ones is left out."""
         costs = {name: getattr(self, name) for name in ("drop_cost", "quantisation_cost", "step")}
-        return replace(adapter, **costs, paths={})
+        info = {key: value for key, value in adapter.info.items() if key != "measured"}
+        return replace(adapter, **costs, info=info, paths={})
 
 
 class Coordinates:

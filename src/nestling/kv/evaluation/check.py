@@ -1,0 +1,56 @@
+"""What a new adapter's caches lose, measured on text that it was not made from, beside what its costs predict.
+
+It is what a card says, and what tells whether an allocation can be trusted: bits go where losses are predicted to be
+large.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from nestling.errors import BudgetError, TextTooShortError
+from nestling.kv.adapter import KVAdapter
+from nestling.kv.allocation.allocate import predicted
+from nestling.kv.cache.config import CacheConfig
+from nestling.kv.cache.factory import planned
+from nestling.kv.evaluation.config import EvalConfig
+from nestling.kv.evaluation.evaluate import evaluate
+
+BUDGETS = (0.3125, 0.25, 0.1875, 0.125, 0.0625)
+LENGTH, WINDOWS = 2048, 1
+CHUNK = 256  # what a query sees of our caches does not depend on it
+COLUMNS = {
+    "budget": "budget", "bytes_share": "of bf16", "predicted": "KL, predicted", "kl": "KL", "kl_99": "KL, 99 %",
+    "kl_first": "first eighth", "kl_last": "last eighth",
+}  # fmt: skip
+
+
+def checked(model, tokenizer, texts: Sequence[str] | None, adapter: KVAdapter, *, progress: bool = True) -> KVAdapter:
+    """The adapter with ``info["measured"]``: ``length``, ``windows``, and rows of `COLUMNS` at five budgets.
+
+    Args:
+        texts: held out from what it was made of; if there is no window of 2,048 tokens, or for None, the built-in
+            English pages are read.
+
+    Raises:
+        EvaluationError: for logits that are not finite.
+    """
+    length = min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+    plans: dict[float, Any] = {}
+    for budget in BUDGETS:
+        with contextlib.suppress(BudgetError):  # heads so narrow that so little cannot be kept
+            plans[budget] = planned(adapter, CacheConfig(budget=budget, context=length))
+    if not plans:
+        return adapter
+    config = EvalConfig(budgets=tuple(plans), windows=WINDOWS, length=length, chunk=CHUNK)
+    try:
+        rows = evaluate(model, tokenizer, texts, adapter, config, progress=progress)
+    except TextTooShortError:
+        rows = evaluate(model, tokenizer, None, adapter, config, progress=progress)
+    measured = [{name: row[name] for name in COLUMNS if name in row} for row in rows[1:]]
+    if adapter.quantises:
+        measured = [row | {"predicted": predicted(adapter, plans[row["budget"]].allocation)} for row in measured]
+    return replace(
+        adapter, info={**adapter.info, "measured": {"length": length, "windows": WINDOWS, "rows": measured}}
+    )
