@@ -4,18 +4,19 @@ python benchmarks/figures.py
 """
 
 import matplotlib
+from columns import ROOT, load
+from cost_tables import rows_of
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import ROOT, load
 
 from nestling.report.figures import INK, MARKERS, PALETTE
 
 CACHES = {  # method: name, and the rows of a line
     "nestling": ("bits",),
     "KIVI": ("kivi-int4", "kivi-int3", "kivi-int2"),
-    "HQQ (transformers)": ("hqq-int4", "hqq-int2"),
-    "plain integers": ("int8", "int4", "int3", "int2"),
+    "TurboQuant, simulated": ("turbo-4", "turbo-3"),
+    "plain integers": ("int8", "int4", "int3"),
 }
 ENCODER = "e5-small"
 ENCODERS = {
@@ -29,7 +30,7 @@ SHAPE = (32, 128)  # texts and tokens of the batch whose speed is shown
 
 def caches(axes: Axes) -> None:
     """KL to the full cache over bytes."""
-    rows = [row for row in load("kv_bits") if row["model"] == "smollm2"]
+    rows = rows_of("smollm2")
     for i, (name, methods) in enumerate(CACHES.items()):
         line = sorted((row["bytes_share"], row["kl"]) for row in rows if row["method"] in methods)
         _line(axes, line, i, name)

@@ -15,7 +15,13 @@ MODELS = {
 }
 CACHES = {
     "full": "full cache",
+    "control": "full cache, read in chunks",
     "bits": "nestling",
+    "fp8": "fp8 (e4m3)",
+    "turbo-4": "TurboQuant, 4 bits, simulated",
+    "turbo-3": "TurboQuant, 3 bits, simulated",
+    "kvarn-4-2": "KVarN, 4 and 2 bits, simulated",
+    "oscar-2": "OSCAR, 2 bits, simulated",
     "bits-131k": "nestling, short training",
     "bits-for-ranks": "nestling, trained on ranks",
     "bits-window-64": "nestling, window of 64",

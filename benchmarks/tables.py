@@ -3,23 +3,32 @@
 python benchmarks/tables.py [--check]
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from decimal import Decimal
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import cost_tables
 import typer
+from columns import (
+    ROOT,
+    Format,
+    budget_percent,
+    digits,
+    load,
+    millions,
+    of_four,
+    percent,
+    pivot,
+    table,
+    times_100,
+    titled,
+    unique,
+    whole_percent,
+)
 from names import CACHES, ENCODERS, MEASURES, MODELS, PRETRAININGS, TRAININGS
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
-
-Row = Mapping[str, Any]
-Format = Callable[[Any], str]
 
 # The adapters and integers that the main table of kv_bits leaves out.
 VARIANTS = ("bits-131k", "bits-for-ranks", "bits-window-64", "bits-window-32", "ranks-131k", "ranks-for-ranks")
@@ -35,78 +44,10 @@ VARIANTS += (
 )
 
 
-def load(name: str) -> list[dict]:
-    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
-
-
-def digits(value: float) -> str:
-    """Three significant digits, never in scientific notation. Whole numbers stay as they are."""
-    return f"{value:,.0f}" if isinstance(value, int) or not value else f"{Decimal(f'{value:.2e}'):,f}"
-
-
-def percent(share: float) -> str:
-    return f"{digits(100 * share)} %"
-
-
-def whole_percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def budget_percent(share: float) -> str:
-    return f"{100 * share:g} %"
-
-
-def times_100(value: float) -> str:
-    return digits(100 * value)
-
-
-def of_four(share: float) -> str:
-    return f"{4 * share:.0f} of 4"
-
-
-def millions(count: float) -> str:
-    return digits(count / 1e6)
-
-
-def table(rows: Iterable[Row], columns: Mapping[str, tuple[str, Format]]) -> str:
-    """Markdown. Every row must have a value in every column: split a table that would have empty cells."""
-    texts = [[form(row[key]) for key, (_, form) in columns.items()] for row in rows]
-    first, *others = [title for title, _ in columns.values()]
-    rules = [["---", *["---:"] * len(others)]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [[first, *others], *rules, *texts])
-
-
-def titled(tables: Mapping[str, str]) -> str:
-    return "\n".join(f"{title}:\n\n{body}" for title, body in tables.items())
-
-
-def unique(rows: Iterable[Row], key: str) -> list[Any]:
-    return list(dict.fromkeys(row[key] for row in rows))
-
-
-def pivot(rows: Iterable[Row], down: tuple[str, str, Format], across: tuple[str, Format], value: str, form: Format):
-    """A row for each value of one key, a column for each value of another."""
-    key, title, label = down
-    rows = list(rows)
-    lines: dict[Any, dict] = {}
-    for row in rows:
-        lines.setdefault(row[key], {key: row[key]})[row[across[0]]] = row[value]
-    columns = {column: (across[1](column), form) for column in unique(rows, across[0])}
-    return table(lines.values(), {key: (title, label), **columns})
-
-
 CACHE = {"method": ("cache", CACHES.__getitem__)}
 SHARE = {"bytes_share": ("share of bf16", percent)}
 LOSS = {"kl": ("KL", digits), "ppl": ("perplexity", digits), "top1": ("top-1 agreement", percent)}
 BUDGET = ("budget", budget_percent)
-
-
-def kv_short() -> str:
-    """Six rows for the README."""
-    rows = {(r["method"], r["budget"]): r for r in load("kv_bits") if r["model"] == "smollm2"}
-    shown = [("full", None), ("int8", None), ("kivi-int4", None), ("kivi-int2", None), ("bits", 0.25), ("bits", 0.125)]
-    columns = {**CACHE, "bytes_share": ("share of bf16", whole_percent), "kl": LOSS["kl"], "top1": LOSS["top1"]}
-    return table([rows[key] for key in shown], columns)
 
 
 def kv_by_budget(name: str) -> str:
@@ -378,7 +319,11 @@ def embed_search() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "kv_short": kv_short, "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
+    "kv_short": cost_tables.short, "kv_cost": partial(cost_tables.budgets, "smollm2"),
+    "kv_cost_gemma": partial(cost_tables.budgets, "gemma3"), "kv_cost_lengths": cost_tables.lengths,
+    "kv_cost_course": cost_tables.course, "kv_cost_rivals": partial(cost_tables.rivals, "smollm2"),
+    "kv_cost_rivals_gemma": partial(cost_tables.rivals, "gemma3"),
+    "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
     "kv_bits": partial(kv_bits, "smollm2"), "kv_bits_variants": partial(kv_bits, "smollm2", True),
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
     "elastic": elastic, "embed_search": embed_search,
