@@ -14,7 +14,8 @@ from nestling.cli.examples import EXAMPLES, TERMS
 
 ROOT = get_command(app)
 WINGS = {name: command for name, command in ROOT.commands.items() if hasattr(command, "commands")}
-COMMANDS = [f"{wing} {name}" for wing, group in WINGS.items() for name in group.commands]
+ALONE = [name for name in ROOT.commands if name not in WINGS]
+COMMANDS = [f"{wing} {name}" for wing, group in WINGS.items() for name in group.commands] + ALONE
 
 
 def shown(*words: str) -> str:
@@ -32,14 +33,15 @@ def test_help_fits_and_cuts_nothing(words):
 @pytest.mark.parametrize("words", COMMANDS)
 def test_help_defines_its_words_and_shows_examples_that_are_read(words):
     text = " ".join(shown(*words.split()).split())
-    wing, name = words.split()
+    *wing, name = words.split()
+    group = WINGS[wing[0]] if wing else ROOT
     assert words in EXAMPLES, f"nestling.cli.examples has no example of nestling {words}"
-    assert TERMS[wing] in text
+    assert TERMS["".join(wing)] in text
     for example in EXAMPLES[words]:
         assert example in text
         program, *arguments = shlex.split(example)
-        assert program == "nestling" and arguments[:2] == [wing, name]
-        WINGS[wing].commands[name].make_context(name, arguments[2:])  # unknown and missing options are refused
+        assert program == "nestling" and arguments[: len(wing) + 1] == [*wing, name]
+        group.commands[name].make_context(name, arguments[len(wing) + 1 :])  # unknown and missing options are refused
 
 
 def test_there_are_no_examples_of_commands_that_went():

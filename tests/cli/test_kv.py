@@ -78,7 +78,7 @@ def test_the_demo_calibrates_asks_and_measures(place, monkeypatch):
 def test_answers_of_the_demo_come_from_the_cache_and_are_judged(monkeypatch):
     from types import SimpleNamespace
 
-    from nestling.kv import demo
+    from nestling.kv import demo, document
 
     words = ["<eos>", "brass", "bell.", "Olsen", "nobody"]
     script = {"bring": "brass bell.", "woman": "nobody", "cargo": "brass"}
@@ -96,7 +96,7 @@ def test_answers_of_the_demo_come_from_the_cache_and_are_judged(monkeypatch):
         return {"input_ids": torch.zeros(1, 9, dtype=torch.long)}
 
     tokenizer.decode = lambda ids, **options: " ".join(words[i] for i in ids if i)
-    monkeypatch.setattr(demo, "_read", read)
+    monkeypatch.setattr(document, "read", read)
     cache = []
     answers = demo._answers(SimpleNamespace(), tokenizer, cache)
     assert answers == [

@@ -1,4 +1,4 @@
-"""The command line: ``nestling kv ...``, ``nestling embed ...`` and ``nestling demo``.
+"""The command line: ``nestling kv ...``, ``nestling embed ...``, ``nestling demo`` and ``nestling play``.
 
 The commands of a wing are in a file of their own.
 """
@@ -14,6 +14,7 @@ import typer
 from nestling.cli.embed import embed_app
 from nestling.cli.examples import add_examples
 from nestling.cli.kv import kv_app
+from nestling.cli.play import play
 from nestling.cli.terminal import (
     Json,
     check_outputs,
@@ -48,6 +49,7 @@ demo_app = typer.Typer(no_args_is_help=True, help="End to end on a small real mo
 app.add_typer(kv_app, name="kv")
 app.add_typer(embed_app, name="embed")
 app.add_typer(demo_app, name="demo")
+app.command("play")(play)
 
 
 @demo_app.command("kv")
@@ -95,4 +97,4 @@ def _folders(name: str) -> Iterator[Path]:
     return (Path(name if number == 1 else f"{name}-{number}") for number in count(1))
 
 
-add_examples({"kv": kv_app, "embed": embed_app, "demo": demo_app})
+add_examples({"kv": kv_app, "embed": embed_app, "demo": demo_app, "": app})

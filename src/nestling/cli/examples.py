@@ -12,7 +12,8 @@ EMBED_TERMS = (
     "sizes. A PROJECTION is a matrix that turns what a layer says into the numbers of a size."
 )
 DEMO_TERMS = "A demo needs no network where its model is installed, and writes a page that any browser shows."
-TERMS = {"kv": KV_TERMS, "embed": EMBED_TERMS, "demo": DEMO_TERMS}
+PLAY_TERMS = "The page is on this machine, and nothing of it is fetched from elsewhere."
+TERMS = {"kv": KV_TERMS, "embed": EMBED_TERMS, "demo": DEMO_TERMS, "": PLAY_TERMS}
 
 EXAMPLES = {
     "kv fit": ("nestling kv fit smollm2 --out adapter", "nestling kv fit smollm2 --out adapter --text book.txt"),
@@ -34,12 +35,13 @@ EXAMPLES = {
     "embed search": ("nestling embed search minilm --vectors vectors --query 'a young bird' --top 5",),
     "demo kv": ("nestling demo kv --out report.html",),
     "demo embed": ("nestling demo embed --keep models",),
+    "play": ("nestling play", "nestling play --model MODEL --adapter adapter --encoder elastic --port 7861"),
 }
 
 
 def add_examples(wings: dict[str, typer.Typer]) -> None:
-    """Give every command of the wings its words and examples."""
+    """Give every command of the wings its words and examples; commands of no wing are under an empty name."""
     for wing, app in wings.items():
         for command in app.registered_commands:
             name = command.name or getattr(command.callback, "__name__", "")
-            command.epilog = "\n\n".join([TERMS[wing], "Example:", *EXAMPLES.get(f"{wing} {name}", ())])
+            command.epilog = "\n\n".join([TERMS[wing], "Example:", *EXAMPLES.get(f"{wing} {name}".strip(), ())])

@@ -47,7 +47,7 @@ def run(model: str, out: Path, size: str | None, keep: Path, console: Console) -
     if size is not None:
         encoder.sizes.cup(size)  # a size that there is not is said now
     pages = list(read_texts(None))
-    openings = [_opening(page) for page in pages]
+    openings = [opening(page) for page in pages]
     unseen = sentences(pages[::8], longest=LONGEST)
     texts = sentences([page for i, page in enumerate(pages) if i % 8], longest=LONGEST)
     with console.status("measuring the sizes as they are"):
@@ -96,7 +96,7 @@ def words_are(rows: Sequence[dict]) -> str:
     )
 
 
-def _opening(page: str) -> str:
+def opening(page: str) -> str:
     """The title of a page and its first sentences."""
     return " ".join([page.splitlines()[0], *sentences([page], longest=LONGEST)[:3]])
 

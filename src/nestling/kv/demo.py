@@ -22,9 +22,10 @@ from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit
+from nestling.kv.document import QUESTIONS, continuation, read, with_story
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import Candidate, compare
-from nestling.kv.integration.attach import cached, input_device, logits_of_last, text_config
+from nestling.kv.integration.attach import cached, input_device, text_config
 from nestling.kv.quantisation.cpu import compiled
 from nestling.kv.report import COLUMNS, about, map_section, quality_section
 from nestling.models import load_model
@@ -39,26 +40,6 @@ MEASURED = (0.5, 0.25, 0.125, 0.1)  # that KL is measured at
 TOKENS = 24576  # of a calibration
 ANSWER = 10  # tokens
 STEPS = 12  # of decoding that are timed
-STORY = """\
-The lighthouse on Skerry Point was built of grey granite and stood forty metres high. For thirty-one years it had been
-kept by a woman called Marit Olsen, who had come to the island as a girl with her father's fishing boat and never quite
-managed to leave. Every evening she climbed the two hundred and twelve steps with a can of oil and a clean cloth, and
-every morning she wrote the weather into a green notebook: the wind, the height of the waves, the ships that passed.
-In the winter of the great storm the supply boat did not come for six weeks. Marit ate dried fish and potatoes, burned
-the old furniture in the stove, and kept the lamp alight with the last of the oil. On the fortieth night a cargo ship,
-the Halcyon, lost her engine in the channel and drifted towards the rocks. Her captain saw the beam, dropped both
-anchors at the last moment, and saved all nineteen of his crew. When the sea grew calm, the sailors rowed to the island
-with a gift. It was the ship's brass bell. It still hangs beside the door of the lighthouse, and children who visit the
-island in summer are allowed to ring it once, for luck.
-
-The light is electric now, and no one lives in the tower. But the green notebooks are in the museum in the harbour
-town, forty-four of them on a shelf behind glass, and the last line of the last one reads: wind from the west, sea
-quiet, nothing to report."""
-QUESTIONS = (  # with the beginning and a word of the answer
-    ("What did the sailors bring to the keeper of the lighthouse?", "They brought her the ship's", "brass bell"),
-    ("What is the name of the woman who kept the lighthouse?", "Her name is", "Marit"),
-    ("What was the name of the cargo ship?", "The cargo ship was called the", "Halcyon"),
-)
 
 
 def stream(
@@ -125,7 +106,7 @@ def run(model: str, out: Path, context: int, tokens: int, console: Console) -> l
     config = text_config(language_model)
     sizes: dict[str, Callable[[], Any]] = {"full": lambda: DynamicCache(config=config)}
     sizes |= {f"{100 * share:.3g}%": partial(nested, share, context=context) for share in SIZES}
-    ids = _text(tokenizer, pages[1::8], context)
+    ids = with_story(tokenizer, pages[1::8], context)
     compiled()
     console.print(
         f"{ids.shape[1]:,} tokens of Python's help pages, with a story about a lighthouse in their midst, are read "
@@ -140,7 +121,7 @@ def run(model: str, out: Path, context: int, tokens: int, console: Console) -> l
     answers, caches = {}, {}
     for name, make in sizes.items():
         with console.status(f"reading and answering at {name}"):
-            _read(language_model, ids[:, :300], make())  # what is slow the first time is not measured
+            read(language_model, ids[:, :300], make())  # what is slow the first time is not measured
             caches[name], seconds = _filled(language_model, ids, make)
             answers[name] = _answers(language_model, tokenizer, caches[name])
         rows.append({"size": name, "prefill_seconds": seconds, "right": sum(right for _, right in answers[name])})
@@ -175,24 +156,10 @@ def _nested(model, adapter: KVAdapter, share: float, **options: Any) -> NestedCa
     return NestedCache(model, adapter, CacheConfig(budget=share, dtype=torch.bfloat16, **options))
 
 
-def _text(tokenizer, pages: list[str], context: int) -> Tensor:
-    """So many tokens ``[1, n]`` of pages, the story in their middle."""
-    story = tokenizer(f"\n\n{STORY}\n\n", add_special_tokens=False)["input_ids"]
-    around = tokenizer("\n".join(pages), verbose=False)["input_ids"][: max(0, context - len(story))]
-    middle = len(around) // 2
-    return torch.tensor([around[:middle] + story + around[middle:]])
-
-
-@torch.inference_mode()
-def _read(model, ids: Tensor, cache: Cache) -> Tensor:
-    """The logits ``[V]`` after ids ``[1, n]``, which go through the cache in one call."""
-    return logits_of_last(model, ids.to(input_device(model)), cache).logits[0, -1]
-
-
 def _filled(model, ids: Tensor, make: Callable[[], Any]) -> tuple[Any, float]:
     """A cache that has read the text in one call, and the seconds that it took."""
     cache, start = make(), time.perf_counter()
-    _read(model, ids, cache)
+    read(model, ids, cache)
     return cache, time.perf_counter() - start
 
 
@@ -200,12 +167,9 @@ def _answers(model, tokenizer, cache: Cache) -> list[tuple[str, bool]]:
     """The answer to each question, by a copy of the cache, and whether it is right."""
     answers = []
     for question, beginning, word in QUESTIONS:
-        asked, own = f"\n\nQuestion: {question}\nAnswer: {beginning}", deepcopy(cache)
-        logits = _read(model, tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"], own)
-        said: list[int] = []
-        while len(said) < ANSWER:
-            said.append(int(logits.argmax()))
-            logits = _read(model, torch.tensor([said[-1:]]), own)
+        asked = f"\n\nQuestion: {question}\nAnswer: {beginning}"
+        ids = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        said = list(continuation(model, ids, cache, ANSWER))
         answer = " ".join(tokenizer.decode(said, skip_special_tokens=True).split())
         answers.append((" ".join(f"{beginning} {answer}".split(".")[0].split()), word in answer))
     return answers
@@ -218,7 +182,7 @@ def _decode_times(model, caches: dict[str, Cache]) -> list[float]:
     for _ in range(STEPS):
         for cache, taken in zip(copies, times, strict=True):
             start = time.perf_counter()
-            _read(model, torch.zeros(1, 1, dtype=torch.long), cache)
+            read(model, torch.zeros(1, 1, dtype=torch.long), cache)
             taken.append(1e3 * (time.perf_counter() - start))
     return [median(taken) for taken in times]
 

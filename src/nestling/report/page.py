@@ -51,14 +51,14 @@ def write_html(
         for i, section in enumerate(sections)
     ]
     facts = {key: _fact(value) for key, value in meta.items() if value is not None}
-    page = _environment().get_template("page.html.jinja")
+    page = environment("nestling.report").get_template("page.html.jinja")
     write_file(path, page.render(title=title, intro=_paragraphs(intro), sections=shown, facts=facts))
 
 
-def _environment() -> jinja2.Environment:
-    """Whatever a template shows is escaped, and control characters in it are spelled out."""
+def environment(package: str) -> jinja2.Environment:
+    """For the templates of a package: what they show is escaped, and control characters in it are spelled out."""
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("nestling.report", ""), autoescape=True, finalize=_visible,
+        loader=jinja2.PackageLoader(package, ""), autoescape=True, finalize=_visible,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
 

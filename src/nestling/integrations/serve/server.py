@@ -1,14 +1,13 @@
 """A server that listens: until it is stopped, or in a thread for as long as a block lasts."""
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from nestling.errors import OptionError
 from nestling.integrations.libraries import library
+from nestling.integrations.listening import listening
 from nestling.integrations.serve.config import GRACE, ServeConfig
 from nestling.kv.cache.config import CacheConfig
 
@@ -31,18 +30,8 @@ class Listener:
         self.uvicorn = library("uvicorn", "serve")
         library("starlette", "serve")
         self.config = config
-        try:
-            family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-            self.socket = socket.socket(family)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(address)
-        except (OSError, UnicodeError) as error:
-            raise OptionError(
-                f"host={config.host!r}, port={config.port}: cannot listen there ({error}); "
-                "choose another port, or 0 for one that is free"
-            ) from error
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        self.url = f"http://{host}:{self.socket.getsockname()[1]}/v1"
+        self.socket, address = listening(config.host, config.port)
+        self.url = f"{address}/v1"
 
     def server(self, engine: Any, log_level: str = "info") -> Any:
         """A uvicorn server of an engine, which is closed when the server ends."""
