@@ -15,8 +15,10 @@ KEY = "nestling"  # in vLLM's additional configuration
 EXAMPLE = '{"nestling": {"adapter": "smollm2", "budget": "50%"}}'
 
 
-def _share(name: str, value: Any) -> float:
-    return read_share(value, name).share or 1.0
+def _share(name: str, value: Any) -> Any:
+    """A share as it was written, so that messages have it."""
+    read_share(value, name)
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,8 @@ class PluginConfig(Config):
     """
 
     adapter: str = option("", "The adapter of the model: a folder, a hub id, or 'smollm2'.", text)
-    budget: float = option(
-        0.5, "Share of vLLM's own cache for a request of the greatest length, such as 0.5 or '50%'.", _share
+    budget: Any = option(
+        "50%", "Share of vLLM's own cache for a request of the greatest length, such as 0.5 or '50%'.", _share
     )
     window: int = option(WINDOW, "Recent tokens, and up to 15 more, that are kept exact.", whole)
 

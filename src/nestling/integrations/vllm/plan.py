@@ -55,27 +55,26 @@ class Plan:
 
     def exact_block_size(self, block_size: int, chunk: int) -> int:
         """Tokens in a block of exact ones: of the divisors of ``block_size`` the one by which a request of the
-        greatest length takes the fewest bytes, where all blocks of an engine have the size of the largest.
+        greatest length takes the fewest bytes.
+
+        All blocks of an engine have one size. vLLM shares the exact layers out over as many groups as it takes for a
+        block of each to fit into that of the coordinates, and every group has blocks of its own.
 
         Args:
             block_size: tokens in a block of coordinates.
             chunk: tokens that are read at once, all of which are exact until they have been.
         """
-        layers, _, width = self.adapter.shape
-        exact_layers = layers - sum(self.allocation.full)
-        sizes = [size for size in range(VECTOR, block_size + 1, VECTOR) if block_size % size == 0]
+        width, layers = self.adapter.shape[2], len(self.ranks) - sum(self.allocation.full)
+        coordinates = block_size * sum(self.ranks)  # of a token's keys or values in a block, of one head
+        tokens = min(self.reach - 1 + chunk, self.max_model_len)
 
         def cost(size: int) -> tuple[int, int]:
-            wide = max(block_size * sum(self.ranks), size * width * exact_layers)
-            blocks = -(-self.max_model_len // block_size) + self.exact_blocks(size, chunk)
-            return wide * blocks, -size
+            groups = -(-layers // max(coordinates // (size * width), 1))
+            # The window may begin within a block, and the sinks have one of their own.
+            blocks = -(-self.max_model_len // block_size) + groups * (-(-tokens // size) + 2)
+            return max(coordinates, size * width) * blocks, -size
 
-        return min(sizes, key=cost)
-
-    def exact_blocks(self, size: int, chunk: int) -> int:
-        """Blocks of exact tokens that a request takes at most, of ``size`` tokens each."""
-        tokens = min(self.reach - 1 + chunk, self.max_model_len)
-        return -(-tokens // size) + 2  # the window may begin within a block, and the sinks have one of their own
+        return min((size for size in range(VECTOR, block_size + 1, VECTOR) if block_size % size == 0), key=cost)
 
 
 @cache

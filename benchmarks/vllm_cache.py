@@ -1,0 +1,128 @@
+"""vLLM with a nested cache beside stock vLLM: room, likelihood of a text, and time of the same concurrent requests.
+
+    python benchmarks/vllm_cache.py --model FOLDER --texts wikitext2_valid.txt.gz [--budgets 50%,25%] [--runs 5]
+
+It runs where vLLM is installed, see docs/vllm.md. All engines live in one process, with one thread and bf16; they take
+turns, a run each, and the medians of their seconds are reported. ``prefill`` is the time in which all requests have
+been read and have one token; ``total`` is that of all tokens. Prefix caching is off, so every run reads everything.
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+import torch  # noqa: E402
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from nestling.data.texts import read_texts  # noqa: E402
+from nestling.integrations.vllm.config import PluginConfig, cache_config  # noqa: E402
+from nestling.jobs.progress import progress_bar  # noqa: E402
+from nestling.kv.adapter import KVAdapter  # noqa: E402
+from nestling.kv.cache.factory import CacheFactory  # noqa: E402
+from nestling.report.results import run_meta, write_json  # noqa: E402
+from nestling.report.tables import table  # noqa: E402
+
+LENGTH, CHUNK, BLOCK = 2048, 256, 64  # tokens of a request at most, that are read at once, of a block
+STOCK = "stock"
+
+
+def start(model: str, adapter: str, budget: str) -> Any:
+    """An engine: stock, or with a nested cache of a budget."""
+    from vllm import LLM
+
+    config = {"additional_config": {"nestling": {"adapter": adapter, "budget": budget}}} if budget != STOCK else {}
+    return LLM(
+        model=model, dtype="bfloat16", enforce_eager=True, max_model_len=LENGTH, max_num_batched_tokens=CHUNK,
+        block_size=BLOCK, max_num_seqs=16, enable_prefix_caching=False,
+        distributed_executor_backend="vllm.v1.executor.uniproc_executor.UniProcExecutor", **config,
+    )  # fmt: skip
+
+
+def seconds(llm: Any, texts: list[list[int]], tokens: int) -> float:
+    """Of all requests at once, with so many new tokens each."""
+    from vllm import SamplingParams
+
+    options, before = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), time.perf_counter()
+    llm.generate([{"prompt_token_ids": ids} for ids in texts], options, use_tqdm=False)
+    return time.perf_counter() - before
+
+
+def likelihood(llm: Any, texts: list[list[int]]) -> float:
+    """Negative log-likelihood in nats per token."""
+    from vllm import SamplingParams
+
+    total, count = 0.0, 0
+    for ids in texts:
+        options = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        (out,) = llm.generate([{"prompt_token_ids": ids}], options, use_tqdm=False)
+        total -= sum(row[token].logprob for row, token in zip(out.prompt_logprobs[1:], ids[1:], strict=True))
+        count += len(ids) - 1
+    return total / count
+
+
+def main(
+    model: str = typer.Option(..., help="Folder of the model."),
+    texts: Path = typer.Option(..., help="A text to score and to make requests of."),
+    adapter: str = typer.Option("smollm2"),
+    budgets: str = typer.Option("50%,25%", help="Shares; the smallest that can be is added to them."),
+    requests: int = typer.Option(12, help="At once."),
+    prompt: int = typer.Option(800, help="Tokens of each."),
+    tokens: int = typer.Option(32, help="New ones of each."),
+    windows: int = typer.Option(4, help="Of a text of 1,500 tokens, that are scored."),
+    runs: int = typer.Option(5),
+    out: Path = typer.Option(Path("benchmarks/results/vllm_cache.json")),
+):
+    begun = time.monotonic()
+    torch.set_num_threads(1)
+    options = cache_config(PluginConfig(adapter=adapter), LENGTH)
+    least = CacheFactory(KVAdapter.from_pretrained(adapter), options, advise=False).smallest
+    engines = {name: start(model, adapter, name) for name in (STOCK, *budgets.split(","), f"{100 * least:.4g}%")}
+    ids = engines[STOCK].get_tokenizer()("\n".join(read_texts(texts)))["input_ids"]
+    scored = [ids[i * 1500 : (i + 1) * 1500] for i in range(windows)]
+    rest = ids[windows * 1500 :]
+    asked = [rest[i * prompt : (i + 1) * prompt] for i in range(requests)]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for llm in engines.values():
+        seconds(llm, asked[:2], 2)  # what is only done once
+    with progress_bar() as bar:
+        for _ in bar.track(range(runs), description="runs"):
+            for name, llm in engines.items():
+                times[name].append((seconds(llm, asked, 1), seconds(llm, asked, tokens)))
+    rows: list[dict] = []
+    for name, llm in engines.items():
+        prefill, total = (statistics.median(values) for values in zip(*times[name], strict=True))
+        cache, first = llm.llm_engine.vllm_config.cache_config, rows[0] if rows else None
+        row = {
+            "model": "smollm2" if adapter == "smollm2" else Path(model).name,
+            "budget": name,
+            "tokens": cache.kv_cache_size_tokens,
+            "room": cache.kv_cache_size_tokens / (first or {"tokens": cache.kv_cache_size_tokens})["tokens"],
+            "nll": likelihood(llm, scored),
+            "prefill_seconds": prefill,
+            "total_seconds": total,
+        }
+        for part in ("prefill", "total"):
+            row[f"{part}_over_stock"] = row[f"{part}_seconds"] / (first or row)[f"{part}_seconds"]
+        rows.append(row)
+    meta = run_meta(time.monotonic() - begun) | {
+        "requests": requests,
+        "prompt": prompt,
+        "tokens": tokens,
+        "runs": runs,
+    }
+    write_json(out, rows, meta)
+    Console().print(table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
