@@ -1,4 +1,4 @@
-"""Exported sizes of an encoder in vLLM: the vectors of sentence-transformers, and the widths that a request may name."""
+"""Exported sizes of an encoder in vLLM: the vectors of sentence-transformers, and widths that requests may name."""
 
 import gc
 

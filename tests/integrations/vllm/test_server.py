@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: make test-vllm has an environment for it"),
     pytest.mark.filterwarnings("ignore"),
 ]
-START = 280  # seconds that a server may take to start: three processes, each of which imports all of vLLM
+START = 900  # seconds that a server may take to start: three processes, each of which imports all of vLLM
 
 
 def free_port() -> int:

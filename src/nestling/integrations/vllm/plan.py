@@ -1,7 +1,7 @@
 """What an engine's layers store: from its configuration to an allocation, bases and block sizes, checked at start."""
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,15 +77,11 @@ class Plan:
         return min((size for size in range(VECTOR, block_size + 1, VECTOR) if block_size % size == 0), key=cost)
 
 
-@cache
-def _adapter(name: str) -> KVAdapter:
-    return KVAdapter.from_pretrained(name)
-
-
 @lru_cache(maxsize=8)
-def _plan(config: PluginConfig, max_model_len: int) -> Plan:
+def _plan(config: PluginConfig, max_model_len: int, engine: str) -> Plan:
+    """Of an engine, which has a name: its layers ask one by one, and another engine reads the adapter anew."""
     options = cache_config(config, max_model_len)
-    adapter = _adapter(config.adapter)
+    adapter = KVAdapter.from_pretrained(config.adapter)
     plan = planned(adapter, options, advise=False)
     return Plan(adapter, plan.allocation, options.sinks, plan.window.at(0), max_model_len)
 
@@ -101,7 +97,7 @@ def plan_of(vllm_config: Any) -> Plan | None:
     if config is None:
         return None
     model = vllm_config.model_config
-    plan = _plan(config, model.max_model_len)
+    plan = _plan(config, model.max_model_len, vllm_config.instance_id)
     plan.adapter.check(model.hf_text_config)
     _check(plan, vllm_config)
     try:
