@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache
 from nestling.errors import NestlingError, OptionError
 from nestling.integrations.libraries import library
 from nestling.kv import CacheConfig, KVAdapter, NestedCache, attach, score
-from nestling.kv.cache.exact import capacity
 from nestling.kv.cache.factory import planned
+from nestling.kv.cache.rule import capacity
 from nestling.kv.evaluation.scoring import read
 from nestling.kv.integration.attach import cached
 from nestling.models import locate

@@ -10,7 +10,7 @@ from torch import Tensor
 from nestling.errors import KernelError
 from nestling.integrations.vllm import kernels
 from nestling.kv.cache.bases import LayerBases, SideBasis
-from nestling.kv.cache.exact import coded
+from nestling.kv.cache.rule import coded
 
 SINKS, WINDOW = 4, 24
 

@@ -23,11 +23,12 @@ from nestling.kv.cache.bases import LayerBases, SideBasis
 from nestling.kv.cache.buffer import Buffer, room
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.exact import ExactStore, capacity
+from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.factory import CacheFactory
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.layer import DRAFT, NestedLayer
 from nestling.kv.cache.packed import Coding
+from nestling.kv.cache.rule import capacity
 from nestling.kv.cache.window import TOKENS_PER_BLOCK
 from nestling.kv.integration.attach import attach, cached, fingerprint
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nestling.kv.cache.exact import capacity
 from nestling.kv.cache.layer import RECORDED
+from nestling.kv.cache.rule import capacity
 from nestling.kv.cache.window import TOKENS_PER_BLOCK
 
 from ..families import nested_cache, tiny_fit, tiny_model

@@ -1,17 +1,21 @@
 """The exact store: which tokens are exact, where they leave, and attention around those points."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nestling.kv import CacheConfig, NestedCache
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache import matmul as products
 from nestling.kv.cache.bases import LayerBases
-from nestling.kv.cache.exact import ExactStore, capacity
+from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.packed import Layout
+from nestling.kv.cache.rule import capacity
 from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
 
 from .test_cache import one_layer
@@ -214,6 +218,46 @@ def test_crops_beyond_the_window_leave_a_shorter_one_that_fills_again(sinks, win
     if layer.exact is not None:
         assert layer.exact.length == layer.exact.first + reference.recent
     assert reference.recent >= window
+
+
+def test_means_of_keys_are_not_quantised():
+    """Keys whose mean is a hundred times what they vary by lose what they would without one."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 1, 30, 16, generator=generator) for _ in range(2))
+    mean = 100 * torch.randn(2, 1, 1, 16, generator=generator)
+    lost = {}
+    for name, centre, added in (("plain", None, 0.0), ("raw", None, mean), ("centred", mean, mean)):
+        store = ExactStore(4, 8, 2, rows=True)
+        store.centre = centre
+        gone = [pair for part in (range(20), range(20, 30)) for pair in store.append(
+            ((keys + added)[:, :, part], values[:, :, part]), torch.float32
+        )]  # fmt: skip
+        twin = copy.deepcopy(store)
+        assert all(torch.equal(*pair) for pair in zip(twin.view(), store.view(), strict=True))
+        left = torch.cat([pair[0] for pair in gone], 2)
+        kept = store.view()[0]
+        read = torch.cat((kept[:, :, :4], left, kept[:, :, 4:]), 2)
+        lost[name] = float((read - added - keys).square().mean())
+    assert lost["raw"] > 1000 * lost["plain"]
+    assert lost["centred"] == pytest.approx(lost["plain"], rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
+def test_the_centre_is_the_mean_of_the_adapter_at_every_allocation(fitted, ids, family):
+    """In the order in which heads are stored, which allocations change: rows from before them are still read right."""
+    made = fitted(family)
+    cache = NestedCache(made.model, made.adapter, CacheConfig(budget=0.9, context=60, exact_prompt=False))
+    with torch.no_grad():
+        made.model(input_ids=ids[:1, :60], past_key_values=cache)
+        for share in (None, 0.8, 0.7):
+            if share is not None:
+                cache.shrink(share)
+            for each in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+                for layer, mean in zip(each.layers, made.adapter.mean["key"], strict=True):
+                    if layer.exact is not None:  # something is compressed
+                        centre = layer.exact.centre[:, 0, 0]
+                        assert torch.equal(centre if layer.order is None else centre[layer.order[1]], mean)
+    assert any(layer.exact is not None for layer in cache.layers)
 
 
 def test_no_tokens_to_crop_is_no_crop():

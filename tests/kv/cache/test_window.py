@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from nestling import kv
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.exact import capacity
 from nestling.kv.cache.factory import CacheFactory, planned
+from nestling.kv.cache.rule import capacity
 from nestling.kv.cache.window import EXACT_SHARE, LARGEST, LEAST, Window
 
 BUDGETS = st.floats(0.02, 1.0)

@@ -82,6 +82,8 @@ class LayerBases:
         sides: of each group of heads, those of keys and of values.
         biases: of keys and of values, the part of the mean that is not in what groups hold: ``[Hkv, 1, D]`` fp32 in
             their order. It is zero for heads at full width, and None if it is for all of them or there are no means.
+        centre: the means of keys in that order, ``[Hkv, 1, 1, D]`` fp32, of adapters that quantise; see `ExactStore`.
+            It is the same for all allocations.
         device: where they are.
     """
 
@@ -92,8 +94,11 @@ class LayerBases:
         width: int,
         device: torch.device,
         key: Hashable = None,
+        *,
+        centre: Tensor | None = None,
     ):
         self.sides, self.biases, self.width, self.device, self.key = sides, biases, width, device, key
+        self.centre = centre
 
     @classmethod
     def of(cls, bases: Mapping[str, Tensor], members: Members, half: bool, key: Hashable = None) -> "LayerBases":
@@ -118,8 +123,10 @@ class LayerBases:
                     parts = zip(sides, members, strict=True)
                     rests = [pair[number].rest(mean[h, None], layouts[number]) for pair, (h, layouts) in parts]
                     biases[number] = torch.cat(rests)
-            encode = bases["key_encode"]
-            return cls(sides, biases, encode.shape[-1], encode.device, key)
+            encode, centre = bases["key_encode"], None
+            if "key_mean" in bases and "key_step" in bases:
+                centre = bases["key_mean"][[head for heads, _ in members for head in heads], None, None]
+            return cls(sides, biases, encode.shape[-1], encode.device, key, centre=centre)
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
@@ -127,14 +134,14 @@ class LayerBases:
         codings = [side.coding for side in sides if side.coding is not None]
         tensors = [t for side in sides for t in (side.encode, side.decode)]
         tensors += [t for coding in codings for t in (coding.centre, coding.step, coding.scale, coding.offset)]
-        return [tensor for tensor in (*tensors, *self.biases) if tensor is not None]
+        return [tensor for tensor in (*tensors, *self.biases, self.centre) if tensor is not None]
 
     def __deepcopy__(self, memo: dict) -> "LayerBases":
         return self
 
     def __reduce__(self):
         sides = [[_state(side) for side in pair] for pair in self.sides]
-        return _revived, (self.key, sides, self.biases, self.width, self.device)
+        return _revived, (self.key, sides, self.biases, self.width, self.device, self.centre)
 
 
 def nbytes(bases: Iterable[LayerBases]) -> int:
@@ -186,7 +193,9 @@ def _state(side: SideBasis) -> tuple[Any, ...]:
     return side.encode, side.decode, parts
 
 
-def _revived(key: Hashable, states: list, biases: list, width: int, device: torch.device) -> LayerBases:
+def _revived(
+    key: Hashable, states: list, biases: list, width: int, device: torch.device, centre: Tensor | None
+) -> LayerBases:
     """From a file or another process; the same ones as those in use here, if they came from here."""
 
     def tensor(value: Tensor | None) -> Tensor | None:
@@ -197,7 +206,7 @@ def _revived(key: Hashable, states: list, biases: list, width: int, device: torc
 
     sides = [[side(*state) for state in pair] for pair in states]
     device = next((s.encode.device for pair in sides for s in pair if s.encode is not None), device)
-    bases = LayerBases(sides, [tensor(bias) for bias in biases], width, device, key)
+    bases = LayerBases(sides, [tensor(bias) for bias in biases], width, device, key, centre=tensor(centre))
     return bases if key is None else _registered(key, device, lambda: bases)
 
 

@@ -5,56 +5,14 @@ bytes are worth more in the coordinates: at a sixteenth of the full cache and 2,
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestling.errors import OptionError
+from nestling.kv.cache.rule import GROWTH, SHORT, capacity, coded
 from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
 from nestling.kv.integration.modes import ordinary, traced
-from nestling.kv.quantisation.rows import decode_rows, encode_rows, row_bytes
-
-SKIP = 4  # positions left out of all statistics: attention sinks have outlier keys, and caches keep them exact
-SHORT = 4  # in texts shorter than so many full stores, free places would be much of all bytes
-GROWTH = 128  # tokens of a text for which a store that grows with it has room
-
-
-def capacity(sinks: int, window: Window | int, length: int = 0, block: int = TOKENS_PER_BLOCK) -> int:
-    """Tokens that a layer's exact store has room for in a text of that ``length``: they are paid for out of the
-    budget."""
-    return int(places(sinks, window if isinstance(window, Window) else Window(window), length, block))
-
-
-def places(sinks: int, window: Window, length: int, block: int = TOKENS_PER_BLOCK) -> float:
-    """The same, without rounding."""
-    return sinks + (window.real(-(-length // GROWTH) * GROWTH) + block - 1 if window else 0)
-
-
-def check_length(length: int, sinks: int, window: int) -> None:
-    """Raise `OptionError` unless texts of ``length`` tokens have some that are not exact."""
-    if length <= (exact := capacity(sinks, window)):
-        raise OptionError(
-            f"length={length} must be longer than the {exact} exact tokens (sinks={sinks}, window={window}): "
-            "nothing is compressed"
-        )
-
-
-def coded(length, sinks: int, window: Window | int, block: int = TOKENS_PER_BLOCK):
-    """How many of ``length`` tokens (an int, or a tensor of them) are not exact any more: the rule of the store.
-
-    It is also the rule of what a query sees: the token at position p sees ``coded(p + 1)`` tokens compressed, however
-    the text is cut into calls.
-    """
-    block = block if window else 1
-    left = length - sinks - (window.at(length) if isinstance(window, Window) else window)
-    return left * (left > 0) // block * block
-
-
-def exact_nbytes(size: Any, sinks: int, heads: int, width: int, itemsize: int, rows: bool) -> Any:
-    """Bytes of a store of so many places for keys and values of ``heads`` of ``width``; see `ExactStore`."""
-    vectors = size + min(sinks, size)  # where tokens are fewer than sinks, there are no more places
-    return 2 * heads * (vectors * row_bytes(width) if rows else size * width * itemsize)
+from nestling.kv.quantisation.rows import decode_rows, encode_rows
 
 
 class ExactStore:
@@ -80,9 +38,13 @@ class ExactStore:
         length: sinks and recent tokens held.
         left: tokens between them: those that have left.
         spare: how many of the last of those are still here.
+        centre: what keys in rows are counted from, ``[Hkv, 1, 1, D]`` in their order; it belongs to the bases. Keys
+            have large means, and 8 bits of what is left lose a quarter as much.
         open: 1 once tokens have come that a gradient passes through: what is stored in rows is then rounded alike, but
             stored as fp32 numbers.
     """
+
+    centre: Tensor | None = None
 
     def __init__(self, sinks: int, window: Window | int, block: int = TOKENS_PER_BLOCK, *, rows: bool = False):
         self.window = window if isinstance(window, Window) else Window(window)
@@ -174,8 +136,7 @@ class ExactStore:
         if not self.rows:
             return gone
         # Rounded to the dtype as well, so that what is stored of them does not depend on how wide it was before.
-        read = (lambda rows: rows) if self.open else decode_rows
-        return [tuple(read(side).to(dtype) for side in pair) for pair in gone]
+        return [tuple(side.to(dtype) for side in (pair if self.open else self._read(pair))) for pair in gone]
 
     def release(self, window: Window, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
         """Keep a smaller window from now on; returns the pairs that are no longer exact, as `append`."""
@@ -185,16 +146,17 @@ class ExactStore:
     def _decode(self) -> None:
         """Store numbers in place of bytes from now on, which pass no gradient on: the same, in fp32."""
         states = self.view()
-        last = [decode_rows(side.narrow(2, self.size - self.spare, self.spare)) for side in self.data]
+        last = self._read([side.narrow(2, self.size - self.spare, self.spare) for side in self.data])
         free, self.rest, self.open = self.size - self.length - self.spare, [], 1
         sides = zip(states, last, strict=True)
         self._store([torch.cat((s, s.new_zeros(*s.shape[:2], free, s.shape[3]), end), 2) for s, end in sides])
 
     def _encoded(self, states: Sequence[Tensor]) -> list[Tensor]:
         """The rows of new tokens; what those of sinks leave out is kept here."""
-        rows = [encode_rows(state) for state in states]
+        rows = self._rows(states)
         if first := min(self.sinks - self.first, states[0].shape[2]):
-            parts = [_rest(state[:, :, :first], row[:, :, :first]) for state, row in zip(states, rows, strict=True)]
+            read = self._read([side[:, :, :first] for side in rows])
+            parts = [encode_rows(state[:, :, :first] - side) for state, side in zip(states, read, strict=True)]
             old = [side[:, :, : self.first] for side in self.rest] or [part[:, :, :0] for part in parts]
             self.rest = [ordinary(torch.cat(pair, 2)) for pair in zip(old, parts, strict=True)]
         return rows
@@ -206,12 +168,22 @@ class ExactStore:
             return states
         first = min(self.sinks - self.first, states[0].shape[2])
         rounded = []
-        for state in states:
-            rows = encode_rows(state)
-            read = decode_rows(rows)
-            read[:, :, :first] += decode_rows(_rest(state[:, :, :first], rows[:, :, :first]))
+        for state, read in zip(states, self._read(self._rows(states)), strict=True):
+            read[:, :, :first] += decode_rows(encode_rows(state[:, :, :first] - read[:, :, :first]))
             rounded.append(read + (state - state.detach()) if traced(state) else read)
         return rounded
+
+    def _rows(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """Keys and values ``[..., D]`` as rows."""
+        keys, values = states
+        return [encode_rows(keys if self.centre is None else keys.float() - self.centre), encode_rows(values)]
+
+    def _read(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Keys and values of rows, in fp32; none where there are none yet."""
+        if not rows:
+            return []
+        keys, values = (decode_rows(side) for side in rows)
+        return [keys if self.centre is None else keys.add_(self.centre), values]
 
     def _parts(self, like: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of keys and of values: sinks, recent and spare tokens; ``like`` those, if there are none yet."""
@@ -249,7 +221,7 @@ class ExactStore:
         held = [side.narrow(2, 0, self.length) for side in self.data]
         if not self.rows or self.open:
             return held
-        states = [decode_rows(side) for side in held]
+        states = self._read(held)
         for state, rest in zip(states, self.rest, strict=False):
             state[:, :, : self.first] += decode_rows(rest[:, :, : self.first])
         return states
@@ -293,7 +265,13 @@ class ExactStore:
 
     def __getstate__(self) -> dict:
         parts = [[part.detach().clone() for part in side] for side in (self._parts(()) if self.data else ())]
-        return {**self.__dict__, "data": parts, "_flat": [], "size": self.size}  # without what lies in free places
+        return {
+            **self.__dict__,
+            "data": parts,
+            "_flat": [],
+            "size": self.size,
+            "centre": None,
+        }  # nor what lies in free places
 
     def __setstate__(self, state: dict) -> None:
         parts, size = state["data"], state.pop("size")
@@ -324,11 +302,6 @@ class ExactStore:
     @property
     def nbytes(self) -> int:
         return sum(side.untyped_storage().nbytes() for side in (*self.data, *self.rest))
-
-
-def _rest(states: Tensor, rows: Tensor) -> Tensor:
-    """What rows leave out, as rows."""
-    return encode_rows(states.float() - decode_rows(rows))
 
 
 def _leaving(recent: Sequence[tuple[Tensor, ...]], count: int) -> list[tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ from nestling.kv.allocation.budget import FULL_BITS, Budget, read_budget, read_l
 from nestling.kv.allocation.steps import DIGITS, rounded_up
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.config import BUDGET, CacheConfig
-from nestling.kv.cache.exact import exact_nbytes, places
+from nestling.kv.cache.rule import exact_nbytes, places
 from nestling.kv.cache.window import Window
 
 if TYPE_CHECKING:

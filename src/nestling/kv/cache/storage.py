@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.bases import LayerBases, Members
 from nestling.kv.cache.buffer import room
-from nestling.kv.cache.exact import ExactStore, coded, exact_nbytes
+from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.packed import Layout
+from nestling.kv.cache.rule import coded, exact_nbytes
 from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
 
 States = tuple[int, int, int]  # heads, width, and bytes of a number, of keys as of values

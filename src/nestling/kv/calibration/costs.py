@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.cache.exact import SKIP
+from nestling.kv.cache.rule import SKIP
 from nestling.kv.quantisation.quantiser import WIDTHS, chosen_steps, rounded
 
 EVERY = 8  # tokens of which one is kept as a sample

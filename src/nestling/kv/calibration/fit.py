@@ -12,7 +12,7 @@ from nestling.data.windows import token_windows
 from nestling.errors import OptionError
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
-from nestling.kv.cache.exact import SKIP, capacity
+from nestling.kv.cache.rule import SKIP, capacity
 from nestling.kv.calibration.choice import WINDOWS, can_choose, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.correction import corrected

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from nestling.basis import NestedBasis, balanced, pca
 from nestling.errors import CalibrationError
-from nestling.kv.cache.exact import SKIP
+from nestling.kv.cache.rule import SKIP
 from nestling.kv.calibration.config import BASES
 from nestling.kv.integration.attach import (
     PassThroughLayer,

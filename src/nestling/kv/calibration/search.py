@@ -17,7 +17,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.allocate import ENERGY, SIDES, blended, by_block, by_rank, halvable, worth
 from nestling.kv.allocation.steps import fill
 from nestling.kv.allocation.table import first_blocks
-from nestling.kv.cache.exact import check_length
+from nestling.kv.cache.rule import check_length
 from nestling.kv.calibration.config import SearchConfig
 from nestling.kv.integration.attach import attach, input_device, leaves_as_found, text_config
 from nestling.kv.integration.modes import in_default_mode

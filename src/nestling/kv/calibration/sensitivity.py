@@ -20,7 +20,7 @@ from nestling.kv.adapter import BY_COORDINATE, KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.allocate import halvable
 from nestling.kv.allocation.table import Allocation, by_coordinate
-from nestling.kv.cache.exact import capacity
+from nestling.kv.cache.rule import capacity
 from nestling.kv.calibration.config import CONTEXT, FitConfig
 from nestling.kv.calibration.costs import Costs, QuantisationErrors, Samples, between
 from nestling.kv.integration.attach import input_device, served, text_config

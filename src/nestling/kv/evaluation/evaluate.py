@@ -27,7 +27,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.allocate import ENERGY, quantises
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
-from nestling.kv.cache.exact import check_length
+from nestling.kv.cache.rule import check_length
 from nestling.kv.cache.window import LEAST
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.loss import loss_columns

@@ -14,7 +14,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.budget import FULL_BITS
 from nestling.kv.allocation.table import by_coordinate
-from nestling.kv.cache.exact import SKIP, coded
+from nestling.kv.cache.rule import SKIP, coded
 from nestling.kv.integration.attach import PassThroughLayer, sdpa
 from nestling.kv.quantisation import quantiser as quantise
 from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK

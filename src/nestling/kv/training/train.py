@@ -24,7 +24,7 @@ from nestling.jobs.undo import Undo, withdrawn
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.allocate import steps_of
 from nestling.kv.allocation.table import Allocation
-from nestling.kv.cache.exact import check_length
+from nestling.kv.cache.rule import check_length
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit, measure
 from nestling.kv.integration.attach import attach, check_head, head_shape, input_device, leaves_as_found, text_config
