@@ -124,6 +124,16 @@ def test_eval_measures_the_budgets(place):
     assert "<svg" in page and "75%" in page
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["eval"], ["serve", "--port", "0"]])
+def test_an_adapter_is_needed_where_the_package_has_none(command):
+    name, *options = command
+    result = run("kv", name, "some-model", *options)
+    assert result.exit_code == 1
+    assert "some-model: the package has no adapter for it, but for smollm2; make one by" in " ".join(
+        result.output.split()
+    )
+
+
 def test_generate_streams_and_reports_bytes(place):
     """A prompt of 400 tokens in the tiny model's bf16 cache: 3 layers, 2 heads, width 16."""
     result = run(

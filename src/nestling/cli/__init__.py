@@ -27,7 +27,8 @@ from nestling.cli.terminal import (
 )
 from nestling.cli.version import show_version
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="One model, every size.")
+BEGIN = "Where to begin: nestling demo kv, nestling demo embed, or, with nestling[play] installed, nestling play."
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="One model, every size.", epilog=BEGIN)
 
 
 @app.callback(invoke_without_command=True)

@@ -19,8 +19,8 @@ EXAMPLES = {
     "kv fit": ("nestling kv fit smollm2 --out adapter", "nestling kv fit smollm2 --out adapter --text book.txt"),
     "kv train": ("nestling kv train smollm2 --out trained --text book.txt --tokens 200000",),
     "kv search": ("nestling kv search smollm2 adapter --out searched",),
-    "kv eval": ("nestling kv eval smollm2 smollm2 --budgets 50%,25%,12.5% --json rows.json",),
-    "kv generate": ("nestling kv generate smollm2 smollm2 --prompt 'The lighthouse keeper' --budget 25%",),
+    "kv eval": ("nestling kv eval smollm2 --budgets 50%,25%,12.5% --json rows.json",),
+    "kv generate": ("nestling kv generate smollm2 --prompt 'The lighthouse keeper' --budget 25%",),
     "kv serve": ("nestling kv serve smollm2 --budget 25% --port 8000",),
     "kv inspect": ("nestling kv inspect smollm2 --budget 25%",),
     "embed align": ("nestling embed align minilm --out elastic --text documents.jsonl",),
@@ -44,4 +44,6 @@ def add_examples(wings: dict[str, typer.Typer]) -> None:
     for wing, app in wings.items():
         for command in app.registered_commands:
             name = command.name or getattr(command.callback, "__name__", "")
-            command.epilog = "\n\n".join([TERMS[wing], "Example:", *EXAMPLES.get(f"{wing} {name}".strip(), ())])
+            examples = EXAMPLES.get(f"{wing} {name}".strip(), ())
+            title = "Example:" if len(examples) == 1 else "Examples:"
+            command.epilog = "\n\n".join([TERMS[wing], title, *examples])

@@ -17,6 +17,7 @@ from nestling.cli.options import takes
 from nestling.cli.terminal import (
     Json,
     Model,
+    cache_adapter,
     check_checkpoints,
     check_outputs,
     console,
@@ -27,7 +28,6 @@ from nestling.cli.terminal import (
     show,
     write_results,
 )
-from nestling.errors import AdapterError
 from nestling.integrations.serve.config import ServeConfig
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.calibration.config import FitConfig, SearchConfig
@@ -39,6 +39,10 @@ kv_app = typer.Typer(
 )
 
 Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", metavar="ADAPTER")]
+OwnAdapter = Annotated[
+    str | None,
+    typer.Argument(help="Folder or hub id of an adapter; default: that of the package.", metavar="[ADAPTER]"),
+]
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
 
 
@@ -179,9 +183,9 @@ def search(
 @takes(source=TextSource, config=EvalConfig)
 def evaluate(
     model: Model,
-    adapter: Adapter,
     source: TextSource,
     config: EvalConfig,
+    adapter: OwnAdapter = None,
     task: Annotated[list[Path] | None, typer.Option(help="Multiple-choice .jsonl; may be repeated.")] = None,
     rows: Annotated[int | None, typer.Option(help="Questions per task."), positive] = None,
     json: Json = None,
@@ -195,7 +199,7 @@ def evaluate(
     from nestling.report.tables import table
 
     check_outputs(json, html)
-    nested = kv.KVAdapter.from_pretrained(adapter)
+    nested = cache_adapter(model, adapter)
     tasks = {path.name.split(".")[0]: read_multiple_choice(path)[:rows] for path in task or []}
     texts = source.read()
     language_model, tokenizer = loading(load_model, model)
@@ -217,9 +221,9 @@ def evaluate(
 @takes(config=CacheConfig)
 def generate(
     model: Model,
-    adapter: Adapter,
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
     config: CacheConfig,
+    adapter: OwnAdapter = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most."), positive] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy."), not_negative] = 0.0,
 ) -> None:
@@ -228,7 +232,7 @@ def generate(
     from nestling.kv.demo import stream
     from nestling.models import load_model
 
-    nested = kv.KVAdapter.from_pretrained(adapter)
+    nested = cache_adapter(model, adapter)
     language_model, tokenizer = loading(load_model, model)
     cache = kv.NestedCache(language_model, nested, config)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -242,25 +246,16 @@ def serve(
     model: Model,
     cache: CacheConfig,
     config: ServeConfig,
-    adapter: Annotated[
-        str | None,
-        typer.Argument(help="Folder or hub id of an adapter; default: that of the package.", metavar="[ADAPTER]"),
-    ] = None,
+    adapter: OwnAdapter = None,
 ) -> None:
     """Serve MODEL to OpenAI's clients: chat, streamed or not, each request with a compressed cache of its own."""
     from nestling.integrations.serve.server import Listener
 
     listener = Listener(config)
-    from nestling import kv
     from nestling.integrations.serve.engine import Engine
-    from nestling.kv.adapter_files import built_in
     from nestling.models import load_model
 
-    if adapter is None and model not in built_in():
-        raise AdapterError(
-            f"{model}: the package has no adapter for it; name one after the model, made by nestling kv fit {model}"
-        )
-    nested = kv.KVAdapter.from_pretrained(model if adapter is None else adapter)
+    nested = cache_adapter(model, adapter)
     language_model, tokenizer = loading(load_model, model)
     server = listener.server(Engine(language_model, tokenizer, nested, cache, config))
     console.print(f"{model} at {listener.url}")

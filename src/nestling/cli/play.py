@@ -5,8 +5,7 @@ from typing import Annotated
 import typer
 
 from nestling.cli.options import takes
-from nestling.cli.terminal import console, errors_as_messages, loaded_encoder, loading
-from nestling.errors import AdapterError
+from nestling.cli.terminal import cache_adapter, console, errors_as_messages, loaded_encoder, loading
 from nestling.integrations.play.config import PlayConfig
 
 
@@ -24,18 +23,12 @@ def play(
     from nestling.integrations.play.server import Player
 
     player = Player(config)
-    from nestling import kv
     from nestling.integrations.play.finder import Finder
     from nestling.integrations.play.page import Page
     from nestling.integrations.play.reader import Reader
-    from nestling.kv.adapter_files import built_in
     from nestling.models import load_model
 
-    if adapter is None and model not in built_in():
-        raise AdapterError(
-            f"{model}: the package has no adapter for it; name one with --adapter, made by nestling kv fit {model}"
-        )
-    nested = kv.KVAdapter.from_pretrained(model if adapter is None else adapter)
+    nested = cache_adapter(model, adapter)
     language_model, tokenizer = loading(load_model, model)
     reader = Reader(model, language_model, tokenizer, nested)
     finder = Finder(encoder, loaded_encoder(encoder, None, "auto"))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text as Styled
 
-from nestling.errors import FileError, MissingFolderError, NestlingError
+from nestling.errors import AdapterError, FileError, MissingFolderError, NestlingError
 from nestling.options import number, whole
 from nestling.visible import visible, visible_lines
 
@@ -164,6 +164,19 @@ def loading(load: Callable, model: str) -> Any:
     """Call ``load`` on a model's name while a status line is shown."""
     with console.status(f"loading {model}"):
         return load(model)
+
+
+def cache_adapter(model: str, adapter: str | None) -> Any:
+    """The `KVAdapter` that a command names, or the one that the package has for the model."""
+    from nestling.kv.adapter import KVAdapter
+    from nestling.kv.adapter_files import built_in
+
+    if adapter is None and model not in built_in():
+        raise AdapterError(
+            f"{model}: the package has no adapter for it, but for {', '.join(built_in())}; make one by "
+            f"nestling kv fit {model} --out adapter, and name it"
+        )
+    return KVAdapter.from_pretrained(model if adapter is None else adapter)
 
 
 def loaded_encoder(model: str, sizes: str | None, adapter: str | None) -> Any:

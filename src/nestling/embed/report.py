@@ -1,4 +1,4 @@
-"""The wing's HTML pages: what was measured for every cup, a training's curves, and the demo's findings."""
+"""The wing's HTML pages: what was measured for every size, a training's curves, and the demo's findings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nestling.embed.evaluation.results import cost_figure, grid_figure
 from nestling.report.figures import curve
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
+from nestling.report.tables import is_table, settings
 
 Row = Mapping[str, Any]
 COSTS = "Layers save encode time, dims save index bytes and search time; neither saves the other."
@@ -21,24 +22,24 @@ def write_evaluation(path: Path, rows: Sequence[Row], *, title: str, grid: bool)
     labelled = any(key in row for row in rows for key in ("mean_sts", "mean_ndcg"))
     column = None if labelled else "agreement"
     note = "Correlations, nDCG@10 and recall@100 as fractions. " if labelled else f"{NOTE} "
-    sections = [Section("Quality of every cup", note + COSTS, rows=_shown(rows), figure=cost_figure(rows, column))]
+    sections = [Section("Quality of every size", note + COSTS, rows=_shown(rows), figure=cost_figure(rows, column))]
     if grid:
-        note = "Layers downwards, dims across; cells beside the ladder's cups were not trained."
+        note = "Layers downwards, dims across; cells beside the ladder's sizes were not trained."
         sections.append(Section("Every depth at every width", note, figure=grid_figure(rows, column)))
     intro = "One encoder, measured at every size from one pass over the texts."
     write_html(path, title, intro, sections, run_meta())
 
 
 def write_training(path: Path, info: Mapping[str, Any], *, title: str) -> None:
-    """The loss of every cup by step, what was measured on held-out data, and the settings."""
+    """The loss of every size by step, what was measured on held-out data, and the settings."""
     write_html(
         path, title, "An encoder, trained at every size at once.",
-        [*training_sections(info), Section("Settings", rows=_settings(info))], run_meta(),
+        [*training_sections(info), Section("Settings", rows=settings(_without_curve(info)))], run_meta(),
     )  # fmt: skip
 
 
 def training_sections(info: Mapping[str, Any]) -> list[Section]:
-    """The curves of a training: losses, and held-out means if there are any."""
+    """The curves of a training: losses, held-out means if there are any, and what was measured in the end."""
     points = info["curve"]
     measured = [
         {"step": p["step"], "value": p[name], "size": name.rsplit("_mean_", 1)[0]}
@@ -57,7 +58,7 @@ def training_sections(info: Mapping[str, Any]) -> list[Section]:
     note = "A batch's loss, and the KL to the teacher's rankings."
     if any(row["part"].startswith("mlm") for row in losses):
         note = "Nats per masked token: by the encoder (mlm), and by the decoder from the sentence vector (dec)."
-    sections = [Section("Loss of every cup", note, figure=figure)]
+    sections = [Section("Loss of every size", note, figure=figure)]
     if measured:
         what = "mean Spearman, nDCG@10 or agreement"
         figure = curve(measured, "step", "value", "size", title="Held-out data", xlabel="step", ylabel=what)
@@ -65,6 +66,8 @@ def training_sections(info: Mapping[str, Any]) -> list[Section]:
     stock = [
         {k.removeprefix("eval_"): v for k, v in p.items() if k == "step" or k.startswith("eval_")} for p in points
     ]
+    if is_table(rows := info.get("measured")):
+        sections.append(Section("What the sizes are worth", "Measured on held-out data when it ended.", rows=rows))
     if stock := [row for row in stock if len(row) > 1]:
         sections.append(Section("Measured by stock evaluators", "On the full model.", rows=stock))
     return sections
@@ -102,8 +105,10 @@ def write_demo(
 
 
 def _shown(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if value != ""} for row in rows]
+    """Without what says nothing: empty cells, and the model, method and seed where all rows have the same."""
+    same = {key for key in ("model", "method", "seed") if len({row.get(key) for row in rows}) == 1}
+    return [{key: value for key, value in row.items() if value != "" and key not in same} for row in rows]
 
 
-def _settings(info: Mapping[str, Any]) -> list[Row]:
-    return [{"setting": name, "value": str(value)} for name, value in info.items() if name != "curve"]
+def _without_curve(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in info.items() if name != "curve"}

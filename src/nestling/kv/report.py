@@ -12,6 +12,7 @@ from nestling.kv.allocation.table import Allocation, block_sizes
 from nestling.report.figures import curve, heat_maps
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
+from nestling.report.tables import settings
 
 COLUMNS = {
     "method": "method", "budget": "budget", "bytes_share": "of bf16", "kl": "KL", "kl_99": "KL, 99 %",
@@ -148,8 +149,8 @@ def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None
         "Each line is a share of the ranks, exact tokens not counted. Keys and values are cut by masks here, and "
         "every token reads its history as a decode would."
     )
-    options = [{"setting": name, "value": str(value)} for name, value in training.items()]
-    sections = [Section("KL over tokens", note, rows=points, figure=figure)]
-    sections.append(Section("Options", "What this adapter was trained with.", rows=options))
+    columns = {name: f"KL at {100 * float(name[3:]):.4g}%" if name.startswith("kl_") else name for name in points[0]}
+    sections = [Section("KL over tokens", note, rows=points, columns=columns, figure=figure)]
+    sections.append(Section("Options", "What this adapter was trained with.", rows=settings(training)))
     intro = "Nested bases, turned by training so that small caches follow the full model."
     write_html(path, title, intro, sections, run_meta(training.get("seconds")))

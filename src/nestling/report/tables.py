@@ -15,7 +15,7 @@ from rich.text import Text
 from nestling.visible import visible
 
 Row = Mapping[str, Any]
-SHARES = ("share", "budget", "bytes_share", "word_share")  # are shown as percentages
+SHARES = ("share", "budget", "bytes_share", "word_share", "share_sts", "share_ndcg")  # are shown as percentages
 
 
 @dataclass
@@ -116,6 +116,24 @@ def grid(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> Grid:
     cells = [percentages(column) if key in SHARES else formatted(column) for key, column in values.items()]
     numeric = [all(value is None or _is_number(value) for value in column) for column in values.values()]
     return Grid(list(columns.values()), numeric, [list(line) for line in zip(*cells, strict=True)])
+
+
+def settings(options: Mapping[str, Any]) -> list[Row]:
+    """Options as rows of a name and a value, the way they are read best; tables among them are left out."""
+    return [{"setting": name, "value": _setting(value)} for name, value in options.items() if not is_table(value)]
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value is rows."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_setting(each)}" for name, each in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(each) for each in value if each not in ("", None)) or "-"
+    return formatted([scalar(value)])[0] or "-"
 
 
 def _is_number(value: Any) -> bool:

@@ -18,7 +18,7 @@ from nestling.report.tables import markdown_table
 
 Row = Mapping[str, Any]
 MEANS = {"mean_sts": "STS, mean Spearman", "mean_ndcg": "retrieval, mean nDCG@10"}
-FLOPS = "share of the FLOPs of the deepest cup's transformer (layers)"
+FLOPS = "share of the FLOPs of the deepest size's transformer (layers)"
 
 
 def save_results(folder: str | Path, rows: Sequence[Row], meta: Mapping[str, Any] | None = None) -> list[Path]:

@@ -34,7 +34,7 @@ class EvalConfig(Config):
     ``context`` says otherwise.
     """
 
-    windows: int = option(8, "Windows of text to read; 0 leave out KL, perplexity and agreement.", natural)
+    windows: int = option(8, "Windows of text to read; 0 leaves out KL, perplexity and agreement.", natural)
     length: int = option(1024, "Tokens per window, at most what the model's positions allow.", whole)
     chunk: int = option(
         64, "Tokens that go through a cache at once; an exact window looks worse in large chunks.", whole
