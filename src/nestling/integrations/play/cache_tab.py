@@ -174,7 +174,7 @@ def _memory(reading: Reading | None) -> str:
     bars = [
         Bar("Full cache, 16 bits a number", size_of(full), 1.0, "full"),
         Bar(f"Nested cache, {reading.percent:g} %", size_of(own), own / full, "nested"),
-        Bar("Bases, shared by all caches of this size", size_of(bases), bases / full, "bases"),
+        Bar("Bases, shared", size_of(bases), bases / full, "bases"),
     ]
     note = (
         f"Of {reading.tokens:,} tokens. The caches grow with the text, the bases do not: they are held once for all "
