@@ -120,6 +120,7 @@ class PagedLayer:
             starts: of each request's first query and the end, int32 ``[requests + 1]``.
             lengths: tokens of each request, int32; its queries are the last of them.
         """
+        assert starts.dtype == lengths.dtype == torch.int32 and starts.is_contiguous() and lengths.is_contiguous()
         compiled().nestling_attend(
             ctypes.byref(self._layer), *_both([_Pages.of(data, table) for data, table in pages]), *self._rows(query),
             *self._rows(out), POINTER(starts.data_ptr()), POINTER(lengths.data_ptr()), LONG(len(starts) - 1),
