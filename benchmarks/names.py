@@ -114,3 +114,21 @@ PRETRAININGS = {
     "nestling": "nestling",
 }
 MEASURES = {"mean_sts": "STS (Spearman)", "mean_ndcg": "retrieval (nDCG@10)", "mean_recall": "retrieval (recall@100)"}
+QUERIES = {"own": "queries of the same size", "full": "full queries", "joined": "both joined"}
+MAPS = {
+    "packaged": "the packaged ones",
+    "ridge": "ridge regression",
+    "ridge-depths": "ridge regression on all depths",
+    "ranking": "trained for the ranking",
+}
+POLICIES = {
+    "oracle": "the true distances",
+    "oracle-best": "the true distances, weighed against layers",
+    "head": "predicted distances",
+    "head-small": "predicted distances, small sizes alone",
+}
+EXITS = {
+    "sts": "STS, points above fixed sizes",
+    "ndcg": "nDCG@10, points above fixed sizes",
+    "ndcg of full queries": "nDCG@10 of full queries, points above fixed sizes",
+}

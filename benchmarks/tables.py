@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import cost_tables
+import elastic_tables
 import typer
 from columns import (
     ROOT,
@@ -328,6 +329,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
     "elastic": elastic, "embed_search": embed_search,
     "elastic_across": elastic_across, "elastic_fitted": partial(elastic_across, "fitted"),
+    "elastic_joined": partial(elastic_tables.joined, "packaged"), "elastic_tried": elastic_tables.tried,
+    "elastic_joined_fitted": partial(elastic_tables.joined, "fitted"), "elastic_exit": elastic_tables.early_exit,
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
     "kv_sft": kv_sft, "serve_load": serve_load, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
     "kv_speed_step": partial(kv_speed, "decode_ms"),

@@ -9,7 +9,7 @@ import torch
 
 from nestling.embed import ElasticAdapter, ElasticEncoder, TrainConfig
 from nestling.embed.adapter_files import CONFIG_FILE, WEIGHTS_FILE, built_in
-from nestling.errors import AdapterError, ExampleError, FileError, LadderError
+from nestling.errors import AdapterError, ExampleError, FileError, LadderError, OptionError
 
 from .families import FAMILIES, some_texts
 
@@ -106,6 +106,32 @@ def test_spaces(encoder):
     assert one.encode_query(TEXTS[0], "1x8", space=one.space).shape == (8,)
     with pytest.raises(AdapterError, match=f"space='{other.space}', and this encoder's is {one.space}"):
         one.encode_document(TEXTS, "1x8", space=other.space)
+
+
+def test_queries_for_documents_of_a_smaller_size(encoder):
+    """They are the sum of both sizes' unit vectors, as wide as the documents."""
+    one = trained(encoder())
+    for documents, width in (("1x8", 8), ("2x32", 32)):
+        wide, small = one.encode_query(TEXTS[:9]), one.encode_query(TEXTS[:9], documents)
+        wide = wide[:, :width] / np.linalg.norm(wide[:, :width], axis=1, keepdims=True)
+        wanted = (wide + small) / np.linalg.norm(wide + small, axis=1, keepdims=True)
+        found = one.encode_query(TEXTS[:9], documents=documents, space=one.space)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+        single = one.encode_query(TEXTS[0], documents=documents, convert_to_tensor=True)
+        np.testing.assert_allclose(single.numpy(), wanted[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        one.encode_query(TEXTS[:9], "1x8", documents="1x8"), one.encode_query(TEXTS[:9], "1x8"), rtol=0, atol=1e-6
+    )
+    with pytest.raises(OptionError, match="documents=2x32 is wider than queries of 1x8"):
+        one.encode_query(TEXTS, "1x8", documents="2x32")
+    with pytest.raises(OptionError, match="leave sizes out"):
+        one.encode_query(TEXTS, sizes=["1x8"], documents="1x8")
+    with pytest.raises(LadderError, match="deeper than the model"):
+        one.encode_query(TEXTS, documents="5x8")
+    with pytest.raises(AdapterError, match="space='other'"):
+        one.encode_query(TEXTS, documents="1x8", space="other")
+    with pytest.raises(AdapterError, match="queries of 4x32 are in another space"):
+        ElasticEncoder(encoder(), SIZES).encode_query(TEXTS, documents="1x8")
 
 
 def test_alignment_fits_its_maps_in_its_space(encoder, tmp_path):

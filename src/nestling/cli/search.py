@@ -81,7 +81,8 @@ def search(
     console.print(f"{len(index):,} vectors of {wanted}: {chosen}")
     rows: list[dict[str, Any]] = []
     start = time.perf_counter()
-    for text, vector in zip(query, encoder.encode_query(query, asked.name), strict=True):
+    smaller = wanted.name if encoder.adapter is not None and wanted.layers < asked.layers else None
+    for text, vector in zip(query, encoder.encode_query(query, asked.name, documents=smaller), strict=True):
         hits = index.search(vector, top, space=space)
         found = [{"rank": rank, "id": hit.id, "score": hit.score} for rank, hit in enumerate(hits, 1)]
         show(found, text)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from nestling.embed.adapter import ElasticAdapter
-from nestling.embed.evaluation.choose import chosen_size
+from nestling.embed.evaluation.choose import chosen_size, measured_speeds
 from nestling.embed.export.export import cut_out, projection_of
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.encode import TASKS, encode, served_prompts, stored_prompts, strings_of, widths
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
-from nestling.embed.model.similarity import Similarity
+from nestling.embed.model.similarity import Similarity, Vectors, joined
 from nestling.errors import AdapterError, OptionError
 from nestling.options import number, shown, text, whole
 
 Size = str | Cup | tuple[int, int]
-Vectors = np.ndarray | Tensor
 
 
 class SizedEncoder:
@@ -115,8 +112,8 @@ class SizedEncoder:
         return found[wanted[0].name] if sizes is None else found
 
     def encode_query(
-        self, texts: Any, size: Size | None = None, *, sizes: Iterable[Size] | None = None, space: str | None = None,
-        batch_size: int = 32, convert_to_tensor: bool = False,
+        self, texts: Any, size: Size | None = None, *, sizes: Iterable[Size] | None = None,
+        documents: Size | None = None, space: str | None = None, batch_size: int = 32, convert_to_tensor: bool = False,
     ) -> Any:  # fmt: skip
         """The vectors of queries, with the model's prompt for them, to be compared with those of `encode_document`.
 
@@ -127,15 +124,34 @@ class SizedEncoder:
         Args:
             texts, sizes, batch_size, convert_to_tensor: as of `encode`.
             size: such as ``"6x384"``; by default the full one.
+            documents: the size that the documents were encoded at, if it is a smaller one. Then a query's vector is
+                the sum of both sizes' unit vectors, as wide as the documents', and of unit length: what a small size
+                gets wrong of documents it gets wrong of queries too, so that this finds more than either alone.
             space: the id that the documents' vectors were kept with; another space than this encoder's is refused.
 
         Raises:
-            AdapterError: the space is another one, or the adapter's teacher was another model, so that the full size
-                is not in its space.
+            AdapterError: the space is another one, the adapter's teacher was another model, so that the full size is
+                not in its space, or there is no adapter and documents of another depth.
+            OptionError: documents are wider than the queries, or there are ``sizes`` beside them.
             LadderError, OptionError, EvaluationError, ExportError: as `encode`.
         """
         options: dict[str, Any] = {"as_tensors": convert_to_tensor, "batch_size": batch_size}
-        return self._in_space("query", texts, size, sizes, space, **options)
+        if documents is None:
+            return self._in_space("query", texts, size, sizes, space, **options)
+        if sizes is not None:
+            raise OptionError(f"documents={documents} goes with one size of queries: leave sizes out")
+        both = self._wanted(None, [size, documents])
+        if both[0].dims < both[1].dims:
+            raise OptionError(
+                f"documents={documents} is wider than queries of {both[0]}: take queries as wide at least"
+            )
+        if self.adapter is None and both[0].layers != both[1].layers:
+            raise AdapterError(
+                f"documents={documents}: without an adapter, queries of {both[0]} are in another space; encode them "
+                "at the size of the documents"
+            )
+        found = self._in_space("query", texts, None, both, space, **options)
+        return joined(*(found[each.name] for each in both))
 
     def encode_document(
         self, texts: Any, size: Size | None = None, *, sizes: Iterable[Size] | None = None, space: str | None = None,
@@ -247,7 +263,7 @@ class SizedEncoder:
             number("texts_per_second", texts_per_second, above=0)
             if not texts:
                 raise OptionError("texts_per_second is measured on texts like yours: give texts")
-            speeds = self._speeds(list(texts))
+            speeds = measured_speeds(lambda size: self.encode(list(texts), size), self.sizes, len(texts))
         return chosen_size(
             self.sizes, known, quality=quality, bytes=bytes, speeds=speeds, texts_per_second=texts_per_second
         ).name
@@ -271,20 +287,6 @@ class SizedEncoder:
         if name not in known:
             raise OptionError(f"prompt_name={shown(name)}: the model has {', '.join(known)}")
         return known[name]
-
-    def _speeds(self, texts: list[str]) -> dict[Cup, float]:
-        """Texts a second at each size, from the fastest of three passes; dims cost nothing to encode."""
-        depths = {}
-        for layers in self.sizes.layers:
-            seconds = [_seconds(lambda: self.encode(texts, (layers, 1))) for _ in range(3)]  # noqa: B023
-            depths[layers] = len(texts) / min(seconds)
-        return {size: depths[size.layers] for size in self.sizes}
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _shape(parts: Encoder) -> tuple[int, int]:

@@ -152,6 +152,7 @@ def test_minutes_and_texts(encoder, tmp_path):
     [
         ([], {}, ExampleError, "got none"),
         (["w9 w8"], {}, ExampleError, "all texts are the same"),
+        (iter(()), {}, ExampleError, "got none"),
         (TEXTS, {"sizes": "1x8,5x32"}, LadderError, "5x32 is deeper than the model"),
         (TEXTS, {"sizes": "4x8,4x32"}, OptionError, "of the full depth alone"),
         (TEXTS, {"batch_size": 500}, ExampleError, "batch_size=500 does not fit"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer, SimilarityFunction
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.nn.functional import normalize
 
 from nestling.errors import UnsupportedEncoderError
 
+Vectors = np.ndarray | Tensor
 WORDS = {
     "cosine": "cosine",
     "dot": "dot product",
@@ -72,3 +75,15 @@ class Similarity:
 
 
 COSINE = Similarity()
+
+
+def joined(first: Vectors, second: Vectors) -> Vectors:
+    """The sum of two sizes' vectors of the same texts, as wide as the second's, both and the sum of unit length.
+
+    Args:
+        first: ``[..., D]`` of the wider size.
+        second: ``[..., d]``.
+    """
+    wide, narrow = torch.as_tensor(first), torch.as_tensor(second)
+    both = normalize(normalize(wide[..., : narrow.shape[-1]], dim=-1) + normalize(narrow, dim=-1), dim=-1)
+    return both if isinstance(first, Tensor) else both.numpy()

@@ -69,7 +69,7 @@ def refit(
         found = read(adapter.body(model), small)
     projections = dict(adapter.projections)
     for depth, vectors in found.items():
-        projections[depth] = _nearer(projections[depth], vectors.double(), normalize(wanted, dim=-1).double())
+        projections[depth] = nearer(projections[depth], vectors.double(), normalize(wanted, dim=-1).double())
     info = {"texts": len(few), "left_out": examples.left_out, "prompt": used}
     info["seconds"] = round(time.monotonic() - started)
     kept = {name: value for name, value in adapter.info.items() if name != "measured"}
@@ -77,7 +77,7 @@ def refit(
     return changed.described(model), info
 
 
-def _nearer(turn: Projection, vectors: Tensor, wanted: Tensor) -> Projection:
+def nearer(turn: Projection, vectors: Tensor, wanted: Tensor) -> Projection:
     """The map with the ridge regression of what it is off; its offset stays where it was."""
     encode_now = turn.encode.detach().cpu().double()
     inputs = vectors - (0 if turn.mean is None else turn.mean.detach().cpu().double())
