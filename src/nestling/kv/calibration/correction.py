@@ -23,8 +23,8 @@ from nestling.kv.allocation.table import CHOICES, Allocation, by_coordinate
 from nestling.kv.calibration.choice import can_choose
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.costs import TINY, Coordinates
-from nestling.kv.calibration.sensitivity import longest, spread
-from nestling.kv.integration.attach import input_device, served
+from nestling.kv.calibration.sensitivity import LOGITS, longest, some, spread
+from nestling.kv.integration.attach import input_device, served, text_config
 from nestling.kv.quantisation.quantiser import rounded
 from nestling.kv.simulation.student import Student
 
@@ -92,15 +92,19 @@ def corrected(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, *, 
 
 
 def added(model, adapter: KVAdapter, allocation: Allocation, ids: Tensor, config: FitConfig) -> Tensor:
-    """What the error of each coordinate adds to the KL of a text ``[T]`` at an allocation, fp64 ``[2, L, Hkv, D]``."""
+    """What the error of each coordinate adds to the KL of a text ``[T]`` at an allocation, fp64 ``[2, L, Hkv, D]``.
+
+    The KL is of some of the tokens where the vocabulary is large."""
     device = input_device(model)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    tokens = some(len(ids), LOGITS // text_config(model).vocab_size, generator)
     with served(model), torch.enable_grad():
         student = Student(model, adapter, sinks=config.sinks, window=config.window).eval()
         scale = torch.ones(2, *adapter.shape, device=device, requires_grad=True)
         step = torch.stack([adapter.step[side] for side in SIDES]).to(device)
         bits = by_coordinate(allocation.stacked, adapter.shape[2]).to(device)
         read = Scaled(Coordinates(adapter, device), bits, step, scale)
-        loss = student.distance(ids[None].to(device), student.reading(read))
+        loss = student.distance(ids[None].to(device), student.reading(read), tokens)
         (gradient,) = torch.autograd.grad(loss, scale)
     return gradient.double().cpu() / 2
 

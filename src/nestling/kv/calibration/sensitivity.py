@@ -65,7 +65,7 @@ def sensitivity(
             masked = student.weighted(mask)
             masked.watch = watch
             generator = generator or torch.Generator(device).manual_seed(config.seed)
-            chosen = _some(ids.shape[1], LOGITS // (len(ids) * text_config(model).vocab_size), generator)
+            chosen = some(ids.shape[1], LOGITS // (len(ids) * text_config(model).vocab_size), generator)
             first = positions[number] if positions is not None else 0
             log_p = student.logits(ids, masked, first, chosen).float().log_softmax(-1)
             weight = (ids.shape[1] / log_p.shape[1]) ** 0.5  # so that its square stands for all labels
@@ -80,7 +80,7 @@ def sensitivity(
     return {side: (total[i] / tokens).float() for i, side in enumerate(SIDES)}
 
 
-def _some(count: int, most: int, generator: torch.Generator) -> Tensor | None:
+def some(count: int, most: int, generator: torch.Generator) -> Tensor | None:
     """The numbers of some of ``count`` tokens, in order, where there are to be fewer."""
     if count <= max(most, 1):
         return None

@@ -135,10 +135,15 @@ class Student(nn.Module):
         rows = self.hidden(input_ids, bits)
         return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
 
-    def distance(self, input_ids: Tensor, masked: Masked) -> Tensor:
-        """KL to the full model of texts ``[B, T]``, mean nats per token, with a gradient by what ``masked`` reads."""
-        teacher, head = self.teacher(input_ids), decoder_and_head(self.lm)[1]
-        return head_loss(self._hidden(input_ids, masked).flatten(0, 1), teacher.flatten(0, 1), head).loss
+    def distance(self, input_ids: Tensor, masked: Masked, tokens: Tensor | None = None) -> Tensor:
+        """KL to the full model of texts ``[B, T]``, mean nats per token, with a gradient by what ``masked`` reads.
+
+        Args:
+            tokens: the numbers of those that count; by default all.
+        """
+        hidden = self._hidden(input_ids, masked), self.teacher(input_ids)
+        chosen = [(h if tokens is None else h[:, tokens.to(h.device)]).flatten(0, 1) for h in hidden]
+        return head_loss(*chosen, decoder_and_head(self.lm)[1]).loss
 
     def forward(self, input_ids: Tensor, bits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """The loss and its parts for ids ``[B, T]`` and bits of blocks ``[B, 2, L, Hkv, blocks]``.
