@@ -15,17 +15,17 @@ from nestling.report.results import run_meta
 from nestling.report.tables import settings
 
 COLUMNS = {
-    "method": "method", "budget": "budget", "bytes_share": "of bf16", "kl": "KL", "kl_99": "KL, 99 %",
-    "kl_last": "KL, last eighth", "ppl": "perplexity", "top1": "top-1",
+    "method": "method", "budget": "budget", "bytes_share": "of bf16", "kl": "KL", "kl_99": "KL 99%",
+    "kl_last": "KL, end", "ppl": "PPL", "top1": "top-1",
 }  # fmt: skip
 DETAILS = {"model", "bytes_per_token", "kl_low", "kl_high", "kl_median", "kl_99_9", "kl_first", "kl_by_position"}
 DETAILS |= {"next_token"}  # are in the JSON alone
 QUALITY = (
     "KL (nats per token) is the distance of the predictions to those of the full cache, on text that was not "
     "calibrated on; the history is read compressed, as in decoding. Top-1 is how often the first choice is the full "
-    "model's. One token in a hundred has a KL above that of 99 %, and the last eighth is of the text. Bytes are "
-    "those of the storage really held, beside a full cache in bf16; a model that computes in fp32 holds twice that by "
-    "itself."
+    "model's. One token in a hundred has a KL above that of 99%, the end is the last eighth of the text, and PPL is "
+    "perplexity. Bytes are those of the storage really held, beside a full cache in bf16; a model that computes in "
+    "fp32 holds twice that by itself."
 )
 
 

@@ -21,8 +21,8 @@ BUDGETS = (0.3125, 0.25, 0.1875, 0.125, 0.0625)
 LENGTH, WINDOWS = 2048, 1
 CHUNK = 256  # what a query sees of our caches does not depend on it
 COLUMNS = {
-    "budget": "budget", "bytes_share": "of bf16", "predicted": "KL, predicted", "kl": "KL", "kl_99": "KL, 99 %",
-    "kl_first": "first eighth", "kl_last": "last eighth",
+    "budget": "budget", "bytes_share": "of bf16", "predicted": "predicted", "kl": "KL", "kl_99": "KL 99%",
+    "kl_first": "KL, start", "kl_last": "KL, end",
 }  # fmt: skip
 
 

@@ -237,7 +237,8 @@ class _Run:
             self.results[candidate.name].update(bytes_share=share, bytes_per_token=held / len(ids))
 
     def windows(self, windows: list[Tensor], advance: Callable[[int], None]) -> None:
-        done, found = self.store.done, {c.name: [] for c in self.candidates}
+        done = self.store.done
+        rows: dict[str, list[list[float]]] = {c.name: [] for c in self.candidates}
         for number, window in enumerate(windows):
             keys = {c.name: self.key(c, "text", window.tolist()) for c in self.candidates}
             ids, todo = window.to(self.device), [c for c in self.candidates if keys[c.name] not in done]
@@ -249,9 +250,9 @@ class _Run:
             if todo:
                 self.store.save()
             for c in self.candidates:
-                found[c.name].append(self.store.numbers(keys[c.name], SUMS + len(window)))
+                rows[c.name].append(self.store.numbers(keys[c.name], SUMS + len(window)))
         for c in self.candidates:
-            measured = torch.tensor(found[c.name], dtype=torch.float64)
+            measured = torch.tensor(rows[c.name], dtype=torch.float64)
             nll, hits, right, labels, nbytes = measured[:, :SUMS].sum(0).tolist()
             kl = measured[:, SUMS:]
             self.set_bytes(c, windows[0], nbytes / len(windows))

@@ -141,9 +141,11 @@ class Student(nn.Module):
         Args:
             tokens: the numbers of those that count; by default all.
         """
-        hidden = self._hidden(input_ids, masked), self.teacher(input_ids)
-        chosen = [(h if tokens is None else h[:, tokens.to(h.device)]).flatten(0, 1) for h in hidden]
-        return head_loss(*chosen, decoder_and_head(self.lm)[1]).loss
+        student, teacher = (
+            (states if tokens is None else states[:, tokens.to(states.device)]).flatten(0, 1)
+            for states in (self._hidden(input_ids, masked), self.teacher(input_ids))
+        )
+        return head_loss(student, teacher, decoder_and_head(self.lm)[1]).loss
 
     def forward(self, input_ids: Tensor, bits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """The loss and its parts for ids ``[B, T]`` and bits of blocks ``[B, 2, L, Hkv, blocks]``.
