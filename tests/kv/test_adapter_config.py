@@ -77,6 +77,7 @@ def change(folder: Path, **changes) -> None:
         {"measured": {"length": 9, "windows": 1, "rows": [3]}},
         {"measured": {"length": 9, "windows": 1, "rows": [{**MEASURED, "kl": "low"}]}},
         {"measured": {"length": 9, "windows": 1, "rows": [{**MEASURED, "predicted": -1}]}},
+        {"measured": {"length": 9, "windows": 1, "rows": [{**MEASURED, "budget": 0}]}},
         {"model__layers": [0, 0, 0]},
         {"model__layers": [True, 1, 2]},
         {"model__layers": [2, 1, 0]},

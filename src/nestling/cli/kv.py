@@ -273,10 +273,10 @@ def inspect(
 ) -> None:
     """Show what a cache takes: bits by layer and head, and bytes by length of text. No model is loaded."""
     from nestling import kv
-    from nestling.kv.allocation.allocate import predicted
     from nestling.kv.allocation.budget import read_budget
     from nestling.kv.cache.config import BUDGET
     from nestling.kv.cache.lengths import bytes_by_length, plan_of, shared_bytes
+    from nestling.kv.evaluation.check import expected
     from nestling.kv.report import bit_rows, bits_map, bits_table
     from nestling.report.figures import write_png
 
@@ -285,12 +285,13 @@ def inspect(
     lengths, shared = bytes_by_length(nested, config), shared_bytes(nested, config)
     allocation = plan_of(nested, config).allocation
     share = read_budget(BUDGET if config.budget is None else config.budget, "--budget").share
+    assert share is not None, "limits alone are refused above"
     rows, asked = bit_rows(nested, allocation), f" at {share:.4g} of the full cache"
     console.print(bits_table(rows, f"bits per number, of 16,{asked}"))
     show(lengths, f"bytes by length{asked}")
     console.print(f"{shared:,} bytes of bases, which all caches of this adapter and allocation share")
     if allocation.stacked.unique().numel() > 2 and nested.quantises:
-        console.print(f"KL expected: {predicted(nested, allocation):.2g} nats a token to the full cache")
+        console.print(f"KL expected: {expected(nested, share, allocation):.2g} nats a token to the full cache")
     write_results(json, [*rows, *lengths])
     if png is not None:
         write_png(png, bits_map(allocation, f"Bits{asked}"))

@@ -95,7 +95,8 @@ def _check_measured(measured: Fields) -> None:
     for key in ("length", "windows"):
         measured.whole(key, 1)
     for row in measured.objects("rows"):
-        for name in ("budget", "bytes_share", "kl", "kl_99", "kl_first", "kl_last"):
+        row.number("budget", 1e-6, 1)
+        for name in ("bytes_share", "kl", "kl_99", "kl_first", "kl_last"):
             row.number(name)
         if "predicted" in row.values:
             row.number("predicted", 0)

@@ -10,7 +10,7 @@ from nestling.kv.allocation.allocate import losses_of, predicted
 from nestling.kv.allocation.table import CHOICES, Allocation
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.evaluation import check
-from nestling.kv.evaluation.check import checked
+from nestling.kv.evaluation.check import checked, expected
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import evaluate
 
@@ -44,6 +44,17 @@ def test_a_prediction_is_the_sum_over_blocks(fitted):
     assert predicted(adapter, Allocation(bits[0], bits[1], width)) == pytest.approx(total)
     full = torch.full_like(bits[0], 16)
     assert predicted(adapter, Allocation(full, full, width)) == 0
+
+
+def test_what_is_expected_passes_through_what_was_measured(fitted):
+    adapter = fitted("llama-gqa").adapter
+    allocation = adapter.allocate(0.5)
+    loss = predicted(adapter, allocation)
+    assert expected(adapter, 0.5, allocation) == loss
+    rows = [{"budget": 0.5, "predicted": 0.2, "kl": 0.1}, {"budget": 0.125, "predicted": 0.1, "kl": 0.4}]
+    known = replace(adapter, info={**adapter.info, "measured": {"rows": rows}})
+    for share, ratio in ((0.5, 0.5), (0.125, 4.0), (0.25, 2**0.5), (0.9, 0.5), (0.01, 4.0)):
+        assert expected(known, share, allocation) == pytest.approx(loss * ratio)
 
 
 def test_too_little_text_is_replaced_by_the_built_in_pages(fitted, small, monkeypatch):

@@ -5,13 +5,17 @@ large.
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from nestling.errors import BudgetError, TextTooShortError
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.allocate import predicted
+from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.factory import planned
 from nestling.kv.evaluation.config import EvalConfig
@@ -24,6 +28,18 @@ COLUMNS = {
     "budget": "budget", "bytes_share": "of bf16", "predicted": "predicted", "kl": "KL", "kl_99": "KL 99%",
     "kl_first": "KL, start", "kl_last": "KL, end",
 }  # fmt: skip
+
+
+def expected(adapter: KVAdapter, share: float, allocation: Allocation) -> float:
+    """The KL in nats per token that caches of a share of the bytes are expected to cost: what is predicted, times what
+    the measured ones among ``info["measured"]`` were off by at the budgets around it."""
+    rows = [row for row in adapter.info.get("measured", {}).get("rows", []) if row.get("predicted", 0) > 0 < row["kl"]]
+    rows.sort(key=lambda row: row["budget"])
+    loss = predicted(adapter, allocation)
+    if not rows:
+        return loss
+    off = [math.log(row["kl"] / row["predicted"]) for row in rows]
+    return loss * math.exp(float(np.interp(math.log(share), [math.log(row["budget"]) for row in rows], off)))
 
 
 def checked(model, tokenizer, texts: Sequence[str] | None, adapter: KVAdapter, *, progress: bool = True) -> KVAdapter:
