@@ -3,6 +3,7 @@
 import json
 import re
 import string
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from nestling import kv
 from nestling.cli import app
+from nestling.cli.kv import apart
 from nestling.kv.cache.buffer import room
 from nestling.kv.cache.lengths import bytes_by_length, shared_bytes
 
@@ -315,3 +317,23 @@ def test_a_budget_in_bytes_is_a_limit_where_there_is_a_cache(place):
     for other in (("inspect", place / "adapter", "--budget"), ("eval", place / "lm", place / "adapter", "--budgets")):
         refused = run("kv", *other, "50KiB")
         assert refused.exit_code == 1 and "50KiB" in refused.stderr
+
+
+@pytest.mark.parametrize("count, read", [(0, 0), (1, 1), (2, 1), (100, 30), (100, 95)])
+def test_held_out_texts_were_not_read_before(count, read):
+    """Nor is the rest of a corpus, of which little is needed."""
+    pulled = []
+
+    def corpus():
+        for number in range(count):
+            pulled.append(number)
+            yield str(number)
+
+    learned, held_out = apart(corpus())
+    seen = list(islice(learned, read))
+    assert len(seen) == read and len(pulled) <= read + read // 19 + 2
+    rest = list(held_out)
+    if count > 1:
+        assert not set(seen) & set(rest) and sorted([*seen, *rest], key=int) == [str(n) for n in range(count)]
+    else:
+        assert rest == seen

@@ -5,8 +5,9 @@ Commands only parse, call the library and print. Heavy imports happen inside the
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +47,23 @@ OwnAdapter = Annotated[
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
 
 
-def apart(texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Texts to learn from, and one in twenty held out; a single one is both."""
-    every = list(texts)
-    return [text for i, text in enumerate(every) if i % 20] or every, every[::20]
+def apart(texts: Iterable[str]) -> tuple[Iterator[str], Iterator[str]]:
+    """Texts to learn from, and after these have been read: one in twenty of them, and what was left. A single text is
+    both. A large corpus is read no farther than is needed."""
+    rest = iter(texts)
+    first = list(islice(rest, 2))
+    if len(first) < 2:
+        return iter(first), iter(first)
+    aside = first[:1]
+
+    def learned() -> Iterator[str]:
+        for number, text in enumerate(chain(first[1:], rest), 1):
+            if number % 20:
+                yield text
+            else:
+                aside.append(text)
+
+    return learned(), chain(aside, rest)
 
 
 @kv_app.command()
@@ -116,8 +130,9 @@ def train(
     check_outputs(json, html, folder=out)
     check_place(out)
     check_checkpoints(out, config.resume)
-    texts, held_out = apart(source.read())
-    if eval_text is not None:
+    if eval_text is None:
+        texts, held_out = map(list, apart(source.read()))
+    else:
         texts, held_out = list(source.read()), list(replace(source, text=eval_text).read())
     start = None if adapter is None else kv.KVAdapter.from_pretrained(adapter)
     language_model, tokenizer = loading(load_model, model)

@@ -6,7 +6,7 @@ large.
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def expected(adapter: KVAdapter, share: float, allocation: Allocation) -> float:
     return loss * math.exp(float(np.interp(math.log(share), [math.log(row["budget"]) for row in rows], off)))
 
 
-def checked(model, tokenizer, texts: Sequence[str] | None, adapter: KVAdapter, *, progress: bool = True) -> KVAdapter:
+def checked(model, tokenizer, texts: Iterable[str] | None, adapter: KVAdapter, *, progress: bool = True) -> KVAdapter:
     """The adapter with ``info["measured"]``: ``length``, ``windows``, and rows of `COLUMNS` at five budgets.
 
     Args:
