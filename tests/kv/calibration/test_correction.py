@@ -10,13 +10,13 @@ from nestling.kv.allocation.allocate import losses_of
 from nestling.kv.allocation.table import CHOICES, Allocation, by_coordinate
 from nestling.kv.calibration import correction
 from nestling.kv.calibration.config import FitConfig
-from nestling.kv.calibration.correction import LEAST, RATIO, SHARES, Scaled, added, corrected, raised
+from nestling.kv.calibration.correction import LEAST, PARTS, RATIO, SHARES, Scaled, added, apart, corrected, raised
 from nestling.kv.calibration.costs import Coordinates
 from nestling.kv.simulation.student import Student
 
 from ..families import nested_cache
 
-EXACT = FitConfig(sinks=2, window=4, piece_length=40)
+EXACT = FitConfig(sinks=2, window=4, piece_length=40, context=40)
 
 
 def allocation_of(adapter, seed: int = 0) -> Allocation:
@@ -120,3 +120,40 @@ def test_models_whose_states_are_not_told_keep_their_costs(fitted, ids, monkeypa
     made = fitted("llama-gqa")
     monkeypatch.setattr(correction, "can_choose", lambda model: False)
     assert corrected(made.model, replace(made.adapter), ids, EXACT, progress=False) == made.adapter
+
+
+@pytest.mark.parametrize("tokens, context", [(40, 400), (40, 40), (3, 100), (1, 9), (2048, 8192), (41, 1000)])
+def test_parts_of_a_piece_are_all_over_the_context(tokens, context):
+    positions = apart(tokens, context)
+    steps = positions.diff()
+    assert positions[0] == 0 and bool((steps > 0).all()) and int(positions[-1]) <= max(context, tokens) - 1
+    assert int((steps > 1).sum()) <= PARTS - 1
+    if context >= 4 * tokens > 16:
+        assert int(positions[-1]) > 0.9 * context
+
+
+def test_what_is_lost_is_measured_at_these_positions(fitted, ids):
+    """Without gaps they are those of any text; and the causal mask still goes over the gaps."""
+    made = fitted("llama-gqa")
+    adapter, text = made.adapter, ids[:1, :40]
+    layers, heads, width = adapter.shape
+    none = torch.zeros(layers, heads, -(-width // 8), dtype=torch.long)
+    allocation = Allocation(none, torch.full_like(none, 16), width)
+    close = added(made.model, adapter, allocation, text[0], replace(EXACT, context=40))
+    far = added(made.model, adapter, allocation, text[0], replace(EXACT, context=500))
+    student = Student(made.model, adapter, sinks=2, window=4).eval()
+    step = torch.stack([adapter.step[side] for side in SIDES])
+    bits = by_coordinate(allocation.stacked, width)
+    read = Scaled(Coordinates(adapter, torch.device("cpu")), bits, step, torch.ones(2, *adapter.shape))
+    with torch.no_grad():
+        losses = [
+            float(student.distance(text, student.reading(read), positions=apart(40, context))) for context in (40, 500)
+        ]
+    assert losses[0] == pytest.approx(float(student.distance(text, student.reading(read)).detach()), rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert not torch.allclose(close, far, rtol=1e-2)
+    masks = torch.ones_like(text), torch.ones(1, 1, 40, 40).tril().log()
+    places, decoder = apart(40, 500)[None], made.model.model
+    with torch.no_grad():
+        states = [decoder(input_ids=text, position_ids=places, attention_mask=m).last_hidden_state for m in masks]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)

@@ -28,8 +28,9 @@ from nestling.kv.integration.attach import input_device, served, text_config
 from nestling.kv.quantisation.quantiser import rounded
 from nestling.kv.simulation.student import Student
 
-SHARES = (0.065, 0.045)  # of the bits of all coordinates, one after the other
-PIECES = 6  # of text
+SHARES = (0.175, 0.0875, 0.045)  # of the bits of all coordinates, one after the other
+PIECES = 4  # of text
+PARTS = 4  # of a piece, which lie all over the context
 RATIO = 2.0  # of what was measured and what was predicted, from which on costs are raised
 LEAST = 0.003  # of what all blocks cost together: less than that is noise
 
@@ -96,7 +97,7 @@ def added(model, adapter: KVAdapter, allocation: Allocation, ids: Tensor, config
 
     The KL is of some of the tokens where the vocabulary is large."""
     device = input_device(model)
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator, positions = torch.Generator(device).manual_seed(config.seed), apart(len(ids), longest(model, config))
     tokens = some(len(ids), LOGITS // text_config(model).vocab_size, generator)
     with served(model), torch.enable_grad():
         student = Student(model, adapter, sinks=config.sinks, window=config.window).eval()
@@ -104,9 +105,21 @@ def added(model, adapter: KVAdapter, allocation: Allocation, ids: Tensor, config
         step = torch.stack([adapter.step[side] for side in SIDES]).to(device)
         bits = by_coordinate(allocation.stacked, adapter.shape[2]).to(device)
         read = Scaled(Coordinates(adapter, device), bits, step, scale)
-        loss = student.distance(ids[None].to(device), student.reading(read), tokens)
+        loss = student.distance(ids[None].to(device), student.reading(read), tokens, positions.to(device))
         (gradient,) = torch.autograd.grad(loss, scale)
     return gradient.double().cpu() / 2
+
+
+def apart(tokens: int, context: int) -> Tensor:
+    """Positions ``[tokens]`` of a piece whose parts are spread over a context.
+
+    Keys turn with their positions, some of their coordinates so slowly that they are all but the same throughout a
+    piece, which attention does not mind. Only tokens that are as far apart as in long texts tell what those are worth.
+    """
+    part = -(-tokens // PARTS)
+    gap = max(context - tokens, 0) // max(-(-tokens // part) - 1, 1)
+    places = torch.arange(tokens)
+    return places + places // part * gap
 
 
 def raised(adapter: KVAdapter, allocation: Allocation, measured: Tensor) -> KVAdapter:

@@ -80,9 +80,9 @@ class Student(nn.Module):
         return {"use_cache": True, **cached(self.lm, Cache(layers=layers))}
 
     @torch.no_grad()
-    def teacher(self, input_ids: Tensor) -> Tensor:
+    def teacher(self, input_ids: Tensor, **options) -> Tensor:
         """The full model's last hidden states ``[B, T, H]``."""
-        return decoder_and_head(self.lm)[0](input_ids=input_ids, use_cache=False).last_hidden_state
+        return decoder_and_head(self.lm)[0](input_ids=input_ids, use_cache=False, **options).last_hidden_state
 
     def hidden(self, input_ids: Tensor, bits: Tensor) -> Tensor:
         """The last hidden states ``[B, T, H]`` at bits of blocks ``[B, 2, L, Hkv, blocks]``.
@@ -92,8 +92,8 @@ class Student(nn.Module):
         """
         return self._hidden(input_ids, self.masked(bits))
 
-    def _hidden(self, input_ids: Tensor, masked: Masked) -> Tensor:
-        states = decoder_and_head(self.lm)[0](input_ids=input_ids, **self._arguments(masked))
+    def _hidden(self, input_ids: Tensor, masked: Masked, **options) -> Tensor:
+        states = decoder_and_head(self.lm)[0](input_ids=input_ids, **options, **self._arguments(masked))
         if masked.served != set(self.rows):
             raise UnsupportedModelError(
                 f"{type(self.lm).__name__} does not hand its arguments down to its attention: train it without "
@@ -135,17 +135,25 @@ class Student(nn.Module):
         rows = self.hidden(input_ids, bits)
         return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
 
-    def distance(self, input_ids: Tensor, masked: Masked, tokens: Tensor | None = None) -> Tensor:
+    def distance(
+        self, input_ids: Tensor, masked: Masked, tokens: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """KL to the full model of texts ``[B, T]``, mean nats per token, with a gradient by what ``masked`` reads.
 
         Args:
             tokens: the numbers of those that count; by default all.
+            positions: of the tokens, ``[T]``, where the model can be told; by default from 0 on.
         """
+        decoder, head = decoder_and_head(self.lm)
+        options = {}
+        if positions is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
+            # Without a mask transformers takes positions with gaps for several texts in a row.
+            options = {"position_ids": positions.expand(input_ids.shape), "attention_mask": torch.ones_like(input_ids)}
         student, teacher = (
             (states if tokens is None else states[:, tokens.to(states.device)]).flatten(0, 1)
-            for states in (self._hidden(input_ids, masked), self.teacher(input_ids))
+            for states in (self._hidden(input_ids, masked, **options), self.teacher(input_ids, **options))
         )
-        return head_loss(student, teacher, decoder_and_head(self.lm)[1]).loss
+        return head_loss(student, teacher, head).loss
 
     def forward(self, input_ids: Tensor, bits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """The loss and its parts for ids ``[B, T]`` and bits of blocks ``[B, 2, L, Hkv, blocks]``.
