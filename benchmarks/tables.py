@@ -31,20 +31,6 @@ from names import CACHES, ENCODERS, MEASURES, MODELS, PRETRAININGS, TRAININGS
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "serving.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
 
-# The adapters and integers that the main table of kv_bits leaves out.
-VARIANTS = ("bits-131k", "bits-for-ranks", "bits-window-64", "bits-window-32", "ranks-131k", "ranks-for-ranks")
-VARIANTS += (
-    "int3",
-    "int2",
-    "hadamard-int4",
-    "hadamard-int3",
-    "hadamard-int2",
-    "quanto-int4",
-    "quanto-int2",
-    "hqq-int2",
-)
-
-
 CACHE = {"method": ("cache", CACHES.__getitem__)}
 SHARE = {"bytes_share": ("share of bf16", percent)}
 LOSS = {"kl": ("KL", digits), "ppl": ("perplexity", digits), "top1": ("top-1 agreement", percent)}
@@ -61,10 +47,10 @@ def kv_quantised() -> str:
     return table([row for row in load("kv_quality") if row["budget"] is None], {**CACHE, **SHARE, **LOSS})
 
 
-def kv_bits(model: str, variants: bool = False) -> str:
+def kv_bits(model: str) -> str:
+    """All but what kv_cost.json has of SmolLM2."""
     rows = [row for row in load("kv_bits") if row["model"] == model]
-    if model == "smollm2":
-        rows = [row for row in rows if (row["method"] in VARIANTS) == variants]
+    rows = [row for row in rows if model != "smollm2" or row["method"] not in ("bits", "bits-window-64")]
     return table(rows, {**CACHE, **SHARE, **LOSS})
 
 
@@ -321,11 +307,10 @@ def embed_search() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "kv_short": cost_tables.short, "kv_cost": partial(cost_tables.budgets, "smollm2"),
-    "kv_cost_gemma": partial(cost_tables.budgets, "gemma3"), "kv_cost_lengths": cost_tables.lengths,
+    "kv_cost_lengths": cost_tables.lengths,
     "kv_cost_course": cost_tables.course, "kv_cost_rivals": partial(cost_tables.rivals, "smollm2"),
-    "kv_cost_rivals_gemma": partial(cost_tables.rivals, "gemma3"),
     "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
-    "kv_bits": partial(kv_bits, "smollm2"), "kv_bits_variants": partial(kv_bits, "smollm2", True),
+    "kv_bits_variants": partial(kv_bits, "smollm2"),
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
     "elastic": elastic, "embed_search": embed_search,
     "elastic_across": elastic_across, "elastic_fitted": partial(elastic_across, "fitted"),
