@@ -125,13 +125,15 @@ def apart(tokens: int, context: int) -> Tensor:
 def raised(adapter: KVAdapter, allocation: Allocation, measured: Tensor) -> KVAdapter:
     """The adapter with larger costs of dropping the blocks that an allocation drops at a higher cost than predicted.
 
+    They are raised to the geometric mean of both: what was measured holds for long texts and for that allocation.
+
     Args:
         measured: as `added` gives it.
     """
     predicted, cost = losses_of(adapter)[..., 0], by_block(measured)
     total = float(cost.sum())
     wrong = (allocation.stacked == 0) & (cost > RATIO * predicted) & (cost > LEAST * total)
-    ratio = torch.where(wrong, cost / predicted.clamp_min(TINY), 1.0)
+    ratio = torch.where(wrong, (cost / predicted.clamp_min(TINY)).sqrt(), 1.0)
     factor = by_coordinate(ratio, adapter.shape[2]).float()
     costs = {side: adapter.quantisation_cost[side].clone() for side in SIDES}
     for place, side in enumerate(SIDES):
