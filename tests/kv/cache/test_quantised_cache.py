@@ -41,10 +41,11 @@ def at_8_bits(states: torch.Tensor) -> torch.Tensor:
     return (states / scale).round().clamp(-127, 127) * scale
 
 
-def as_stored(states: torch.Tensor, sinks: int) -> torch.Tensor:
-    """What is read back of tokens ``[..., T, D]`` in the exact store, the first of which are sinks."""
+def as_stored(states: torch.Tensor, sinks: int, centre: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """What is read back of tokens ``[..., T, D]`` in the exact store, the first of which are sinks; keys are counted
+    from a centre."""
     stored = states.bfloat16().float()
-    read = at_8_bits(stored)
+    read = at_8_bits(stored - centre) + centre
     rest = at_8_bits(stored - read)
     return torch.cat(((read + rest)[..., :sinks, :], read[..., sinks:, :]), -2)
 
@@ -94,7 +95,8 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
         repeated, sides = query.shape[1] // key.shape[1], (("key", key, table.keys), ("value", value, table.values))
         whole, states = [], []
         for side, state, bits in sides:
-            kept = state if row is None else as_stored(state, sinks)
+            centre = 0.0 if side == "value" or row is None else adapter.mean["key"][row][:, None]
+            kept = state if row is None else as_stored(state, sinks, centre)
             read = (
                 kept
                 if row is None

@@ -57,7 +57,7 @@ def test_sixteen_bits_or_none_are_ranks_and_eight_are_nearly_all(fitted, ids, si
     bits = random_ranks(case.adapter, 2)
     of_coordinates, bases = by_coordinate(bits, 24), student.bases
     coded, projected = (  # both ways to read ranks
-        student.logits(ids[:2], student._masked(cut))
+        student.logits(ids[:2], student.reading(cut))
         for cut in (bases.coded(of_coordinates), bases.projected(of_coordinates > 0))
     )
     torch.testing.assert_close(coded, projected, rtol=1e-3, atol=1e-3)

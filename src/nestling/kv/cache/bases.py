@@ -83,7 +83,7 @@ class LayerBases:
         biases: of keys and of values, the part of the mean that is not in what groups hold: ``[Hkv, 1, D]`` fp32 in
             their order. It is zero for heads at full width, and None if it is for all of them or there are no means.
         centre: the means of keys in that order, ``[Hkv, 1, 1, D]`` fp32, of adapters that quantise; see `ExactStore`.
-            It is the same for all allocations.
+            It is the same for all allocations, and None where nothing is compressed.
         device: where they are.
     """
 
@@ -124,7 +124,8 @@ class LayerBases:
                     rests = [pair[number].rest(mean[h, None], layouts[number]) for pair, (h, layouts) in parts]
                     biases[number] = torch.cat(rests)
             encode, centre = bases["key_encode"], None
-            if "key_mean" in bases and "key_step" in bases:
+            compressed = any(side.encode is not None for pair in sides for side in pair)
+            if compressed and "key_mean" in bases and "key_step" in bases:
                 centre = bases["key_mean"][[head for heads, _ in members for head in heads], None, None]
             return cls(sides, biases, encode.shape[-1], encode.device, key, centre=centre)
 

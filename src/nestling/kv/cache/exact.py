@@ -265,13 +265,9 @@ class ExactStore:
 
     def __getstate__(self) -> dict:
         parts = [[part.detach().clone() for part in side] for side in (self._parts(()) if self.data else ())]
-        return {
-            **self.__dict__,
-            "data": parts,
-            "_flat": [],
-            "size": self.size,
-            "centre": None,
-        }  # nor what lies in free places
+        state = {**self.__dict__, "data": parts, "_flat": [], "size": self.size}  # without what lies in free places
+        state.pop("centre", None)  # the layer has it
+        return state
 
     def __setstate__(self, state: dict) -> None:
         parts, size = state["data"], state.pop("size")
