@@ -8,7 +8,7 @@ from columns import budget_percent, digits, load, percent, pivot, table, whole_p
 from names import CACHES
 
 LENGTH = 2048  # tokens of the main tables
-LONGEST = 8192
+LONGEST = 4096
 CACHE = {"method": ("cache", CACHES.__getitem__)}
 
 
@@ -28,7 +28,7 @@ def short() -> str:
 
 def budgets(model: str) -> str:
     """A row a budget: the mean with its interval, the tail, the first and last eighth, and choices of words."""
-    rows = rows_of(model, ("full", "control", "bits"))
+    rows = rows_of(model, ("full", "bits"))
     for row in rows:
         row["interval"] = f"{digits(row['kl_low'])} to {digits(row['kl_high'])}" if row["kl"] else "0"
     columns = {"bytes_share": ("share of bf16", percent), "kl": ("KL", digits), "interval": ("95 %", str)}
@@ -38,8 +38,11 @@ def budgets(model: str) -> str:
 
 
 def lengths() -> str:
-    """KL by budget and length of the text."""
+    """KL by budget and length of the text, at the budgets that were measured at every length."""
     rows = [row for row in load("kv_cost") if row["model"] == "smollm2" and row["method"] == "bits"]
+    contexts = {row["context"] for row in rows}
+    shared = set.intersection(*({row["budget"] for row in rows if row["context"] == n} for n in contexts))
+    rows = [row for row in rows if row["budget"] in shared]
     rows.sort(key=lambda row: (-row["budget"], row["context"]))
     down = ("budget", "budget", budget_percent)
     return pivot(rows, down, ("context", lambda n: f"{n:,} tokens"), "kl", digits)
