@@ -74,8 +74,7 @@ def corrected(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, *, 
     """
     if not can_choose(model):
         return adapter
-    batches = spread(windows, PIECES, min(config.piece_length, longest(model, config)), 1)
-    pieces = torch.cat(batches)
+    pieces = torch.cat(spread(windows, PIECES, min(config.piece_length, longest(model, config)), 1))
     with progress_bar(progress) as bar:
         task = bar.add_task("costs at small budgets", total=len(SHARES) * len(pieces))
         for share in SHARES:
