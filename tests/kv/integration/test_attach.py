@@ -15,6 +15,7 @@ from nestling.kv.integration.attach import (
     compressible_layers,
     fingerprint,
     head_shape,
+    longest_text,
     output_projections,
     text_config,
 )
@@ -53,6 +54,18 @@ OTHERS = {
     "lfm2": {"layer_types": ["conv", "full_attention", "full_attention"]},
 }
 MHA = ("gpt2", "gpt_neox", "opt", "gpt_bigcode")  # know nothing of KV heads
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("whisper", "max_target_positions")],
+)
+def test_a_model_says_how_long_a_text_it_reads(family, name):
+    assert longest_text(CONFIG_MAPPING[family](**{name: 77})) == 77
+
+
+def test_some_models_say_no_longest_text():
+    assert longest_text(CONFIG_MAPPING["bloom"]()) is None
 
 
 def other_model(kind: str, **overrides):

@@ -18,7 +18,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.document import continuation, read
-from nestling.kv.integration.attach import text_config
+from nestling.kv.integration.attach import longest_text, text_config
 
 ANSWER = 48  # tokens of an answer at most
 MARKS = ("\u241fdocument\u241f", "\u241fquestion\u241f")  # where they stand in a template
@@ -74,7 +74,7 @@ class Reader:
     def __init__(self, name: str, model: Any, tokenizer: Any, adapter: KVAdapter):
         self.name, self.model, self.tokenizer, self.adapter = name, model, tokenizer, adapter
         self.standard = NestedCache(model, adapter)  # kept, since it keeps the bases that caches of its budget share
-        self.context: int | None = getattr(text_config(model), "max_position_embeddings", None)
+        self.context = longest_text(model)
         ends = model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         template = self._template()

@@ -24,7 +24,7 @@ from nestling.kv.allocation.budget import Budget
 from nestling.kv.cache.cache import NestedCache
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.factory import CacheFactory, read_request
-from nestling.kv.integration.attach import cached, input_device, text_config
+from nestling.kv.integration.attach import cached, input_device, longest_text
 
 logger = logging.getLogger("nestling.serve")
 
@@ -120,7 +120,7 @@ class Engine:
         self.name = model.name_or_path
         self.cache = _with_limit(cache)
         self.standard = NestedCache(model, adapter, self.cache)  # kept, since it keeps the bases that all share
-        self.context: int | None = getattr(text_config(model), "max_position_embeddings", None)
+        self.context = longest_text(model)
         own = model.generation_config
         ends = [] if own.eos_token_id is None else own.eos_token_id
         self.ends = {ends} if isinstance(ends, int) else set(ends)

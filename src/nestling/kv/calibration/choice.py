@@ -21,7 +21,7 @@ from nestling.kv.allocation.table import CHOICES
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.costs import Costs
 from nestling.kv.calibration.search import KLMeter
-from nestling.kv.integration.attach import decoder_and_head, input_device, text_config
+from nestling.kv.integration.attach import decoder_and_head, input_device, longest_text
 from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
 
 ALONE = 0.125  # of the bits, where a side of a layer is measured by itself
@@ -78,7 +78,7 @@ def choose(model, candidates: Candidates, windows: Tensor, config: FitConfig, ba
                 bar.advance(alone)
     mixtures = torch.cat((sides, kl.argmin(0, keepdim=True))).unique(dim=0)
     adapters = [mixed(candidates, chosen) for chosen in mixtures]
-    positions = getattr(text_config(model), "max_position_embeddings", None)
+    positions = longest_text(model)
     if len(windows) > 1 and positions and 2 * windows.shape[1] <= positions:
         windows = windows[: len(windows) // 2 * 2].reshape(len(windows) // 2, -1)
     return adapters[int(measured(model, adapters, windows, config, bar).argmin())]

@@ -18,7 +18,7 @@ from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.correction import corrected
 from nestling.kv.calibration.moments import collect_moments, make_bases
 from nestling.kv.calibration.sensitivity import at_full_ranks, at_half, longest
-from nestling.kv.integration.attach import check_support, leaves_as_found, text_config
+from nestling.kv.integration.attach import check_support, leaves_as_found, longest_text, text_config
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
 from nestling.options import flag
@@ -58,7 +58,7 @@ def fit(
     config, progress = FitConfig.of(config), flag("progress", progress)
     check_support(model)
     lm_config = text_config(model)
-    length = min(config.length, getattr(lm_config, "max_position_embeddings", None) or config.length)
+    length = min(config.length, longest_text(lm_config) or config.length)
     shortest = min(length, config.sensitivity_length)
     if shortest <= (exact := capacity(config.sinks, config.window)):
         raise OptionError(

@@ -19,7 +19,7 @@ from nestling.kv.allocation.steps import fill
 from nestling.kv.allocation.table import first_blocks
 from nestling.kv.cache.rule import check_length
 from nestling.kv.calibration.config import SearchConfig
-from nestling.kv.integration.attach import attach, input_device, leaves_as_found, text_config
+from nestling.kv.integration.attach import attach, input_device, leaves_as_found, longest_text
 from nestling.kv.integration.modes import in_default_mode
 from nestling.kv.simulation.student import Student
 from nestling.options import flag
@@ -97,7 +97,7 @@ def search(
     """
     config, progress = SearchConfig.of(config), flag("progress", progress)
     adapter.check(model)
-    length = min(config.length, getattr(text_config(model), "max_position_embeddings", None) or config.length)
+    length = min(config.length, longest_text(model) or config.length)
     check_length(length, config.sinks, config.window)
     attach(model)
     ids = torch.stack(list(token_windows(tokenizer, texts, length, limit=config.windows)))

@@ -23,7 +23,7 @@ from nestling.kv.allocation.table import Allocation, by_coordinate
 from nestling.kv.cache.rule import capacity
 from nestling.kv.calibration.config import CONTEXT, FitConfig
 from nestling.kv.calibration.costs import Costs, QuantisationErrors, Samples, between
-from nestling.kv.integration.attach import input_device, served, text_config
+from nestling.kv.integration.attach import input_device, longest_text, served, text_config
 from nestling.kv.simulation.student import Student
 
 LOGITS = 2**26  # at a time: labels are drawn at some of the tokens where all would be more
@@ -119,7 +119,7 @@ def longest(model, config: FitConfig) -> int:
     Raises:
         OptionError: if they are more than the model reads.
     """
-    limit = getattr(text_config(model), "max_position_embeddings", None)
+    limit = longest_text(model)
     if config.context is None:
         return min(limit or CONTEXT, CONTEXT)
     if limit and config.context > limit:

@@ -20,6 +20,7 @@ from nestling.kv.cache.config import CacheConfig
 from nestling.kv.cache.factory import planned
 from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.evaluate import evaluate
+from nestling.kv.integration.attach import longest_text
 
 BUDGETS = (0.3125, 0.25, 0.1875, 0.125, 0.0625)
 LENGTH, WINDOWS = 2048, 1
@@ -52,7 +53,7 @@ def checked(model, tokenizer, texts: Iterable[str] | None, adapter: KVAdapter, *
     Raises:
         EvaluationError: for logits that are not finite.
     """
-    length = min(LENGTH, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH)
+    length = min(LENGTH, longest_text(model) or LENGTH)
     plans: dict[float, Any] = {}
     for budget in BUDGETS:
         with contextlib.suppress(BudgetError):  # heads so narrow that so little cannot be kept

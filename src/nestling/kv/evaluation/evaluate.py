@@ -33,7 +33,14 @@ from nestling.kv.evaluation.config import EvalConfig
 from nestling.kv.evaluation.loss import loss_columns
 from nestling.kv.evaluation.scoring import choice_scores, forward, read
 from nestling.kv.evaluation.tasks import encode_question, growing, held_bytes, number_answer, passkey_prompts
-from nestling.kv.integration.attach import attach, input_device, leaves_as_found, stock_layers, text_config
+from nestling.kv.integration.attach import (
+    attach,
+    input_device,
+    leaves_as_found,
+    longest_text,
+    stock_layers,
+    text_config,
+)
 from nestling.kv.integration.modes import in_default_mode
 from nestling.losses import kl_divergence
 from nestling.options import flag
@@ -171,7 +178,7 @@ def compare(
         candidate.make()  # a budget out of reach fails now, not after an hour
     ids = []
     if config.windows:
-        length = min(config.length, getattr(lm_config, "max_position_embeddings", None) or config.length)
+        length = min(config.length, longest_text(lm_config) or config.length)
         texts = read_texts(None) if texts is None else texts
         ids = list(token_windows(tokenizer, texts, length, limit=config.windows))
     questions = {task: [encode_question(tokenizer, row) for row in rows] for task, rows in tasks.items()}

@@ -43,6 +43,7 @@ from nestling.kv.integration.structure import (
     fingerprint,
     head_shape,
     layer_config,
+    longest_text,
     rotary_limit,
     stock_layers,
     text_config,
@@ -73,6 +74,7 @@ __all__ = [
     "layer_config",
     "layer_devices",
     "leaves_as_found",
+    "longest_text",
     "logits_of_last",
     "output_projections",
     "rotary_limit",
@@ -120,7 +122,7 @@ def warn_of_rotation(model, stacklevel: int = 2) -> None:
     """
     config = text_config(base_model(model))
     limit = rotary_limit(config)
-    if limit is not None and limit < (getattr(config, "max_position_embeddings", None) or 0):
+    if limit is not None and limit < (longest_text(config) or 0):
         warnings.warn(
             f"{config.model_type} rotates all keys anew when a text passes {limit} tokens: from there on generate() "
             "drops the cache it was given and goes on with a stock one of full size. Keep prompt and answer below",

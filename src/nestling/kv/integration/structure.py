@@ -18,6 +18,13 @@ def text_config(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrain
     return config.get_text_config(decoder=True)
 
 
+def longest_text(model_or_config: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """The tokens that a model reads at most, where its config tells it: under one of two names."""
+    config = text_config(model_or_config)
+    names = ("max_position_embeddings", "max_target_positions")  # the second of decoders of speech
+    return next((limit for name in names if (limit := getattr(config, name, None))), None)
+
+
 def stock_layers(config: PreTrainedConfig) -> list:
     """One stock, empty cache layer per model layer, of the kind that transformers picks for it."""
     return DynamicCache(config=config).layers

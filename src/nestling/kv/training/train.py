@@ -27,7 +27,15 @@ from nestling.kv.allocation.table import Allocation
 from nestling.kv.cache.rule import check_length
 from nestling.kv.calibration.config import FitConfig
 from nestling.kv.calibration.fit import fit, measure
-from nestling.kv.integration.attach import attach, check_head, head_shape, input_device, leaves_as_found, text_config
+from nestling.kv.integration.attach import (
+    attach,
+    check_head,
+    head_shape,
+    input_device,
+    leaves_as_found,
+    longest_text,
+    text_config,
+)
 from nestling.kv.integration.gradients import check_gradients
 from nestling.kv.integration.modes import in_default_mode
 from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
@@ -139,7 +147,7 @@ def train(
 
 def _windows(lm, tokenizer, texts: Iterable[str] | Tensor, config: TrainConfig) -> Tensor:
     """The windows ``[n, T]`` that are trained on, as many as the tokens ask for."""
-    length = min(config.length, getattr(text_config(lm), "max_position_embeddings", None) or config.length)
+    length = min(config.length, longest_text(lm) or config.length)
     check_length(length, config.sinks, config.window)
     return torch.stack(list(token_windows(tokenizer, texts, length, limit=-(-config.tokens // length))))
 
