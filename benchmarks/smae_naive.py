@@ -18,7 +18,7 @@ IGNORED = -100
 
 
 def naive(smae: MaskedAutoencoder, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss and its parts, of the same weights and with the same meaning as ``smae(**batch)``; plain decoder."""
+    """The loss and its parts, of the same weights and with the same meaning as ``smae(batch)``; plain decoder."""
     encoder = Encoder.of(smae.encoder)
     backbone = encoder.backbone
     given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -34,7 +34,7 @@ from nestling.jobs.progress import progress_bar
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
-METHODS = {"naive": naive, "nestling": lambda smae, batch: smae(**batch)}
+METHODS = {"naive": naive, "nestling": lambda smae, batch: smae(batch)}
 CLOSE = 1e-5  # relative difference of the losses
 
 

@@ -52,7 +52,6 @@ def test_a_size_that_is_changed_later_is_looked_at_too(encoder):
 def test_switches(encoder, tmp_path, value):
     model = encoder()
     for name, call in {
-        "grid": lambda: embed.GridEvaluator(sts=STS, grid=value),
         "progress": lambda: embed.GridEvaluator(sts=STS, progress=value),
         "onnx": lambda: export(model, "1x8", tmp_path / "out", onnx=value),
         "int8": lambda: export(model, "1x8", tmp_path / "out", int8=value),
@@ -149,12 +148,6 @@ def test_one_string_is_no_list_of_texts(encoder):
 def test_evaluators(options):
     with pytest.raises(NestlingError):
         embed.GridEvaluator(CUPS, **({"sts": STS} | options if options else {}))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, "x", None, [1]], ids=repr)
-def test_numbers_of_projections(encoder, value):
-    with pytest.raises(OptionError, match="flatten"):
-        fit_projections(encoder(), TEXTS, [1], flatten=value)
 
 
 def test_references_of_other_texts(encoder):

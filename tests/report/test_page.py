@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from nestling.errors import FileError
-from nestling.report.figures import curve, heat_maps
+from nestling.report.figures import Scale, curve, heat_maps
 from nestling.report.page import Section, write_html
 from nestling.report.results import _command, _commit, run_meta, write_json
 from nestling.report.tables import formatted, grid, markdown_table, scalar, table
@@ -26,11 +26,11 @@ ROWS = [
     {"method": "int4", "budget": 0.375, "kl": 0.125},
     {"method": "lost", "budget": 0.375, "kl": math.nan},
 ]
-AXES = {"title": "KL", "xlabel": "share", "ylabel": "nats"}
 
 
-def plot(rows=ROWS, **options):
-    return curve(rows, "budget", "kl", "method", **AXES | options)
+def plot(rows=ROWS, words=("KL", "share", "nats"), **options):
+    title, x, y = words
+    return curve(rows, Scale("budget", x, percent=True), Scale("kl", y, **options), "method", title)
 
 
 # run_meta
@@ -229,7 +229,7 @@ def test_markdown_table():
 
 
 def test_curve_has_one_sorted_line_per_series_and_labels_single_points():
-    figure = plot(percent_x=True)
+    figure = plot()
     axes = figure.axes[0]
     assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
         "pca": [[0.25, 0.5], [0.5, 0.25]],
@@ -246,7 +246,7 @@ def test_curve_has_one_sorted_line_per_series_and_labels_single_points():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-9])
 def test_curve_log_axis_has_readable_ticks(scale):
-    figure = plot([row | {"kl": row["kl"] * scale + 0.02} for row in ROWS], log_y=True)
+    figure = plot([row | {"kl": row["kl"] * scale + 0.02} for row in ROWS], log=True)
     figure.canvas.draw()
     axes = figure.axes[0]
     low, high = axes.get_ylim()
@@ -256,7 +256,7 @@ def test_curve_log_axis_has_readable_ticks(scale):
 def test_curve_keeps_the_order_of_text_and_survives_no_data():
     rows = [{"budget": cup, "kl": i, "method": "srl"} for i, cup in enumerate(("2x32", "4x64", "12x768"))]
     assert plot(rows).axes[0].lines[0].get_xdata().tolist() == ["2x32", "4x64", "12x768"]
-    assert not plot([], log_y=True).axes[0].lines
+    assert not plot([], log=True).axes[0].lines
 
 
 def meshes(figure):
@@ -328,7 +328,7 @@ def page(tmp_path):
         {"method": HOSTILE + "1", "budget": 1, "kl": 2.0}
     ]
     maps = heat_maps({HOSTILE: [[1, 2]]}, title=HOSTILE, row_label=HOSTILE, col_label=HOSTILE, unit=HOSTILE)
-    lines = plot(hostile, title=HOSTILE, xlabel=HOSTILE, ylabel=HOSTILE)
+    lines = plot(hostile, [HOSTILE] * 3)
     sections = [
         Section(HOSTILE, HOSTILE, rows=hostile, columns={"method": HOSTILE, "kl": "KL"}, figure=lines, pre=HOSTILE),
         Section("second", "one\n\ntwo", figure=maps),

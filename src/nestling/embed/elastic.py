@@ -247,7 +247,7 @@ class ElasticEncoder(SizedEncoder):
         sizes, rows = evaluator.cups(self.model), dict[str, dict[str, Any]]()
         for number, (model, projections, some) in enumerate(self._groups(map(self._size, sizes))):
             measures = copy(evaluator)
-            measures.ladder, measures.grid, measures.projections = Ladder(some), False, projections
+            measures.ladder, measures.projections = Ladder(some), projections
             place = partial if partial is None or not number else f"{os.fspath(partial)}.{number}"
             found = measures.rows(model, model_name=name, method=method, partial=place)
             rows |= {row["size"]: row for row in found}

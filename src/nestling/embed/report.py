@@ -8,7 +8,7 @@ from typing import Any
 
 from nestling.embed.evaluation.agreement import NOTE
 from nestling.embed.evaluation.results import cost_figure, grid_figure
-from nestling.report.figures import curve
+from nestling.report.figures import Scale, curve
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
 from nestling.report.tables import is_table, settings
@@ -54,14 +54,15 @@ def training_sections(info: Mapping[str, Any]) -> list[Section]:
         for name, value in p.items()
         if name not in ("step", "loss") and "mean" not in name and not name.startswith("eval_")
     ]
-    figure = curve(losses, "step", "loss", "part", title="While training", xlabel="step", ylabel="loss", log_y=True)
+    steps = Scale("step", "step")
+    figure = curve(losses, steps, Scale("loss", "loss", log=True), "part", "While training")
     note = "A batch's loss, and the KL to the teacher's rankings."
     if any(row["part"].startswith("mlm") for row in losses):
         note = "Nats per masked token: by the encoder (mlm), and by the decoder from the sentence vector (dec)."
     sections = [Section("Loss of every size", note, figure=figure)]
     if measured:
-        what = "mean Spearman, nDCG@10 or agreement"
-        figure = curve(measured, "step", "value", "size", title="Held-out data", xlabel="step", ylabel=what)
+        what = Scale("value", "mean Spearman, nDCG@10 or agreement")
+        figure = curve(measured, steps, what, "size", "Held-out data")
         sections.append(Section("Quality while training", figure=figure))
     stock = [
         {k.removeprefix("eval_"): v for k, v in p.items() if k == "step" or k.startswith("eval_")} for p in points
@@ -89,10 +90,8 @@ def write_demo(
         for method in ("cut", "made")
         for row in rows
     ]
-    figure = curve(
-        points, "size", "agreement", "method", title="Agreement with the full model", xlabel="size",
-        ylabel="mean Spearman on unseen sentences",
-    )  # fmt: skip
+    agreement = Scale("agreement", "mean Spearman on unseen sentences")
+    figure = curve(points, Scale("size", "size"), agreement, "method", "Agreement with the full model")
     sections = [
         Section("The sizes", f"{NOTE.partition(';')[0]}. {COSTS} {words}", rows=rows, columns=columns, figure=figure),
         Section("Searching the pages", "The two nearest pages to each query.", rows=answers),

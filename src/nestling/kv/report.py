@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.allocation.table import Allocation, block_sizes
-from nestling.report.figures import curve, heat_maps
+from nestling.report.figures import Scale, curve, heat_maps
 from nestling.report.page import Section, write_html
 from nestling.report.results import run_meta
 from nestling.report.tables import settings
@@ -27,6 +27,8 @@ QUALITY = (
     "perplexity. Bytes are those of the storage really held, beside a full cache in bf16; a model that computes in "
     "fp32 holds twice that by itself."
 )
+
+KL = Scale("kl", "KL to the full model (nats per token)", log=True)
 
 
 def bit_rows(adapter: KVAdapter, allocation: Allocation) -> list[dict]:
@@ -70,10 +72,8 @@ def _shade(share: float) -> str:
 def quality_section(rows: Sequence[dict]) -> Section:
     """The table of methods and budgets, and KL against bytes."""
     measured = [row for row in rows if row["method"] != "full"]
-    figure = curve(
-        measured, "bytes_share", "kl", "method", title="What a smaller cache costs", percent_x=True, log_y=True,
-        xlabel="bytes held, share of the full bf16 cache", ylabel="KL to the full model (nats per token)",
-    )  # fmt: skip
+    share = Scale("bytes_share", "bytes held, share of the full bf16 cache", percent=True)
+    figure = curve(measured, share, KL, "method", "What a smaller cache costs")
     return Section("Quality against bytes", QUALITY, rows=rows, columns=shown_columns(rows), figure=figure)
 
 
@@ -96,10 +96,7 @@ def position_section(rows: Sequence[dict]) -> Section:
         if row["method"] != "full"
         for place, value in enumerate(row.get("kl_by_position", ()), 1)
     ]
-    figure = curve(
-        points, "eighth", "kl", "budget", title="Does it last?", log_y=True, xlabel="eighth of the text",
-        ylabel="KL to the full model (nats per token)",
-    )  # fmt: skip
+    figure = curve(points, Scale("eighth", "eighth of the text"), KL, "budget", "Does it last?")
     note = "The mean KL in each eighth of the texts. A line that rises says that longer texts will cost more."
     return Section("Loss by position", note, figure=figure)
 
@@ -141,10 +138,7 @@ def write_training_report(path: Path, adapter: KVAdapter, *, title: str) -> None
         for name in p
         if name.startswith("kl_")
     ]
-    figure = curve(
-        rows, "tokens", "kl", "share", title="Held-out text while training", xlabel="tokens trained on",
-        ylabel="KL to the full model (nats per token)", log_y=True,
-    )  # fmt: skip
+    figure = curve(rows, Scale("tokens", "tokens trained on"), KL, "share", "Held-out text while training")
     note = (
         "Each line is a share of the ranks, exact tokens not counted. Keys and values are cut by masks here, and "
         "every token reads its history as a decode would."

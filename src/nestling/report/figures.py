@@ -4,6 +4,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,26 +31,29 @@ def write_png(path: str | os.PathLike[str], figure: Figure) -> None:
     write_file(path, buffer.getvalue())
 
 
-def curve(
-    rows: Sequence[Row],
-    x: str,
-    y: str,
-    series: str,
-    *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    log_y: bool = False,
-    percent_x: bool = False,
-) -> Figure:
-    """`y` over `x`, one line for each value of `series`; a series of one row is a labelled marker.
+@dataclass(frozen=True)
+class Scale:
+    """What an axis shows: a column of the rows, and the words beside it.
 
-    Rows without x or y are left out. Numbers on x are sorted, text ("6x128") keeps the order of the rows. On a
-    logarithmic axis points at or below zero leave a gap. `percent_x`: 0.4 reads as 40%.
+    Attributes:
+        log: the axis is logarithmic; points at or below zero leave a gap.
+        percent: 0.4 reads as 40%.
+    """
+
+    column: str
+    label: str
+    log: bool = False
+    percent: bool = False
+
+
+def curve(rows: Sequence[Row], x: Scale, y: Scale, series: str, title: str) -> Figure:
+    """`y` over `x`, one line for each value of the column `series`; a series of one row is a labelled marker.
+
+    Rows without x or y are left out. Numbers on x are sorted, text ("6x128") keeps the order of the rows.
     """
     groups: dict[str, list[tuple[Any, Any]]] = {}
     for row in rows:
-        if None not in (point := (scalar(row.get(x)), scalar(row.get(y)))):
+        if None not in (point := (scalar(row.get(x.column)), scalar(row.get(y.column)))):
             groups.setdefault(visible(str(row[series])), []).append(point)
     figure = Figure(figsize=(6.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -64,14 +68,15 @@ def curve(
         if alone:
             note = axes.annotate(name, points[0], (7, 5), textcoords="offset points", color=INK, parse_math=False)
             note.set_path_effects([patheffects.withStroke(linewidth=3, foreground="white")])
-    if log_y:
-        axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    if percent_x:
-        axes.xaxis.set_major_formatter(ticker.PercentFormatter(1))
-    _dress(axes, title, xlabel, ylabel)
+    for scale, set_scale, axis in ((x, axes.set_xscale, axes.xaxis), (y, axes.set_yscale, axes.yaxis)):
+        if scale.log:
+            set_scale("log", nonpositive="mask")
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
+        if scale.percent:
+            axis.set_major_formatter(ticker.PercentFormatter(1))
+    _dress(axes, title, x.label, y.label)
     axes.margins(x=0.06, y=0.08)
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

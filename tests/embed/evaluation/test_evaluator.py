@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.evaluation.metrics import spearman
 from nestling.embed.evaluation.results import cost_figure, grid_figure, markdown, save_results
+from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import encode, stored_prompts
 from nestling.errors import DataError, EvaluationError, LadderError
 
@@ -63,7 +64,7 @@ def test_at_full_size_numbers_are_those_of_the_stock_evaluators(encoder):
 
 def test_the_grid_and_the_default_ladder(encoder):
     model, sts = encoder(), {"a": scored(20), "b": scored(20, seed=5)}
-    grid = GridEvaluator(LADDER, sts=sts, grid=True).rows(model)
+    grid = GridEvaluator(Ladder.parse(LADDER).grid, sts=sts).rows(model)
     assert [row["size"] for row in grid] == [f"{k}x{d}" for k in (1, 2, 4) for d in (4, 8, 32)]
     cells = {row["size"]: row for row in grid}
     for row in GridEvaluator(LADDER, sts=sts).rows(model):
@@ -80,7 +81,7 @@ def test_texts_are_encoded_once_and_the_model_is_left_as_it_was(encoder, monkeyp
     seen = []
     preprocess = model.preprocess
     monkeypatch.setattr(model, "preprocess", lambda texts, **kw: seen.extend(texts) or preprocess(texts, **kw))
-    GridEvaluator(LADDER, sts={"a": rows, "b": rows}, retrieval={"r": data}, grid=True).rows(model)
+    GridEvaluator(Ladder.parse(LADDER).grid, sts={"a": rows, "b": rows}, retrieval={"r": data}).rows(model)
     sentences = {row[key] for row in rows for key in ("sentence1", "sentence2")}
     assert len(seen) == len(sentences) + len(data.corpus) + len(data.queries)
     assert model.training and model[0].model.encoder.training and not model[0].model.embeddings.training

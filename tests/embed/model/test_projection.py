@@ -74,11 +74,12 @@ def test_aligned_prefixes_tell_most_of_the_full_model(family, flatten, encoder, 
     """Each prefix is the best that linear maps of its size can do, and better than as many principal components."""
     monkeypatch.setattr("nestling.embed.model.projection.RIDGE", 1e-6)
     monkeypatch.setattr("nestling.embed.model.projection.OWN", 1e-3)
+    monkeypatch.setattr("nestling.embed.model.projection.FLATTEN", flatten)
     model = encoder(family)
     texts = list(dict.fromkeys(some_texts(400)))
     vectors = encode(model, texts, {2: HIDDEN, 4: HIDDEN})
     full = torch.nn.functional.normalize(vectors[4], dim=-1)
-    turned = fit_projections(model, texts, [2], flatten=flatten)[2](vectors[2])
+    turned = fit_projections(model, texts, [2])[2](vectors[2])
     components = fit_projections(model, texts, [2], kind="centred")[2](vectors[2])
     for dims in (1, 2, 4, 8, 16):
         told = predicted(turned[:, :dims], full)
@@ -86,7 +87,8 @@ def test_aligned_prefixes_tell_most_of_the_full_model(family, flatten, encoder, 
         assert told > predicted(components[:, :dims], full)
 
 
-def test_aligned_similarities_are_nearer_to_the_full_models(encoder):
+def test_aligned_similarities_are_nearer_to_the_full_models(encoder, monkeypatch):
+    monkeypatch.setattr("nestling.embed.model.projection.FLATTEN", 0.0)
     model, texts = encoder("bert"), list(dict.fromkeys(some_texts(400)))
     vectors = encode(model, texts, {2: HIDDEN, 4: HIDDEN})
     new = slice(300, None)  # texts that it was not aligned on
@@ -97,7 +99,7 @@ def test_aligned_similarities_are_nearer_to_the_full_models(encoder):
 
     wanted, errors = cosines(vectors[4] - vectors[4].mean(0)), {}
     for kind in ("aligned", "centred"):
-        turned = fit_projections(model, texts[:300], [2], kind=kind, flatten=0.0)[2](vectors[2])
+        turned = fit_projections(model, texts[:300], [2], kind=kind)[2](vectors[2])
         errors[kind] = (cosines(turned[:, :8]) - wanted).abs().mean()
     assert errors["aligned"] < 0.95 * errors["centred"], errors
 

@@ -65,7 +65,7 @@ def close(found, expected, atol=1e-5):
 @pytest.mark.parametrize("family", KNOWN)
 def test_parts_and_gradients_are_those_of_the_naive_reference(family, pooling, encoder):
     smae, (given,) = autoencoder(encoder(family, pooling)), batch()
-    found, expected = smae(**given), naive(smae, given)
+    found, expected = smae(given), naive(smae, given)
     close(found, expected)
     assert len({f"{value:.4f}" for value in found.values()}) == len(found)  # every part is another number
     close(gradients(smae, found), gradients(smae, expected))
@@ -84,7 +84,7 @@ def test_without_decoder_and_small_cups_it_is_plain_masked_language_modelling(fa
     (given,) = batch()
     wanted = given["labels"].masked_fill(~given["masked"], -100)
     expected = whole(input_ids=given["input_ids"], attention_mask=given["attention_mask"], labels=wanted).loss
-    found = smae(**given)
+    found = smae(given)
     torch.testing.assert_close(found["loss"], expected, rtol=1e-5, atol=1e-6)
     assert set(found) == {"loss", "mlm_4x32"} and smae.decoder is None
 
@@ -98,7 +98,7 @@ def test_a_head_of_its_own_matrix_is_kept(encoder, tmp_path):
     smae = MaskedAutoencoder(sentence_model(tmp_path), CUPS)
     torch.testing.assert_close(smae.head.own, whole.get_output_embeddings().weight)
     (given,) = batch()
-    close(smae.eval()(**given), naive(smae, given))
+    close(smae.eval()(given), naive(smae, given))
 
 
 def test_a_new_head_is_drawn_by_the_seed_and_leaves_the_callers_random_numbers_alone(encoder):
@@ -116,16 +116,16 @@ def test_parts_of_a_batch_add_up(encoder):
     """What processes and steps of accumulation compute, averaged, is the loss of the global batch."""
     smae = autoencoder(encoder())
     (whole,), cut = batch(1), batch(4)
-    found = [smae(**part) for part in cut]
+    found = [smae(part) for part in cut]
     means = {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
-    close(means, smae(**whole))
+    close(means, smae(whole))
 
 
 def test_some_cups_of_a_step(encoder):
     smae, (given,) = autoencoder(encoder()), batch(sampled=2)
     assert given["cups"].tolist()[-1] == 3 and len(given["cups"]) == 2
     chosen = [CUPS.cups[i] for i in given["cups"].tolist()]
-    found, every = smae(**given), smae(**{k: v for k, v in given.items() if k != "cups"})
+    found, every = smae(given), smae({k: v for k, v in given.items() if k != "cups"})
     assert set(found) == {"loss", *(f"{kind}_{cup}" for kind in ("mlm", "dec") for cup in chosen)}
     close({k: v for k, v in found.items() if k != "loss"}, {k: every[k] for k in found if k != "loss"})
     mean = sum(found[f"{kind}_{cup}"].item() for kind in ("mlm", "dec") for cup in chosen) / 4
@@ -136,23 +136,23 @@ def test_dropout_is_on_in_training_everywhere(encoder):
     """Two forwards differ, in both kinds of part; attention's own dropout too."""
     smae, (given,) = autoencoder(encoder()), batch()
     smae.train()
-    first, second = smae(**given), smae(**given)
+    first, second = smae(given), smae(given)
     assert all(first[name] != second[name] for name in first)
     for module in smae.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    assert smae(**given)["loss"] == smae(**given)["loss"]
+    assert smae(given)["loss"] == smae(given)["loss"]
     smae.decoder.layer.attention.self.dropout.p = 0.5
-    first, second = smae(**given), smae(**given)
+    first, second = smae(given), smae(given)
     assert first["mlm_1x8"] == second["mlm_1x8"] and first["dec_1x8"] != second["dec_1x8"]
 
 
 def test_bf16_is_near(encoder):
     smae, (given,) = autoencoder(encoder()), batch()
-    expected = smae(**given)
+    expected = smae(given)
     full = gradients(smae, expected)
     with torch.autocast("cpu", torch.bfloat16):
-        found = smae(**given)
+        found = smae(given)
     half = gradients(smae, found)
     for name in expected:
         assert found[name].item() == pytest.approx(expected[name].item(), rel=0.03), name

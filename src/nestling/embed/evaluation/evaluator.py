@@ -63,7 +63,6 @@ class GridEvaluator(BaseEvaluator):
         sts: scored pairs by the name of the set (``"sts12"``, ``"stsb"``): whatever `read_sts` reads.
         retrieval: retrieval sets by name: a BEIR folder (``FOLDER:dev`` for another split than ``test``), a
             `Retrieval`, or corpus, queries and judgements as BEIR's loader gives them.
-        grid: measure all of the ladder's depths in all of its widths instead of its cups alone.
         prompts: what is put in front of texts by their use, ``sts``, ``query`` or ``passage``. For those left out, the
             prompts that the model was saved with, see `stored_prompts`; ``""`` turns one off. `prompts_for` tells.
         projections: by depth, what is applied before vectors are cut, as a training has it; depths without one are
@@ -88,7 +87,6 @@ class GridEvaluator(BaseEvaluator):
         *,
         sts: Mapping[str, Any] | None = None,
         retrieval: Mapping[str, FileName | Retrieval | tuple[Any, Any, Any]] | None = None,
-        grid: bool = False,
         prompts: Mapping[str, str] | None = None,
         projections: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
         batch_size: int = 32,
@@ -97,7 +95,7 @@ class GridEvaluator(BaseEvaluator):
     ):
         super().__init__()
         self.ladder = None if ladder is None else Ladder.parse(ladder)
-        self.grid, self.projections, self.batch_size = flag("grid", grid), projections, whole("batch_size", batch_size)
+        self.projections, self.batch_size = projections, whole("batch_size", batch_size)
         self.name, self.progress = text("name", name), flag("progress", progress)
         named = {"sts": sts, "retrieval": retrieval, "prompts": prompts, "projections": projections}
         for option, value in named.items():
@@ -141,7 +139,7 @@ class GridEvaluator(BaseEvaluator):
         ladder = self.ladder or Ladder.default(encoder.depth, encoder.dims)
         # The ladder's own check wants the full cup, which training needs and measuring does not.
         Ladder({*ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
-        return list(ladder.grid if self.grid else ladder)
+        return list(ladder)
 
     def metric_names(self, model: nn.Module) -> list[str]:
         """What a call during a training of that model returns.

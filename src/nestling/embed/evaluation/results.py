@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from nestling.embed.evaluation.metrics import BESIDE
 from nestling.embed.ladder import Cup
 from nestling.files.writing import check_folder, naming, write_file
-from nestling.report.figures import curve, heat_maps, write_png
+from nestling.report.figures import Scale, curve, heat_maps, write_png
 from nestling.report.results import run_meta, write_json
 from nestling.report.tables import markdown_table
 
@@ -104,7 +104,7 @@ def cost_figure(
         for cup, row in widest.values()
     ]
     what = MEANS.get(column, column)
-    return curve(points, "cost", "quality", "line", title=f"{what} by cost", xlabel=label, ylabel=what)
+    return curve(points, Scale("cost", label), Scale("quality", what), "line", f"{what} by cost")
 
 
 def markdown(rows: Sequence[Row], columns: Iterable[str] | None = None) -> str:

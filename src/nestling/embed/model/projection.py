@@ -20,11 +20,14 @@ from nestling.embed.model.encode import encode_prompted, strings_of
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.similarity import Similarity
 from nestling.errors import ExampleError, OptionError, UnsupportedEncoderError
-from nestling.options import number, whole
+from nestling.options import whole
 
 Kind = Literal["aligned", "centred", "pca"]
 KINDS = get_args(Kind)
 RIDGE = 0.03  # of the regression, in mean variances of the vectors
+# Aligned coordinates are divided by their spreads to this power. 0 keeps similarities as near to the target's as can
+# be; 0.5 lets lesser directions, which tell like texts apart, count for more.
+FLATTEN = 0.5
 OWN = 0.03  # how much of a depth's own vectors is aligned to beside the target, in spreads of the target
 
 
@@ -83,7 +86,6 @@ def fit_projections(
     *,
     kind: Kind = "aligned",
     target: Tensor | None = None,
-    flatten: float = 0.5,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda count: None,
     prompts: Sequence[str] | None = None,
@@ -103,8 +105,6 @@ def fit_projections(
             ``"centred"``: the principal components of the vectors, with their mean taken out; ``"pca"``: without.
         target: for ``"aligned"``: the embeddings of the texts ``[n, D]`` by another model, of any width, that are
             predicted instead.
-        flatten: for ``"aligned"``: coordinates are divided by their spreads to that power. 0 keeps similarities as
-            near to the target's as can be; 0.5 lets lesser directions, which tell like texts apart, count for more.
         batch_size: texts at a time.
         advance: told how many texts are done, after each batch.
         prompts: what of each text, at its start, is its prompt: a model that leaves prompts out of its pooling
@@ -120,7 +120,6 @@ def fit_projections(
         LadderError: as `taps`.
     """
     whole("batch_size", batch_size)
-    flatten = number("flatten", flatten)
     given, parts = strings_of(texts), Encoder.of(model)
     similarity = Similarity.of(parts.model)
     check_turns(similarity, kind)
@@ -146,7 +145,7 @@ def fit_projections(
         if depth == parts.depth:
             turned[depth] = _components(vectors[depth], centred)
             continue
-        encode, mean = _aligned(vectors[depth], wanted, flatten if similarity.unit else 0.0, centred)
+        encode, mean = _aligned(vectors[depth], wanted, FLATTEN if similarity.unit else 0.0, centred)
         turned[depth] = _scaled(encode, mean) if similarity.unit else Projection(encode, mean)
     return turned
 

@@ -7,6 +7,7 @@ the vocabulary in chunks.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,34 +57,28 @@ class MaskedAutoencoder(nn.Module):
         self.head = masked_head(model, seed)
         self.decoder = Decoder(parts) if decoder else None
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        masked: Tensor,
-        share: Tensor,
-        decoder_ids: Tensor,
-        rebuilt: Tensor,
-        decoder_share: Tensor,
-        cups: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss and its parts. All but ``loss`` are detached.
 
         Args:
-            input_ids, decoder_ids: tokens as encoder and decoder see them ``[B, T]``, padded on the right.
-            attention_mask: ``[B, T]``, 1 for tokens.
-            labels: the tokens themselves ``[B, T]``.
-            masked, rebuilt: ``[B, T]`` bool, what is predicted by the encoder and by the decoder.
-            share, decoder_share: weight of one such token: 1 / (their number in the global batch), times the number of
-                parts that the global batch is cut into.
-            cups: numbers of the ladder's cups that are trained in this step; all by default.
+            batch: as `nestling.embed.pretraining.collate.Collator` makes it:
+
+                * ``input_ids, decoder_ids``: tokens as encoder and decoder see them ``[B, T]``, padded on the right.
+                * ``attention_mask``: ``[B, T]``, 1 for tokens.
+                * ``labels``: the tokens themselves ``[B, T]``.
+                * ``masked, rebuilt``: ``[B, T]`` bool, what is predicted by the encoder and by the decoder.
+                * ``share, decoder_share``: weight of one such token: 1 / (their number in the global batch), times the
+                  number of parts that the global batch is cut into.
+                * ``cups``, if it is there: numbers of the ladder's cups that are trained in this step; else all are.
 
         Returns:
             ``{"loss", "mlm_2x32", ..., "dec_2x32", ...}``, means over the masked tokens in nats.
         """
-        chosen = [self.cups.cups[i] for i in (range(len(self.cups)) if cups is None else cups.tolist())]
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        cups = batch["cups"].tolist() if "cups" in batch else range(len(self.cups))
+        chosen = [self.cups.cups[i] for i in cups]
+        features = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        labels, masked, rebuilt = (batch[name] for name in ("labels", "masked", "rebuilt"))
+        share, decoder_share = batch["share"], batch["decoder_share"]
         tokens = token_taps(self.encoder, features, {cup.layers for cup in chosen})
         seen = {layer: states[masked] for layer, states in tokens.items()}
         states = [torch.cat([self.head.transform(seen[cup.layers][:, : cup.dims]) for cup in chosen])]
@@ -92,7 +87,7 @@ class MaskedAutoencoder(nn.Module):
             encoder = Encoder.of(self.encoder)
             pooled = {layer: encoder.pool(features, states) for layer, states in tokens.items()}
             vectors = torch.stack([self.head.transform(pooled[cup.layers][:, : cup.dims]) for cup in chosen])
-            states.append(self.head.transform(self.decoder(encoder, decoder_ids, attention_mask, vectors, rebuilt)))
+            states.append(self.head.transform(self.decoder(encoder, batch, vectors)))
             targets.append(labels[rebuilt].repeat(len(chosen)))
             weights.append(decoder_share.expand(len(states[1])))
         found = cross_entropies(
@@ -123,13 +118,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.layer = copy.deepcopy(encoder.layers[0])
 
-    def forward(self, encoder: Encoder, ids: Tensor, mask: Tensor, vectors: Tensor, wanted: Tensor) -> Tensor:
-        """States to predict tokens from, ``[C * N, H]``, those of a cup in the order of ``wanted``'s places.
+    def forward(self, encoder: Encoder, batch: Mapping[str, Tensor], vectors: Tensor) -> Tensor:
+        """States to predict tokens from, ``[C * N, H]``, those of a cup in the order of the places that are rebuilt.
 
         Args:
-            ids, mask: what is seen of the texts, ``[B, T]``, padded on the right.
+            batch: as of `MaskedAutoencoder.forward`.
             vectors: of the cups, ``[C, B, H]``; each stands in the place of its text's first token.
-            wanted: ``[B, T]`` bool, places that are rebuilt.
         """
         count, backbone = len(vectors), encoder.shortened(1).model
         layer: Any = copied(self.layer)
@@ -140,5 +134,5 @@ class Decoder(nn.Module):
 
         layer.forward = with_vectors
         descend(backbone, encoder.anatomy.layers)._modules["0"] = layer
-        states = backbone(input_ids=ids.repeat(count, 1), attention_mask=mask.repeat(count, 1)).last_hidden_state
-        return states[wanted.repeat(count, 1)]
+        ids, mask, wanted = (batch[name].repeat(count, 1) for name in ("decoder_ids", "attention_mask", "rebuilt"))
+        return backbone(input_ids=ids, attention_mask=mask).last_hidden_state[wanted]

@@ -17,7 +17,7 @@ from nestling.embed.pretraining.masking import Masking
 
 @dataclass(frozen=True)
 class Collator:
-    """A batch of windows as the arguments of `nestling.embed.pretraining.autoencoder.MaskedAutoencoder`, in parts.
+    """A batch of windows as `nestling.embed.pretraining.autoencoder.MaskedAutoencoder` reads it, in parts.
 
     Random numbers are the batch's own and drawn for all of its rows, so a part is the same however many there are.
 

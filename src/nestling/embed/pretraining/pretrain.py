@@ -188,7 +188,7 @@ class MaskedTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        parts = model(**inputs)
+        parts = model(inputs)
         loss = parts.pop("loss")
         check_finite(parts)
         for name, value in parts.items():
@@ -227,7 +227,7 @@ def _dry_run(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
     try:
         for row in rows:
             with in_eval_mode(smae), torch.no_grad():
-                parts = smae(**{name: tensor.to(device) for name, tensor in row.items()})
+                parts = smae({name: tensor.to(device) for name, tensor in row.items()})
             check_finite(parts)
     except TrainingError as error:
         raise TrainingError(f"before the first step {error}: the weights are broken") from error
