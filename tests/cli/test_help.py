@@ -10,7 +10,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from nestling.cli import app
-from nestling.cli.examples import EXAMPLES, TERMS
+from nestling.cli.examples import EXAMPLES, NOTES
+from nestling.cli.words import EMBED_TERMS, KV_TERMS, defined
 
 ROOT = get_command(app)
 WINGS = {name: command for name, command in ROOT.commands.items() if hasattr(command, "commands")}
@@ -36,12 +37,30 @@ def test_help_defines_its_words_and_shows_examples_that_are_read(words):
     *wing, name = words.split()
     group = WINGS[wing[0]] if wing else ROOT
     assert words in EXAMPLES, f"nestling.cli.examples has no example of nestling {words}"
-    assert TERMS["".join(wing)] in text
+    assert NOTES.get("".join(wing), "") in text
+    used = [word for word in ("budget", "adapter", "rank", "passkey") if f"--{word}" in text and wing == ["kv"]]
+    assert all(defined(word, KV_TERMS).removeprefix("Words: ") in text for word in used)
+    assert wing != ["embed"] or EMBED_TERMS["sizes?"] in text
     for example in EXAMPLES[words]:
         assert example in text
         program, *arguments = shlex.split(example)
         assert program == "nestling" and arguments[: len(wing) + 1] == [*wing, name]
         group.commands[name].make_context(name, arguments[len(wing) + 1 :])  # unknown and missing options are refused
+
+
+@pytest.mark.parametrize("words", ["", *WINGS, *COMMANDS])
+def test_help_says_what_options_take_in_words(words):
+    """Neither types of Python nor those of click, and nothing for what takes nothing."""
+    text = shown(*words.split())
+    assert not re.search(r"<\w+(\[\w+\])?>|\b(INTEGER|FLOAT|BOOLEAN)\b|\[\[|NoneType", text)
+    assert re.search(r"--help\s+Show this", text)
+
+
+def test_terms_that_a_help_uses_are_said():
+    terms = {"ranks?": "A RANK is one.", "KL": "KL is another."}
+    assert defined("Search the ranks", terms) == "Words: A RANK is one."
+    assert defined("the KL of --rank", terms) == "Words: A RANK is one. KL is another."
+    assert defined("franks and KLs", terms) == ""
 
 
 def test_there_are_no_examples_of_commands_that_went():

@@ -46,7 +46,9 @@ def test_it_prints_and_writes_the_losses_of_every_cup(place):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and {"dec_4x32", "loss"} < set(rows[0])
     assert {"mlm_1x8", "mlm_2x16"} < {name for row in rows for name in row} and len(rows[0]) == 7
     printed = (place / "printed.txt").read_text()
-    assert all(word in printed for word in ("mlm first", "dec last", "2x16", "6 steps", "new masked-language head"))
+    assert all(
+        word in printed for word in ("encoder, first", "decoder, last", "2x16", "6 steps", "new masked-language head")
+    )
     page = (place / "a.html").read_text()
     assert "<svg" in page and "Nats per masked token" in page and "KL" not in page
     info = json.loads((place / "start" / "nestling.json").read_text())
@@ -79,7 +81,7 @@ def test_a_folder_of_transformers_own_needs_a_pooling(place):
     result = run(*arguments)
     assert result.exit_code == 1 and "has no modules.json" in flat(result)
     result = run(*arguments, "--pooling", "cls", "--no-decoder", "--sizes", "4x32")
-    assert result.exit_code == 0 and "dec first" not in flat(result), result.output
+    assert result.exit_code == 0 and "decoder, first" not in flat(result), result.output
     assert json.loads((place / "own" / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "cls"
 
 

@@ -38,7 +38,7 @@ def test_columns_that_are_the_same_for_all_sizes_are_left_out(tmp_path):
         {"model": "m", "method": "", "size": s, "seed": 0, "mean_sts": q} for s, q in (("1x8", 0.5), ("4x32", 0.7))
     ]
     write_evaluation(tmp_path / "page.html", rows, title="m: quality of every size", grid=False)
-    assert cells((tmp_path / "page.html").read_text()) == [["size", "mean_sts"], ["1x8", "0.5"], ["4x32", "0.7"]]
+    assert cells((tmp_path / "page.html").read_text()) == [["size", "STS, mean"], ["1x8", "0.5"], ["4x32", "0.7"]]
     both = [rows[0] | {"method": "cut"}, rows[1] | {"method": "aligned"}]
     write_evaluation(tmp_path / "page.html", both, title="m", grid=True)
-    assert cells((tmp_path / "page.html").read_text())[0] == ["method", "size", "mean_sts"]
+    assert cells((tmp_path / "page.html").read_text())[0] == ["method", "size", "STS, mean"]

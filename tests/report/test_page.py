@@ -225,6 +225,12 @@ def test_markdown_table():
     assert markdown_table([], {"m": "M"}) == "| M |\n| ---: |\n"
 
 
+def test_headings_are_words_for_our_measures_and_sets_keep_their_names():
+    row = {"size": "2x8", "my_set": 0.5, "ndcg_my_set": 0.5, "mean_sts before": 0.5, "kl_0.375": 0.1, "kl_99": 1.0}
+    words = ["size", "my_set", "nDCG@10, my_set", "STS, mean before", "KL at 37.5%", "kl_99"]
+    assert grid([row]).headers == words and grid([row], {"my_set": "mean_sts"}).headers == ["mean_sts"]
+
+
 # figures
 
 

@@ -27,7 +27,7 @@ from nestling.cli.terminal import (
 )
 from nestling.cli.version import show_version
 
-BEGIN = "Where to begin: nestling demo kv, nestling demo embed, or, with nestling[play] installed, nestling play."
+BEGIN = "Where to begin: nestling demo kv, nestling demo embed, or, with the extra play installed, nestling play."
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="One model, every size.", epilog=BEGIN)
 
 

@@ -13,7 +13,7 @@ from nestling.config import Config, option
 from nestling.data.told import Rows, logger, tell_left_out
 from nestling.errors import DataError, OptionError
 
-KINDS = ".jsonl, .csv, .tsv (or .gz), .parquet, or a datasets name"
+KINDS = ".jsonl, .csv, .tsv (or .gz), .parquet, or a data set by its name on the hub"
 Text = Annotated[str | None, typer.Option(help=f".txt (or .gz), {KINDS}; default: built-in English pages.")]
 Columns = Annotated[
     str | None,
@@ -21,7 +21,7 @@ Columns = Annotated[
 ]
 AS = "Texts are one a line, or stand between blank lines; default: as they look."
 Lines = Annotated[bool | None, typer.Option("--lines/--documents", help=AS)]
-Language = Annotated[str, typer.Option(help="Of documents, whose abbreviations end no sentence, such as de.")]
+Language = Annotated[str, typer.Option(help="Language of documents, whose abbreviations end no sentence, such as de.")]
 TEXT = ("text",)
 
 

@@ -61,7 +61,7 @@ def align(
     source: TextSource,
     language: Language = "en",
     sizes: Sizes = None,
-    prompt: Annotated[str | None, typer.Option(help="In front of each sentence; default: the model's own.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text before each sentence; default: the model's own.")] = None,
     json: Json = None,
 ) -> None:
     """Make small sizes of MODEL without training it, in closed form from text without labels; MODEL stays as it is."""
@@ -127,7 +127,7 @@ def evaluate(
     sizes: Sizes = None,
     adapter: Adapter = "auto",
     grid: Annotated[bool, typer.Option(help="Every depth of the sizes at every width of them.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Texts in a forward."), positive] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch."), positive] = 32,
     json: Json = None,
     html: Html = None,
 ) -> None:

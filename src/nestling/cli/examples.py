@@ -1,19 +1,14 @@
-"""What stands below the options of every ``--help``: the words that it uses, and commands to try."""
+"""Commands to try, below the options of every ``--help``."""
 
 import typer
 
-KV_TERMS = (
-    "Words: a BUDGET is a share of the full cache's bytes (0.5, 50, 50% or 8bits, of the 16 that a number has there), "
-    "or a limit such as 64MiB. SINKS and WINDOW are the first and the last tokens, which stay exact. An ADAPTER holds "
-    "the bases that keys and values are stored in."
-)
-EMBED_TERMS = (
-    "Words: a SIZE, such as 2x64, is an encoder's first 2 layers and 64 numbers for each text. A LADDER is all of its "
-    "sizes. A PROJECTION is a matrix that turns what a layer says into the numbers of a size."
-)
-DEMO_TERMS = "A demo needs no network where its model is installed, and writes a page that any browser shows."
-PLAY_TERMS = "The page is on this machine, and nothing of it is fetched from elsewhere."
-TERMS = {"kv": KV_TERMS, "embed": EMBED_TERMS, "demo": DEMO_TERMS, "": PLAY_TERMS}
+from nestling.cli.words import CacheCommand, EncoderCommand, WordedCommand, WordedGroup
+
+COMMANDS = {"kv": CacheCommand, "embed": EncoderCommand}
+NOTES = {
+    "demo": "A demo needs no network where its model is installed, and writes a page that any browser shows.",
+    "": "The page is on this machine, and nothing of it is fetched from elsewhere.",
+}
 
 EXAMPLES = {
     "kv fit": ("nestling kv fit smollm2 --out adapter", "nestling kv fit smollm2 --out adapter --text book.txt"),
@@ -42,8 +37,10 @@ EXAMPLES = {
 def add_examples(wings: dict[str, typer.Typer]) -> None:
     """Give every command of the wings its words and examples; commands of no wing are under an empty name."""
     for wing, app in wings.items():
+        app.info.cls = WordedGroup
         for command in app.registered_commands:
             name = command.name or getattr(command.callback, "__name__", "")
             examples = EXAMPLES.get(f"{wing} {name}".strip(), ())
             title = "Example:" if len(examples) == 1 else "Examples:"
-            command.epilog = "\n\n".join([TERMS[wing], title, *examples])
+            command.cls = COMMANDS.get(wing, WordedCommand)
+            command.epilog = "\n\n".join([*filter(None, [NOTES.get(wing)]), title, *examples])

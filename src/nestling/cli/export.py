@@ -25,7 +25,7 @@ def export(
     model: Encoder,
     out: Annotated[Path, typer.Option(help="New folder, of the size; of several, each gets its own within it.")],
     size: Annotated[
-        list[str] | None, typer.Option(help="Such as 6x128; may be repeated; default: all that MODEL has.")
+        list[str] | None, typer.Option(help="Size, such as 6x128; may be repeated; default: all that MODEL has.")
     ] = None,
     sizes: Sizes = None,
     onnx: Annotated[bool, typer.Option(help="Also write an ONNX graph.")] = False,

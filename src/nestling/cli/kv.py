@@ -42,7 +42,7 @@ kv_app = typer.Typer(
 Adapter = Annotated[str, typer.Argument(help="Folder or hub id of an adapter.", metavar="ADAPTER")]
 OwnAdapter = Annotated[
     str | None,
-    typer.Argument(help="Folder or hub id of an adapter; default: that of the package.", metavar="[ADAPTER]"),
+    typer.Argument(help="Folder or hub id of an adapter; default: that of the package.", metavar="ADAPTER"),
 ]
 Budgets = Annotated[str, typer.Option(help="Shares such as 0.25, 25 or 25%, separated by commas.")]
 

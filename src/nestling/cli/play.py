@@ -15,7 +15,7 @@ def play(
     config: PlayConfig,
     model: Annotated[str, typer.Option(help="Language model: hub id, folder, .gguf file, or alias.")] = "smollm2",
     adapter: Annotated[
-        str | None, typer.Option(help="Of its cache: folder or hub id; default: that of the package.")
+        str | None, typer.Option(help="Adapter of its cache: folder or hub id; default: that of the package.")
     ] = None,
     encoder: Annotated[str, typer.Option(help="Text encoder: hub id, folder, or alias.")] = "minilm",
 ) -> None:

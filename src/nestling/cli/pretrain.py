@@ -80,8 +80,8 @@ def _first_and_last(sizes: Any, info: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for size in sizes:
         row: dict[str, Any] = {"size": size.name}
-        for kind in ("mlm", "dec"):
-            found = [point[f"{kind}_{size}"] for point in points if f"{kind}_{size}" in point]
-            row |= {f"{kind} first": found[0], f"{kind} last": found[-1]} if found else {}
+        for side, kind in (("encoder", "mlm"), ("decoder", "dec")):
+            losses = [point[f"{kind}_{size}"] for point in points if f"{kind}_{size}" in point]
+            row |= {f"{side}, first": losses[0], f"{side}, last": losses[-1]} if losses else {}
         rows.append(row)
     return rows

@@ -29,8 +29,8 @@ from nestling.options import number, whole
 class SearchOptions(Config):
     """What is searched, and how exactly."""
 
-    size: str | None = option(None, "Of the vectors; default: the largest that is there.")
-    query_size: str | None = option(None, "Of the queries; default: that of the vectors; the full one is best.")
+    size: str | None = option(None, "Size of the vectors; default: the largest that is there.")
+    query_size: str | None = option(None, "Size of the queries; default: that of the vectors; the full one is best.")
     top: int = option(10, "Results a query.", whole)
     recall: float | None = option(
         None, "Search by a prefix that has this recall, such as 0.99; default: exactly.",

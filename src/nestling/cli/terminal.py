@@ -49,16 +49,17 @@ not_negative = partial(number, minimum=0)
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or the alias smollm2.", metavar="MODEL")]
 Encoder = Annotated[str, typer.Argument(help="Hub id, folder, or the alias minilm.", metavar="MODEL")]
 Sizes = Annotated[
-    str | None, typer.Option(help="Such as 2x32,4x64,6x128; default: those it was saved with, or some for its shape.")
+    str | None,
+    typer.Option(help="Such as 2x32,4x64,6x128; default: those that MODEL was saved with, or some for its shape."),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(help="Of trained sizes: a folder, a hub id, or none; default: MODEL's own, or that of the package."),
+    typer.Option(help="Its trained sizes: a folder, a hub id, or none; default: MODEL's own, or that of the package."),
 ]
 Sinks = Annotated[int, typer.Option(help="Leading tokens kept exact."), natural]
 Window = Annotated[int, typer.Option(help="Recent tokens kept exact, at least."), natural]
 Html = Annotated[Path | None, typer.Option(help="Write a report page to this file.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write {rows, meta} to this file.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file, as JSON.")]
 
 
 class _Tracebacks:

@@ -15,6 +15,13 @@ from rich.text import Text
 from nestling.visible import visible
 
 Row = Mapping[str, Any]
+# What stands over columns whose names in results are no words; see `heading`.
+WORDS = {
+    "mean_sts": "STS, mean", "mean_ndcg": "nDCG@10, mean", "mean_recall": "recall@100, mean",
+    "share_sts": "STS, of full", "share_ndcg": "nDCG@10, of full", "vector_bytes": "bytes a vector",
+    "full_bytes": "full cache", "onnx_difference": "ONNX difference", "int8_cosine": "int8 cosine",
+}  # fmt: skip
+RETRIEVAL = {"ndcg_": "nDCG@10", "recall_": "recall@100"}  # in front of the names of sets
 SHARES = ("share", "budget", "bytes_share", "word_share", "share_sts", "share_ndcg")  # are shown as percentages
 
 
@@ -88,7 +95,7 @@ class TerminalTable:
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None, title: str | None = None) -> TerminalTable:
-    """A terminal table. `columns` maps row keys to headers; by default every key, in order of appearance.
+    """A terminal table. `columns` maps row keys to headers; by default every key's `heading`, in order of appearance.
 
     Floats show 3-4 significant digits, shares are percentages, missing cells are "-"; no text is read as rich markup.
     """
@@ -111,11 +118,22 @@ def _in_markdown(text: str) -> str:
 
 def grid(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> Grid:
     """The rows as text; `columns` as for `table`."""
-    columns = {key: key for row in rows for key in row} if columns is None else columns
+    columns = {key: heading(key) for row in rows for key in row} if columns is None else columns
     values = {key: [scalar(row.get(key)) for row in rows] for key in columns}
     cells = [percentages(column) if key in SHARES else formatted(column) for key, column in values.items()]
     numeric = [all(value is None or _is_number(value) for value in column) for column in values.values()]
     return Grid(list(columns.values()), numeric, [list(line) for line in zip(*cells, strict=True)])
+
+
+def heading(column: str) -> str:
+    """What stands over a column of results: words for our own measures, and everything else as it is."""
+    if share := re.fullmatch(r"kl_(0\.\d+|1(?:\.0)?)", column):
+        return f"KL at {100 * float(share[1]):.4g}%"
+    for prefix, measure in RETRIEVAL.items():
+        if column.startswith(prefix):
+            return f"{measure}, {column.removeprefix(prefix)}"
+    name, when = column.partition(" ")[::2]
+    return f"{WORDS.get(name, name)} {when}".rstrip()
 
 
 def settings(options: Mapping[str, Any]) -> list[Row]:

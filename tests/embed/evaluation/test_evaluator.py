@@ -265,7 +265,7 @@ def test_results_as_files(tmp_path):
     stored = json.loads(files[0].read_text())
     assert stored["rows"][0]["mean_sts"] is None and stored["rows"][1] == rows[1] and stored["meta"] == {"note": 1}
     lines = files[1].read_text().splitlines()
-    assert lines[0] == "| model | method | size | s | mean_sts |" and len(lines) == 2 + len(rows)
+    assert lines[0] == "| model | method | size | s | STS, mean |" and len(lines) == 2 + len(rows)
     assert lines[3] == "| m | cut | 1x8 | 10 | 18 |"
     assert markdown(rows, ["size", "s"]).splitlines()[2] == "| 1x4 | 10 |"
     agreed = [{"size": "1x4", "agreement": 0.5, "overlap": 0.25, "minutes": 1.5, "peak_mib": 8.25, "seed": 0}]

@@ -216,7 +216,7 @@ def test_the_best_checkpoint_by_the_mean_of_cups_is_kept(encoder, tmp_path):
     (row,) = [line.split("|")[2:4] for line in card.splitlines() if line.startswith("| 1x8 |")]
     curve = {p["step"]: p for p in trained.info["curve"]}
     wanted = [round(100 * curve[step]["1x8_mean_sts"], 2) for step in (0, best)]
-    assert "| size | mean_sts before | mean_sts after |" in card and list(map(float, row)) == pytest.approx(
+    assert "| size | STS, mean before | STS, mean after |" in card and list(map(float, row)) == pytest.approx(
         wanted, abs=0.1
     )
     assert GridEvaluator(sts={"dev": scored()}).ladder is None
@@ -313,7 +313,7 @@ def test_before_is_what_was_measured_before(encoder, tmp_path):
     measure = GridEvaluator(sts={"dev": scored()}, name="dev")
     run(encoder(), pairs(), tmp_path / "out", steps=4, save_steps=2, evaluator=measure, eval_on_start=False)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "mean_sts after" in card and "before" not in card
+    assert "STS, mean after" in card and "before" not in card
 
 
 def test_exports_of_a_trained_folder_are_its_cups(encoder, tmp_path):

@@ -39,7 +39,7 @@ class EncodeConfig(Config):
     format: str = option("parquet", "parquet or npy.", partial(choice, known=FORMATS))
     dtype: str = option("float16", "float16 or int8.", partial(choice, known=DTYPES))
     shard_rows: int = option(10_000, "Texts a file.", whole)
-    batch_size: int = option(64, "Texts in a forward.", whole)
+    batch_size: int = option(64, "Texts in a batch.", whole)
     engine: str | Callable[..., Any] = option("local", "local or processes.", _engine, cli=False)
     workers: int | None = option(None, "Processes, or actors of Ray; default: the processors.", whole)
 

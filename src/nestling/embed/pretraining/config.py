@@ -49,13 +49,15 @@ class PretrainConfig(Config):
         2, "Sizes trained in a step, the full one among them; 0: all, as published.", partial(whole, minimum=0)
     )
     learning_rate: float = option(1e-4, "Peak learning rate (AdamW).", partial(number, above=0))
-    warmup: float = option(0.05, "Share of the steps in which it rises.", partial(number, minimum=0, below=1))
+    warmup: float = option(
+        0.05, "Share of the steps in which the learning rate rises.", partial(number, minimum=0, below=1)
+    )
     dropout: bool = option(True, "Whether the model's dropout is on.", flag, cli=False)
     skip_bad: bool = option(False, "Leave out bad lines of files, and count them.", flag)
     seed: int = option(
         0, "Seed of the order of texts, masks and dropout.", partial(whole, minimum=0, maximum=2**32 - 1)
     )
-    bf16: bool = option(False, "Autocast to bf16; fast where the processor has it.", flag)
+    bf16: bool = option(False, "Compute in bf16; fast where the processor has it.", flag)
     save_steps: int | None = option(None, "Steps between checkpoints; default: a tenth.", whole)
     resume: bool = option(False, "Go on from the last checkpoint.", flag)
     progress: bool = option(True, "Show a progress bar.", flag, cli=False)

@@ -35,4 +35,4 @@ class PlanConfig(Config):
     k: int = option(10, "Results a query.", whole)
     queries: int = option(1000, "Queries that are sampled from the vectors.", partial(whole, minimum=20))
     widths: tuple[int, ...] = option(WIDTHS, "Widths of the prefix that are tried.", _widths, cli=False)
-    seed: int = option(0, "Of the sample.", natural)
+    seed: int = option(0, "Seed of the sample.", natural)

@@ -61,13 +61,13 @@ class LossConfig(Config):
     kl_weight: float = option(
         1.0, "How much small sizes follow the full one, against the loss; 0: not at all.", partial(number, minimum=0)
     )
-    temperature: float = option(0.05, "Similarities are divided by it where sizes follow.", ABOVE_ZERO)
+    temperature: float = option(0.05, "What similarities are divided by before rankings are compared.", ABOVE_ZERO)
     weights: dict[str, float] | None = option(
         None, "Weight of a size, such as 12x768=3; may be repeated; default: the full one's is that of all others.",
         _weights, flags=("--weight",), cli=list[str] | None,
     )  # fmt: skip
     cascade: bool = option(False, "Each size follows the next larger one, not the full one.", flag)
-    normalize: bool = option(True, "Vectors are normalised behind the cut, as cosines need it.", flag, cli=False)
+    normalize: bool = option(True, "Vectors are normalised after the cut, as cosines need it.", flag, cli=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +120,12 @@ class TrainConfig(LossConfig):
         None, "File of texts or rows that are not trained on, if --text has them; may be repeated.",
         flags=("--exclude",), cli=list[Path] | None,
     )  # fmt: skip
-    rank: int = option(32, "Rank of the changes of layers, of texts.", whole)
+    rank: int = option(32, "Rank of the changes to layers, for texts.", whole)
     learning_rate: float | None = option(
         None, "Peak learning rate (AdamW); default: 5e-5 for pairs, 1e-3 for texts.", ABOVE_ZERO
     )
     warmup: float | None = option(
-        None, "Share of the steps in which it rises; default: 0.1 for pairs, 0.05 for texts.",
+        None, "Share of the steps in which the learning rate rises; default: 0.1 for pairs, 0.05 for texts.",
         partial(number, minimum=0, below=1),
     )  # fmt: skip
     projection: str = option(
@@ -146,7 +146,7 @@ class TrainConfig(LossConfig):
         500, "Rows to measure on where no --sts or --retrieval is named; 0: none.", partial(whole, minimum=0)
     )
     seed: int = option(0, "Seed of the order of rows and of dropout.", partial(whole, minimum=0, maximum=2**32 - 1))
-    bf16: bool | None = option(None, "Autocast to bf16; default: of texts, where the processor has it.", flag)
+    bf16: bool | None = option(None, "Compute in bf16; default: for texts, where the processor has it.", flag)
     gradient_checkpointing: bool = option(
         False, "Recompute activations: less memory, a third slower.", flag, flags=("--checkpointing",)
     )

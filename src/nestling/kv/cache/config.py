@@ -81,8 +81,8 @@ class CacheConfig(Config):
     context: int = option(CONTEXT, "Number of tokens at which the budget is met, exact ones included.", whole)
     dtype: Any = option(
         None,
-        "Of stored coordinates: bfloat16, float16, float32 or float64. Default: the model's, or bfloat16 if that has "
-        "more than 16 bits.",
+        "Type of stored coordinates: bfloat16, float16, float32 or float64. Default: the model's, or bfloat16 if that "
+        "has more than 16 bits.",
         _dtype,
         cli=str | None,
     )

@@ -43,7 +43,7 @@ class FitConfig(Config):
     sensitivity_length: int = option(DROP_LENGTH, "Tokens per piece.", whole, cli=False)
     sinks: int = option(SINKS, "Leading tokens that the caches will keep exact.", natural)
     window: int = option(WINDOW, "Recent tokens that they will keep exact, at least.", natural)
-    seed: int = option(0, "Of the labels that the model draws.", partial(whole, minimum=0, maximum=2**32 - 1))
+    seed: int = option(0, "Seed of the labels that the model draws.", partial(whole, minimum=0, maximum=2**32 - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class EvalConfig(Config):
     context: int | None = option(None, "Tokens at which budgets are met; default: the length.", whole, cli=False)
     dtype: Any = option(
         None,
-        "Of the stored cache: bfloat16, float16, float32 or float64; default: 16 bits, the model's or bfloat16.",
+        "Type of the stored cache: bfloat16, float16, float32 or float64; default: 16 bits, the model's or bfloat16.",
         _dtype,
         cli=str | None,
     )

@@ -67,14 +67,14 @@ class TrainConfig(Config):
         None, f"Peak learning rate (AdamW). {DEFAULT}", partial(number, above=0), cli=float | None
     )
     basis: str = option(
-        None, "Of the calibration, where no adapter is given.", partial(choice, known=(AUTO, *BASES)), cli=False
+        None, "Bases of the calibration, where no adapter is given.", partial(choice, known=(AUTO, *BASES)), cli=False
     )
     sampling: str = option(
         None, "See `nestling.kv.training.sampling.schedule`.", partial(choice, known=SAMPLINGS), cli=False
     )
-    allocation: str = option(None, "Of sampled and measured ranks: energy or uniform.", text, cli=False)
-    kl_weight: float = option(None, "Of the distance to the full model.", partial(number, minimum=0), cli=False)
-    ce_weight: float = option(None, "Of the loss on the text's tokens.", partial(number, minimum=0), cli=False)
+    allocation: str = option(None, "Allocation of sampled and measured ranks: energy or uniform.", text, cli=False)
+    kl_weight: float = option(None, "Weight of the distance to the full model.", partial(number, minimum=0), cli=False)
+    ce_weight: float = option(None, "Weight of the loss on the text's tokens.", partial(number, minimum=0), cli=False)
     sinks: int = option(None, f"Leading tokens that the caches will keep exact. {DEFAULT}", natural, cli=int | None)
     window: int = option(
         None, f"Recent tokens that they will keep exact, at least. {DEFAULT}", natural, cli=int | None
@@ -87,9 +87,9 @@ class TrainConfig(Config):
     )
     eval_windows: int = option(4, "Windows of held-out text.", whole, cli=False)
     seed: int = option(
-        0, "Of the order of texts, of the ranks and of labels.", partial(whole, minimum=0, maximum=2**32 - 1)
+        0, "Seed of the order of texts, of the ranks and of labels.", partial(whole, minimum=0, maximum=2**32 - 1)
     )
-    bf16: bool = option(False, "Autocast to bf16; fast where the processor has it.", flag)
+    bf16: bool = option(False, "Compute in bf16; fast where the processor has it.", flag)
     gradient_checkpointing: bool = option(
         False, "Recompute activations: slower, less memory.", flag, flags=("--checkpointing",)
     )
