@@ -11,7 +11,10 @@ NOTES = {
 }
 
 EXAMPLES = {
-    "kv fit": ("nestling kv fit smollm2 --out adapter", "nestling kv fit smollm2 --out adapter --text book.txt"),
+    "kv fit": (
+        "nestling kv fit smollm2 --out adapter",
+        "nestling kv fit smollm2 --out adapter --text book.txt --minutes 20",
+    ),
     "kv train": ("nestling kv train smollm2 --out trained --text book.txt --tokens 200000",),
     "kv search": ("nestling kv search smollm2 adapter --out searched",),
     "kv eval": ("nestling kv eval smollm2 --budgets 50%,25%,12.5% --json rows.json",),

@@ -12,6 +12,7 @@ AUTO = "auto"  # of both the better one for each layer and side
 METHODS = ("blend", "greedy")
 PIECES, LENGTH = 12, 2048  # texts on which quantisation costs are measured, and their tokens
 DROP_PIECES, DROP_LENGTH = 16, 512  # those for drop costs
+CORRECTION_PIECES = 4  # of `LENGTH`, on which small caches are tried
 CONTEXT = 8192  # tokens of the longest texts that bases are made for by default
 
 
@@ -41,6 +42,12 @@ class FitConfig(Config):
     piece_length: int = option(LENGTH, "Tokens per piece.", whole, cli=False)
     sensitivity_windows: int = option(DROP_PIECES, "Pieces of text for drop costs.", whole, cli=False)
     sensitivity_length: int = option(DROP_LENGTH, "Tokens per piece.", whole, cli=False)
+    correction_pieces: int = option(CORRECTION_PIECES, "Pieces on which small caches are tried.", whole, cli=False)
+    minutes: float | None = option(
+        None,
+        "Minutes that it may take, about: less text is read where all of it would take longer.",
+        partial(number, above=0),
+    )
     sinks: int = option(SINKS, "Leading tokens that the caches will keep exact.", natural)
     window: int = option(WINDOW, "Recent tokens that they will keep exact, at least.", natural)
     seed: int = option(0, "Seed of the labels that the model draws.", partial(whole, minimum=0, maximum=2**32 - 1))

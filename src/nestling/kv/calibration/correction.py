@@ -29,7 +29,6 @@ from nestling.kv.quantisation.quantiser import rounded
 from nestling.kv.simulation.student import Student
 
 SHARES = (0.175, 0.0875, 0.045)  # of the bits of all coordinates, one after the other
-PIECES = 4  # of text
 PARTS = 4  # of a piece, which lie all over the context
 RATIO = 2.0  # of what was measured and what was predicted, from which on costs are raised
 LEAST = 0.003  # of what all blocks cost together: less than that is noise
@@ -74,7 +73,7 @@ def corrected(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, *, 
     """
     if not can_choose(model):
         return adapter
-    pieces = torch.cat(spread(windows, PIECES, min(config.piece_length, longest(model, config)), 1))
+    pieces = torch.cat(spread(windows, config.correction_pieces, min(config.piece_length, longest(model, config)), 1))
     with progress_bar(progress) as bar:
         task = bar.add_task("costs at small budgets", total=len(SHARES) * len(pieces))
         for share in SHARES:

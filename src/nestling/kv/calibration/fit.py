@@ -17,6 +17,7 @@ from nestling.kv.calibration.choice import WINDOWS, can_choose, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.correction import corrected
 from nestling.kv.calibration.moments import collect_moments, make_bases
+from nestling.kv.calibration.pace import paced
 from nestling.kv.calibration.sensitivity import at_full_ranks, at_half, longest
 from nestling.kv.integration.attach import check_support, leaves_as_found, longest_text, text_config
 from nestling.kv.integration.gradients import check_gradients
@@ -73,6 +74,10 @@ def fit(
         config = replace(config, basis=BASES[0])
     count, auto = max(1, config.tokens // length), config.basis == AUTO
     windows = torch.stack(list(token_windows(tokenizer, texts, length, limit=count + WINDOWS * auto)))
+    if config.minutes is not None:
+        config = paced(model, windows, config)
+        count, auto = max(1, config.tokens // length), config.basis == AUTO
+        windows = windows[: count + WINDOWS * auto]
     held_out = windows
     if auto and len(windows) > 1:
         count = min(count, max(1, len(windows) - WINDOWS))
