@@ -39,6 +39,8 @@ class KVAdapter:
             coordinate with no bits and with each of `nestling.kv.quantisation.quantiser.WIDTHS`. With it comes
             ``step``, ``[L, Hkv, D]``, of the quantisers; both are empty in adapters that were made without, whose
             caches are not quantised.
+        drift: by how much the mean of keys differs in each span of positions, fp32 ``[L, Hkv, spans, D]``, see
+            `nestling.kv.cache.drift`; None where it was not measured, or keys do not turn.
         paths: searched allocations by name, ``[2, L, Hkv, blocks]`` (keys, values): what each block is worth; the
             larger, the longer it is kept as the budget falls.
         info: how it was made (basis, tokens, base model name): plain JSON values.
@@ -54,6 +56,7 @@ class KVAdapter:
     paths: dict[str, Tensor] = field(default_factory=dict)
     quantisation_cost: dict[str, Tensor] = field(default_factory=dict)
     step: dict[str, Tensor] = field(default_factory=dict)
+    drift: Tensor | None = None
 
     def __post_init__(self):
         layers, heads, width = self.shape
@@ -70,6 +73,12 @@ class KVAdapter:
             expected = [2, layers, heads, len(block_sizes(width))]
             if list(path.shape) != expected or not torch.isfinite(path).all():
                 raise AdapterError(f"path {name}: shape {list(path.shape)}, expected finite {expected}")
+        if (drift := self.drift) is not None:
+            spans = drift.shape[2] if drift.dim() == 4 else 0
+            if not spans or list(drift.shape) != [layers, heads, spans, width]:
+                raise AdapterError(f"drift: shape {list(drift.shape)}, expected [{layers}, {heads}, spans, {width}]")
+            if not torch.isfinite(drift).all():
+                raise AdapterError("drift: holds NaN or infinity")
         if self.quantises and any((self.step[side] <= 0).any() for side in SIDES):
             raise AdapterError("step: holds values that are not positive")
         inverses = {side: torch.linalg.inv_ex(self.encode[side].double()) for side in SIDES}
@@ -148,7 +157,8 @@ class KVAdapter:
     def _layer_bases(self, row: int) -> dict[str, Tensor]:
         """Bases, means and steps of a compressed layer, by its row: ``{"key_encode": [Hkv, D, D], ...}``."""
         tensors = {"encode": self.encode, "decode": self.decode, "mean": self.mean, "step": self.step}
-        return {f"{side}_{name}": values[side][row] for side in SIDES for name, values in tensors.items() if values}
+        of_row = {f"{side}_{name}": values[side][row] for side in SIDES for name, values in tensors.items() if values}
+        return of_row if self.drift is None else {**of_row, "key_drift": self.drift[row]}
 
     def check(self, model) -> None:
         """Raise `AdapterError` unless ``model`` has the adapter's fingerprint; the message lists what differs."""
@@ -184,8 +194,11 @@ class KVAdapter:
             for row, layer in enumerate(self.fingerprint["layers"]):
                 for side, gains in zip(SIDES, path[:, row].float(), strict=True):
                     tensors[f"layers.{layer}.{side}.path.{name}"] = gains.contiguous()
+        if self.drift is not None:
+            for row, layer in enumerate(self.fingerprint["layers"]):
+                tensors[f"layers.{layer}.key.drift"] = self.drift[row].contiguous()
         if half:
-            bases = [name for name in tensors if name.endswith(".encode")]
+            bases = [name for name in tensors if name.endswith((".encode", ".drift"))]
             tensors |= {name: tensors[name].half() for name in bases}
             if largest := [name for name in bases if not torch.isfinite(tensors[name]).all()]:
                 raise AdapterError(f"{largest[0]} does not fit into fp16: save it with half=False")
@@ -210,8 +223,10 @@ class KVAdapter:
         without_bits = f"layers.{layers[0]}.key.step" not in tensors
         quantisation_cost, step = ({} if without_bits else stack(name) for name in ("quantisation_cost", "step"))
         tables = (stack("encode"), stack("mean"), stack("drop_cost"))
+        turns = f"layers.{layers[0]}.key.drift" in tensors
+        drift = torch.stack([tensors[f"layers.{i}.key.drift"] for i in layers]).float() if turns else None
         try:
-            return cls(fingerprint, *tables, config, card, paths, quantisation_cost, step)
+            return cls(fingerprint, *tables, config, card, paths, quantisation_cost, step, drift)
         except AdapterError as error:  # of values that are not finite, or have no inverse
             raise AdapterError(f"{folder}: the adapter is damaged ({error}): copy it again") from error
 

@@ -3,9 +3,10 @@
 Two files beside a card: ``nestling_adapter.json`` (format version, the model's fingerprint, how the bases were made,
 and ``sha256``, the checksum of the other one) and ``nestling_adapter.safetensors`` with, for each layer l,
 ``layers.l.{key,value}.encode`` ``[Hkv, D, D]``, ``.mean`` and ``.drop_cost`` ``[Hkv, D]``, all fp32; in adapters that
-caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, 1 + widths]`` and ``.step`` ``[Hkv, D]``. ``decode``
-is not stored: it is the inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME``
-``[Hkv, blocks]``, which serves every budget.
+caches can be quantised by also ``.quantisation_cost`` ``[Hkv, D, 1 + widths]`` and ``.step`` ``[Hkv, D]``. Where keys
+turn with their position there is ``layers.l.key.drift`` ``[Hkv, spans, D]``. ``decode`` is not stored: it is the
+inverse of ``encode``. A searched allocation adds ``layers.l.{key,value}.path.NAME`` ``[Hkv, blocks]``, which serves
+every budget.
 
 In format 2 quantisation costs lack those at no bits, which are the drop costs. In format 1 drop costs are
 ``.energy``, and in place of costs at each width there is ``.noise`` ``[Hkv, D]``, what a coordinate costs if it is off
@@ -48,6 +49,7 @@ OLD_CONFIG_FILE, OLD_WEIGHTS_FILE, OTHER_CARD_FILE = (
 )
 HEAD = ("format", "kind", "nestling", "sha256", "card", "card_sha256", "errors")  # keys that say nothing of the bases
 OLD_NAMES = {"energy": "drop_cost", "noise": "quantisation_cost"}  # of tensors, in format 1
+SPANS = 2**16  # of positions, beyond those of any model
 OLD_WIDTHS = (1, 2, 3, 4, 8)  # of quantisers, in format 1
 BUILT_IN = Path(__file__).parent / "adapters"
 
@@ -255,6 +257,9 @@ def _check_tensors(weights: Path, config: dict, found: dict[str, list[int]]) -> 
         shapes |= {"quantisation_cost": [heads, width, *several], "step": [heads, width]}
     shapes |= {f"path.{name}": [heads, len(block_sizes(width))] for name in path_names(found)}
     expected = {f"layers.{i}.{s}.{n}": shape for i in model["layers"] for s in SIDES for n, shape in shapes.items()}
+    if (drift := found.get(f"layers.{model['layers'][0]}.key.drift")) is not None and len(drift) == 3:
+        spans = min(max(drift[1], 1), SPANS)
+        expected |= {f"layers.{i}.key.drift": [heads, spans, width] for i in model["layers"]}
     if missing := sorted(set(expected) - set(found)):
         raise AdapterError(f"{weights} lacks {len(missing)} tensors, first {missing[0]}: not an adapter of this model")
     if foreign := sorted(set(found) - set(expected)):

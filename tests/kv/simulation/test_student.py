@@ -1,11 +1,15 @@
 """The masked student against the cache that really stores less, and what of it trains."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nestling import kv
 from nestling.errors import TrainingError, UnsupportedModelError
 from nestling.kv.allocation.table import bits_of_ranks, by_coordinate
+from nestling.kv.cache import drift
 from nestling.kv.integration.attach import attach, cached
 from nestling.kv.simulation.student import Student
 from nestling.losses import IGNORED, kl_divergence
@@ -29,9 +33,13 @@ def eight(batch: int) -> torch.Tensor:
 @pytest.mark.parametrize("sinks, window", [(0, 0), (2, 8)])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_masks_do_what_the_cache_does(fitted, ids, family, sinks, window):
-    """Row by row, each at ranks of its own, against a cache that is read token by token."""
-    case = fitted(family)
+def test_masks_do_what_the_cache_does(fitted, ids, family, sinks, window, monkeypatch):
+    """Row by row, each at ranks of its own, against a cache that is read token by token; means of keys drift."""
+    monkeypatch.setattr(drift, "SPAN", 8)
+    case = copy.copy(fitted(family))
+    layers, heads, width = case.adapter.shape
+    moves = torch.randn(layers, heads, 3, width, generator=torch.Generator().manual_seed(5))
+    case.adapter = replace(case.adapter, drift=moves)
     student = Student(case.model, case.adapter, sinks=sinks, window=window).eval()
     ranks, text = random_ranks(case.adapter, 2), ids[:2, :48]
     ours = case.model.lm_head(student.hidden(text, ranks))

@@ -6,10 +6,12 @@ the layer share one softmax and one product with the exact tokens; left for each
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestling.kv.cache.drift import add_by_span, span_count, span_of
 from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.groups import RankGroup
 from nestling.kv.cache.matmul import cast, product, product_onto, softmax, work_dtype
@@ -22,6 +24,7 @@ def attend(
     groups: Sequence[RankGroup],
     exact: Sequence[Tensor] | None,
     biases: Biases,
+    drift: Tensor | None,
     mask: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
@@ -31,6 +34,7 @@ def attend(
         groups: coordinates of compressed tokens, T_c of them.
         exact: keys and values of exact tokens, ``[Hkv * B, T_e, D]``, if there are any.
         biases: of keys and of values, ``[Hkv, 1, D]``: the part of the mean in coordinates that are not stored.
+        drift: what is added to that of keys in each span of compressed tokens, ``[Hkv, spans, D]``, if anything is.
         mask: ``[B, 1, 1 or Tq, T_c + T_e]``, as SDPA takes it: compressed tokens first.
 
     Returns:
@@ -48,6 +52,9 @@ def attend(
     scores = [query.new_empty(*query.shape[:2], coded)] if coded else []
     for group in groups:
         group.score(query, batch, scaling, into=scores[0])
+    if drift is not None and coded:
+        spans = _for_batch(drift[:, : span_count(coded, drift.shape[1])], batch, dtype)
+        add_by_span(scores[0], product(query, spans.mT).mul_(scaling))
     if keys is not None:
         scores.append(_exact_scores(query, keys, key_bias, scaling))
     score = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
@@ -83,8 +90,8 @@ def _exact_output(query: Tensor, weight: Tensor, values: Tensor | None, bias: Te
     return product_onto(bias, weight, values - bias)
 
 
-def _for_batch(bias: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
-    """``[Hkv, 1, D]`` to ``[Hkv * B, 1, D]``."""
+def _for_batch(bias: Tensor | None, batch: int, dtype: torch.dtype) -> Any:
+    """``[Hkv, n, D]`` to ``[Hkv * B, n, D]``."""
     if bias is None or batch == 1:
         return None if bias is None else cast(bias, dtype)
     return cast(bias, dtype).repeat_interleave(batch, 0)
@@ -105,9 +112,11 @@ def _hide(score: Tensor, mask: Tensor) -> None:
         score.add_(mask)
 
 
-def expand(groups: Sequence[RankGroup], exact: ExactStore | None, biases: Biases, dtype: torch.dtype) -> list[Tensor]:
+def expand(
+    groups: Sequence[RankGroup], exact: ExactStore | None, biases: Biases, drift: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     """Full-width keys and values ``[Hkv, B, T, D]`` in the order of the text, decoded: one layer at a time."""
-    decoded = decode(groups, biases, dtype)
+    decoded = decode(groups, biases, drift, dtype)
     if exact is None or not exact.length:
         return decoded
     states, sinks = [side.to(dtype) for side in exact.view()], exact.first
@@ -116,8 +125,12 @@ def expand(groups: Sequence[RankGroup], exact: ExactStore | None, biases: Biases
     return [torch.cat((e[:, :, :sinks], c, e[:, :, sinks:]), 2) for e, c in zip(states, decoded, strict=True)]
 
 
-def decode(groups: Sequence[RankGroup], biases: Biases, dtype: torch.dtype) -> list[Tensor]:
+def decode(groups: Sequence[RankGroup], biases: Biases, drift: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
     """Full-width keys and values ``[Hkv, B, T, D]`` of the compressed tokens; of none, no tensors."""
-    if not groups[0].length:
+    if not (coded := groups[0].length):
         return []
+    if drift is not None:
+        spans = span_of(torch.arange(coded, device=drift.device), drift.shape[1])
+        assert biases[0] is not None, "what is not stored has a mean"
+        biases = (biases[0] + drift.float().index_select(1, spans), biases[1])
     return [torch.cat([group.expand(side, biases[side], dtype) for group in groups]) for side in (0, 1)]

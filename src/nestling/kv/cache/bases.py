@@ -71,6 +71,12 @@ class SideBasis:
         plain = len(layout.plain)
         return mean - mean @ self.encode[:, :plain].float().mT @ self.decode[:, :plain].float()
 
+    def unstored(self, means: Tensor) -> Tensor:
+        """What coordinates that are not stored hold of means ``[h, n, D]``."""
+        if self.encode is None or self.decode is None:
+            return torch.zeros_like(means)
+        return means - means @ self.encode.float().mT @ self.decode.float()
+
     def __deepcopy__(self, memo: dict) -> "SideBasis":
         return self
 
@@ -82,6 +88,8 @@ class LayerBases:
         sides: of each group of heads, those of keys and of values.
         biases: of keys and of values, the part of the mean that is not in what groups hold: ``[Hkv, 1, D]`` fp32 in
             their order. It is zero for heads at full width, and None if it is for all of them or there are no means.
+        drift: by how much the bias of keys differs in each span of positions, ``[Hkv, spans, D]``, in 16 bits where
+            that holds it: of coordinates that are not stored at all; see `nestling.kv.cache.drift`.
         centre: the means of keys in that order, ``[Hkv, 1, 1, D]`` fp32, of adapters that quantise; see `ExactStore`.
             It is the same for all allocations, and None where nothing is compressed.
         device: where they are.
@@ -96,9 +104,10 @@ class LayerBases:
         key: Hashable = None,
         *,
         centre: Tensor | None = None,
+        drift: Tensor | None = None,
     ):
         self.sides, self.biases, self.width, self.device, self.key = sides, biases, width, device, key
-        self.centre = centre
+        self.centre, self.drift = centre, drift
 
     @classmethod
     def of(cls, bases: Mapping[str, Tensor], members: Members, half: bool, key: Hashable = None) -> "LayerBases":
@@ -106,8 +115,8 @@ class LayerBases:
 
         Args:
             bases: {key,value}_encode and _decode ``[Hkv, D, D]`` fp32; with {key,value}_mean ``[Hkv, D]``: what the
-                coordinates that are not stored are taken to be at, and what coded ones are counted from; for layouts
-                with codes also _step ``[Hkv, D]``.
+                coordinates that are not stored are taken to be at, and what coded ones are counted from, and
+                key_drift ``[Hkv, spans, D]``; for layouts with codes also _step ``[Hkv, D]``.
             half: keep the bases in fp16 where their entries fit.
         """
         with default_mode(gradients=False):
@@ -127,7 +136,10 @@ class LayerBases:
             compressed = any(side.encode is not None for pair in sides for side in pair)
             if compressed and "key_mean" in bases and "key_step" in bases:
                 centre = bases["key_mean"][[head for heads, _ in members for head in heads], None, None]
-            return cls(sides, biases, encode.shape[-1], encode.device, key, centre=centre)
+            drift = _unstored(bases.get("key_drift"), sides, members)
+            if half and drift is not None and torch.isfinite(narrow := drift.half()).all():
+                drift = narrow
+            return cls(sides, biases, encode.shape[-1], encode.device, key, centre=centre, drift=drift)
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
@@ -135,14 +147,14 @@ class LayerBases:
         codings = [side.coding for side in sides if side.coding is not None]
         tensors = [t for side in sides for t in (side.encode, side.decode)]
         tensors += [t for coding in codings for t in (coding.centre, coding.step, coding.scale, coding.offset)]
-        return [tensor for tensor in (*tensors, *self.biases, self.centre) if tensor is not None]
+        return [tensor for tensor in (*tensors, *self.biases, self.centre, self.drift) if tensor is not None]
 
     def __deepcopy__(self, memo: dict) -> "LayerBases":
         return self
 
     def __reduce__(self):
         sides = [[_state(side) for side in pair] for pair in self.sides]
-        return _revived, (self.key, sides, self.biases, self.width, self.device, self.centre)
+        return _revived, (self.key, sides, self.biases, self.width, self.device, (self.centre, self.drift))
 
 
 def nbytes(bases: Iterable[LayerBases]) -> int:
@@ -195,7 +207,7 @@ def _state(side: SideBasis) -> tuple[Any, ...]:
 
 
 def _revived(
-    key: Hashable, states: list, biases: list, width: int, device: torch.device, centre: Tensor | None
+    key: Hashable, states: list, biases: list, width: int, device: torch.device, means: tuple[Tensor | None, ...]
 ) -> LayerBases:
     """From a file or another process; the same ones as those in use here, if they came from here."""
 
@@ -207,8 +219,16 @@ def _revived(
 
     sides = [[side(*state) for state in pair] for pair in states]
     device = next((s.encode.device for pair in sides for s in pair if s.encode is not None), device)
-    bases = LayerBases(sides, [tensor(bias) for bias in biases], width, device, key, centre=tensor(centre))
+    centre, drift = map(tensor, means)
+    bases = LayerBases(sides, [tensor(bias) for bias in biases], width, device, key, centre=centre, drift=drift)
     return bases if key is None else _registered(key, device, lambda: bases)
+
+
+def _unstored(drift: Tensor | None, sides: Sequence[Sequence[SideBasis]], members: Members) -> Tensor | None:
+    """Of ``[Hkv, spans, D]``, in the order of the groups, what is not stored; None where everything is."""
+    if drift is None or all(pair[0].encode is None for pair in sides):
+        return None
+    return torch.cat([pair[0].unstored(drift[heads]) for pair, (heads, _) in zip(sides, members, strict=True)])
 
 
 def _fp16(matrices: Tensor) -> Tensor | None:

@@ -93,7 +93,7 @@ class NestedHandle:
                 segment = split.segment(-count, 0, mask)
                 states = [side.flatten(0, 1) for side in segment.exact]
                 return self._in_coordinates(query, states, segment.mask, segment.places, kwargs["scaling"])
-            decoded = coordinates.decode(layer.groups, layer.biases, query.dtype)
+            decoded = coordinates.decode(layer.groups, layer.biases, layer.drift, query.dtype)
         outs = []
         for start in range(0, count, QUERIES):
             rows = query[:, :, start : start + QUERIES]
@@ -119,7 +119,7 @@ class NestedHandle:
         layer, (batch, heads, count, width) = self.layer, query.shape
         with full_precision(query.device):
             packed = layer.heads_first(query.reshape(batch, layer.heads, -1, count, width))
-            out, weight = coordinates.attend(packed, layer.groups, exact, layer.biases, mask, scaling)
+            out, weight = coordinates.attend(packed, layer.groups, exact, layer.biases, layer.drift, mask, scaling)
             if layer.hitters is not None:
                 layer.count_reads(weight.float().sum(2), places)
             out = layer.heads_second(out).permute(0, 3, 1, 2, 4)

@@ -89,6 +89,11 @@ class NestedLayer(StoredLayer):
         """See `LayerBases`."""
         return self.bases.biases
 
+    @property
+    def drift(self) -> Tensor | None:
+        """See `LayerBases`. None where tokens are evicted: those that are left do not lie in a row."""
+        return self.bases.drift if self.hitters is None else None
+
     def _store_in(self, groups: list[RankGroup], exact: ExactStore | None, bases: LayerBases) -> None:
         self.groups, self.exact, self.bases = groups, exact, bases
         if exact is not None:
@@ -213,7 +218,7 @@ class NestedLayer(StoredLayer):
             states = [rows.coordinates(dtype) for rows in self.groups[0].rows]
         else:
             with full_precision(self.device):
-                states = coordinates.expand(self.groups, self.exact, self.biases, dtype)
+                states = coordinates.expand(self.groups, self.exact, self.biases, self.drift, dtype)
         return [self.heads_second(side) for side in states]
 
     def count_reads(self, mass: Tensor, places: Tensor | None = None) -> None:

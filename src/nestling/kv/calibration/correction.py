@@ -50,13 +50,13 @@ class Scaled:
     step: Tensor
     scale: Tensor
 
-    def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
+    def __call__(self, states: Tensor, side: int, row: int, positions: Tensor) -> Tensor:
         z = self.coordinates.of(side, row, states)
         bits, step, scale = (part[side, row, :, None] for part in (self.bits, self.step, self.scale))
         error = torch.zeros_like(z)
         for width in bits.unique().tolist():
             if width in CHOICES[:-1]:
-                read = rounded(z, step, width) if width else torch.zeros_like(z)
+                read = rounded(z, step, width) if width else self.coordinates.dropped(side, row, positions)
                 error = torch.where(bits == width, read - z, error)
         return states + self.coordinates.states(side, row, error * scale).to(states.dtype)
 

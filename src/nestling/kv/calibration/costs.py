@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
+from nestling.kv.cache.drift import Means
 from nestling.kv.cache.rule import SKIP
 from nestling.kv.quantisation.quantiser import WIDTHS, chosen_steps, rounded
 
@@ -54,12 +55,18 @@ class Coordinates:
             torch.stack([getattr(adapter, name)[side] for side in SIDES]).to(device)
             for name in ("encode", "decode", "mean")
         )
-        self.shape = adapter.shape
+        self.shape, self.means = adapter.shape, Means(self.mean, adapter.drift)
 
     def of(self, side: int, row: int, states: Tensor) -> Tensor:
         """``[B, Hkv, T, D]`` of keys (side 0) or values (side 1), about their means."""
         mean, encode = (part[side, row].to(states.device) for part in (self.mean, self.encode))
         return (states.detach().float() - mean[:, None]) @ encode
+
+    def dropped(self, side: int, row: int, positions: Tensor) -> Tensor:
+        """What is read of coordinates that are not stored, about their means, ``[Hkv, T, D]``: the drift of these."""
+        means, spans = self.means.by_span(side, row, positions)
+        mean, encode = (part[side, row].to(positions.device) for part in (self.mean, self.encode))
+        return ((means - mean[:, None]) @ encode).index_select(1, spans)
 
     def states(self, side: int, row: int, z: Tensor) -> Tensor:
         """Keys or values again, without their means."""
@@ -77,7 +84,7 @@ class Samples:
         self.coordinates = Coordinates(adapter, device)
         self.kept: list[list[list[Tensor]]] = [[[] for _ in range(adapter.shape[0])] for _ in SIDES]
 
-    def __call__(self, side: int, row: int, states: Tensor, cut: Tensor) -> None:
+    def __call__(self, side: int, row: int, states: Tensor, cut: Tensor, positions: Tensor) -> None:
         z = self.coordinates.of(side, row, states)
         self.kept[side][row].append(z[:, :, SKIP::EVERY].transpose(0, 1).flatten(1, 2).cpu())
 
@@ -102,14 +109,15 @@ class QuantisationErrors:
             torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)
         )
 
-    def __call__(self, side: int, row: int, states: Tensor, cut: Tensor) -> None:
+    def __call__(self, side: int, row: int, states: Tensor, cut: Tensor, positions: Tensor) -> None:
         z = self.coordinates.of(side, row, states)
+        dropped = self.coordinates.dropped(side, row, positions)
 
         def add(gradient: Tensor) -> None:
             by_coordinate = self.coordinates.gradient(side, row, gradient)
             step = self.step[side, row, :, None].to(z.device)
             for place, bits in enumerate((0, *WIDTHS)):
-                error = rounded(z, step, bits) - z if bits else -z
+                error = rounded(z, step, bits) - z if bits else dropped - z
                 effect = by_coordinate * error
                 cost = effect.sum(2).double().square() / 2
                 apart = effect.square().sum((0, 2)).double() / 2

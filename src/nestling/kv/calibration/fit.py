@@ -16,6 +16,7 @@ from nestling.kv.cache.rule import SKIP, capacity
 from nestling.kv.calibration.choice import WINDOWS, can_choose, choose
 from nestling.kv.calibration.config import AUTO, BASES, FitConfig
 from nestling.kv.calibration.correction import corrected
+from nestling.kv.calibration.drift import key_drift
 from nestling.kv.calibration.moments import collect_moments, make_bases
 from nestling.kv.calibration.pace import paced
 from nestling.kv.calibration.sensitivity import at_full_ranks, at_half, longest
@@ -106,6 +107,9 @@ def fit(
     for name, pairs in bases.items():
         means = {i: m.means(name) for i, m in moments.items()}
         adapters[name] = KVAdapter.from_bases(lm_config, pairs, means, info)
+    with progress_bar(progress) as bar:
+        drift = key_drift(model, next(iter(adapters.values())), windows, config, bar)
+    adapters = {name: replace(adapter, drift=drift) for name, adapter in adapters.items()}
     costs = at_full_ranks(model, [*adapters.values()], windows, config, progress)
     if auto:
         candidates = dict(zip(adapters, zip(adapters.values(), costs, strict=True), strict=True))
@@ -141,6 +145,9 @@ def measure(
     Raises:
         OptionError: if a piece holds no more than the exact tokens.
     """
+    if adapter.drift is None:
+        with progress_bar(progress) as bar:
+            adapter = replace(adapter, drift=key_drift(model, adapter, windows, config, bar))
     (costs,) = at_full_ranks(model, [adapter], windows, config, progress)
     adapter = at_half(model, costs.of(adapter), windows, config, sort, progress)
     return corrected(model, adapter, windows, config, progress=progress)

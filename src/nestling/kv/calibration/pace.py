@@ -19,9 +19,10 @@ from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.budget import FULL_BITS
 from nestling.kv.allocation.table import block_sizes
 from nestling.kv.calibration.choice import WINDOWS
-from nestling.kv.calibration.config import AUTO, BASES, FitConfig
+from nestling.kv.calibration.config import AUTO, BASES, CONTEXT, FitConfig
 from nestling.kv.calibration.correction import SHARES
 from nestling.kv.calibration.costs import FEW
+from nestling.kv.calibration.drift import TEXTS
 from nestling.kv.calibration.search import KLMeter
 from nestling.kv.calibration.sensitivity import longest, sensitivity
 from nestling.kv.integration.attach import fingerprint, text_config
@@ -94,8 +95,9 @@ def of_share(config: FitConfig, share: float) -> FitConfig:
 def seconds(config: FitConfig, rates: Rates, layers: int) -> float:
     """What a fit takes, without the time for reading text."""
     both = rates.plain + rates.gradient  # of one piece: with the model, or the steps of quantisers, first
+    positions = (config.context or CONTEXT) * TEXTS  # as in `key_drift`
     return (
-        config.tokens * rates.plain
+        (config.tokens + positions) * rates.plain
         + config.pieces * config.piece_length * both
         + config.sensitivity_windows * config.sensitivity_length * rates.gradient
         + len(SHARES) * config.correction_pieces * config.piece_length * both

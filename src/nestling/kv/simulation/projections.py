@@ -14,6 +14,7 @@ from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
 from nestling.kv.allocation.budget import FULL_BITS
 from nestling.kv.allocation.table import by_coordinate
+from nestling.kv.cache.drift import Means
 from nestling.kv.cache.rule import SKIP, coded
 from nestling.kv.integration.attach import PassThroughLayer, sdpa
 from nestling.kv.quantisation import quantiser as quantise
@@ -47,6 +48,7 @@ class MaskedBases(nn.Module):
     encode: Tensor
     decode: Tensor
     mean: Tensor
+    drift: Tensor | None
     free: Tensor
 
     def __init__(self, adapter: KVAdapter):
@@ -54,6 +56,7 @@ class MaskedBases(nn.Module):
         for name in ("encode", "decode", "mean"):
             tensors = getattr(adapter, name)
             self.register_buffer(name, torch.stack([tensors[s] for s in SIDES]).float(), persistent=False)
+        self.register_buffer("drift", adapter.drift, persistent=False)
         self.rotation = Cayley(*self.encode.shape)
         # Coordinates of one step are kept or dropped together. To rotate them among each other changes nothing, but
         # Adam would scale the rounding errors of those gradients up to full steps.
@@ -73,17 +76,22 @@ class MaskedBases(nn.Module):
             projectors = (self.encode @ u * mask[..., None, :]) @ (u.mT @ self.decode)
             full = mask.all(-1)[..., None, None]  # the identity, without a gradient
             eye = torch.eye(mask.shape[-1], device=u.device, dtype=u.dtype)
-            return Projected.about(self.mean, torch.where(full, eye, projectors))
+            return Projected(self.means, torch.where(full, eye, projectors))
 
     def weighted(self, mask: Tensor) -> "Projected":
         """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
-        return Projected.about(self.mean, (self.encode * mask[..., None, :]) @ self.decode)
+        return Projected(self.means, (self.encode * mask[..., None, :]) @ self.decode)
 
     def coded(self, bits: Tensor) -> "Coded":
         """Quantised coordinates, for their bits ``[B, 2, L, Hkv, D]``."""
         with torch.autocast(self.encode.device.type, enabled=False):
             u = self.rotation()
-            return Coded(self.encode @ u, u.mT @ self.decode, self.mean, bits)
+            return Coded(self.encode @ u, u.mT @ self.decode, self.means, bits)
+
+    @property
+    def means(self) -> Means:
+        """Of keys and values, by position."""
+        return Means(self.mean, self.drift)
 
     @torch.no_grad()
     def encodes(self) -> dict[str, Tensor]:
@@ -99,21 +107,19 @@ class Projected:
     """Keys and values with the coordinates beyond the rank at their mean.
 
     Attributes:
+        means: of keys and values.
         projectors: ``[B, 2, L, Hkv, D, D]``.
-        offsets: ``[B, 2, L, Hkv, D]``, the part of the mean outside of the kept coordinates.
     """
 
+    means: Means
     projectors: Tensor
-    offsets: Tensor
 
-    @classmethod
-    def about(cls, mean: Tensor, projectors: Tensor) -> "Projected":
-        return cls(projectors, mean - (mean[..., None, :] @ projectors)[..., 0, :])
-
-    def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
-        """Keys (side 0) or values (side 1) of a layer, ``[B, Hkv, T, D]``."""
-        projector, offset = self.projectors[:, side, row], self.offsets[:, side, row, :, None]
-        return states @ projector.to(states) + offset.to(states)
+    def __call__(self, states: Tensor, side: int, row: int, positions: Tensor) -> Tensor:
+        """Keys (side 0) or values (side 1) of a layer, ``[B, Hkv, T, D]``, of tokens at ``positions`` ``[T]``."""
+        projector = self.projectors[:, side, row]
+        means, spans = self.means.by_span(side, row, positions)
+        offset = means.to(projector) - means.to(projector) @ projector  # outside of the kept coordinates
+        return states @ projector.to(states) + offset.to(states).index_select(2, spans)
 
 
 @dataclass
@@ -122,25 +128,29 @@ class Coded:
 
     Attributes:
         encode, decode: the bases as trained so far, ``[2, L, Hkv, D, D]``.
-        mean: ``[2, L, Hkv, D]``.
+        means: of keys and values.
         bits: of each coordinate, ``[B, 2, L, Hkv, D]``.
     """
 
     encode: Tensor
     decode: Tensor
-    mean: Tensor
+    means: Means
     bits: Tensor
 
-    def __call__(self, states: Tensor, side: int, row: int) -> Tensor:
+    def __call__(self, states: Tensor, side: int, row: int, positions: Tensor) -> Tensor:
         """Keys or values of a layer, as above; heads that lose nothing are left alone."""
         bits = self.bits[:, side, row, :, None].to(states.device)
-        mean, encode, decode = (part[side, row].to(states.device) for part in (self.mean, self.encode, self.decode))
+        mean, encode, decode = (
+            part[side, row].to(states.device) for part in (self.means.mean, self.encode, self.decode)
+        )
         mean = mean[:, None]
+        means, spans = self.means.by_span(side, row, positions)
         with torch.autocast(states.device.type, enabled=False):
             z = (states.float() - mean) @ encode
             most = z[:, :, SKIP:] if z.shape[2] > SKIP else z
             rms = most.square().mean(2, keepdim=True).clamp_min(1e-20).sqrt()
-            cut = mean + quantise.fake_quantise(z, bits, rms) @ decode
+            dropped = ((means - mean) @ encode).index_select(1, spans)
+            cut = mean + torch.where(bits == 0, dropped, quantise.fake_quantise(z, bits, rms)) @ decode
         return torch.where((bits == 16).all(-1, keepdim=True), states, cut.to(states.dtype))
 
 
@@ -150,18 +160,21 @@ class Masked:
 
     Attributes:
         rows: the row of ``cut`` of each layer index.
-        cut: what is read of keys or values: of (states ``[B, Hkv, T, D]``, side, row).
+        cut: what is read of keys or values: of (states ``[B, Hkv, T, D]``, side, row, positions ``[T]``).
         sinks, window: leading tokens, and most recent ones of every query, that are read exact as in `ExactStore`.
         served: layer indices that came by: a model that drops the argument on its way would train nothing.
-        watch: are shown keys or values and what is read of them: (side, row, states, cut), ``[B, Hkv, T, D]`` both.
+        watch: are shown keys or values and what is read of them: (side, row, states, cut, positions), both
+            ``[B, Hkv, T, D]``.
+        positions: of the tokens, ``[T]``, where they are not in a row from 0 on.
     """
 
     rows: dict[int, int]
-    cut: Callable[[Tensor, int, int], Tensor]
+    cut: Callable[[Tensor, int, int, Tensor], Tensor]
     sinks: int
     window: int
     served: set[int]
-    watch: Sequence[Callable[[int, int, Tensor, Tensor], None]] = ()
+    watch: Sequence[Callable[[int, int, Tensor, Tensor, Tensor], None]] = ()
+    positions: Tensor | None = None
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs) -> Tensor:
         """Attention output ``[B, Tq, Hq, D]`` of a whole text without padding, causal."""
@@ -177,9 +190,11 @@ class Masked:
         return torch.cat([self._block(module, query, (key, value), cut, start, **kwargs) for start in blocks], 1)
 
     def _read(self, states: Tensor, side: int, row: int) -> Tensor:
-        cut = self.cut(states, side, row)
+        positions = torch.arange(states.shape[2]) if self.positions is None else self.positions
+        positions = (positions.to(states.device) - self.sinks).clamp_(min=0)  # as a cache counts spans
+        cut = self.cut(states, side, row, positions)
         for watcher in self.watch:
-            watcher(side, row, states, cut)
+            watcher(side, row, states, cut, positions)
         return cut
 
     def _block(self, module, query: Tensor, exact, cut, start: int, **kwargs) -> Tensor:

@@ -62,7 +62,7 @@ class Student(nn.Module):
         """The same for a weight of each coordinate, ``[B, 2, L, Hkv, D]``, of the bases as they were given."""
         return self.reading(self.bases.weighted(mask))
 
-    def reading(self, cut: Callable[[Tensor, int, int], Tensor]) -> Masked:
+    def reading(self, cut: Callable[[Tensor, int, int, Tensor], Tensor]) -> Masked:
         """The same for any way to read keys and values, see `Masked`."""
         return Masked(self.rows, cut, self.sinks, self.window, set())
 
@@ -111,8 +111,8 @@ class Student(nn.Module):
         options = self._arguments(masked)
         accepted = inspect.signature(self.lm.forward).parameters
         if first and "position_ids" in accepted:
-            positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
-            options["position_ids"] = positions.expand(input_ids.shape)
+            masked.positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+            options["position_ids"] = masked.positions.expand(input_ids.shape)
         if tokens is not None and "logits_to_keep" in accepted:
             options["logits_to_keep"] = tokens
         return self.lm(input_ids=input_ids, **options).logits
@@ -148,6 +148,7 @@ class Student(nn.Module):
         options = {}
         if positions is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
             # Without a mask transformers takes positions with gaps for several texts in a row.
+            masked.positions = positions
             options = {"position_ids": positions.expand(input_ids.shape), "attention_mask": torch.ones_like(input_ids)}
         student, teacher = (
             (states if tokens is None else states[:, tokens.to(states.device)]).flatten(0, 1)

@@ -140,8 +140,9 @@ def train(
     measured = {"tokens": steps * config.batch_size * length, "seconds": round(seconds), **stopped(trainer, steps)}
     training = {**config.to_dict(), **measured, "length": length, "steps": steps, "curve": curve.points}
     trained = KVAdapter(
-        adapter.fingerprint, encodes, adapter.mean, adapter.drop_cost, {**adapter.info, "training": training}
-    )
+        adapter.fingerprint, encodes, adapter.mean, adapter.drop_cost, {**adapter.info, "training": training},
+        drift=adapter.drift,
+    )  # fmt: skip
     return measure(lm, trained, windows, costs, progress=config.progress)
 
 
