@@ -1,13 +1,11 @@
 """The page, served: until it is stopped, or in a thread for as long as a block lasts."""
 
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from nestling.integrations.libraries import library
-from nestling.integrations.listening import listening
+from nestling.integrations.listening import in_a_thread, listening
 from nestling.integrations.play.config import GRACE, MOST_BYTES, PlayConfig
 
 # A browser loads what this server gives, and asks nobody else.
@@ -78,12 +76,5 @@ def playing(page: Any, config: PlayConfig | None = None) -> Iterator[str]:
     player = Player(PlayConfig(port=0) if config is None else config)
     with player.socket:
         server = player.server(page)
-        thread = threading.Thread(target=server.run, args=([player.socket],), name="nestling-play", daemon=True)
-        thread.start()
-        try:
-            while not server.started and thread.is_alive():
-                time.sleep(0.01)
+        with in_a_thread(server, player.socket, "nestling-play"):
             yield player.url
-        finally:
-            server.should_exit = True
-            thread.join()

@@ -1,13 +1,11 @@
 """A server that listens: until it is stopped, or in a thread for as long as a block lasts."""
 
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from nestling.integrations.libraries import library
-from nestling.integrations.listening import listening
+from nestling.integrations.listening import in_a_thread, listening
 from nestling.integrations.serve.config import GRACE, ServeConfig
 from nestling.kv.cache.config import CacheConfig
 
@@ -71,12 +69,5 @@ def serving(
 
     with as_found(model), listener.socket:
         server = listener.server(Engine(model, tokenizer, adapter, CacheConfig.of(cache), listener.config), "warning")
-        thread = threading.Thread(target=server.run, args=([listener.socket],), name="nestling-server", daemon=True)
-        thread.start()
-        try:
-            while not server.started and thread.is_alive():
-                time.sleep(0.01)
+        with in_a_thread(server, listener.socket, "nestling-server"):
             yield listener.url
-        finally:
-            server.should_exit = True
-            thread.join()
