@@ -55,7 +55,8 @@ def encode(
         f"{found.rows:,} texts at {', '.join(found.sizes)} in {found.shards:,} shards, {nbytes / 1e6:,.1f} MB, "
         f"{seconds:,.1f} s. Saved to {out}"
     )
-    row = {"model": model, "sizes": ",".join(found.sizes), "rows": found.rows, "bytes": nbytes, "engine": engine}
+    row = {"model": model, "sizes": ",".join(found.sizes), "rows": found.rows, "bytes": nbytes, "engine": engine,
+           "backend": config.backend}  # fmt: skip
     write_results(json, [row], seconds)
 
 

@@ -29,6 +29,7 @@ EXAMPLES = {
     "embed encode": (
         "nestling embed encode minilm --text corpus.jsonl --sizes 3x256,6x384 --out vectors",
         "nestling embed encode minilm --text corpus.jsonl --sizes 3x256,6x384 --out vectors --engine processes",
+        "nestling embed encode minilm --text corpus.jsonl --sizes 3x256,6x384 --out vectors --backend onnx-int8",
     ),
     "embed search": ("nestling embed search minilm --vectors vectors --query 'a young bird' --top 5",),
     "demo kv": ("nestling demo kv --out report.html",),

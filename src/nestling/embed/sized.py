@@ -161,8 +161,26 @@ class SizedEncoder:
         options: dict[str, Any] = {"as_tensors": convert_to_tensor, "batch_size": batch_size}
         return self._in_space("passage", texts, size, sizes, space, **options)
 
+    def document_parts(
+        self, sizes: Iterable[Size]
+    ) -> list[tuple[SentenceTransformer, dict[int, Projection], list[Cup]]]:
+        """What `encode_document` reads sizes from: models, their projections by depth, and the sizes of each.
+
+        Raises:
+            LadderError, AdapterError, ExportError: as `encode_document`.
+        """
+        wanted = self._wanted(None, sizes)
+        self._check_space(wanted, None)
+        return self._groups(wanted, in_space=True)
+
     def _in_space(self, use: str, texts: Any, size: Any, sizes: Any, space: str | None, **options: Any) -> Any:
         wanted = self._wanted(size, sizes)
+        self._check_space(wanted, space)
+        prompt = stored_prompts(self.model)[use]
+        found = self._encoded(texts, wanted, in_space=True, prompt=prompt, task=TASKS[use], **options)
+        return found[wanted[0].name] if sizes is None else found
+
+    def _check_space(self, wanted: Sequence[Cup], space: str | None) -> None:
         if space is not None and space != self.space:
             raise AdapterError(
                 f"space={shown(space)}, and this encoder's is {self.space}: vectors of the two cannot be compared; "
@@ -173,9 +191,6 @@ class SizedEncoder:
             raise AdapterError(
                 f"{outside[0]} is not in the space of the adapter, which follows another teacher: take a smaller size"
             )
-        prompt = stored_prompts(self.model)[use]
-        found = self._encoded(texts, wanted, in_space=True, prompt=prompt, task=TASKS[use], **options)
-        return found[wanted[0].name] if sizes is None else found
 
     def _wanted(self, size: Any, sizes: Iterable[Any] | None) -> list[Cup]:
         if size is not None and sizes is not None:

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from nestling.embed.export import onnx as graph
+from nestling.embed.export import tracing
 from nestling.embed.export.export import export
 from nestling.embed.export.probe import LENGTHS, probe_texts
 from nestling.embed.model.encode import encode
@@ -104,11 +105,11 @@ def test_probe_texts_fit_any_tokenizer(made):
     "damage, expected",
     [
         (
-            lambda m: m.setattr(graph, "PACKAGES", ("onnx", "nowhere")),
+            lambda m: m.setattr(tracing, "PACKAGES", ("onnx", "nowhere")),
             r"ONNX needs nowhere: pip install 'nestling\[onnx\]'",
         ),
-        (lambda m: m.setattr(graph, "LIMIT", 10_000), "an ONNX file holds 2: export a smaller cup"),
-        (lambda m: m.setattr(graph, "_trace", lambda *a: 1 / 0), r"cannot be written as ONNX \[ZeroDivisionError"),
+        (lambda m: m.setattr(tracing, "LIMIT", 10_000), "an ONNX file holds 2: take a smaller size"),
+        (lambda m: m.setattr(tracing, "_write", lambda *a: 1 / 0), r"cannot be written as ONNX \[ZeroDivisionError"),
         (
             lambda m: m.setattr(graph, "_vectors", lambda *a: (torch.ones(2), torch.zeros(2))),
             "differ by 1.0e.00, above",
@@ -120,7 +121,7 @@ def test_probe_texts_fit_any_tokenizer(made):
     ],
 )
 def test_graphs_that_cannot_be_made_leave_nothing(encoder, tmp_path, monkeypatch, damage, expected):
-    monkeypatch.setattr(graph, "_trace", lambda model, path: path.write_text("a graph"))
+    monkeypatch.setattr(tracing, "_write", lambda module, tensors, outputs, path: path.write_text("a graph"))
     damage(monkeypatch)
     with pytest.raises(ExportError, match=expected):
         export(encoder(), "2x8", tmp_path / "cup", onnx=True)

@@ -12,6 +12,7 @@ from nestling.options import choice, shown, whole
 
 FORMATS, DTYPES = ("parquet", "npy"), ("float16", "int8")
 ENGINES = ("local", "processes")
+BACKENDS = ("torch", "onnx", "onnx-int8")
 
 
 def _engine(name: str, value: Any) -> Any:
@@ -31,6 +32,8 @@ class EncodeConfig(Config):
             cosines do not need, is brought back to 1 by readers.
         shard_rows: texts a file; what a killed run loses at most, for each of its workers.
         batch_size: texts in a forward.
+        backend: what runs the model: ``"torch"``; ``"onnx"``: ONNX Runtime, on processors, with the same vectors up to
+            rounding; or ``"onnx-int8"``: with weights in 8 bits, with vectors that are close, and faster still.
         engine: ``"local"``: this process; ``"processes"``: several on this machine; or a function
             ``engine(job, works, workers)`` that yields shards, such as `nestling.integrations.ray.ray_engine`.
         workers: processes or actors; by default as many as there are processors.
@@ -40,6 +43,7 @@ class EncodeConfig(Config):
     dtype: str = option("float16", "float16 or int8.", partial(choice, known=DTYPES))
     shard_rows: int = option(10_000, "Texts a file.", whole)
     batch_size: int = option(64, "Texts in a batch.", whole)
+    backend: str = option("torch", "torch, onnx or onnx-int8.", partial(choice, known=BACKENDS))
     engine: str | Callable[..., Any] = option("local", "local or processes.", _engine, cli=False)
     workers: int | None = option(None, "Processes, or actors of Ray; default: the processors.", whole)
 

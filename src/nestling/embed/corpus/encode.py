@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,17 @@ from nestling.data.records import Record, read_records
 from nestling.data.rows import Columns
 from nestling.embed.corpus.config import EncodeConfig
 from nestling.embed.corpus.engines import Job, in_processes, in_this_process
+from nestling.embed.corpus.graphs import write_graphs
 from nestling.embed.corpus.shards import Shard, Work, known_shard, pyarrow_parquet, stem
 from nestling.embed.corpus.vectors import MANIFEST, Vectors, read_manifest, write_manifest
 from nestling.embed.elastic import ElasticEncoder
+from nestling.embed.export.tracing import check_installed
 from nestling.embed.ladder import Ladder
 from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.fingerprint import checksum, fingerprint, reading
 from nestling.embed.model.similarity import Similarity
 from nestling.errors import EncodeError, FileError, OptionError
-from nestling.files.temporary import sweep
+from nestling.files.temporary import sweep, temporary_folder
 from nestling.files.writing import check_folder, naming
 from nestling.jobs.progress import progress_bar
 from nestling.options import path
@@ -60,12 +64,15 @@ def encode_corpus(
     Raises:
         DataError: the corpus cannot be read, or two texts have one id. It is read once before the work, to be sure.
         EncodeError: the folder's vectors are of another job, or workers are lost again and again.
+        ExportError: a backend of ONNX lacks a package, or cannot do what the model does.
         FileError: the folder holds something else, or cannot be written.
         OptionError, LadderError, LoadError, AdapterError: model, sizes and options do not go together.
     """
     config, folder = EncodeConfig.of(config), path("out", out)
     if config.format == "parquet":
         pyarrow_parquet()
+    if config.backend != "torch":
+        check_installed()
     own = isinstance(model, ElasticEncoder)
     if own and config.engine != "local":
         raise OptionError("model: other engines load it by its name: give a folder, a hub id or an alias")
@@ -100,9 +107,12 @@ def encode_corpus(
                 else:
                     yield work
 
-        for shard in _shards(job, missing(), encoder, config):
-            done[shard.number] = shard
-            bar.advance(task, shard.rows)
+        works = missing()
+        if (first := next(works, None)) is not None:
+            with _running(job, encoder, config) as ready:
+                for shard in _shards(ready, chain([first], works), encoder, config):
+                    done[shard.number] = shard
+                    bar.advance(task, shard.rows)
     return _finish(folder, about, done, total)
 
 
@@ -122,6 +132,7 @@ def describe(encoder: ElasticEncoder, sizes: Ladder, config: EncodeConfig) -> di
         "dtype": config.dtype,
         "shard_rows": config.shard_rows,
         "batch_size": config.batch_size,
+        "backend": config.backend,
     }
 
 
@@ -156,6 +167,18 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     write_manifest(folder, about, None, None)
+
+
+@contextmanager
+def _running(job: Job, encoder: ElasticEncoder, config: EncodeConfig) -> Iterator[Job]:
+    """The job with what its backend needs, in a folder that all workers see and that goes when they are done."""
+    if config.backend == "torch":
+        yield job
+        return
+    with temporary_folder(job.folder) as graphs:
+        with naming(job.folder):
+            write_graphs(encoder, job.sizes, graphs, config.backend == "onnx-int8")
+        yield replace(job, graphs=graphs)
 
 
 def _shards(job: Job, works: Iterator[Work], encoder: Any, config: EncodeConfig) -> Iterator[Shard]:

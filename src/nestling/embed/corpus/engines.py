@@ -27,6 +27,7 @@ class Job:
         format, dtype, batch_size: see `EncodeConfig`.
         id: checksum of what vectors depend on beside the texts.
         threads: of a worker that has a process of its own.
+        graphs: folder of the ONNX graphs that encode; None where torch does.
     """
 
     model: Any
@@ -38,6 +39,7 @@ class Job:
     batch_size: int
     id: str
     threads: int = 1
+    graphs: Path | None = None
 
 
 class Worker:
@@ -53,6 +55,10 @@ class Worker:
             torch.set_num_threads(job.threads)
             encoder = ElasticEncoder.from_pretrained(job.model, job.sizes, adapter=job.adapter)
         self.job, self.encoder = job, encoder
+        if job.graphs is not None:
+            from nestling.embed.corpus.graphs import GraphEncoder
+
+            self.encoder = GraphEncoder(encoder, job.sizes, job.graphs)
 
     def __call__(self, work: Work) -> Shard:
         """The shard, written.

@@ -22,6 +22,7 @@ from nestling.embed.export import onnx as graph
 from nestling.embed.export.card import card
 from nestling.embed.export.compatibility import rewrite
 from nestling.embed.export.probe import difference
+from nestling.embed.export.tracing import check_installed
 from nestling.embed.ladder import Cup, Ladder
 from nestling.embed.model.encode import served_prompts
 from nestling.embed.model.folder import write_ladder
@@ -119,8 +120,8 @@ def export(
     if int8 and not onnx:
         raise ExportError("int8 is made of the ONNX graph: ask for onnx as well")
     if onnx:
-        graph.check_installed()
-        graph.check_prompts(encoder.model)
+        check_installed()
+        graph.check_prompts(encoder.model, encoder.model.prompts.values())
 
     def fill(new: Path) -> Exported:
         with quiet():
@@ -142,12 +143,17 @@ def export(
 def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, projection: Projection | None) -> None:
     Ladder({cup, *ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
     _check_new(folder)
-    dtypes = {parameter.dtype for parameter in encoder.model.parameters()}
+    check_fp32(encoder.model)
+    if projection is not None and projection.encode.shape[0] != encoder.dims:
+        raise ExportError(f"the projection is of width {projection.encode.shape[0]}, the embeddings of {encoder.dims}")
+
+
+def check_fp32(model: nn.Module) -> None:
+    """Raises ExportError unless all weights are fp32."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {torch.float32}:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ExportError(f"the weights are {found}: load the model in float32, its vectors are compared to 1e-5")
-    if projection is not None and projection.encode.shape[0] != encoder.dims:
-        raise ExportError(f"the projection is of width {projection.encode.shape[0]}, the embeddings of {encoder.dims}")
 
 
 def projection_of(encoder: Encoder, cup: Cup, projections: Mapping[int, Projection]) -> Projection | None:

@@ -62,22 +62,48 @@ def encode(
         EvaluationError: a vector is not finite (its text and depth are named).
         LadderError, UnsupportedEncoderError: as `taps`.
     """
+    encoder = Encoder.of(model).evaluating()
+
+    def forward(features: dict[str, Any]) -> dict[int, Tensor]:
+        found = {}
+        for layer, pooled in pooled_taps(encoder, batch_to_device(features, encoder.model.device), layers, {}).items():
+            found[layer] = pooled.float()
+            if projections is not None and layer in projections:
+                with torch.autocast(pooled.device.type, enabled=False):
+                    found[layer] = projections[layer](found[layer])
+        return found
+
+    options: dict[str, Any] = {"prompt": prompt, "batch_size": batch_size, "advance": advance, "task": task}
+    return encode_by(forward, encoder.model, texts, layers, **options)
+
+
+def encode_by(
+    forward: Callable[[dict[str, Any]], Mapping[int, Tensor]],
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    layers: Mapping[int, int],
+    *,
+    prompt: str = "",
+    batch_size: int = 32,
+    advance: Callable[[int], None] = lambda count: None,
+    task: str | None = None,
+) -> dict[int, Tensor]:
+    """`encode` by another runtime than torch, which has the other arguments, the result and the errors.
+
+    Args:
+        forward: the vectors ``[B, at least width]`` at each depth, of one batch as ``model.preprocess`` makes it.
+        model: reads the texts.
+    """
     batch_size, prompt = whole("batch_size", batch_size), text("prompt", prompt)
     check_texts(texts)
-    encoder = Encoder.of(model).evaluating()
     found = {layer: torch.empty(len(texts), width) for layer, width in layers.items()}
     told = {} if task is None else {"task": task}
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        features = encoder.model.preprocess([texts[i] for i in places], prompt=prompt or None, **told)
-        features = batch_to_device(features, encoder.model.device)
-        for layer, pooled in pooled_taps(encoder, features, layers, {}).items():
-            pooled = pooled.float()
-            if projections is not None and layer in projections:
-                with torch.autocast(pooled.device.type, enabled=False):
-                    pooled = projections[layer](pooled)
-            cut = pooled[:, : layers[layer]].cpu()
+        features = model.preprocess([texts[i] for i in places], prompt=prompt or None, **told)
+        for layer, vectors in forward(features).items():
+            cut = vectors[:, : layers[layer]].cpu()
             _check_finite(cut, [texts[i] for i in places], layer)
             found[layer][places] = cut
         advance(len(places))
