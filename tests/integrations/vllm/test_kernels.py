@@ -9,9 +9,12 @@ from torch import Tensor
 
 from nestling.errors import KernelError
 from nestling.integrations.vllm import kernels
+from nestling.kv.cache import drift
 from nestling.kv.cache.bases import LayerBases, SideBasis
+from nestling.kv.cache.drift import span_of
 from nestling.kv.cache.rule import coded
 
+SPANS = 4
 SINKS, WINDOW = 4, 24
 
 
@@ -58,6 +61,11 @@ class Case:
         return out
 
 
+@pytest.fixture(autouse=True)
+def short_spans(monkeypatch):
+    monkeypatch.setattr(drift, "SPAN", 25)  # texts lie in all spans, and beyond
+
+
 def bases_of(heads: kernels.Heads, rank: int, seed: int = 0) -> LayerBases:
     rng = torch.Generator().manual_seed(seed)
     sides, biases = [], []
@@ -67,7 +75,8 @@ def bases_of(heads: kernels.Heads, rank: int, seed: int = 0) -> LayerBases:
         decode = torch.linalg.inv(encode.double().mT).float()
         sides.append(SideBasis(encode[:, :rank].contiguous(), decode[:, :rank].contiguous()))
         biases.append(torch.randn(heads.count, 1, heads.width, generator=rng))
-    return LayerBases([sides], biases, heads.width, torch.device("cpu"))
+    drift = torch.randn(heads.count, SPANS, heads.width, generator=rng)
+    return LayerBases([sides], biases, heads.width, torch.device("cpu"), drift=drift)
 
 
 def case_of(dtype=torch.float32, rank: int = 8, heads=(2, 3, 32), sizes=(32, 16), lengths=(90, 7, 200)) -> Case:
@@ -94,9 +103,12 @@ def expected(case: Case, text: int, query: Tensor, place: int) -> Tensor:
         ((key_basis, value_basis),) = case.bases.sides
         border = SINKS + coded(place + 1, SINKS, WINDOW)
         read = []
-        for states, basis, bias in zip((keys, values), (key_basis, value_basis), case.bases.biases, strict=True):
+        spans = span_of((torch.arange(place + 1) - SINKS).clamp(min=0), SPANS)
+        moves = case.bases.drift[:, spans].transpose(0, 1).double(), 0.0  # of keys alone
+        sides = zip((keys, values), (key_basis, value_basis), case.bases.biases, moves, strict=True)
+        for states, basis, bias, move in sides:
             coordinates = torch.einsum("thd,hrd->thr", states, basis.encode.double()).to(case.heads.dtype).double()
-            decoded = torch.einsum("thr,hrd->thd", coordinates, basis.decode.double()) + bias[:, 0].double()
+            decoded = torch.einsum("thr,hrd->thd", coordinates, basis.decode.double()) + bias[:, 0].double() + move
             read.append(torch.cat((states[:SINKS], decoded[SINKS:border], states[max(border, SINKS) :])))
         keys, values = read
     query = query.double().view(case.heads.count, case.heads.group, -1)

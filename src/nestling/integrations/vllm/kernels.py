@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestling.kv.cache import drift
 from nestling.kv.cache.bases import LayerBases
 from nestling.kv.cache.window import TOKENS_PER_BLOCK
 from nestling.kv.quantisation.cpu import library
@@ -49,10 +50,10 @@ class _Pages(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, LONG) for name in ("heads", "group", "width", "half", "sinks", "window", "block")),
+        *((name, LONG) for name in ("heads", "group", "width", "half", "sinks", "window", "block", "spans", "span")),
         ("scale", ctypes.c_float),
         *((name, POINTER) for name in ("key_encode", "key_decode", "value_encode", "value_decode")),
-        *((name, POINTER) for name in ("key_bias", "value_bias")),
+        *((name, POINTER) for name in ("key_bias", "value_bias", "key_drift")),
     ]
 
 
@@ -86,14 +87,15 @@ class PagedLayer:
 
     def __init__(self, heads: Heads, bases: LayerBases | None, sinks: int, window: int):
         self.heads = heads
-        tensors: list[Tensor | None] = [None] * 6
+        tensors: list[Tensor | None] = [None] * 7
         if bases is not None:
             ((keys, values),) = bases.sides
-            tensors = [keys.encode, keys.decode, values.encode, values.decode, *bases.biases]
+            tensors = [keys.encode, keys.decode, values.encode, values.decode, *bases.biases, bases.drift]
         self._kept = [None if t is None else t.float().contiguous() for t in tensors]  # what the pointers point to
         self._layer = _Layer(
             heads.count, heads.group, heads.width, heads.dtype == torch.bfloat16, sinks, window, TOKENS_PER_BLOCK,
-            heads.scale, *(None if t is None else t.data_ptr() for t in self._kept),
+            0 if tensors[-1] is None else tensors[-1].shape[1], drift.SPAN, heads.scale,
+            *(None if t is None else t.data_ptr() for t in self._kept),
         )  # fmt: skip
 
     def store(self, key: Tensor, value: Tensor, coded: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor] | None):

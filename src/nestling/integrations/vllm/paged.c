@@ -29,9 +29,11 @@ typedef struct {
     int64_t heads, group, width; /* KV heads, queries to each, and what a head has of coordinates */
     int64_t half;                /* numbers have 16 bits (bf16) and not 32 */
     int64_t sinks, window, block;
+    int64_t spans, span;         /* of positions behind the sinks, by which the mean of keys moves, and their length */
     float scale;
     const float *key_encode, *key_decode, *value_encode, *value_decode; /* [heads][rank][width]; none at full width */
     const float *key_bias, *value_bias;                                 /* [heads][width], or none */
+    const float *key_drift;                                             /* [heads][spans][width], or none */
 } Layer;
 
 INLINE float number(const void *data, int64_t i, const int half) {
@@ -191,8 +193,20 @@ typedef struct {
     float *logits, *keys, *values;         /* [rows][TILE]; a tile, where its numbers have 16 bits */
 } Job;
 
+/* What row n has more in the logits of compressed tokens from a position on, and where that ends. */
+static float bias_at(const Job *job, const Layer *layer, int64_t head, int64_t n, int64_t position, int64_t *end) {
+    if (!layer->key_drift) return job->bias[n];
+    int64_t number = (position - layer->sinks) / layer->span;
+    if (number >= layer->spans - 1)
+        number = layer->spans - 1;
+    else if (layer->sinks + (number + 1) * layer->span < *end)
+        *end = layer->sinks + (number + 1) * layer->span;
+    const float *drift = layer->key_drift + (head * layer->spans + number) * layer->width;
+    return job->bias[n] + dot(job->query + n * layer->width, drift, layer->width);
+}
+
 /* Weights of a tile's tokens in place of their logits, and sums so far to the same largest logit. */
-static void weights(Job *job, const Layer *layer, int64_t rank, int64_t start, int64_t count, const float *bias) {
+static void weights(Job *job, const Layer *layer, int64_t rank, int64_t head, int64_t start, int64_t count, int coded) {
     for (int64_t n = 0; n < job->rows; n++) {
         float *line = job->logits + n * TILE, most = job->most[n], total = 0.0f;
         int64_t first = job->first[n] - start, last = job->last[n] - start;
@@ -202,10 +216,13 @@ static void weights(Job *job, const Layer *layer, int64_t rank, int64_t start, i
             memset(line, 0, count * sizeof(float));
             continue;
         }
-        const float more = bias ? bias[n] : 0.0f;
-        for (int64_t t = first; t < last; t++) {
-            line[t] += more;
-            most = line[t] > most ? line[t] : most;
+        for (int64_t t = first; t < last;) {
+            int64_t end = start + last;
+            const float more = coded ? bias_at(job, layer, head, n, start + t, &end) : 0.0f;
+            for (; t < end - start; t++) {
+                line[t] += more;
+                most = line[t] > most ? line[t] : most;
+            }
         }
         if (most > job->most[n]) {
             const float less = exponential(job->most[n] - most);
@@ -223,7 +240,7 @@ static void weights(Job *job, const Layer *layer, int64_t rank, int64_t start, i
         }
         for (int64_t t = last; t < count; t++) line[t] = 0.0f;
         job->total[n] += total;
-        if (bias) job->coded_total[n] += total;
+        if (coded) job->coded_total[n] += total;
     }
 }
 
@@ -256,7 +273,7 @@ static void attend(Job *job, const Layer *layer, const Pages *pages, const int32
         }
         for (int64_t n = 0; n < job->rows; n += 4)
             FOR_ROWS(score_rows, job->rows - n, query + n * rank, rank, keys, stride, padded, job->logits + n * TILE)
-        weights(job, layer, coded_rank, start, count, exact ? NULL : job->bias);
+        weights(job, layer, coded_rank, head, start, count, !exact);
         for (int64_t n = 0; n < job->rows; n += 4)
             FOR_ROWS(weigh_rows, job->rows - n, job->logits + n * TILE, values, rank, low, count, out + n * rank)
     }
