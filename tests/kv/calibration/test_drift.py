@@ -17,7 +17,7 @@ from nestling.kv.calibration.drift import key_drift
 
 from ..families import BASE, tiny_fit, tiny_model
 
-CONTEXT = FitConfig(context=64)
+CONTEXT = FitConfig(context=64, length=32)
 
 
 @pytest.fixture(autouse=True)

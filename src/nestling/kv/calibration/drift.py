@@ -57,6 +57,6 @@ def key_drift(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, bar
             means.append(sums.total / sums.tokens)
             size = (sums.squares.mean() / sums.tokens).sqrt()
     by_span = torch.stack(means, 2)
-    first = max(round(min(windows.shape[1], context) / SPAN), 1)
+    first = max(round(min(config.length, context) / SPAN), 1)
     drift = by_span - by_span[:, :, :first].mean(2, keepdim=True)
     return drift.float() if drift.abs().max() > STILL * size else None
