@@ -67,6 +67,11 @@ def test_there_are_no_examples_of_commands_that_went():
     assert set(EXAMPLES) == set(COMMANDS)
 
 
+def test_the_module_is_the_command():
+    result = subprocess.run([sys.executable, "-m", "nestling", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == CliRunner().invoke(app, ["--version"]).stdout
+
+
 def test_help_and_version_do_not_wait_for_torch():
     code = (
         "import sys; from nestling.cli import app; app({!r}, standalone_mode=False); sys.exit('torch' in sys.modules)"
