@@ -23,13 +23,13 @@ from sentence_transformers.sentence_transformer import losses
 
 from nestling import embed
 from nestling.data.pairs import Pair
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.fingerprint import checksum
 from nestling.embed.model.folder import PROJECTIONS_FILE, read_projections, write_projections
 from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.projection import fit_projections
 from nestling.embed.training.data import Examples, order
-from nestling.embed.training.trainer import CupTrainer
+from nestling.embed.training.trainer import SizesTrainer
 from nestling.report.results import write_json
 
 TRAINED_LENGTH = 64  # tokens of a text; what is measured is longer
@@ -158,13 +158,13 @@ def taught(job: Job) -> list[Sized]:
 
 def separate(job: Job) -> list[Sized]:
     """A model for each cup, cut and then trained by itself. Its Dense starts as the cut and is trained too."""
-    cups = job.ladder.cups[:-1]
+    cups = job.ladder.sizes[:-1]
     return [_once(job, f"separate-{cup}", Ladder([cup]), _ours, Ladder([cup]), _small(job, cup)) for cup in cups]
 
 
 def student(job: Job) -> list[Sized]:
     """The same for the cup in the middle, which also follows the similarities of the model trained at full size."""
-    (teacher,), cups = full(job), job.ladder.cups[:-1]
+    (teacher,), cups = full(job), job.ladder.sizes[:-1]
     cup = cups[len(cups) // 2]
     return [_once(job, f"student-{cup}", Ladder([cup]), _ours, Ladder([cup]), _small(job, cup), teacher.folder)]
 
@@ -235,7 +235,7 @@ def _stock(job: Job, folder: Path, name: str) -> float:
         save_total_limit=2, bf16=job.bf16,
     )  # fmt: skip
     began = time.monotonic()
-    CupTrainer(model, arguments, train_dataset=data, loss=loss, evaluator=job.evaluator(job.ladder)).train()
+    SizesTrainer(model, arguments, train_dataset=data, loss=loss, evaluator=job.evaluator(job.ladder)).train()
     model.save_pretrained(str(folder), create_model_card=False)
     return (time.monotonic() - began - Timed.seconds) / 60
 
@@ -245,7 +245,7 @@ def _projections(job: Job, kind: Any, path: Path) -> None:
     write_projections(path, fit_projections(job.encoder(), texts, job.ladder.layers[:-1], kind=kind))
 
 
-def _small(job: Job, cup: Cup) -> Path:
+def _small(job: Job, cup: Size) -> Path:
     """The folder of a cup that is cut and not trained."""
     folder = job.work / f"cut-{cup}"
     if not folder.is_dir():
@@ -253,7 +253,7 @@ def _small(job: Job, cup: Cup) -> Path:
     return folder
 
 
-def _export(job: Job, cup: Cup, folder: Path) -> None:
+def _export(job: Job, cup: Size, folder: Path) -> None:
     embed.ElasticEncoder(job.encoder(), [cup]).export(cup, folder)
 
 

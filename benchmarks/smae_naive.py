@@ -24,7 +24,7 @@ def naive(smae: MaskedAutoencoder, batch: dict[str, Tensor]) -> dict[str, Tensor
     given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     output = backbone(**given, output_hidden_states=True)
     parts, total = {}, 0.0
-    for cup in smae.cups:
+    for cup in smae.sizes:
         state = output.hidden_states[cup.layers]
         if cup.layers == encoder.depth:
             state = output.last_hidden_state
@@ -40,7 +40,7 @@ def naive(smae: MaskedAutoencoder, batch: dict[str, Tensor]) -> dict[str, Tensor
             made = _transform(smae, made.last_hidden_state)
             dec = _entropy(smae, made, batch["labels"], batch["rebuilt"]) * batch["decoder_share"]
             parts[f"dec_{cup}"], loss = dec, (mlm + dec) / 2
-        total = total + loss / len(smae.cups)
+        total = total + loss / len(smae.sizes)
     return {"loss": total, **parts}
 
 

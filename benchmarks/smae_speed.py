@@ -52,7 +52,7 @@ def masked(smae: MaskedAutoencoder, count: int, length: int) -> dict[str, torch.
     row = np.array([-1, *range(length - 2), -1])
     first, last = words.cls_token_id, words.sep_token_id
     windows = [Window(np.array([first, *rng.choice(ordinary, length - 2), last]), row) for _ in range(count)]
-    (found,) = Collator(Masking(words.mask_token_id, ordinary), 0, len(smae.cups))(Batch(windows, rng, Position()))
+    (found,) = Collator(Masking(words.mask_token_id, ordinary), 0, len(smae.sizes))(Batch(windows, rng, Position()))
     return {name: tensor.to(smae.encoder.device) for name, tensor in found.items()}
 
 
@@ -121,7 +121,7 @@ def main(
     size = Encoder.of(smae.encoder).backbone.config.vocab_size
     rows = [
         {
-            "model": label, "method": method, "cups": str(smae.cups), "vocabulary": size,
+            "model": label, "method": method, "cups": str(smae.sizes), "vocabulary": size,
             "batch": batch, "tokens": length, "bf16": bf16, "device": smae.encoder.device.type,
             "ms": 1000 * row["seconds"], "tokens_per_s": batch * length / row["seconds"], "step_mib": row["mib"],
             "speed_over_naive": found["naive"]["seconds"] / row["seconds"],

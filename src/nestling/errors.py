@@ -78,7 +78,7 @@ class UnsupportedModelError(NestlingError, ValueError):
 
 
 class LadderError(NestlingError, ValueError):
-    """A ladder, or a cup, that cannot be. The message names the value, what was expected and what to do."""
+    """A ladder, or a size, that cannot be. The message names the value, what was expected and what to do."""
 
 
 class ExampleError(NestlingError, ValueError):
@@ -86,7 +86,7 @@ class ExampleError(NestlingError, ValueError):
 
 
 class ExportError(NestlingError, ValueError):
-    """A cup that cannot be exported. The message says why; nothing is left behind."""
+    """A size that cannot be exported. The message says why; nothing is left behind."""
 
 
 class ExportFileError(ExportError, FileError):
@@ -98,7 +98,7 @@ class MaskingError(NestlingError, ValueError):
 
 
 class UnsupportedEncoderError(NestlingError, ValueError):
-    """A model that cannot be cut into cups. The message names it and the reason."""
+    """A model that cannot be cut into sizes. The message names it and the reason."""
 
 
 class EncodeError(NestlingError, RuntimeError):

@@ -31,10 +31,10 @@ def test_vectors_of_all_depths(encoder, family):
 @pytest.mark.parametrize("family", KNOWN)
 def test_losses_and_gradients_of_pre_training(encoder, family):
     smae, (given,) = autoencoder(encoder(family)), batch()
-    expected = smae(**given)
+    expected = smae(given)
     slopes = gradients(smae, expected)
     there = copy.deepcopy(smae).cuda()
-    found = there(**{key: value if key == "cups" else value.cuda() for key, value in given.items()})
+    found = there({key: value if key == "sizes" else value.cuda() for key, value in given.items()})
     for key, value in expected.items():
         torch.testing.assert_close(found[key].cpu(), value, rtol=1e-4, atol=1e-4)
     for name, slope in gradients(there, found).items():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.errors import LadderError
 
 PAPER = "2x32,4x64,6x128,8x256,10x512,12x768"
@@ -17,33 +17,39 @@ ladders = st.sets(sizes, min_size=1, max_size=12).map(Ladder)
 def test_the_paper():
     ladder = Ladder.parse(PAPER)
     assert str(ladder) == PAPER and ladder == Ladder.default(12, 768)
-    assert ladder.full == Cup(12, 768) and ladder.layers == (2, 4, 6, 8, 10, 12) and len(ladder) == 6
+    assert ladder.full == Size(12, 768) and ladder.layers == (2, 4, 6, 8, 10, 12) and len(ladder) == 6
     assert ladder.check(12, 768) is ladder
-    assert ladder.cup("6x128") == ladder.cup((6, 128)) == ladder.cup(Cup(6, 128)) == ladder.cups[2] == Cup(6, 128)
-    assert Cup(6, 128) in ladder and Cup(6, 256) not in ladder
-    assert Cup(6, 256).name == str(Cup(6, 256)) == "6x256"
+    assert (
+        ladder.named("6x128")
+        == ladder.named((6, 128))
+        == ladder.named(Size(6, 128))
+        == ladder.sizes[2]
+        == Size(6, 128)
+    )
+    assert Size(6, 128) in ladder and Size(6, 256) not in ladder
+    assert Size(6, 256).name == str(Size(6, 256)) == "6x256"
 
 
 @given(ladders)
 def test_there_and_back(ladder):
     assert Ladder.parse(str(ladder)) == ladder == Ladder.parse(ladder)
     assert Ladder.parse(f" {str(ladder).upper().replace(',', ' , ')} ") == ladder
-    assert Ladder.parse([cup.name for cup in ladder]) == ladder == Ladder.parse(reversed(ladder.cups))
+    assert Ladder.parse([cup.name for cup in ladder]) == ladder == Ladder.parse(reversed(ladder.sizes))
     assert Ladder.from_json(json.loads(json.dumps(ladder.to_json()))) == ladder
     assert hash(Ladder(tuple(ladder))) == hash(ladder)
     assert list(ladder) == sorted(ladder, key=lambda cup: (cup.layers, cup.dims))
-    assert all(Cup.parse((cup.layers, cup.dims)) == Cup.parse(cup.name) == Cup.parse(cup) == cup for cup in ladder)
+    assert all(Size.parse((cup.layers, cup.dims)) == Size.parse(cup.name) == Size.parse(cup) == cup for cup in ladder)
 
 
 @given(ladders, st.integers(1, 200), st.integers(1, 10_000))
 def test_a_ladder_fits_a_model_or_says_why_not(ladder, layers, dims):
     too_big = [cup for cup in ladder if cup.layers > layers or cup.dims > dims]
-    if not too_big and Cup(layers, dims) in ladder:
+    if not too_big and Size(layers, dims) in ladder:
         assert ladder.check(layers, dims) is ladder
         return
     with pytest.raises(LadderError) as caught:
         ladder.check(layers, dims)
-    named = str(too_big[0]) if too_big else f"full cup {layers}x{dims} is missing"
+    named = str(too_big[0]) if too_big else f"full size {layers}x{dims} is missing"
     assert named in str(caught.value)
 
 
@@ -52,7 +58,7 @@ def test_every_model_has_a_default(layers, dims):
     ladder = Ladder.default(layers, dims).check(layers, dims)
     assert len({cup.layers for cup in ladder}) == len({cup.dims for cup in ladder}) == len(ladder) <= layers
     assert [cup.dims for cup in ladder] == sorted(cup.dims for cup in ladder)
-    for cup in ladder.cups[:-1]:
+    for cup in ladder.sizes[:-1]:
         assert cup.dims & (cup.dims - 1) == 0  # a power of two
         assert cup.dims >= 32 or dims < 256
 
@@ -75,22 +81,22 @@ def test_defaults(shape, expected):
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("", "a ladder needs at least one cup, for instance 2x32,4x64,6x128"),
-        (" , ,", "at least one cup"),
-        ([], "at least one cup"),
-        ("2x32,huge", "'huge' is no cup: write layers x dims, as in 6x128"),
-        ("2x32;4x64", "'2x32;4x64' is no cup"),
-        ("2x32,4x", "'4x' is no cup"),
-        ("2x-32", "'2x-32' is no cup"),
-        ("2x3.5", "is no cup"),
-        ("2x٣", "is no cup"),
-        ("2x" + "9" * 5000, "is no cup"),
+        ("", "a ladder needs at least one size, for instance 2x32,4x64,6x128"),
+        (" , ,", "at least one size"),
+        ([], "at least one size"),
+        ("2x32,huge", "'huge' is no size: write layers x dims, as in 6x128"),
+        ("2x32;4x64", "'2x32;4x64' is no size"),
+        ("2x32,4x", "'4x' is no size"),
+        ("2x-32", "'2x-32' is no size"),
+        ("2x3.5", "is no size"),
+        ("2x٣", "is no size"),
+        ("2x" + "9" * 5000, "is no size"),
         ("0x32", "layers must be an integer from 1 on, got 0"),
         ("2x0", "dims must be an integer from 1 on, got 0"),
-        ("2x32,4x64,2x32", "the cup 2x32 is in the ladder twice"),
-        ("demi,2x32", "'demi' is no cup"),
-        ([(2, 32, 1)], r"\(2, 32, 1\) is no cup: write layers x dims"),
-        ([7], "7 is no cup"),
+        ("2x32,4x64,2x32", "the size 2x32 is in the ladder twice"),
+        ("demi,2x32", "'demi' is no size"),
+        ([(2, 32, 1)], r"\(2, 32, 1\) is no size: write layers x dims"),
+        ([7], "7 is no size"),
         ([(True, 32)], "layers must be an integer from 1 on, got True"),
         ([(2.0, 32)], "layers must be an integer from 1 on, got 2.0"),
         ([(2, None)], "dims must be an integer from 1 on, got None"),
@@ -129,7 +135,7 @@ def test_any_json_is_a_ladder_or_a_ladder_error(value):
 @pytest.mark.parametrize(
     "value, reason",
     [
-        ({"cups": []}, "at least one cup"),
+        ({"cups": []}, "at least one size"),
         ({"cups": [{"layers": 2}]}, "dims must be an integer from 1 on, got None"),
         ({"cups": "2x32"}, "the ladder is damaged: expected"),
         ({"format": 2, "cups": [{"layers": 2, "dims": 32}]}, "has format 2, this version reads 1: update nestling"),
@@ -147,7 +153,7 @@ def test_other_keys_are_left_alone():
 def test_a_cup_that_does_not_fit_comes_with_advice():
     with pytest.raises(LadderError, match="8x256 is deeper than the model, which is 6x384: 1x32,.*,6x384 would do"):
         Ladder.parse(PAPER).check(6, 384)
-    with pytest.raises(LadderError, match="the full cup 12x1024 is missing: it teaches the others; add it to 2x32,"):
+    with pytest.raises(LadderError, match="the full size 12x1024 is missing: it teaches the others; add it to 2x32,"):
         Ladder.parse(PAPER).check(12, 1024)
-    with pytest.raises(LadderError, match="the cup 3x64 is not in the ladder: choose one of 2x32,"):
-        Ladder.parse(PAPER).cup("3x64")
+    with pytest.raises(LadderError, match="the size 3x64 is not in the ladder: choose one of 2x32,"):
+        Ladder.parse(PAPER).named("3x64")

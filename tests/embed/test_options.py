@@ -8,7 +8,7 @@ import torch
 from nestling import embed
 from nestling.embed.evaluation.agreement import agreement
 from nestling.embed.export.export import export
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import encode
 from nestling.embed.model.projection import fit_projections
 from nestling.embed.model.taps import taps
@@ -102,7 +102,7 @@ def test_ladders(encoder, tmp_path, cups):
 @pytest.mark.parametrize("value", [None, 5, 1.5, b"1x8", (1, 8, 2), [], math.nan], ids=repr)
 def test_cups_by_name(value):
     with pytest.raises(LadderError):
-        Cup.parse(value)
+        Size.parse(value)
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_what_fits_is_still_taken(encoder):
     model, texts = encoder(), some_texts(20, seed=9)
     rows = agreement(model, texts, [(2, 16), "1x8"], batch_size=torch.tensor(4))
     assert [row["size"] for row in rows] == ["2x16", "1x8"]
-    assert agreement(model, texts, "1x8,2x16")[1] == agreement(model, texts, [Cup(2, 16)])[0]
+    assert agreement(model, texts, "1x8,2x16")[1] == agreement(model, texts, [Size(2, 16)])[0]

@@ -36,14 +36,14 @@ def export(
     json: Json = None,
 ) -> None:
     """Write sizes of MODEL as models of their own, all or none, checked against it, which any server loads."""
-    from nestling.embed.ladder import Cup
+    from nestling.embed.ladder import Size
     from nestling.embed.model.folder import load_ladder
     from nestling.files.folders import write_folder
 
     check_outputs(json, folder=out, new=True)
     encoder = loaded_encoder(model, sizes, "auto")
     known = sizes is not None or encoder.adapter is not None or load_ladder(model) is not None
-    wanted = [encoder.sizes.cup(name) if known else Cup.parse(name) for name in size or ()] or list(encoder.sizes)
+    wanted = [encoder.sizes.named(name) if known else Size.parse(name) for name in size or ()] or list(encoder.sizes)
     rows = [] if results is None else _rows(results, model, [each.name for each in wanted])
 
     def write(each: Any, folder: Path) -> dict[str, Any]:

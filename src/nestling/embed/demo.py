@@ -45,7 +45,7 @@ def run(model: str, out: Path, size: str | None, keep: Path, console: Console) -
     with console.status(f"loading {model}"):
         encoder = ElasticEncoder.from_pretrained(model)
     if size is not None:
-        encoder.sizes.cup(size)  # a size that there is not is said now
+        encoder.sizes.named(size)  # a size that there is not is said now
     pages = list(read_texts(None))
     openings = [opening(page) for page in pages]
     unseen = sentences(pages[::8], longest=LONGEST)

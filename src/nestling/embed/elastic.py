@@ -24,7 +24,7 @@ from nestling.embed.model.loading import load_encoder
 from nestling.embed.model.own import own_projections
 from nestling.embed.model.parts import Encoder
 from nestling.embed.pretraining.pretrain import pretrain
-from nestling.embed.sized import Size, SizedEncoder
+from nestling.embed.sized import AnySize, SizedEncoder
 from nestling.embed.training.align import align
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples
@@ -313,7 +313,7 @@ class ElasticEncoder(SizedEncoder):
 
     def export(
         self,
-        size: Size,
+        size: AnySize,
         folder: str | os.PathLike[str],
         *,
         onnx: bool = False,

@@ -12,7 +12,7 @@ from torch import Tensor
 from nestling.embed.adapter import ElasticAdapter
 from nestling.embed.evaluation.choose import chosen_size, measured_speeds
 from nestling.embed.export.export import cut_out, projection_of
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import TASKS, encode, served_prompts, stored_prompts, strings_of, widths
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
@@ -20,7 +20,7 @@ from nestling.embed.model.similarity import Similarity, Vectors, joined
 from nestling.errors import AdapterError, OptionError
 from nestling.options import number, shown, text, whole
 
-Size = str | Cup | tuple[int, int]
+AnySize = str | Size | tuple[int, int]
 
 
 class SizedEncoder:
@@ -48,7 +48,7 @@ class SizedEncoder:
             AdapterError: the adapter is of another model.
         """
         parts = Encoder.of(model)
-        full = Cup(*_shape(parts))
+        full = Size(*_shape(parts))
         ladder = Ladder.default(*_shape(parts)) if sizes is None else Ladder.parse(sizes)
         Ladder({*ladder, full}).check(*_shape(parts))  # the full size itself may be left out where nothing is trained
         self.model, self.sizes = parts.model, ladder
@@ -76,9 +76,9 @@ class SizedEncoder:
     def encode(
         self,
         texts: Any,
-        size: Size | None = None,
+        size: AnySize | None = None,
         *,
-        sizes: Iterable[Size] | None = None,
+        sizes: Iterable[AnySize] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -112,8 +112,9 @@ class SizedEncoder:
         return found[wanted[0].name] if sizes is None else found
 
     def encode_query(
-        self, texts: Any, size: Size | None = None, *, sizes: Iterable[Size] | None = None,
-        documents: Size | None = None, space: str | None = None, batch_size: int = 32, convert_to_tensor: bool = False,
+        self, texts: Any, size: AnySize | None = None, *, sizes: Iterable[AnySize] | None = None,
+        documents: AnySize | None = None, space: str | None = None, batch_size: int = 32,
+        convert_to_tensor: bool = False,
     ) -> Any:  # fmt: skip
         """The vectors of queries, with the model's prompt for them, to be compared with those of `encode_document`.
 
@@ -154,16 +155,16 @@ class SizedEncoder:
         return joined(*(found[each.name] for each in both))
 
     def encode_document(
-        self, texts: Any, size: Size | None = None, *, sizes: Iterable[Size] | None = None, space: str | None = None,
-        batch_size: int = 32, convert_to_tensor: bool = False,
+        self, texts: Any, size: AnySize | None = None, *, sizes: Iterable[AnySize] | None = None,
+        space: str | None = None, batch_size: int = 32, convert_to_tensor: bool = False,
     ) -> Any:  # fmt: skip
         """The vectors of documents, for those of `encode_query`, which has the arguments and errors."""
         options: dict[str, Any] = {"as_tensors": convert_to_tensor, "batch_size": batch_size}
         return self._in_space("passage", texts, size, sizes, space, **options)
 
     def document_parts(
-        self, sizes: Iterable[Size]
-    ) -> list[tuple[SentenceTransformer, dict[int, Projection], list[Cup]]]:
+        self, sizes: Iterable[AnySize]
+    ) -> list[tuple[SentenceTransformer, dict[int, Projection], list[Size]]]:
         """What `encode_document` reads sizes from: models, their projections by depth, and the sizes of each.
 
         Raises:
@@ -180,7 +181,7 @@ class SizedEncoder:
         found = self._encoded(texts, wanted, in_space=True, prompt=prompt, task=TASKS[use], **options)
         return found[wanted[0].name] if sizes is None else found
 
-    def _check_space(self, wanted: Sequence[Cup], space: str | None) -> None:
+    def _check_space(self, wanted: Sequence[Size], space: str | None) -> None:
         if space is not None and space != self.space:
             raise AdapterError(
                 f"space={shown(space)}, and this encoder's is {self.space}: vectors of the two cannot be compared; "
@@ -192,13 +193,13 @@ class SizedEncoder:
                 f"{outside[0]} is not in the space of the adapter, which follows another teacher: take a smaller size"
             )
 
-    def _wanted(self, size: Any, sizes: Iterable[Any] | None) -> list[Cup]:
+    def _wanted(self, size: Any, sizes: Iterable[Any] | None) -> list[Size]:
         if size is not None and sizes is not None:
             raise OptionError(f"size={size} and sizes={shown(sizes)}: give one of the two")
         return [self._size(each) for each in ([size] if sizes is None else sizes)]
 
     def _encoded(
-        self, texts: Any, wanted: Sequence[Cup], *, as_tensors: bool, in_space: bool = False, **options: Any
+        self, texts: Any, wanted: Sequence[Size], *, as_tensors: bool, in_space: bool = False, **options: Any
     ) -> dict[str, Any]:
         """Vectors by the size's name. Sizes that are read from the same layers cost one forward."""
         single, similarity = isinstance(texts, str), Similarity.of(self.model)
@@ -213,13 +214,13 @@ class SizedEncoder:
         }
 
     def _groups(
-        self, wanted: Iterable[Cup], in_space: bool = False
-    ) -> list[tuple[SentenceTransformer, dict[int, Projection], list[Cup]]]:
+        self, wanted: Iterable[Size], in_space: bool = False
+    ) -> list[tuple[SentenceTransformer, dict[int, Projection], list[Size]]]:
         """What each size is read from: a model and its projections. The full size is the stock model as it is."""
         wanted = list(wanted)
         if self._body is None:
             return [(self.model, self.projections, wanted)]
-        full = Cup(*_shape(Encoder.of(self.model)))
+        full = Size(*_shape(Encoder.of(self.model)))
         small = [size for size in wanted if size.layers < full.layers]
         whole = [size for size in wanted if size == full and not in_space]
         narrow = [size for size in wanted if size.layers == full.layers and size not in whole]
@@ -234,7 +235,7 @@ class SizedEncoder:
         """The model's own similarity of vectors ``[n, d]`` and ``[m, d]`` of one size, ``[n, m]``."""
         return self.model.similarity(first, second)
 
-    def cut(self, size: Size) -> SentenceTransformer:
+    def cut(self, size: AnySize) -> SentenceTransformer:
         """A size as a stock SentenceTransformer of its own, in memory; its weights are copies.
 
         Raises:
@@ -283,10 +284,10 @@ class SizedEncoder:
             self.sizes, known, quality=quality, bytes=bytes, speeds=speeds, texts_per_second=texts_per_second
         ).name
 
-    def _size(self, size: Any) -> Cup:
+    def _size(self, size: Any) -> Size:
         """A size of the model, whether or not it is among `sizes`."""
         parts = Encoder.of(self.model)
-        full = Cup(parts.depth, parts.dims)
+        full = Size(parts.depth, parts.dims)
         wanted = full if size is None else Ladder.parse([size]).full
         Ladder({wanted, full}).check(full.layers, full.dims)
         if self.adapter is None or wanted != full:

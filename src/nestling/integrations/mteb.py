@@ -18,7 +18,7 @@ from nestling.data.retrieval import read_retrieval
 from nestling.embed import ElasticEncoder
 from nestling.embed.export.compatibility import longest
 from nestling.embed.export.origin import origin_of
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.fingerprint import fingerprint
 from nestling.embed.model.parts import Encoder
@@ -58,7 +58,7 @@ class SizedModel(AbsEncoder):
     def __init__(self, encoder: ElasticEncoder | str | os.PathLike[str], size: Any = None):
         self.encoder = encoder if isinstance(encoder, ElasticEncoder) else ElasticEncoder.from_pretrained(encoder)
         parts = Encoder.of(self.encoder.model)
-        full = Cup(parts.depth, parts.dims)
+        full = Size(parts.depth, parts.dims)
         self.size = full if size is None else Ladder.parse([size]).full
         self.is_full = self.size == full
         self.model = self.encoder.model

@@ -15,7 +15,7 @@ from sentence_transformers.base.modules import Dense, Normalize
 
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.export.export import export
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import encode
 from nestling.embed.model.projection import Projection, fit_projections
 from nestling.errors import ExportError, LadderError
@@ -49,7 +49,7 @@ def test_every_family_equals_a_model_cut_by_hand(backbones, tmp_path, family, ca
     assert [type(part).__name__ for part in loaded] == ["Transformer", "Pooling", "Dense", "Normalize"]
     expected = sentence_model(cut).encode(TEXTS)[:, :8]
     close(loaded.encode(TEXTS), unit(expected))
-    assert made.cup == Cup(2, 8) and made.folder == tmp_path / "cup" and made.difference <= 1e-5
+    assert made.cup == Size(2, 8) and made.folder == tmp_path / "cup" and made.difference <= 1e-5
     assert made.onnx_difference is None and made.int8_cosine is None
     assert made.nbytes == sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cup", "cut"]  # no work folder is left
@@ -96,7 +96,7 @@ def test_only_the_weights_of_kept_layers_are_written(backbones, tmp_path, family
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("cup", ["2x8", "4x32"])
 def test_a_projection_is_folded_into_the_dense(encoder, tmp_path, family, centred, cup):
-    model, size = encoder(family), Cup.parse(cup)
+    model, size = encoder(family), Size.parse(cup)
     turn = fit_projections(model, some_texts(60), [size.layers], kind="centred" if centred else "pca")[size.layers]
     folder = export(model, cup, tmp_path / "cup", projections={size.layers: turn}).folder
     loaded = SentenceTransformer(str(folder), device="cpu")
@@ -214,7 +214,7 @@ def test_any_cup_with_any_projection(encoder, tmp_path, layers, dims, seed):
     )
     folder = tmp_path / "cup"
     shutil.rmtree(folder, ignore_errors=True)
-    assert export(model, Cup(layers, dims), folder, projections={layers: turn}).difference <= 1e-5
+    assert export(model, Size(layers, dims), folder, projections={layers: turn}).difference <= 1e-5
     vectors = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
     assert vectors.shape == (17, dims)
     close((vectors**2).sum(1), torch.ones(17))

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from nestling.embed.evaluation.agreement import agreement
 from nestling.embed.evaluation.evaluator import GridEvaluator
 from nestling.embed.export.export import export
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import encode, stored_prompts
 from nestling.embed.model.folder import load_projections
 from nestling.embed.model.loading import load_encoder
@@ -115,7 +115,7 @@ def test_prompts_of_a_training_become_the_models_own(encoder, tmp_path, columns,
 def test_a_training_that_fails_leaves_the_prompts(encoder, tmp_path, monkeypatch):
     model = encoder()
     model.prompts, model.default_prompt_name = {"usual": "w20 "}, "usual"
-    monkeypatch.setattr("nestling.embed.training.run.CupTrainer", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("nestling.embed.training.run.SizesTrainer", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(model, TEXTS, "2x8,4x32", folder=tmp_path / "out", steps=1, prompts="w9 ", progress=False)
     assert model.prompts == {"usual": "w20 "} and model.default_prompt_name == "usual"
@@ -260,7 +260,7 @@ def test_the_width_of_a_model_is_its_truncate_dim(backbones, tmp_path, tail):
     assert loaded.truncate_dim == 16 and loaded.encode(TEXTS).shape == (17, 16)
     for size, turns in (("2x8", aligned.projections), ("4x16", aligned.projections), ("2x16", {})):
         cup = served(loaded, size, tmp_path / f"{size}-{len(turns)}", projections=turns)
-        layers, dims = Cup.parse(size).layers, Cup.parse(size).dims
+        layers, dims = Size.parse(size).layers, Size.parse(size).dims
         wanted = encode(model, TEXTS, {layers: dims}, projections=turns)[layers]
         close(cup.encode(TEXTS), normalize(wanted, dim=-1))
         assert cup.truncate_dim is None and cup.get_embedding_dimension() == dims
@@ -307,7 +307,7 @@ def test_a_loaded_model_remembers_its_projections(aligned, tmp_path):
 
 def test_stock_code_does_not_know_them_and_is_told(aligned, tmp_path):
     model = SentenceTransformer(str(aligned.folder), device="cpu")
-    with pytest.warns(UserWarning, match="whose cups were trained with projections: they are used"):
+    with pytest.warns(UserWarning, match="whose sizes were trained with projections: they are used"):
         cup = served(model, "2x8", tmp_path / "cup")
     close(cup.encode(TEXTS), served(load_encoder(aligned.folder).cpu(), "2x8", tmp_path / "again").encode(TEXTS))
 

@@ -72,7 +72,7 @@ def test_what_a_model_on_the_hub_has_is_fetched(tmp_path, monkeypatch):
     assert asked == [("user/elastic", name) for name in ("nestling.json", "nestling.json", "projections.safetensors")]
     assert load_ladder("user/plain") is None and load_projections("user/plain") == {}
     with pytest.warns(
-        UserWarning, match="nestling.json cannot be loaded from the hub.*: taken for a model without cups"
+        UserWarning, match="nestling.json cannot be loaded from the hub.*: taken for a model without sizes"
     ):
         assert load_ladder("user/offline") is None
     with pytest.raises(

@@ -123,9 +123,9 @@ def test_parts_of_a_batch_add_up(encoder):
 
 def test_some_cups_of_a_step(encoder):
     smae, (given,) = autoencoder(encoder()), batch(sampled=2)
-    assert given["cups"].tolist()[-1] == 3 and len(given["cups"]) == 2
-    chosen = [CUPS.cups[i] for i in given["cups"].tolist()]
-    found, every = smae(given), smae({k: v for k, v in given.items() if k != "cups"})
+    assert given["sizes"].tolist()[-1] == 3 and len(given["sizes"]) == 2
+    chosen = [CUPS.sizes[i] for i in given["sizes"].tolist()]
+    found, every = smae(given), smae({k: v for k, v in given.items() if k != "sizes"})
     assert set(found) == {"loss", *(f"{kind}_{cup}" for kind in ("mlm", "dec") for cup in chosen)}
     close({k: v for k, v in found.items() if k != "loss"}, {k: every[k] for k in found if k != "loss"})
     mean = sum(found[f"{kind}_{cup}"].item() for kind in ("mlm", "dec") for cup in chosen) / 4
@@ -175,7 +175,7 @@ def test_what_pre_training_does_not_fit_is_refused(backbones):
     modules = [transformer, Pooling(32, ("mean", "cls"))]
     with pytest.raises(UnsupportedEncoderError, match="vectors of 64 of token vectors of 32: expected one mode"):
         MaskedAutoencoder(SentenceTransformer(modules=modules, device="cpu"), Ladder.parse("4x64"))
-    with pytest.raises(LadderError, match="the full cup 4x32 is missing"):
+    with pytest.raises(LadderError, match="the full size 4x32 is missing"):
         MaskedAutoencoder(sentence_model(backbones("bert")), Ladder.parse("2x16"))
 
 

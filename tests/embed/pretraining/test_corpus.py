@@ -203,7 +203,7 @@ def test_parts_of_a_batch_are_its_rows(options):
     for name, value in whole.items():
         if name in ("share", "decoder_share"):
             torch.testing.assert_close(torch.stack([part[name] for part in parts]), (4 * value).expand(4))
-        elif name == "cups":
+        elif name == "sizes":
             assert all(part[name].equal(value) for part in parts) and value[-1] == 2 and len(value) == 2
         else:
             assert torch.cat([part[name] for part in parts]).equal(value)
@@ -214,7 +214,7 @@ def test_parts_of_a_batch_are_its_rows(options):
 
 def test_sampled_cups_vary_and_each_comes_as_often():
     stream = corpus(LONG).batches()
-    seen = Counter(collator(sampled=2)(next(stream))[0]["cups"][0].item() for _ in range(200))
+    seen = Counter(collator(sampled=2)(next(stream))[0]["sizes"][0].item() for _ in range(200))
     assert set(seen) == {0, 1} and min(seen.values()) > 70
 
 

@@ -80,7 +80,7 @@ def test_narrow_cups_of_the_full_depth(encoder, tmp_path):
     """They share a centred basis with the full cup, and the card says that it has to be exported too."""
     align(encoder("bert"), TEXTS, "2x16,4x8,4x32", folder=tmp_path / "out", progress=False)
     assert list(load_projections(tmp_path / "out")) == [2, 4]
-    assert "the full cup 4x32 has to be exported too" in (tmp_path / "out" / "README.md").read_text()
+    assert "the full size 4x32 has to be exported too" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_the_released_retrieval_loss(encoder):
         model[0].model(**{k: f[k] for k in ("input_ids", "attention_mask")}, output_hidden_states=True)
         for f in features
     ]
-    for cup in reversed(CUPS.cups):
+    for cup in reversed(CUPS.sizes):
         queries, *passages = [s.hidden_states[cup.layers][:, 0, : cup.dims] for s in states]
         scores = queries @ torch.cat(passages).T
         expected = expected + cross_entropy(scores, torch.arange(len(queries)))
@@ -161,7 +161,7 @@ def test_one_column_is_ranked_against_itself(encoder):
         unit = normalize(by_depth[cup.layers][:, : cup.dims], dim=-1)
         return [torch.stack([unit[i] @ unit[j] for j in range(5) if j != i]) / 0.05 for i in range(5)]
 
-    for cup in CUPS.cups[:-1]:
+    for cup in CUPS.sizes[:-1]:
         pairs = zip(rows(CUPS.full), rows(cup), strict=True)
         expected = torch.stack([kl_div(s.log_softmax(0), t.softmax(0), reduction="sum") for t, s in pairs]).mean()
         torch.testing.assert_close(parts[f"kl_{cup.name}"], expected, rtol=1e-4, atol=1e-6)
@@ -172,7 +172,7 @@ def test_one_text_has_nothing_to_follow(encoder):
     for count in (1, 2):
         base = losses.GlobalOrthogonalRegularizationLoss(model)
         parts = loss_of(model, base, CUPS)(columns(model, count, size=1))
-        assert all(parts[f"kl_{cup.name}"] == 0 for cup in CUPS.cups[:-1])
+        assert all(parts[f"kl_{cup.name}"] == 0 for cup in CUPS.sizes[:-1])
 
 
 @pytest.mark.parametrize("options", [{}, {"cascade": True}])
@@ -190,7 +190,7 @@ def test_where_the_gradient_of_the_kl_goes(options, encoder):
     assert layer(1) > 0
     assert layer(2) == layer(4) == 0
     by_depth = vectors(model, features)
-    student, teacher = CUPS.cups[0], CUPS.cups[1] if "cascade" in options else CUPS.full
+    student, teacher = CUPS.sizes[0], CUPS.sizes[1] if "cascade" in options else CUPS.full
     scores = []
     for cup in (student, teacher):
         queries, *others = [normalize(v[:, : cup.dims], dim=-1) for v in by_depth[cup.layers]]
@@ -260,7 +260,7 @@ def test_any_ladder_in_any_batches(tiny_bert, cups, count, size, mini_batch, wei
         (losses.MultipleNegativesRankingLoss, {}, order),
     ):
         features = [tiny_bert.preprocess([column[row] for row in rows]) for column in texts]
-        loss = loss_of(tiny_bert, kind(tiny_bert, **options), cups, weights={cups.cups[0].name: weight})
+        loss = loss_of(tiny_bert, kind(tiny_bert, **options), cups, weights={cups.sizes[0].name: weight})
         parts = loss(features)
         assert all(value >= -1e-9 for name, value in parts.items() if name.startswith("kl_"))
         results.append((parts, gradients(tiny_bert, total(parts))))
@@ -336,7 +336,7 @@ def test_a_teacher_of_another_width(cascade, cached, encoder):
         student = scores([v[:, : cup.dims] for v in by_depth[cup.layers]])
         teacher = external
         if cascade and cup != CUPS.full:
-            larger = CUPS.cups[number + 1]
+            larger = CUPS.sizes[number + 1]
             teacher = scores([v[:, : larger.dims] for v in by_depth[larger.layers]]).detach()
         expected = 0.5 * kl_div((student / 0.1).log_softmax(-1), (teacher / 0.1).softmax(-1), reduction="batchmean")
         torch.testing.assert_close(parts[f"kl_{cup.name}"], expected, rtol=1e-4, atol=1e-5)
@@ -438,7 +438,7 @@ def test_projections_come_before_the_cut(encoder):
 @pytest.mark.parametrize("projection", [{3: Projection(torch.eye(HIDDEN))}, {4: Projection(torch.eye(8))}])
 def test_projections_that_no_cup_takes(projection, encoder):
     model = encoder("bert")
-    with pytest.raises(ValueError, match=r"no cup of 1x8,2x16,4x32 takes a projection of (32|8) coordinates at depth"):
+    with pytest.raises(ValueError, match=r"no size of .* takes a projection of (32|8) coordinates at depth"):
         loss_of(model, losses.MultipleNegativesRankingLoss(model), CUPS, projections=projection)
 
 
@@ -542,5 +542,5 @@ def test_a_teacher_alone(encoder):
     whole = loss_of(model, losses.MultipleNegativesRankingLoss(model), "1x8,4x32", teacher=table)
     pair = whole([features[0], features[0]], rows.expand(-1, 2))
     assert set(pair) == {"1x8", "kl_1x8", "4x32", "kl_4x32"}
-    with pytest.raises(ValueError, match="nothing holds the full cup where it is"):
+    with pytest.raises(ValueError, match="nothing holds the full size where it is"):
         loss_of(model, None, "1x8,4x32")

@@ -297,7 +297,7 @@ def test_the_card_says_how_cups_are_exported(encoder, tmp_path, monkeypatch, cup
     model = encoder()
     trained = run(model, pairs(), tmp_path / "out", cups, steps=2, projection=projection, projection_rate=rate)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("the full cup 4x32 has to be exported too" in card) != whole
+    assert ("the full size 4x32 has to be exported too" in card) != whole
     assert ("it is the full model" in card) == whole
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -545,7 +545,7 @@ def test_folders_are_checked(encoder, tmp_path):
     [
         (pairs(), {"cups": "1x8,5x32"}, LadderError, "5x32 is deeper than the model"),
         (pairs(), {"cups": "1x64,4x32"}, LadderError, "1x64 is wider than the model"),
-        (pairs(), {"cups": "1x8,2x16"}, LadderError, "the full cup 4x32 is missing"),
+        (pairs(), {"cups": "1x8,2x16"}, LadderError, "the full size 4x32 is missing"),
         (pairs(), {"cups": "1x8,1x8,4x32"}, LadderError, "twice"),
         ([{"anchor": "w9", "positive": " "}], {}, embed.ExampleError, "row 1: 'positive' is blank"),
         (["w9", "w9"], {}, embed.ExampleError, "all texts are the same"),

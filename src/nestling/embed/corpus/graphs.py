@@ -18,7 +18,7 @@ from nestling.embed.export.export import check_fp32
 from nestling.embed.export.onnx import CLOSE, TOLERANCE, check_prompts
 from nestling.embed.export.probe import SENTENCES, apart, probe_texts
 from nestling.embed.export.tracing import check_installed, quantise, session, trace
-from nestling.embed.ladder import Cup
+from nestling.embed.ladder import Size
 from nestling.embed.model.encode import TASKS, encode_by, stored_prompts, widths
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
@@ -101,7 +101,7 @@ class _Depths(nn.Module):
 
 
 def _write(
-    model: SentenceTransformer, projections: Mapping[int, Projection], sizes: list[Cup], path: Path, int8: bool
+    model: SentenceTransformer, projections: Mapping[int, Projection], sizes: list[Size], path: Path, int8: bool
 ) -> None:
     own = Encoder.of(copy.deepcopy(model).cpu().eval())
     turns = {depth: copy.deepcopy(turn).cpu() for depth, turn in projections.items()}

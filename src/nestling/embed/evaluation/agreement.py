@@ -9,7 +9,7 @@ import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import encode, stored_prompts, strings_of, widths
 from nestling.embed.model.own import chosen
 from nestling.embed.model.parts import Encoder
@@ -39,7 +39,7 @@ def full_vectors(model: nn.Module, texts: Sequence[str], prompt: str | None = No
 def agreement(
     model: nn.Module,
     texts: Iterable[Any],
-    sizes: Ladder | Iterable[Cup],
+    sizes: Ladder | Iterable[Size],
     reference: Tensor | None = None,
     *,
     projections: Mapping[int, Callable[[Tensor], Tensor]] | None = None,

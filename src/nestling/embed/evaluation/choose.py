@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.errors import OptionError
 
 Row = Mapping[str, Any]
 QUALITIES = ("mean_sts", "mean_ndcg")
 
 
-def qualities(rows: Iterable[Row]) -> dict[Cup, float]:
+def qualities(rows: Iterable[Row]) -> dict[Size, float]:
     """The quality of each size as one number: the mean of ``mean_sts`` and ``mean_ndcg``, or else the agreement."""
     found = {}
     for row in rows:
@@ -22,7 +22,7 @@ def qualities(rows: Iterable[Row]) -> dict[Cup, float]:
         if not values and isinstance(row.get("agreement"), int | float):
             values = [row["agreement"]]
         if values and "size" in row:
-            found[Cup.parse(row["size"])] = sum(values) / len(values)
+            found[Size.parse(row["size"])] = sum(values) / len(values)
     return found
 
 
@@ -32,9 +32,9 @@ def chosen_size(
     *,
     quality: float | None = None,
     bytes: int | None = None,
-    speeds: Mapping[Cup, float] | None = None,
+    speeds: Mapping[Size, float] | None = None,
     texts_per_second: float | None = None,
-) -> Cup:
+) -> Size:
     """The cheapest size of that quality; where none is asked for, the best that is small and quick enough.
 
     Cheap is shallow first, since layers cost time, and then narrow.
@@ -76,7 +76,7 @@ def chosen_size(
     return good[0]
 
 
-def _nearest(sizes: Ladder, bytes: int | None, speeds: Mapping[Cup, float] | None) -> str:
+def _nearest(sizes: Ladder, bytes: int | None, speeds: Mapping[Size, float] | None) -> str:
     """The narrowest and the quickest size, in words, as far as they were asked for."""
     parts = []
     if bytes is not None:
@@ -88,7 +88,7 @@ def _nearest(sizes: Ladder, bytes: int | None, speeds: Mapping[Cup, float] | Non
     return " and ".join(parts)
 
 
-def measured_speeds(encode: Callable[[tuple[int, int]], Any], sizes: Ladder, count: int) -> dict[Cup, float]:
+def measured_speeds(encode: Callable[[tuple[int, int]], Any], sizes: Ladder, count: int) -> dict[Size, float]:
     """Texts a second at each size, from the fastest of three passes over ``count`` texts; dims cost nothing to encode.
 
     Args:

@@ -1,7 +1,7 @@
-"""Quality of every cup from one encode pass per text: similarity (STS) and retrieval.
+"""Quality of every size from one encode pass per text: similarity (STS) and retrieval.
 
-One forward of the whole encoder gives the vectors of all cups, so that measuring six cups costs little more than
-measuring the full model alone. What is measured is what an exported cup would give (`taps`).
+One forward of the whole encoder gives the vectors of all sizes, so that measuring six sizes costs little more than
+measuring the full model alone. What is measured is what an exported size would give (`taps`).
 """
 
 import os
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nestling.data.pairs import read_sts
 from nestling.data.retrieval import Retrieval, read_retrieval
 from nestling.embed.evaluation.metrics import BESIDE, ranking, spearman
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import TASKS, encode, stored_prompts, widths
 from nestling.embed.model.fingerprint import checksum, reading
 from nestling.embed.model.own import Projections, chosen
@@ -46,11 +46,11 @@ class _Scored:
 
 
 class GridEvaluator(BaseEvaluator):
-    """Measures every cup of an encoder, as an evaluator of sentence-transformers during training or by itself.
+    """Measures every size of an encoder, as an evaluator of sentence-transformers during training or by itself.
 
-    Called during training it returns ``mean_sts`` and ``mean_ndcg`` of every cup (``"6x128_mean_sts"``), their means
-    over the cups, and ``mean``, the mean of those, its ``primary_metric``. With an ``output_path`` it keeps the rows
-    of every call there, in ``grid[_NAME].json``. By itself, `rows` gives a row a cup.
+    Called during training it returns ``mean_sts`` and ``mean_ndcg`` of every size (``"6x128_mean_sts"``), their means
+    over the sizes, and ``mean``, the mean of those, its ``primary_metric``. With an ``output_path`` it keeps the rows
+    of every call there, in ``grid[_NAME].json``. By itself, `rows` gives a row a size.
 
     Pairs and documents are compared by the model's own similarity, which is the cosine unless it says otherwise
     (``similarity_fn_name``). Retrieval is exact search; gains are graded (see
@@ -58,7 +58,7 @@ class GridEvaluator(BaseEvaluator):
     once.
 
     Args:
-        ladder: the cups that are measured, in any form that `Ladder.parse` takes; by default `Ladder.default` of the
+        ladder: the sizes that are measured, in any form that `Ladder.parse` takes; by default `Ladder.default` of the
             model. They need not include the full model.
         sts: scored pairs by the name of the set (``"sts12"``, ``"stsb"``): whatever `read_sts` reads.
         retrieval: retrieval sets by name: a BEIR folder (``FOLDER:dev`` for another split than ``test``), a
@@ -129,26 +129,26 @@ class GridEvaluator(BaseEvaluator):
         )
         return _Scored(first, second, scores)
 
-    def cups(self, model: nn.Module) -> list[Cup]:
-        """The cups that are measured on that model, smallest first.
+    def cups(self, model: nn.Module) -> list[Size]:
+        """The sizes that are measured on that model, smallest first.
 
         Raises:
             LadderError: one is deeper or wider than the model.
         """
         encoder = Encoder.of(model)
         ladder = self.ladder or Ladder.default(encoder.depth, encoder.dims)
-        # The ladder's own check wants the full cup, which training needs and measuring does not.
-        Ladder({*ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
+        # The ladder's own check wants the full size, which training needs and measuring does not.
+        Ladder({*ladder, Size(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
         return list(ladder)
 
     def metric_names(self, model: nn.Module) -> list[str]:
         """What a call during a training of that model returns.
 
         Raises:
-            LadderError: a cup is deeper or wider than the model.
+            LadderError: a size is deeper or wider than the model.
         """
         kinds = ["mean_sts"] * bool(self.sts) + ["mean_ndcg"] * bool(self.retrieval)
-        names = [*(f"{cup}_{kind}" for cup in self.cups(model) for kind in kinds), *kinds, "mean"]
+        names = [*(f"{size}_{kind}" for size in self.cups(model) for kind in kinds), *kinds, "mean"]
         return [f"{self.name}_{name}" if self.name else name for name in names]
 
     def prompts_for(self, model: nn.Module) -> dict[str, str]:
@@ -164,30 +164,30 @@ class GridEvaluator(BaseEvaluator):
             model: a SentenceTransformer, perhaps wrapped.
             model_name, method: what the rows say in those columns.
             partial: a JSON file that is kept after the STS sets and after each retrieval set, and read if it exists:
-                a killed measurement of the same weights, cups, prompts and data goes on with the next set.
+                a killed measurement of the same weights, sizes, prompts and data goes on with the next set.
 
         Returns:
-            A row a cup: ``model, method, cup``, Spearman's correlation for each STS set under its own name,
+            A row a size: ``model, method, size``, Spearman's correlation for each STS set under its own name,
             ``ndcg_<set>`` and ``recall_<set>`` (nDCG@10, recall@100), and their means ``mean_sts, mean_ndcg,
             mean_recall``, all as fractions. A correlation that is not defined (all vectors equal) is NaN.
 
         Raises:
             EvaluationError: an embedding is not finite, or ``partial`` is damaged or of another measurement.
-            LadderError, UnsupportedEncoderError: the model does not have those cups.
+            LadderError, UnsupportedEncoderError: the model does not have those sizes.
         """
-        cups, prompts, projections = self.cups(model), self.prompts_for(model), chosen(self.projections, model)
+        sizes, prompts, projections = self.cups(model), self.prompts_for(model), chosen(self.projections, model)
         similarity = Similarity.of(Encoder.of(model).model)
-        kept = ResultStore(partial, {} if partial is None else self._job(model, cups, prompts, projections))
-        parts: dict[str, Callable[[_Encode], dict[Cup, Row]]] = {}
+        kept = ResultStore(partial, {} if partial is None else self._job(model, sizes, prompts, projections))
+        parts: dict[str, Callable[[_Encode], dict[Size, Row]]] = {}
         if self.sts:
-            parts["sts"] = bind(self._measure_sts, cups, similarity)
-        parts |= {f"retrieval {key}": bind(self._measure_retrieval, cups, similarity, key) for key in self.retrieval}
+            parts["sts"] = bind(self._measure_sts, sizes, similarity)
+        parts |= {f"retrieval {key}": bind(self._measure_retrieval, sizes, similarity, key) for key in self.retrieval}
         with progress_bar(self.progress) as bar:
             task = bar.add_task("encoding", total=sum(map(self._texts, parts)))
 
             def vectors(texts: Sequence[str], use: str) -> dict[int, Tensor]:
                 return encode(
-                    model, texts, widths(cups), prompt=prompts[use], batch_size=self.batch_size,
+                    model, texts, widths(sizes), prompt=prompts[use], batch_size=self.batch_size,
                     projections=projections, advance=lambda count: bar.advance(task, count), task=TASKS.get(use),
                 )  # fmt: skip
 
@@ -195,13 +195,13 @@ class GridEvaluator(BaseEvaluator):
                 if part in kept.done:
                     bar.advance(task, self._texts(part))
                 else:
-                    kept.done[part] = {cup.name: metrics for cup, metrics in measure(vectors).items()}
+                    kept.done[part] = {size.name: metrics for size, metrics in measure(vectors).items()}
                     kept.save()
-        rows, names = [], [cup.name for cup in cups]
+        rows, names = [], [size.name for size in sizes]
         measured = [kept.columns(part, names) for part in parts]
-        for cup in cups:
-            metrics = {key: value for columns in measured for key, value in columns[cup.name].items()}
-            rows.append({"model": model_name, "method": method, "size": cup.name, **metrics, **_means(metrics)})
+        for size in sizes:
+            metrics = {key: value for columns in measured for key, value in columns[size.name].items()}
+            rows.append({"model": model_name, "method": method, "size": size.name, **metrics, **_means(metrics)})
         return rows
 
     def _texts(self, part: str) -> int:
@@ -212,7 +212,7 @@ class GridEvaluator(BaseEvaluator):
         return len(data.corpus) + len(data.queries)
 
     def _job(
-        self, model: nn.Module, cups: list[Cup], prompts: dict[str, str], projections: Projections
+        self, model: nn.Module, sizes: list[Size], prompts: dict[str, str], projections: Projections
     ) -> dict[str, Any]:
         """What the numbers depend on."""
         modules = {depth: module for depth, module in projections.items() if isinstance(module, nn.Module)}
@@ -223,7 +223,7 @@ class GridEvaluator(BaseEvaluator):
             "weights": checksum(inner),
             **reading(inner),
             "projections": {str(depth): checksum(module) for depth, module in modules.items()},
-            "cups": [cup.name for cup in cups],
+            "cups": [size.name for size in sizes],
             "prompts": prompts,
             **({} if similarity == COSINE else {"similarity": [similarity.name, similarity.unit]}),
             "sts": [list(self.sts), checksum([list(self.sentences), sts])],
@@ -233,19 +233,19 @@ class GridEvaluator(BaseEvaluator):
             },
         }
 
-    def _measure_sts(self, cups: list[Cup], similarity: Similarity, vectors: _Encode) -> dict[Cup, Row]:
+    def _measure_sts(self, sizes: list[Size], similarity: Similarity, vectors: _Encode) -> dict[Size, Row]:
         found, encoded = {}, vectors(list(self.sentences), "sts")
-        for cup in cups:
-            cut = encoded[cup.layers][:, : cup.dims]
-            found[cup] = {
+        for size in sizes:
+            cut = encoded[size.layers][:, : size.dims]
+            found[size] = {
                 name: spearman(cut[data.first], cut[data.second], data.scores, similarity)
                 for name, data in self.sts.items()
             }
         return found
 
     def _measure_retrieval(
-        self, cups: list[Cup], similarity: Similarity, name: str, vectors: _Encode
-    ) -> dict[Cup, Row]:
+        self, sizes: list[Size], similarity: Similarity, name: str, vectors: _Encode
+    ) -> dict[Size, Row]:
         data = self.retrieval[name]
         documents = sorted(data.corpus)  # equal scores are then ranked as sentence-transformers ranks them, by id
         place = {key: number for number, key in enumerate(documents)}
@@ -256,10 +256,10 @@ class GridEvaluator(BaseEvaluator):
         itself = [place.get(query) for query in data.queries] if data.ignore_identical_ids else None
         corpus = vectors([data.corpus[key] for key in documents], "passage")
         queries, found = vectors(list(data.queries.values()), "query"), {}
-        for cup in cups:
-            asked, there = queries[cup.layers][:, : cup.dims], corpus[cup.layers][:, : cup.dims]
+        for size in sizes:
+            asked, there = queries[size.layers][:, : size.dims], corpus[size.layers][:, : size.dims]
             ndcg, recall = ranking(asked, there, relevant, itself, similarity)
-            found[cup] = {f"ndcg_{name}": ndcg, f"recall_{name}": recall}
+            found[size] = {f"ndcg_{name}": ndcg, f"recall_{name}": recall}
         return found
 
     def __call__(

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nestling.embed.evaluation.metrics import BESIDE
-from nestling.embed.ladder import Cup
+from nestling.embed.ladder import Size
 from nestling.files.writing import check_folder, naming, write_file
 from nestling.report.figures import Scale, curve, heat_maps, write_png
 from nestling.report.results import run_meta, write_json
@@ -54,12 +54,12 @@ def grid_figure(rows: Sequence[Row], column: str | None = None) -> Figure:
         column: what is shown; by default the mean of STS, or of nDCG where there is no STS.
     """
     column = column or _means(rows)[0]
-    depths, dims = (sorted({getattr(Cup.parse(row["size"]), side) for row in rows}) for side in ("layers", "dims"))
+    depths, dims = (sorted({getattr(Size.parse(row["size"]), side) for row in rows}) for side in ("layers", "dims"))
     panels: dict[str, list[list[Any]]] = {}
     for row in rows:
         cells = panels.setdefault(_line(row, rows), [[None] * len(dims) for _ in depths])
-        cup = Cup.parse(row["size"])
-        cells[depths.index(cup.layers)][dims.index(cup.dims)] = row.get(column)
+        size = Size.parse(row["size"])
+        cells[depths.index(size.layers)][dims.index(size.dims)] = row.get(column)
     return heat_maps(
         panels,
         title=f"Quality of every size: {MEANS.get(column, column)}",
@@ -79,29 +79,29 @@ def cost_figure(
 ) -> Figure:
     """Quality against what encoding costs, a line a method.
 
-    Dims cost nothing to encode: of several cups of one depth the widest is drawn.
+    Dims cost nothing to encode: of several sizes of one depth the widest is drawn.
 
     Args:
         column: what is shown; by default the mean of STS, or of nDCG where there is no STS.
-        costs: measured cost by the cup's name, with ``label`` saying what was measured. By default the share of the
-            transformer's FLOPs: a cup's layers over those of the deepest cup. Embedding lookup, pooling and
+        costs: measured cost by the size's name, with ``label`` saying what was measured. By default the share of the
+            transformer's FLOPs: a size's layers over those of the deepest size. Embedding lookup, pooling and
             tokenisation are not in it.
     """
     column = column or _means(rows)[0]
-    widest: dict[tuple[str, int], tuple[Cup, Row]] = {}
+    widest: dict[tuple[str, int], tuple[Size, Row]] = {}
     for row in rows:
-        cup = Cup.parse(row["size"])
-        best = widest.setdefault((_line(row, rows), cup.layers), (cup, row))
-        if cup.dims > best[0].dims:
-            widest[_line(row, rows), cup.layers] = (cup, row)
+        size = Size.parse(row["size"])
+        best = widest.setdefault((_line(row, rows), size.layers), (size, row))
+        if size.dims > best[0].dims:
+            widest[_line(row, rows), size.layers] = (size, row)
     deepest = max(layers for _, layers in widest)
     points = [
         {
-            "cost": cup.layers / deepest if costs is None else costs[cup.name],
+            "cost": size.layers / deepest if costs is None else costs[size.name],
             "quality": row.get(column),
             "line": _line(row, rows),
         }
-        for cup, row in widest.values()
+        for size, row in widest.values()
     ]
     what = MEANS.get(column, column)
     return curve(points, Scale("cost", label), Scale("quality", what), "line", f"{what} by cost")

@@ -11,7 +11,7 @@ from nestling.embed.evaluation.agreement import NOTE
 from nestling.embed.evaluation.results import markdown
 from nestling.embed.export.compatibility import inputs, longest
 from nestling.embed.export.origin import origin_of
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
@@ -23,17 +23,17 @@ KINDS = {"texts": "texts without labels", "pairs": "pairs", "scored": "scored pa
 def card(
     source: SentenceTransformer,
     served: SentenceTransformer,
-    cup: Cup,
+    size: Size,
     ladder: Ladder,
     rows: Sequence[Mapping[str, Any]],
     onnx: bool,
 ) -> str:
-    """The card of an exported cup: what it is, how it is used, what was measured."""
+    """The card of an exported size: what it is, how it is used, what was measured."""
     similarity, prompts = Similarity.of(served), stored_prompts(served)
-    own = [row for row in rows if row.get("size") == cup.name]
+    own = [row for row in rows if row.get("size") == size.name]
     labelled = "Spearman's correlation, nDCG@10 and recall@100, all x 100."
     return _card(
-        "cup", source, cup.name, cup=cup, ladder=ladder, onnx=onnx, similarity=similarity, limit=longest(served),
+        "size", source, size.name, size=size, ladder=ladder, onnx=onnx, similarity=similarity, limit=longest(served),
         million=sum(p.numel() for p in served.parameters()) / 1e6, inputs=inputs(served),
         vectors="unit vectors" if similarity.unit else "vectors whose lengths count",
         prompts={name: repr(prompt) for name, prompt in served.prompts.items() if prompt},
@@ -57,7 +57,7 @@ def card_of(
 def trained_card(
     model: SentenceTransformer, ladder: Ladder, training: Mapping[str, Any], projections: Mapping[int, Projection]
 ) -> str:
-    """The card of a model whose cups were trained: what they are, how they were trained, how one is handed out."""
+    """The card of a model whose sizes were trained: what they are, how they were trained, how one is handed out."""
     rows = measured(ladder, training)
     facts = {"kind": KINDS[training["kind"]], "rows": markdown(rows).rstrip() if len(rows[0]) > 1 else ""}
     return _elastic_card(model, ladder, training, projections, trained=True, **facts)
@@ -66,7 +66,7 @@ def trained_card(
 def aligned_card(
     model: SentenceTransformer, ladder: Ladder, info: Mapping[str, Any], projections: Mapping[int, Projection]
 ) -> str:
-    """The card of a model whose small cups were aligned with it, or are cut out as they are, and not trained."""
+    """The card of a model whose small sizes were aligned with it, or are cut out as they are, and not trained."""
     return _elastic_card(model, ladder, info, projections, trained=False)
 
 
@@ -76,17 +76,17 @@ def pretrained_card(model: SentenceTransformer, ladder: Ladder, training: Mappin
 
 
 def measured(ladder: Ladder, training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a cup of what was measured before the training, and at the step whose weights were kept."""
+    """A row a size of what was measured before the training, and at the step whose weights were kept."""
     points = [p for p in training.get("curve", ()) if any(name.endswith(MEANS) for name in p)]
     before: Mapping[str, Any] = next((p for p in points if p["step"] == 0), {})
     last = points[-1] if points and points[-1]["step"] else {}
     after = next((p for p in points if p["step"] == training.get("best_step")), last)
     rows = []
-    for cup in ladder:
-        row: dict[str, Any] = {"size": cup.name}
+    for size in ladder:
+        row: dict[str, Any] = {"size": size.name}
         for when, point in (("before", before), ("after", after)):
             for kind in MEANS:
-                name = f"{cup.name}_{kind}"
+                name = f"{size.name}_{kind}"
                 row |= {f"{kind} {when}": value for key, value in point.items() if f"_{key}".endswith(f"_{name}")}
         rows.append(row)
     return rows
@@ -98,7 +98,7 @@ def _elastic_card(
 ) -> str:  # fmt: skip
     full = projections.get(ladder.full.layers)
     return _card(
-        "elastic", model, "cups", ladder=ladder, info=info, projections=projections, similarity=Similarity.of(model),
+        "elastic", model, "sizes", ladder=ladder, info=info, projections=projections, similarity=Similarity.of(model),
         mapped=full is not None and not full.keeps_similarities, **facts,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A cup as a model of its own: a sentence-transformers folder of stock modules, which any server loads.
+"""A size as a model of its own: a sentence-transformers folder of stock modules, which any server loads.
 
 The folder holds the first k layers and, as a Dense without activation, the map from the pooled vector to its first d
 coordinates (of the start projection, if there is one), then a Normalize. So depth and width are visible to every
@@ -23,7 +23,7 @@ from nestling.embed.export.card import card
 from nestling.embed.export.compatibility import rewrite
 from nestling.embed.export.probe import difference
 from nestling.embed.export.tracing import check_installed
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.encode import served_prompts
 from nestling.embed.model.folder import write_ladder
 from nestling.embed.model.layers import fit_length
@@ -55,7 +55,7 @@ class Exported:
     """
 
     folder: Path
-    cup: Cup
+    cup: Size
     nbytes: int
     difference: float
     onnx_difference: float | None = None
@@ -64,7 +64,7 @@ class Exported:
 
 def export(
     model: nn.Module,
-    cup: Cup | str | tuple[int, int],
+    cup: Size | str | tuple[int, int],
     folder: str | Path,
     *,
     ladder: Ladder | str | Iterable[Any] | None = None,
@@ -73,7 +73,7 @@ def export(
     onnx: bool = False,
     int8: bool = False,
 ) -> Exported:
-    """Write a cup of an encoder as a standalone model.
+    """Write a size of an encoder as a standalone model.
 
     The folder appears complete or not at all. Before that it is loaded as a stranger would load it, and must give the
     vectors of the taps within 1e-5, with each of the model's prompts by the stock methods that use them, and without
@@ -87,12 +87,12 @@ def export(
         model: a SentenceTransformer in fp32; it is not changed.
         cup: the size, such as ``"6x128"``.
         folder: must not exist yet.
-        ladder: the cups that the model was trained for, as `Ladder.parse` takes them, kept in ``nestling.json``. Those
-            of this depth that are not wider than the cup are declared as widths that a server may cut to. By default
-            the cup alone.
+        ladder: the sizes that the model was trained for, as `Ladder.parse` takes them, kept in ``nestling.json``.
+            Those of this depth that are not wider are declared as widths that a server may cut to. By default the
+            size alone.
         projections: by depth, those that the model was trained with (``Trained.projections``, `load_projections`). By
             default those that it remembers, from its training or from its folder; ``{}`` for none.
-        rows: measured rows (`GridEvaluator.rows`) for the model card; those of the cup are shown.
+        rows: measured rows (`GridEvaluator.rows`) for the model card; those of the size are shown.
         onnx: also write ``onnx/model.onnx``: ids and mask to embeddings, any batch and length.
         int8: also write ``onnx/model_int8.onnx``, with weights quantised, and under the name
             ``onnx/model_quantized.onnx``, by which transformers.js asks for it; needs ``onnx``.
@@ -103,7 +103,7 @@ def export(
             projection is of another width, there are some but none for a depth below the model's, an adapter cannot be
             merged, a graph cannot leave prompts out of the pooling as the model does, or the result does not give the
             same vectors: those of int8 weights must have a mean cosine of 0.9.
-        LadderError: the model does not have that cup, or one of the ladder's.
+        LadderError: the model does not have that size, or one of the ladder's.
         UnsupportedEncoderError: the model has no layers to cut.
     """
     folder, onnx, int8 = path("folder", folder), flag("onnx", onnx), flag("int8", int8)
@@ -140,8 +140,8 @@ def export(
         raise ExportFileError(str(error)) from error
 
 
-def _check(encoder: Encoder, cup: Cup, ladder: Ladder, folder: Path, projection: Projection | None) -> None:
-    Ladder({cup, *ladder, Cup(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
+def _check(encoder: Encoder, size: Size, ladder: Ladder, folder: Path, projection: Projection | None) -> None:
+    Ladder({size, *ladder, Size(encoder.depth, encoder.dims)}).check(encoder.depth, encoder.dims)
     _check_new(folder)
     check_fp32(encoder.model)
     if projection is not None and projection.encode.shape[0] != encoder.dims:
@@ -156,17 +156,17 @@ def check_fp32(model: nn.Module) -> None:
         raise ExportError(f"the weights are {found}: load the model in float32, its vectors are compared to 1e-5")
 
 
-def projection_of(encoder: Encoder, cup: Cup, projections: Mapping[int, Projection]) -> Projection | None:
+def projection_of(encoder: Encoder, size: Size, projections: Mapping[int, Projection]) -> Projection | None:
     """The one of the size's depth. The full model's may have none.
 
     Raises:
         ExportError: there are some, but none for that depth.
     """
-    if projections and cup.layers not in projections and cup.layers < encoder.depth:
+    if projections and size.layers not in projections and size.layers < encoder.depth:
         raise ExportError(
-            f"there is no projection for {cup}, only for layers {sorted(projections)}: choose a cup of those"
+            f"there is no projection for {size}, only for layers {sorted(projections)}: choose a size of those"
         )
-    return projections.get(cup.layers)
+    return projections.get(size.layers)
 
 
 def _check_new(folder: Path) -> None:
@@ -178,13 +178,13 @@ def _check_new(folder: Path) -> None:
         raise ExportFileError(str(error)) from error
 
 
-def cut_out(encoder: Encoder, cup: Cup, projection: Projection | None) -> SentenceTransformer:
+def cut_out(encoder: Encoder, size: Size, projection: Projection | None) -> SentenceTransformer:
     """A size as a model of stock modules, whose weights are copies, on the CPU.
 
     Raises:
         ExportError: an adapter (LoRA) cannot be merged.
     """
-    transformer = copy.deepcopy(encoder.shortened(cup.layers)).cpu()
+    transformer = copy.deepcopy(encoder.shortened(size.layers)).cpu()
     if has_adapters(transformer):
         try:
             merge(transformer)
@@ -192,14 +192,14 @@ def cut_out(encoder: Encoder, cup: Cup, projection: Projection | None) -> Senten
             raise ExportError(str(error)) from error
     fit_length(transformer)
     backbone: Any = transformer.model
-    backbone.config = truncated_config(encoder.transformer.model.config, cup.layers)
+    backbone.config = truncated_config(encoder.transformer.model.config, size.layers)
     backbone.config.output_hidden_states = False
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # BERT's, which no pooling of sentence-transformers reads
     head = [copy.deepcopy(module).cpu() for module in encoder.head]
     similarity = Similarity.of(encoder.model)
     return SentenceTransformer(
-        modules=[transformer, *_narrowed(head, encoder, cup.dims, projection), *[Normalize()] * similarity.unit],
+        modules=[transformer, *_narrowed(head, encoder, size.dims, projection), *[Normalize()] * similarity.unit],
         prompts=served_prompts(encoder.model),
         default_prompt_name=encoder.model.default_prompt_name,
         similarity_fn_name=similarity.name,  # type: ignore[arg-type]
@@ -207,13 +207,13 @@ def cut_out(encoder: Encoder, cup: Cup, projection: Projection | None) -> Senten
     )
 
 
-def _write(encoder: Encoder, cup: Cup, folder: Path, ladder: Ladder, projection: Projection | None) -> None:
-    small = cut_out(encoder, cup, projection)
+def _write(encoder: Encoder, size: Size, folder: Path, ladder: Ladder, projection: Projection | None) -> None:
+    small = cut_out(encoder, size, projection)
     small.save_pretrained(str(folder), create_model_card=False)
-    dims = [c.dims for c in ladder if c.layers == cup.layers and c.dims <= cup.dims] + [cup.dims]
+    dims = [c.dims for c in ladder if c.layers == size.layers and c.dims <= size.dims] + [size.dims]
     rewrite(folder, small, dims)
     space = {} if projection is None or projection.space is None else {"space": projection.space}
-    write_ladder(folder, ladder.to_json() | {"cup": cup.name, "projected": projection is not None, **space})
+    write_ladder(folder, ladder.to_json() | {"cup": size.name, "projected": projection is not None, **space})
 
 
 def _loaded(folder: Path, device: str) -> SentenceTransformer:

@@ -1,4 +1,4 @@
-"""An exported cup as an ONNX graph: token ids and mask to embeddings, by torch's own exporter.
+"""An exported size as an ONNX graph: token ids and mask to embeddings, by torch's own exporter.
 
 The graph has everything in it, pooling, Dense and normalisation, since runtimes such as fastembed cut nothing. Its
 first output is the embedding. The second, ``token_embeddings``, has it once for every token: transformers.js, whose

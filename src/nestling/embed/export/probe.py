@@ -1,4 +1,4 @@
-"""Texts that two versions of an encoder are compared on, and how far a cup's folder is from what was trained."""
+"""Texts that two versions of an encoder are compared on, and how far a size's folder is from what was trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from nestling.embed.ladder import Cup
+from nestling.embed.ladder import Size
 from nestling.embed.model.encode import TASKS, encode, stored_prompts
 from nestling.embed.model.layers import positions_of
 from nestling.embed.model.parts import Encoder
@@ -51,8 +51,8 @@ def apart(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def difference(encoder: Encoder, cup: Cup, projection: Projection | None, served: SentenceTransformer) -> float:
-    """How far a cup's folder, as stock code loads it, is from the taps.
+def difference(encoder: Encoder, size: Size, projection: Projection | None, served: SentenceTransformer) -> float:
+    """How far a size's folder, as stock code loads it, is from the taps.
 
     Without a prompt, and by each stock method with the prompt that training and measuring use for it.
 
@@ -60,7 +60,7 @@ def difference(encoder: Encoder, cup: Cup, projection: Projection | None, served
         ExportError: more than the tolerance, or the folder gives vectors of another width.
     """
     texts, similarity = probe_texts(encoder.model), Similarity.of(encoder.model)
-    projections = None if projection is None else {cup.layers: projection}
+    projections = None if projection is None else {size.layers: projection}
     served.eval()
     methods: dict[str, Any] = {"sts": served.encode, "query": served.encode_query, "passage": served.encode_document}
     calls: list[Any] = [("", None, partial(served.encode, prompt=""))]
@@ -68,11 +68,11 @@ def difference(encoder: Encoder, cup: Cup, projection: Projection | None, served
     worst = 0.0
     for prompt, task, method in calls:
         pooled = encode(
-            encoder.model, texts, {cup.layers: cup.dims}, prompt=prompt, projections=projections, task=task
-        )[cup.layers]
+            encoder.model, texts, {size.layers: size.dims}, prompt=prompt, projections=projections, task=task
+        )[size.layers]
         wanted, found = similarity.finished(pooled), torch.as_tensor(method(texts, show_progress_bar=False))
         if found.shape != wanted.shape:
-            raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {cup.dims}")
+            raise ExportError(f"the export gives vectors of width {found.shape[1]}, expected {size.dims}")
         differs = apart(found, wanted)
         if not differs <= TOLERANCE:
             raise ExportError(

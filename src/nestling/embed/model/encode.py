@@ -10,7 +10,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from nestling.data.rows import texts_of
-from nestling.embed.ladder import Cup
+from nestling.embed.ladder import Size
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.taps import pooled_taps
 from nestling.errors import DataError, EvaluationError
@@ -20,11 +20,11 @@ TASKS = {"query": "query", "passage": "document"}  # what stock methods call the
 DOCUMENTS = ("document", "passage", "corpus")  # names of prompts that are for documents
 
 
-def widths(cups: Iterable[Cup]) -> dict[int, int]:
-    """For each depth among the cups, the widest vector that one of them takes there."""
+def widths(sizes: Iterable[Size]) -> dict[int, int]:
+    """For each depth among the sizes, the widest vector that one of them takes there."""
     found: dict[int, int] = {}
-    for cup in cups:
-        found[cup.layers] = max(cup.dims, found.get(cup.layers, 0))
+    for size in sizes:
+        found[size.layers] = max(size.dims, found.get(size.layers, 0))
     return found
 
 

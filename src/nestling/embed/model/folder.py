@@ -1,6 +1,6 @@
 """What a trained encoder's folder holds beside a stock sentence-transformers model: its ladder and projections.
 
-``nestling.json`` has the cups (`Ladder.to_json`), how they were trained, in the folder of an export which cup it is,
+``nestling.json`` has the sizes (`Ladder.to_json`), how they were trained, in the folder of an export which size it is,
 and, under ``sha256``, checksums of the folder's safetensors files by name. ``projections.safetensors`` has
 ``DEPTH.encode`` ``[H, H]`` and perhaps ``DEPTH.mean`` ``[H]``, fp32, for each depth whose pooled vectors are projected
 before they are cut. Stock readers ignore both files.
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.hub import find_file
 from nestling.embed.model.projection import Projection
 from nestling.errors import LadderError, LoadError, TrainingError, UnreachableError
@@ -40,7 +40,7 @@ PARTS = Parts(LADDER_FILE, (PROJECTIONS_FILE, CARD_FILE))
 
 
 def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
-    """The cups that an encoder was trained for; of an export, its own cup alone. None if none are named.
+    """The sizes that an encoder was trained for; of an export, its own size alone. None if none are named.
 
     Args:
         name: a folder or a hub id, as for `load_encoder`.
@@ -52,7 +52,7 @@ def load_ladder(name: str | os.PathLike[str]) -> Ladder | None:
     found = read(name)
     if found is None:
         return None
-    return Ladder([Cup.parse(str(found["cup"]))]) if "cup" in found else Ladder.from_json(found)
+    return Ladder([Size.parse(str(found["cup"]))]) if "cup" in found else Ladder.from_json(found)
 
 
 def load_info(name: str | os.PathLike[str]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def load_projections(name: str | os.PathLike[str]) -> dict[int, Projection]:
     if path is None and checksum is not None:
         path = waiting(Path(name, file), checksum)
     if path is None or not path.is_file():
-        raise LadderError(f"{name}: {file} is missing, and {LADDER_FILE} says that the cups need it")
+        raise LadderError(f"{name}: {file} is missing, and {LADDER_FILE} says that the sizes need it")
     return read_projections(path, checksum)
 
 
@@ -151,7 +151,7 @@ def read(name: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         path = find_file(name, LADDER_FILE)
     except UnreachableError as error:  # most models have none, and this one itself may be in the cache
-        warnings.warn(f"{error}: taken for a model without cups of its own", stacklevel=3)
+        warnings.warn(f"{error}: taken for a model without sizes of its own", stacklevel=3)
         return None
     if path is None:
         return None
@@ -165,9 +165,9 @@ def read(name: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _check(found: Fields) -> None:
-    """Whether the values of ``nestling.json`` beside the cups are of their types."""
-    if (cup := found.text("cup", default=None)) is not None:
-        Cup.parse(cup)
+    """Whether the values of ``nestling.json`` beside the sizes are of their types."""
+    if (size := found.text("cup", default=None)) is not None:
+        Size.parse(size)
     found.text("space", default=None)
     found.text("projections", (PROJECTIONS_FILE,), default=None)
     found.text("rotations", (FORMER_FILE,), default=None)

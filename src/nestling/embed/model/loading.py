@@ -30,8 +30,8 @@ def load_encoder(name: str | os.PathLike[str], pooling: str | None = None) -> Se
     Only safetensors weights are read, in float32, and code that comes with a checkpoint is never run. A folder or an
     alias is loaded without asking any hub, but for the base model of an adapter (LoRA), which is merged into it. The
     name that the model carries, into model cards for instance, is ``name`` itself and not a folder of this machine. It
-    also carries the projections that its cups were trained with, if there are any, for exports and measurements. Texts
-    are cut to the positions that the model has, if it was saved with a greater length.
+    also carries the projections that its sizes were trained with, if there are any, for exports and measurements.
+    Texts are cut to the positions that the model has, if it was saved with a greater length.
 
     Args:
         name: the built-in alias ``minilm``, a folder as ``SentenceTransformer.save_pretrained`` writes it, in any

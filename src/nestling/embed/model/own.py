@@ -40,7 +40,7 @@ def own_projections(model: nn.Module) -> dict[int, Projection]:
     found = load_projections(folder)
     if found:
         warnings.warn(
-            f"the model was loaded from {folder}, whose cups were trained with projections: they are used; load it "
+            f"the model was loaded from {folder}, whose sizes were trained with projections: they are used; load it "
             "with ElasticEncoder.from_pretrained, or give projections={} to leave them out",
             stacklevel=3,
         )

@@ -1,6 +1,6 @@
 """A start for prefixes: what to read off the pooled vectors of each depth, the most valuable coordinate first.
 
-Principal components say how a depth's vectors vary. What a small cup is for is to tell what the full model, or a
+Principal components say how a depth's vectors vary. What a small size is for is to tell what the full model, or a
 teacher, would: a regression of their embeddings on the depth's vectors finds that in closed form, before any training.
 Trained with the encoder, a projection stays any linear map: what a depth's vectors are for the layers above and what
 they are as embeddings need not be the same coordinates. It can be folded into the linear map that cuts an exported
@@ -160,7 +160,7 @@ def check_turns(similarity: Similarity, kind: str = "aligned") -> None:
     if not similarity.unit and similarity.name == "manhattan":
         raise UnsupportedEncoderError(
             "the model compares by the Manhattan distance of its coordinates, which no projection of them keeps: cut "
-            'its cups out as they are, or set model.similarity_fn_name = "cosine" if that is how it was trained'
+            'its sizes out as they are, or set model.similarity_fn_name = "cosine" if that is how it was trained'
         )
     if not similarity.unit and similarity.name == "dot" and kind == "centred":
         raise OptionError('kind="centred" changes dot products, by which the model compares: take aligned or pca')

@@ -22,12 +22,12 @@ class Collator:
     Random numbers are the batch's own and drawn for all of its rows, so a part is the same however many there are.
 
     Attributes:
-        cups, sampled: how many there are, and how many are trained in a step (the full one always); None for all.
+        sizes, sampled: how many there are, and how many are trained in a step (the full one always); None for all.
     """
 
     masking: Masking
     padding: int
-    cups: int
+    sizes: int
     sampled: int | None = None
 
     def __call__(self, batch: Batch, parts: int = 1) -> list[dict[str, Tensor]]:
@@ -47,8 +47,8 @@ class Collator:
             "decoder_share": parts / table["rebuilt"].sum(),
         }
         if self.sampled is not None:
-            some = rng.choice(self.cups - 1, self.sampled - 1, replace=False)
-            shared["cups"] = torch.tensor([*sorted(some.tolist()), self.cups - 1])
+            some = rng.choice(self.sizes - 1, self.sampled - 1, replace=False)
+            shared["sizes"] = torch.tensor([*sorted(some.tolist()), self.sizes - 1])
         rows = [{name: tensor.chunk(parts)[part] for name, tensor in table.items()} for part in range(parts)]
         return [{**row, **shared} for row in rows]
 

@@ -13,7 +13,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandCon
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from nestling.embed.ladder import Cup, Ladder
+from nestling.embed.ladder import Ladder, Size
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.taps import taps
@@ -29,19 +29,19 @@ Parts = dict[str, Tensor]
 
 
 class StarbucksLoss(CachedLossMixin, nn.Module):
-    """A sentence-transformers loss at every cup of a ladder, on every step, from one embedding of each text.
+    """A sentence-transformers loss at every size of a ladder, on every step, from one embedding of each text.
 
-    At each cup the pooled vectors of its depth are cut to its first dims, normalised, and given to ``loss``; a KL
-    divergence lets small cups follow the full one (representation learning of arXiv 2410.13230, SRL):
+    At each size the pooled vectors of its depth are cut to its first dims, normalised, and given to ``loss``; a KL
+    divergence lets small sizes follow the full one (representation learning of arXiv 2410.13230, SRL):
 
-        L = sum over cups w_c * (loss(c) + kl_weight * KL(teacher || c)),   no KL for the full cup.
+        L = sum over sizes w_c * (loss(c) + kl_weight * KL(teacher || c)),   no KL for the full size.
 
     Args:
         model: the SentenceTransformer that is trained.
         loss: any loss of the same model that has ``compute_loss_from_embeddings`` (MultipleNegativesRankingLoss,
             CoSENTLoss, AnglELoss, MarginMSELoss, DistillKLDivLoss, TripletLoss, ...), or one that caches gradients by
-            ``CachedLossMixin`` (CachedMultipleNegativesRankingLoss): the embeddings of all cups are cached together.
-            None, with a teacher: the cups follow it and nothing else.
+            ``CachedLossMixin`` (CachedMultipleNegativesRankingLoss): the embeddings of all sizes are cached together.
+            None, with a teacher: the sizes follow it and nothing else.
         cups: a `Ladder`, or what `Ladder.parse` takes; the full model must be in it.
         config: weights, temperature and the rest. The KL is between softmaxes of each query's similarities to all
             other columns of the batch; sizes weigh 1 unless ``weights`` names them (``"full"`` is the full one).
@@ -49,7 +49,7 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
             distances needs a margin for unit vectors (TripletLoss's default of 5 is out of their reach).
         projections: ``{depth: Projection}``, applied to pooled vectors before they are cut; parameters of the loss.
         teacher: embeddings ``[N, D]`` of the training texts by another model, of any width, on any device or mapped
-            from a file. It replaces the full cup as the teacher, and teaches the full cup too. Labels are then row
+            from a file. It replaces the full size as the teacher, and teaches the full size too. Labels are then row
             numbers ``[B, columns]``: a dataset column ``label`` of lists of integers, one for each text column, gets
             there with SentenceTransformerTrainer as it is. ``loss`` must be one that needs no labels of its own.
         gather_across_devices: each process computes the loss and the KL of the texts of all processes, as one process
@@ -57,11 +57,11 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
             ``loss``. Without it the KL ranks the texts of one process.
 
     Returns:
-        From ``forward``, a dict of scalars whose sum is the loss: ``"6x128"`` and ``"kl_6x128"`` for every cup, with
+        From ``forward``, a dict of scalars whose sum is the loss: ``"6x128"`` and ``"kl_6x128"`` for every size, with
         their weights. SentenceTransformerTrainer adds them up and logs each.
 
     Raises:
-        LadderError: the cups do not fit the model.
+        LadderError: the sizes do not fit the model.
         UnsupportedEncoderError: the model has no layers to cut.
         ValueError: an option is out of range, or the loss cannot be taken at several sizes. From ``forward``, if
             labels do not suit the loss or the teacher.
@@ -99,39 +99,39 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
         self.cascade, self.normalize = config.cascade, config.normalize
         self.kl_weight, self.temperature = config.kl_weight, config.temperature
         full = self.cups.full
-        named = {full if name == "full" else self.cups.cup(name): w for name, w in (config.weights or {}).items()}
-        self.weights = {cup: named.get(cup, 1.0) for cup in self.cups}
+        named = {full if name == "full" else self.cups.named(name): w for name, w in (config.weights or {}).items()}
+        self.weights = {size: named.get(size, 1.0) for size in self.cups}
         self.projections = nn.ModuleDict({str(depth): projection for depth, projection in (projections or {}).items()})
         # Not a buffer: a table of all texts need not be on the model's device, nor in memory.
         self.teacher = None if teacher is None else checked_teacher(teacher)
         self._check()
         self.teachers = self._who_teaches()
-        # A text is represented by the vectors of all depths side by side, each as wide as its widest cup.
+        # A text is represented by the vectors of all depths side by side, each as wide as its widest size.
         self.widths = {depth: max(c.dims for c in self.cups if c.layers == depth) for depth in self.cups.layers}
 
     def _check(self) -> None:
         for depth, projection in self.projections.items():
             size = len(projection.get_parameter("encode"))
             if int(depth) not in self.cups.layers or size != self.cups.full.dims:
-                raise OptionError(f"no cup of {self.cups} takes a projection of {size} coordinates at depth {depth}")
+                raise OptionError(f"no size of {self.cups} takes a projection of {size} coordinates at depth {depth}")
         if self.teacher is not None and not self.kl_weight:
             raise OptionError("kl_weight=0 with a teacher: nothing follows it, leave it out or give a weight above 0")
         if self.loss is None and self.teacher is None:
-            raise OptionError("without a loss nothing holds the full cup where it is: give a loss, or a teacher")
+            raise OptionError("without a loss nothing holds the full size where it is: give a loss, or a teacher")
         if self.gather_across_devices and getattr(self.loss, "gather_across_devices", False):
             raise OptionError("texts would be gathered twice: leave gather_across_devices off in the inner loss")
 
-    def _who_teaches(self) -> dict[Cup, Cup | None]:
-        """The teacher of each cup that has one; None is the external one."""
+    def _who_teaches(self) -> dict[Size, Size | None]:
+        """The teacher of each size that has one; None is the external one."""
         if not self.kl_weight:
             return {}
         *small, full = self.cups
         external = self.teacher is not None
         if self.cascade:
-            larger = {cup: [other for other in self.cups if other > cup and other.dims >= cup.dims] for cup in small}
-            found: dict[Cup, Cup | None] = {cup: others[0] for cup, others in larger.items()}
+            larger = {one: [size for size in self.cups if size > one and size.dims >= one.dims] for one in small}
+            found: dict[Size, Size | None] = {one: sizes[0] for one, sizes in larger.items()}
         else:
-            found = {cup: None if external else full for cup in small}
+            found = {size: None if external else full for size in small}
         return found | ({full: None} if external else {})
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Parts:
@@ -184,11 +184,11 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
         parts: Parts = {}
         columns = [torch.cat(batches) for batches in reps]
         own_labels = labels if self.teacher is None else None
-        for cup in self.cups:
-            parts |= self._task(cup, reps, own_labels, with_backward)
-            if cup in self.teachers:
-                kl = self.weights[cup] * self.kl_weight * self._divergence(cup, columns, labels)
-                parts[f"kl_{cup.name}"] = kl
+        for size in self.cups:
+            parts |= self._task(size, reps, own_labels, with_backward)
+            if size in self.teachers:
+                kl = self.weights[size] * self.kl_weight * self._divergence(size, columns, labels)
+                parts[f"kl_{size.name}"] = kl
         if with_backward and self.teachers:
             torch.stack([value for value in parts.values() if value.requires_grad]).sum().backward()
         return parts
@@ -199,32 +199,32 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
             return reps, labels
         return [[gathered(torch.cat(batches))] for batches in reps], None if labels is None else gathered(labels)
 
-    def _task(self, cup: Cup, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
-        """The base loss at a cup, with its weight."""
+    def _task(self, size: Size, reps: Batches, labels: Tensor | None, with_backward: bool) -> Parts:
+        """The base loss at a size, with its weight."""
         if self.loss is None:
             return {}
-        vectors = [[self._coordinates(rep, cup) for rep in batches] for batches in reps]
-        weight = self.weights[cup]
+        vectors = [[self._coordinates(rep, size) for rep in batches] for batches in reps]
+        weight = self.weights[size]
         if self.uses_gradient_cache:
-            return {cup.name: weight * cached_value(self.loss, vectors, labels, weight, with_backward)}
+            return {size.name: weight * cached_value(self.loss, vectors, labels, weight, with_backward)}
         found = value(self.loss, [batches[0] for batches in vectors], labels)
         named = found.items() if isinstance(found, dict) else [("", found)]
-        return {f"{cup.name}_{name}".rstrip("_"): weight * part for name, part in named}
+        return {f"{size.name}_{name}".rstrip("_"): weight * part for name, part in named}
 
-    def _divergence(self, cup: Cup, columns: list[Tensor], labels: Tensor | None) -> Tensor:
-        """KL of a cup to its teacher."""
-        student = [self._coordinates(column, cup) for column in columns]
-        by = self.teachers[cup]
+    def _divergence(self, size: Size, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        """KL of a size to its teacher."""
+        student = [self._coordinates(column, size) for column in columns]
+        by = self.teachers[size]
         if by is not None:
             teacher = [self._coordinates(column, by).detach() for column in columns]
         else:
             teacher = rows_of(cast(Tensor, self.teacher), labels, student)
         return similarity_kl(teacher, student, self.temperature)
 
-    def _coordinates(self, representation: Tensor, cup: Cup) -> Tensor:
-        """A cup's vectors ``[B, d]`` out of representations ``[B, S]``, in fp32 or wider."""
-        start = sum(width for depth, width in self.widths.items() if depth < cup.layers)
-        vectors = representation[:, start : start + cup.dims]
+    def _coordinates(self, representation: Tensor, size: Size) -> Tensor:
+        """A size's vectors ``[B, d]`` out of representations ``[B, S]``, in fp32 or wider."""
+        start = sum(width for depth, width in self.widths.items() if depth < size.layers)
+        vectors = representation[:, start : start + size.dims]
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         return unit(vectors, dim=-1) if self.normalize else vectors
 
@@ -233,7 +233,7 @@ class StarbucksLoss(CachedLossMixin, nn.Module):
         config: dict[str, Any] = {"loss": self.loss, "cups": str(self.cups), "kl_weight": self.kl_weight}
         if self.kl_weight:
             config |= {"temperature": self.temperature, "cascade": self.cascade}
-        config["weights"] = {cup.name: weight for cup, weight in self.weights.items() if weight != 1.0}
+        config["weights"] = {size.name: weight for size, weight in self.weights.items() if weight != 1.0}
         config["projected_layers"] = sorted(int(depth) for depth in self.projections)
         return config | {"normalize": self.normalize, "external_teacher": self.teacher is not None}
 

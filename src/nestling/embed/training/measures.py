@@ -1,4 +1,4 @@
-"""What measures a training: a `GridEvaluator` every cup, evaluators of sentence-transformers the full model."""
+"""What measures a training: a `GridEvaluator` every size, evaluators of sentence-transformers the full model."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Measures:
     Args:
         given: an evaluator, or a list of them, of which the last one's main metric counts (`SequentialEvaluator`).
         model: that will be trained.
-        ladder: its cups, for grids that have none of their own.
+        ladder: its sizes, for grids that have none of their own.
 
     Raises:
         OptionError: it is none.
         EvaluationError: it cannot measure this model.
-        LadderError: a cup that it measures does not fit the model.
+        LadderError: a size that it measures does not fit the model.
     """
 
     def __init__(self, given: Any, model: SentenceTransformer, ladder: Ladder):
@@ -86,7 +86,7 @@ class Measures:
                 options.greater_is_better = bool(getattr(self.evaluator, "greater_is_better", True))
 
     def during(self, projections: dict[int, Projection]) -> BaseEvaluator:
-        """The evaluator for the training: grids with its cups and projections, where they have none of their own."""
+        """The evaluator for the training: grids with its sizes and projections, where they have none of their own."""
         return self._during(self.evaluator, projections)
 
     def _during(self, evaluator: Any, projections: dict[int, Projection]) -> BaseEvaluator:

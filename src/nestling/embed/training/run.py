@@ -30,8 +30,8 @@ from nestling.embed.training.teacher import TEACHER_FILE, numbered, remove_stale
 from nestling.embed.training.trainer import (
     Averaged,
     Cleared,
-    CupTrainer,
     ProgressCallback,
+    SizesTrainer,
     trained_projections,
     without_bars,
 )
@@ -119,7 +119,7 @@ class Run:
 
     def _train(
         self, loss: StarbucksLoss, numbers: Tensor | None, progress: ProgressCallback, checkpoint: Path | None
-    ) -> tuple[CupTrainer, dict[str, Any]]:
+    ) -> tuple[SizesTrainer, dict[str, Any]]:
         """Train the model and the projections of the loss: the trainer, and what is to be said of it."""
         job, options, rows = self.job, self.options, self.rows
         model = job.encoder.model
@@ -128,7 +128,7 @@ class Run:
             batch = len(rows) // options.max_steps
             options.max_steps = int(checkpoint.name.rsplit("-", 1)[-1])
             rows = rows[: options.max_steps * batch]
-        trainer = CupTrainer(
+        trainer = SizesTrainer(
             model, options, train_dataset=dataset(job.examples, numbers, rows), loss=loss,
             evaluator=None if self.measures is None else self.measures.during(turns),
             callbacks=[progress, Averaged(trained_projections(loss)), Cleared(), *self.callbacks],
@@ -149,7 +149,7 @@ class Run:
             info["kept"] = "last"
         return trainer, info | {"left_out": job.examples.left_out, "curve": progress.points}
 
-    def _keeps_start(self, trainer: CupTrainer, info: dict[str, Any]) -> bool:
+    def _keeps_start(self, trainer: SizesTrainer, info: dict[str, Any]) -> bool:
         """Whether the start was measured, and is as good as what would be kept; ``info`` then says so."""
         name = self.options.metric_for_best_model
         if self.measures is None or name is None:
@@ -164,7 +164,7 @@ class Run:
         info |= {"kept": "start", "best_step": 0, "best": start}
         return True
 
-    def _finish(self, trainer: CupTrainer, loss: StarbucksLoss, info: dict[str, Any]) -> Trained:
+    def _finish(self, trainer: SizesTrainer, loss: StarbucksLoss, info: dict[str, Any]) -> Trained:
         """Save what was kept, if there is a place for it."""
         model, out = self.job.encoder.model, self.job.config.output_dir
         turns: dict[int, Any] = {int(depth): module for depth, module in loss.projections.items()}

@@ -21,7 +21,7 @@ SAMPLE = 10_000  # texts that projections are taken from
 def projected_depths(ladder: Ladder) -> list[int]:
     """The depths that have a projection. The full model's has none, unless narrower sizes share its depth."""
     full = ladder.full
-    return sorted({cup.layers for cup in ladder if cup.layers < full.layers or cup.dims < full.dims})
+    return sorted({size.layers for size in ladder if size.layers < full.layers or size.dims < full.dims})
 
 
 def blank(job: TrainingJob) -> dict[int, Projection]:

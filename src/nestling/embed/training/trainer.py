@@ -31,7 +31,7 @@ from nestling.jobs.arguments import rehearsed
 from nestling.jobs.progress import progress_bar
 
 
-class CupTrainer(SentenceTransformerTrainer):
+class SizesTrainer(SentenceTransformerTrainer):
     """The stock trainer; rows are taken as they come, since `order` has put them into batches."""
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
@@ -74,13 +74,13 @@ class CupTrainer(SentenceTransformerTrainer):
 def rehearse(
     model: SentenceTransformer, options: SentenceTransformerTrainingArguments, rows: Any, loss: nn.Module
 ) -> None:
-    """Make a `CupTrainer` and its optimiser once.
+    """Make a `SizesTrainer` and its optimiser once.
 
     Raises:
         OptionError: the options are refused.
     """
     with rehearsed(options) as tried, forward_kept(model):
-        CupTrainer(model, tried, train_dataset=rows, loss=loss).create_optimizer_and_scheduler(options.max_steps)
+        SizesTrainer(model, tried, train_dataset=rows, loss=loss).create_optimizer_and_scheduler(options.max_steps)
 
 
 def trained_projections(loss: Any) -> dict[int, Projection]:
@@ -141,7 +141,7 @@ def check_finite(parts: dict[str, Tensor]) -> None:
 
 
 class ProgressCallback(TrainerCallback):
-    """The progress bar with the loss of each cup, the training curve, and a look at the gradients.
+    """The progress bar with the loss of each size, the training curve, and a look at the gradients.
 
     Attributes:
         points: ``{"step", "loss", "6x128", "kl_6x128", ..., "mean", "6x128_mean_sts", ...}``: parts of the loss, and
@@ -181,7 +181,7 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.points = curve(state.log_history)
         last = next((point for point in reversed(self.points) if "loss" in point), {})
-        losses = {cup.name: _of_cup(last, cup.name) for cup in self.ladder}
+        losses = {size.name: _of_size(last, size.name) for size in self.ladder}
         shown = ", ".join(f"{name}: {value:.3f}" for name, value in losses.items() if value is not None)
         self.bar.update(self.task, description=f"training, loss {shown}" if shown else "training")
 
@@ -203,7 +203,7 @@ def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [points[step] for step in sorted(points) if len(points[step]) > 1]
 
 
-def _of_cup(point: dict[str, float], name: str) -> float | None:
-    """All parts of a cup's loss together; of a pre-training, its masked words by the encoder alone."""
+def _of_size(point: dict[str, float], name: str) -> float | None:
+    """All parts of a size's loss together; of a pre-training, its masked words by the encoder alone."""
     parts = [value for key, value in point.items() if key in (name, f"kl_{name}", f"mlm_{name}")]
     return sum(parts) if parts else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nestling.embed.elastic import ElasticEncoder
-from nestling.embed.ladder import Cup
+from nestling.embed.ladder import Size
 from nestling.embed.model.parts import Encoder
 from nestling.embed.search.flat import FlatIndex
 from nestling.embed.search.index import Hit
@@ -82,7 +82,7 @@ class Finder:
     def __init__(self, name: str, encoder: ElasticEncoder):
         self.name, self.encoder = name, encoder
         parts = Encoder.of(encoder.model)
-        self.full = Cup(parts.depth, parts.dims).name
+        self.full = Size(parts.depth, parts.dims).name
         self.sizes = list(dict.fromkeys([*(size.name for size in encoder.sizes), self.full]))
 
     @property
@@ -101,7 +101,7 @@ class Finder:
                 start = time.perf_counter()
                 vectors = self.encoder.encode_document(list(corpus.texts), name)
                 seconds = time.perf_counter() - start
-                index = FlatIndex(Plan.full(Cup.parse(name).dims))
+                index = FlatIndex(Plan.full(Size.parse(name).dims))
                 index.add([str(number) for number in range(len(corpus.texts))], vectors)
                 corpus.indexes[name] = Indexed(index, seconds, vectors.nbytes)
 
