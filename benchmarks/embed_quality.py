@@ -44,7 +44,7 @@ def main(
     work: Path = typer.Option(..., help="Folder of trained models, of this model and seed alone."),
     model: str = typer.Option("e5-small", help="Folder or hub id."),
     name: str | None = typer.Option(None, help="Of the model, in the results."),
-    ladder: str = typer.Option("2x32,4x64,6x128,8x192,10x256,12x384", help="The cups."),
+    ladder: str = typer.Option("2x32,4x64,6x128,8x192,10x256,12x384", help="The sizes."),
     ways: str = typer.Option(",".join(WAYS), help="What is run."),
     teacher: str | None = typer.Option(None, help="Folder or hub id of the strong teacher, of srl-teacher."),
     steps: int = typer.Option(75),

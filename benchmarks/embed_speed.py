@@ -77,7 +77,7 @@ def search_ms(dims: int, steps: int) -> float:
 
 def main(
     model: str = typer.Option(..., help="Folder or hub id."),
-    ladder: str = typer.Option("", help="The cups; by default the model's default ladder."),
+    ladder: str = typer.Option("", help="The sizes; by default the model's default ladder."),
     beside: str = typer.Option("minilm", help="A small model to compare with: alias, folder or hub id."),
     steps: int = typer.Option(9, help="Timed turns."),
     threads: int = typer.Option(1, help="Threads of torch."),

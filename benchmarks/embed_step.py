@@ -69,7 +69,7 @@ def ways(folder: str, ladder: Ladder, columns: list[list[str]]) -> dict[str, Cal
 def main(
     data: Path = typer.Option(..., help="The folder of the data sets."),
     model: str = typer.Option(..., help="Folder or hub id."),
-    ladder: str = typer.Option("2x32,4x64,6x128,8x192,10x256,12x384", help="The cups."),
+    ladder: str = typer.Option("2x32,4x64,6x128,8x192,10x256,12x384", help="The sizes."),
     batch: int = typer.Option(64, help="Triplets a step."),
     steps: int = typer.Option(5, help="Timed steps of each kind, after one that is not."),
     threads: int = typer.Option(1, help="Threads of torch."),

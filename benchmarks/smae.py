@@ -138,7 +138,7 @@ def main(
     kind: str = typer.Option("modernbert", help="Of a random start: modernbert or bert."),
     tokenizer: str = typer.Option("minilm", help="Encoder whose kind of tokenizer a random start has."),
     vocabulary: int = typer.Option(8192, help="Words of that tokenizer, from the text."),
-    ladder: str = typer.Option("", help="The cups; by default those for the shape of the start."),
+    ladder: str = typer.Option("", help="The sizes; by default those for the shape of the start."),
     arms: str = typer.Option(ASKED, help=f"Some of {', '.join(ARMS)}."),
     pretrain_steps: str = typer.Option(
         "1000", help="Of pre-trainings; several, with commas, for a curve over tokens."

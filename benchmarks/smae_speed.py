@@ -96,7 +96,7 @@ def main(
     model: str | None = typer.Option(None, help="Folder, hub id or alias; without, random weights."),
     layers: int = typer.Option(6, help="Of random weights."),
     dims: int = typer.Option(256, help="Of random weights."),
-    ladder: str = typer.Option("", help="The cups; by default those for the shape."),
+    ladder: str = typer.Option("", help="The sizes; by default those for the shape."),
     batch: int = typer.Option(16, help="Texts a step."),
     length: int = typer.Option(128, help="Tokens of a text."),
     turns: int = typer.Option(7, help="Timed steps of each."),

@@ -229,10 +229,10 @@ def test_any_cup_with_any_projection(encoder, tmp_path, layers, dims, seed):
         ("5x8", {}, LadderError, "5x8 is deeper than the model"),
         ("2x33", {}, LadderError, "2x33 is wider than the model"),
         ("0x8", {}, LadderError, "must be an integer from 1 on"),
-        ("large", {}, LadderError, "'large' is no cup"),
+        ("large", {}, LadderError, "'large' is no size"),
         ("2x8", {"int8": True}, ExportError, "ask for onnx as well"),
         ("2x8", {"ladder": "2x8,5x32"}, LadderError, "5x32 is deeper than the model"),
-        ("2x8", {"ladder": "2x8,large"}, LadderError, "'large' is no cup"),
+        ("2x8", {"ladder": "2x8,large"}, LadderError, "'large' is no size"),
         (
             "2x8",
             {"projections": {2: Projection(torch.eye(8))}},

@@ -309,7 +309,7 @@ def test_folders_are_checked(encoder, tmp_path):
     "data, options, error, message",
     [
         (None, {"cups": "1x8,5x32"}, LadderError, "5x32 is deeper than the model"),
-        (None, {"cups": "1x8,2x16"}, LadderError, "the full cup 4x32 is missing"),
+        (None, {"cups": "1x8,2x16"}, LadderError, "the full size 4x32 is missing"),
         (None, {"decoder": "both"}, ValueError, "decoder='both': expected True or False"),
         (None, {"sizes_per_step": -1}, ValueError, "sizes_per_step=-1 is out of range"),
         (None, {"encoder_ratio": 0.5}, MaskingError, "encoder_ratio=0.5 and decoder_ratio=0.4"),

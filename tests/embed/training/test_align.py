@@ -96,7 +96,7 @@ def test_narrow_cups_of_the_full_depth(encoder, tmp_path):
             embed.ExampleError,
             "without labels",
         ),
-        (TEXTS, "1x8", embed.LadderError, "full cup 4x32 is missing"),
+        (TEXTS, "1x8", embed.LadderError, "full size 4x32 is missing"),
         (TEXTS, "5x8,4x32", embed.LadderError, "deeper than the model"),
         (TEXTS, f"4x{HIDDEN}", ValueError, "full model alone"),
     ],

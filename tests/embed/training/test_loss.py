@@ -377,11 +377,11 @@ def test_losses_that_lack_their_labels(encoder):
 @pytest.mark.parametrize(
     "cups, reason",
     [
-        ("1x8,2x16", "the full cup 4x32 is missing"),
+        ("1x8,2x16", "the full size 4x32 is missing"),
         ("1x8,5x32", "5x32 is deeper than the model"),
         ("1x33,4x32", "1x33 is wider than the model"),
         ("1x8,1x8,4x32", "twice"),
-        ("small", "'small' is no cup"),
+        ("small", "'small' is no size"),
     ],
 )
 def test_ladders_that_do_not_fit(cups, reason, encoder):
