@@ -97,9 +97,8 @@ def expected_bytes(model) -> int:
     """About what an adapter of a model takes on the disk; 0 for one that cannot have one, which fitting says why."""
     with contextlib.suppress(NestlingError, AttributeError):
         shape = fingerprint(text_config(model))
-        width, spans = shape["head_dim"], 32  # of the default context
-        heads = len(shape["layers"]) * shape["num_key_value_heads"]
-        return 4 * heads * width * (2 * (width + 2 + len(WIDTHS)) + spans)
+        width = shape["head_dim"]
+        return 2 * 4 * len(shape["layers"]) * shape["num_key_value_heads"] * (width * width + 2 * width)
     return 0
 
 
