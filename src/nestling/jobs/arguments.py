@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,11 @@ OURS = {  # under other names, or not at all
     "restore_callback_states_from_checkpoint": "they always are",
     "label_smoothing_factor": "it is for losses of classes",
 }
+WHOLE = (
+    "each process keeps the whole model, since layers of one that FSDP has shared out cannot be read one by one: "
+    "start it with torchrun, or with accelerate launch and without FSDP"
+)
+OURS |= {"fsdp": WHOLE, "fsdp_config": WHOLE}
 # What a stock Trainer takes beside its arguments.
 OURS |= {
     "args": "give its options by name",
@@ -65,8 +71,11 @@ def check_arguments(changes: Mapping[str, Any], kind: type[TrainingArguments], o
         ours: those that this training does not take, and what to do instead.
 
     Raises:
-        OptionError: one has another name here, or none, or a value of the wrong type; the message says which.
+        OptionError: one has another name here, or none, or a value of the wrong type; the message says which. Or
+            accelerate was told to shard the model, which on processors it would not do without a word.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise OptionError(f"accelerate was started with FSDP: {WHOLE}")
     if wrong := [name for name in changes if name in ours]:
         raise OptionError(f"{wrong[0]}={shown(changes[wrong[0]])} is no option of this training: {ours[wrong[0]]}")
     known = {field.name: field for field in fields(kind)}

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from sentence_transformers.sentence_transformer import losses
 from torch.nn.parallel import DistributedDataParallel
 
+from nestling.embed.model.parts import Encoder
+from nestling.embed.training.arguments import trains_unread
 from nestling.embed.training.loss import StarbucksLoss
 
 from ..families import sentence_model, some_texts
@@ -55,11 +57,15 @@ def gradients(loss: StarbucksLoss, features, model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}])
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_gradients_in_one_process(family, options, cached, encoder, tmp_path):
     """Over several steps: a reducer that was left half done complains, or hangs, in the next one."""
     model = encoder(family)
+    assert trains_unread(Encoder.of(model)) == (family == "bert")
+    if not options:  # no weights that nothing reads
+        model[0].model.pooler = None
+        assert not trains_unread(Encoder.of(model))
     plain = starbucks(copy.deepcopy(model), cached)
 
     def steps() -> None:

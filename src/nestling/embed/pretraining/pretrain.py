@@ -27,7 +27,7 @@ from nestling.embed.pretraining.config import PretrainConfig
 from nestling.embed.pretraining.corpus import Corpus, Position, Texts
 from nestling.embed.pretraining.families import check, declare_mask
 from nestling.embed.pretraining.masking import Masking
-from nestling.embed.training.arguments import check_changes, relevant, training_arguments
+from nestling.embed.training.arguments import check_changes, relevant, training_arguments, trains_unread
 from nestling.embed.training.job import ladder_of
 from nestling.embed.training.result import Trained, check_places, save
 from nestling.embed.training.trainer import ProgressCallback, check_finite, without_bars
@@ -92,7 +92,7 @@ def pretrain(
     declare_mask(model.tokenizer)
     ladder = ladder_of(Encoder.of(model), sizes)
     work = out.with_name(f"{out.name}-checkpoints")
-    options = _arguments(work, config)
+    options = _arguments(work, config, Encoder.of(model))
     source = Texts([texts], config.skip_bad) if isinstance(texts, str | os.PathLike) else texts
     corpus = Corpus(source, model.tokenizer, _length(model, config), config.batch_size, config.seed)
     sampled = config.sizes_per_step if 0 < config.sizes_per_step < len(ladder) else None
@@ -233,7 +233,7 @@ def _dry_run(smae: MaskedAutoencoder, rows: list[dict[str, Tensor]]) -> None:
         raise TrainingError(f"before the first step {error}: the weights are broken") from error
 
 
-def _arguments(work: Path, config: PretrainConfig) -> SentenceTransformerTrainingArguments:
+def _arguments(work: Path, config: PretrainConfig, encoder: Encoder) -> SentenceTransformerTrainingArguments:
     """The trainer's arguments: those of fine-tunings, but for the paper's schedule and decay."""
     changes = dict(config.arguments or {})
     if wrong := [name for name in changes if name.startswith(("gradient_checkpointing", "activation_checkpointing"))]:
@@ -245,6 +245,7 @@ def _arguments(work: Path, config: PretrainConfig) -> SentenceTransformerTrainin
         "ignore_data_skip": True,  # the corpus starts where it was left
         "remove_unused_columns": False,
         "bf16": config.bf16,
+        "ddp_find_unused_parameters": trains_unread(encoder),
         "save_steps": config.save_steps,
     }
     changes = scheduled(defaults | changes, config.steps, None, measured=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 
+from nestling.embed.model.parts import Encoder
 from nestling.errors import OptionError
 from nestling.jobs import arguments
 from nestling.jobs.arguments import check_arguments, refused_options, renamed
@@ -80,6 +81,7 @@ def training_arguments(
         "report_to": "none",
         "seed": seed,
         "prompts": prompts or None,
+        "dataloader_drop_last": processes() > 1,  # as the stock trainer has it, which says so
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused where there is no accelerator
     }
@@ -95,6 +97,12 @@ def _checkpointing(changes: Mapping[str, Any]) -> dict[str, Any]:
     found = renamed(changes, SentenceTransformerTrainingArguments)
     on = next((name for name in ("activation_checkpointing", "gradient_checkpointing") if found.get(name)), None)
     return {f"{on}_kwargs": {"use_reentrant": False}, **found} if on else found
+
+
+def trains_unread(encoder: Encoder) -> bool:
+    """Whether some weights that are trained are read by nothing: those of BERT's pooler. DDP has to look for them."""
+    pooler = getattr(encoder.backbone, "pooler", None)
+    return pooler is not None and any(parameter.requires_grad for parameter in pooler.parameters())
 
 
 def processes() -> int:

@@ -25,7 +25,7 @@ from nestling.embed.model.layers import fit_length
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
-from nestling.embed.training.arguments import check_changes, processes, training_arguments
+from nestling.embed.training.arguments import check_changes, processes, training_arguments, trains_unread
 from nestling.embed.training.base_losses import made
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples, order
@@ -102,7 +102,7 @@ def train(
     changes = scheduled(changes, steps, max(1, round(len(examples) / batch)), measured)
     if stops_early(callbacks) and changes["eval_strategy"] == "no":
         raise OptionError("EarlyStoppingCallback: nothing is measured, give an evaluator")
-    changes |= _rates(job)
+    changes = {"ddp_find_unused_parameters": trains_unread(encoder)} | changes | _rates(job)
     rate, warmup = config.learning_rate or USUAL["learning_rate"], config.warmup or 0.0
     with _checkpoints(config.output_dir) as work:
         options = training_arguments(work, steps, batch, rate, warmup, config.seed, job.prompts, changes)

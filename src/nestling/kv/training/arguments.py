@@ -75,6 +75,7 @@ def training_arguments(config: TrainConfig, steps: int, epoch: int, evaluates: b
         "log_level": "error",
         "report_to": "none",
         "seed": config.seed,
+        "ddp_find_unused_parameters": False,  # all that is trained is read at every rank
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused where there is no accelerator
     }
