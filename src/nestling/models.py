@@ -92,17 +92,6 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def package_folder(alias: str) -> Path:
-    """The folder that holds the data file of a built-in alias's package, as installed.
-
-    For ``minilm`` this is a complete sentence-transformers folder; for ``smollm2`` it holds a GGUF file.
-
-    Raises:
-        LoadError: no such alias, or its package is not installed.
-    """
-    return _data_file(alias).parent
-
-
 def models_folder() -> Path:
     """Where converted models are kept: ``$NESTLING_MODELS``, else ``~/.cache/nestling/models``."""
     chosen = os.environ.get("NESTLING_MODELS")

@@ -14,14 +14,10 @@ from nestling.data.told import Rows, logger, tell_left_out
 from nestling.errors import DataError, OptionError
 
 KINDS = ".jsonl, .csv, .tsv (or .gz), .parquet, or a data set by its name on the hub"
-Text = Annotated[str | None, typer.Option(help=f".txt (or .gz), {KINDS}; default: built-in English pages.")]
-Columns = Annotated[
-    str | None,
-    typer.Option(help="Names of columns there, such as text=body; commas between several."),
-]
+COLUMNS = "Names of columns there, such as text=body; commas between several."
 AS = "Texts are one a line, or stand between blank lines; default: as they look."
-Lines = Annotated[bool | None, typer.Option("--lines/--documents", help=AS)]
-Language = Annotated[str, typer.Option(help="Language of documents, whose abbreviations end no sentence, such as de.")]
+LANGUAGE = "Language of documents, whose abbreviations end no sentence, such as de."
+Language = Annotated[str, typer.Option(help=LANGUAGE)]
 TEXT = ("text",)
 
 
@@ -30,7 +26,7 @@ class TextSource(Config):
     """Which texts a command reads, and how: what ``@takes(source=TextSource)`` puts in its place."""
 
     text: str | None = option(None, f".txt (or .gz), {KINDS}; default: built-in English pages.")
-    columns: str | None = option(None, "Names of columns there, such as text=body; commas between several.")
+    columns: str | None = option(None, COLUMNS)
     lines: bool | None = option(None, AS, flags=("--lines/--documents",))
 
     def named(self, *known: Iterable[str]) -> dict[str, str]:

@@ -4,14 +4,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestling.cli.data import AS, KINDS, TEXT, columns_of, layout_of, sentences_from, show_what_is_told, those
+from nestling.cli.data import (
+    AS,
+    COLUMNS,
+    KINDS,
+    LANGUAGE,
+    TEXT,
+    columns_of,
+    layout_of,
+    sentences_from,
+    show_what_is_told,
+    those,
+)
 from nestling.config import Config, option
 from nestling.data.told import Rows
 from nestling.errors import DataError, OptionError
 
 STS = ("sentence1", "sentence2", "score", "subset")
-COLUMNS = "Names of columns there, such as text=body; commas between several."
-LANGUAGE = "Language of documents, whose abbreviations end no sentence, such as de."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,8 +56,6 @@ Adapter = Annotated[
     str | None,
     typer.Option(help="Its trained sizes: a folder, a hub id, or none; default: MODEL's own, or that of the package."),
 ]
-Sinks = Annotated[int, typer.Option(help="Leading tokens kept exact."), natural]
-Window = Annotated[int, typer.Option(help="Recent tokens kept exact, at least."), natural]
 Html = Annotated[Path | None, typer.Option(help="Write a report page to this file.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file, as JSON.")]
 

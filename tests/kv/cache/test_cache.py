@@ -887,6 +887,7 @@ print(rss() - before, cache.nbytes, cache.full_nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_process_really_is_smaller():
     places = os.pathsep.join(map(str, (Path(kv.__file__).parents[2], Path(__file__).parents[3])))

@@ -224,6 +224,7 @@ torch.save({"logits": logits, "text": text}, folder + "/out.pt")
 """
 
 
+@pytest.mark.slow
 def test_a_prompt_that_was_read_yesterday(fitted, ids, tmp_path):
     """Saved with its cache, and gone on with by a process that loads the model from its folder."""
     made = fitted("llama-gqa")
@@ -256,6 +257,7 @@ def _send_back(inbox, outbox):
     inbox.get()  # memory is shared as long as the sender lives
 
 
+@pytest.mark.slow
 def test_a_cache_is_sent_to_another_process_and_back(fitted, ids):
     made = fitted("llama-gqa")
     cache = filled(made, "bits", ids[:1, :40])

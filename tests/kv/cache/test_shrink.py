@@ -166,7 +166,7 @@ def carry_out(followed: Followed, operation: tuple) -> None:
         getattr(followed, what)(*arguments)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=50)
 @given(start=st.sampled_from([1.0, 0.9, 0.7]), kind=KINDS, operations=st.lists(OPERATIONS, min_size=3, max_size=40))
 @torch.no_grad()
 def test_whatever_is_done_a_cache_holds_what_a_smaller_one_would(start, kind, operations):
@@ -178,7 +178,7 @@ def test_whatever_is_done_a_cache_holds_what_a_smaller_one_would(start, kind, op
     followed.check()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     kib=st.integers(10, 40),
     kind=KINDS,

@@ -51,6 +51,7 @@ def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
     other.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {real} "$@"\n')
     other.chmod(0o755)
     monkeypatch.setenv("CC", str(other))
+    monkeypatch.setattr(kernels, "FLAGS", QUICK)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert kernels.compiled() is not None and kernels.compiled()._name.startswith(str(tmp_path))
 
