@@ -121,3 +121,15 @@ def test_bad_input_is_refused(fitted, ids):
         search(case.model, None, ids, fitted("qwen3").adapter, kv.SearchConfig(**WHOLE))
     with pytest.raises(kv.BudgetError, match="must be 'energy', 'uniform', 'layer' or a table, got 'greedy'"):
         nested_cache(case.model, case.adapter, 0.75, allocation="greedy")
+
+
+def test_of_a_large_vocabulary_some_tokens_stand_for_all(fitted, ids, monkeypatch):
+    case = fitted("llama-gqa")
+    table = torch.full((1, 2, 3, 2, 2), 4)
+    every = KLMeter(case.model, case.adapter, ids[:4, :60], 0, 0)
+    monkeypatch.setattr(sys.modules[KLMeter.__module__], "LOGITS", 40 * 97)
+    most = KLMeter(case.model, case.adapter, ids[:4, :60], 0, 0)
+    assert every.tokens is None and len(most.tokens) == 40 and most.tokens.unique().numel() == 40
+    chosen = most(table)
+    assert chosen.item() == pytest.approx(every(table).item(), rel=0.3) and chosen != every(table)
+    assert torch.equal(chosen, KLMeter(case.model, case.adapter, ids[:4, :60], 0, 0)(table)), "the same each time"

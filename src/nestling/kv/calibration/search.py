@@ -19,7 +19,8 @@ from nestling.kv.allocation.steps import fill
 from nestling.kv.allocation.table import first_blocks
 from nestling.kv.cache.rule import check_length
 from nestling.kv.calibration.config import SearchConfig
-from nestling.kv.integration.attach import attach, input_device, leaves_as_found, longest_text
+from nestling.kv.calibration.sensitivity import LOGITS, some
+from nestling.kv.integration.attach import attach, input_device, leaves_as_found, longest_text, text_config
 from nestling.kv.integration.modes import in_default_mode
 from nestling.kv.simulation.student import Student
 from nestling.options import flag
@@ -32,6 +33,8 @@ BATCH_TOKENS = 2048  # of one forward pass
 class KLMeter:
     """Mean KL to the full model, in nats per token, of tables of ranks or bits; the full model is read once.
 
+    Where the vocabulary is large, the KL is of some of the tokens, always the same.
+
     Attributes:
         forwards: texts that were read compressed so far, each counted as one forward pass.
     """
@@ -41,6 +44,8 @@ class KLMeter:
         self.student = Student(model, adapter, sinks=sinks, window=window).eval()
         self.windows = windows.to(input_device(model))
         self.forwards = 0
+        generator = torch.Generator(self.windows.device).manual_seed(0)
+        self.tokens = some(self.windows.shape[1], LOGITS // text_config(model).vocab_size, generator)
         with torch.no_grad():
             self.teacher = teacher or [self.student.teacher(w[None]) for w in self.windows]
 
@@ -51,7 +56,7 @@ class KLMeter:
         total = torch.zeros(len(tables), dtype=torch.float64)
         for ids, teacher in zip(self.windows, self.teacher, strict=True):
             parts = tables.split(max(1, BATCH_TOKENS // len(ids)))
-            kl = [self.student.divergence(ids.expand(len(part), -1), part, teacher) for part in parts]
+            kl = [self.student.divergence(ids.expand(len(part), -1), part, teacher, self.tokens) for part in parts]
             total += torch.cat(kl).double().cpu()
             self.forwards += len(tables)
         return total / len(self.windows)

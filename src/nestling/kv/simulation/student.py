@@ -125,14 +125,17 @@ class Student(nn.Module):
         self.logits(input_ids, masked, first, torch.zeros(1, dtype=torch.long, device=input_ids.device))
 
     @torch.no_grad()
-    def divergence(self, input_ids: Tensor, bits: Tensor, teacher: Tensor) -> Tensor:
+    def divergence(self, input_ids: Tensor, bits: Tensor, teacher: Tensor, tokens: Tensor | None = None) -> Tensor:
         """KL to the full model ``[B]``, mean nats per token, of one text ``[B, T]`` at several allocations' bits.
 
         Args:
             teacher: the full model's hidden states of the text, ``[1, T, H]``.
+            tokens: the numbers of those that count; by default all.
         """
         head = decoder_and_head(self.lm)[1]
         rows = self.hidden(input_ids, bits)
+        if tokens is not None:
+            rows, teacher = (states[:, tokens.to(states.device)] for states in (rows, teacher))
         return torch.stack([head_loss(row, teacher[0], head).kl for row in rows])
 
     def distance(
