@@ -294,7 +294,7 @@ def inspect(
     from nestling.kv.allocation.budget import read_budget
     from nestling.kv.cache.config import BUDGET
     from nestling.kv.cache.lengths import bytes_by_length, plan_of, shared_bytes
-    from nestling.kv.evaluation.check import expected
+    from nestling.kv.evaluation.check import BUDGETS, expected
     from nestling.kv.report import bit_rows, bits_map, bits_table
     from nestling.report.figures import write_png
 
@@ -309,7 +309,9 @@ def inspect(
     show(lengths, f"bytes by length{asked}")
     console.print(f"{shared:,} bytes of bases, which all caches of this adapter and allocation share")
     if allocation.stacked.unique().numel() > 2 and nested.quantises:
-        console.print(f"KL expected: {expected(nested, share, allocation):.2g} nats a token to the full cache")
+        loss = expected(nested, share, allocation)
+        bound = "at most " if share > max(BUDGETS) else ""
+        console.print(f"KL expected: {bound}{loss:.2g} nats a token to the full cache")
     write_results(json, [*rows, *lengths])
     if png is not None:
         write_png(png, bits_map(allocation, f"Bits{asked}"))

@@ -33,12 +33,15 @@ COLUMNS = {
 
 def expected(adapter: KVAdapter, share: float, allocation: Allocation) -> float:
     """The KL in nats per token that caches of a share of the bytes are expected to cost: what is predicted, times what
-    the measured ones among ``info["measured"]`` were off by at the budgets around it."""
+    the measured ones among ``info["measured"]`` were off by at the budgets around it. Above the largest of these it is
+    that one's KL, a bound: what recent tokens at 8 bits cost, which is most there, is not predicted."""
     rows = [row for row in adapter.info.get("measured", {}).get("rows", []) if row.get("predicted", 0) > 0 < row["kl"]]
     rows.sort(key=lambda row: row["budget"])
     loss = predicted(adapter, allocation)
     if not rows:
         return loss
+    if share > rows[-1]["budget"]:
+        return rows[-1]["kl"]
     off = [math.log(row["kl"] / row["predicted"]) for row in rows]
     return loss * math.exp(float(np.interp(math.log(share), [math.log(row["budget"]) for row in rows], off)))
 
