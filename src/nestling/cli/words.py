@@ -104,4 +104,4 @@ def _word(option: Any) -> str:
         return ""
     kind = option.type_descriptor.annotation
     (kind,) = get_args(kind) or (kind,)
-    return TAKES.get(option.name) or BY_TYPE[kind]
+    return TAKES.get(option.name) or BY_TYPE.get(kind, "VALUE")

@@ -157,7 +157,7 @@ def test_heads_may_keep_nothing_at_all(fitted, ids):
     torch.testing.assert_close(keys, made.adapter.mean["key"][1][:, None].expand_as(keys))
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     bits=st.lists(st.sampled_from(CHOICES), min_size=3, max_size=3).filter(lambda b: any(0 < x < 16 for x in b)),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
