@@ -10,6 +10,7 @@ from typing import Any
 
 import cost_tables
 import elastic_tables
+import llamacpp_tables
 import typer
 from columns import (
     ROOT,
@@ -318,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "elastic_joined_fitted": partial(elastic_tables.joined, "fitted"), "elastic_exit": elastic_tables.early_exit,
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
     "kv_sft": kv_sft, "serve_load": serve_load, "kv_evict": kv_evict, "kv_shrink": kv_shrink,
+    "kv_llamacpp": llamacpp_tables.beside,
     "kv_speed_step": partial(kv_speed, "decode_ms"),
     "kv_speed_step_gain": partial(kv_speed, "decode_dynamic_over_this"),
     "kv_speed_attention": partial(kv_speed, "attention_ms"),
