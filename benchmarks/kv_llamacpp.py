@@ -5,8 +5,9 @@
 
 Both engines hold the model in fp32; that their logits agree is checked first. KL is to the full fp32 cache of the same
 engine, on windows of kv_cost.py. Speed is that of single tokens on random histories: all caches take turns, and the
-medians are reported. The engines multiply matrices in different ways, so what compares caches is the speed over the
-fastest full cache of the same engine.
+medians of their processor's seconds are reported, so that other load does not count. The engines multiply matrices in
+different ways, so what compares caches is the speed over the fastest full cache of the same engine. A killed run goes
+on where it stopped.
 """
 
 import time
@@ -20,7 +21,7 @@ import typer
 from gguf_file import write_gguf
 from kv_quality import numbers, spread_windows, texts
 from kv_speed import fill
-from llamacpp import TYPES, Context, Model, system
+from llamacpp import KINDS, VERSION, Context, Model, system
 from rich.console import Console
 from timing import medians
 from torch import Tensor
@@ -28,6 +29,7 @@ from transformers import DynamicCache, StaticCache
 
 from nestling import kv
 from nestling.files.writing import version_of
+from nestling.jobs.results import ResultStore
 from nestling.kv import EvalConfig
 from nestling.kv.evaluation.evaluate import Candidate, compare, held_bytes
 from nestling.kv.evaluation.loss import loss_columns
@@ -38,47 +40,54 @@ from nestling.report.results import run_meta, write_json
 from nestling.report.tables import table
 
 REFERENCE = "f32"
+PIECE = 64  # tokens that llama.cpp's histories are copies of, where speed is measured
 AGREE = 0.01  # how far a logit of llama.cpp may lie from transformers'
-LLAMA = {kind: f"llamacpp-{kind}" for kind in TYPES}  # names of its caches in results
-FULL = ("dynamic", "static", LLAMA["f32"], LLAMA["f16"])
-COLUMNS = ("method", "budget", "bytes_share", "kl", "kl_99", "top1")
+LLAMA = {kind: f"llamacpp-{kind}" for kind in KINDS}  # names of its caches in results
+FULL = ("dynamic", "static", LLAMA["f32"], LLAMA["f16-plain"], LLAMA["f16"])
+COLUMNS = ("method", "budget", "bytes_per_token", "kl", "kl_99", "top1")
 
 
-def logits(model: Model, kind: str, ids: Tensor, chunk: int) -> tuple[Tensor, int]:
-    """Of every token of a window ``[T]``, and the bytes held at its end."""
+def read(model: Model, kind: str, ids: Tensor, chunk: int) -> tuple[Tensor, int]:
+    """Logits of every token of a window ``[T]``, and the bytes held at its end."""
     with closing(Context(model, kind, len(ids), chunk)) as context:
         return torch.cat([context.read(part.tolist()) for part in ids.split(chunk)]), context.held()
 
 
-def difference(model: Model, lm, ids: Tensor, chunk: int) -> float:
-    """The largest between logits of both engines with full caches, on a window ``[T]``.
+@torch.inference_mode()
+def window_losses(model: Model, lm, ids: Tensor, chunk: int) -> dict[str, list[float]]:
+    """By llama.cpp's caches, of a window ``[T]``: bytes held, tokens with the first choice of `REFERENCE`, and the KL of
+    each token; of `REFERENCE` itself the largest difference of a logit from transformers' and nothing else.
 
     Raises:
-        RuntimeError: it is above `AGREE`.
+        RuntimeError: that difference is above `AGREE`.
     """
-    ours = lm(ids[None], use_cache=False).logits[0]
-    largest = float((ours - logits(model, REFERENCE, ids, chunk)[0]).abs().max())
-    if largest > AGREE:
-        raise RuntimeError(f"logits of llama.cpp differ by {largest:.3g} from transformers': {AGREE} is allowed")
-    return largest
+    expected, _ = read(model, REFERENCE, ids, chunk)
+    apart = float((lm(ids[None], use_cache=False).logits[0] - expected).abs().max())
+    if apart > AGREE:
+        raise RuntimeError(f"logits of llama.cpp differ by {apart:.3g} from transformers': {AGREE} is allowed")
+    found = {REFERENCE: [apart]}
+    for kind in KINDS[1:]:
+        logits, held = read(model, kind, ids, chunk)
+        hits = int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        found[kind] = [held, hits, *kl_divergence(expected, logits).tolist()]
+    return found
 
 
-def losses(model: Model, windows: Tensor, chunk: int, bf16: int) -> list[dict]:
-    """A row for each type of llama.cpp's caches, on windows ``[n, T]``; ``bf16``: bytes of a token in a full one."""
-    kl: dict[str, list[Tensor]] = {kind: [] for kind in LLAMA}
-    hits, held = dict.fromkeys(LLAMA, 0), dict.fromkeys(LLAMA, 0)
-    for window in windows:
-        expected, _ = logits(model, REFERENCE, window, chunk)
-        for kind in LLAMA:
-            read, held[kind] = logits(model, kind, window, chunk)
-            kl[kind].append(kl_divergence(expected, read))
-            hits[kind] += int((read.argmax(-1) == expected.argmax(-1)).sum())
+def losses(model: Model, lm, windows: Tensor, chunk: int, store: ResultStore) -> tuple[list[dict], float]:
+    """A row for each of llama.cpp's caches but `REFERENCE`, on windows ``[n, T]``, and how far engines are apart."""
+    for number, ids in enumerate(windows):
+        if f"llama.cpp, window {number}" not in store.done:
+            store.done[f"llama.cpp, window {number}"] = window_losses(model, lm, ids, chunk)
+            store.save()
+    found = [store.done[f"llama.cpp, window {number}"] for number in range(len(windows))]
     rows = []
-    for kind, method in LLAMA.items():
-        row = {"method": method, "budget": None, "bytes_share": held[kind] / bf16 / windows.shape[1]}
-        row |= loss_columns(torch.stack(kl[kind])) | {"top1": hits[kind] / windows.numel()}
-        rows.append(row)
-    return rows
+    for kind in KINDS[1:]:
+        measured = torch.tensor([window[kind] for window in found], dtype=torch.float64)
+        row = {"method": LLAMA[kind], "budget": None, "top1": float(measured[:, 1].sum()) / windows.numel()}
+        rows.append(
+            row | loss_columns(measured[:, 2:]) | {"bytes_per_token": float(measured[0, 0]) / windows.shape[1]}
+        )
+    return rows, max(window[REFERENCE][0] for window in found)
 
 
 def nested(lm, adapter: kv.KVAdapter, share: float, context: int) -> kv.NestedCache:
@@ -91,7 +100,7 @@ def step(lm, cache) -> None:
 
 
 @torch.inference_mode()
-def speeds(lm, adapter, shares: list[float], contexts: dict[str, Context], length: int, steps: int) -> dict:
+def speeds(lm, adapter, shares: list[float], llama: Model, length: int, steps: int) -> dict:
     """By method and budget: tokens a second up to a length of ``length``, and the MiB held there."""
     config, old = text_config(lm), length - steps - 1  # one step does not count
     caches = {("dynamic", None): DynamicCache(config=config)}
@@ -100,12 +109,15 @@ def speeds(lm, adapter, shares: list[float], contexts: dict[str, Context], lengt
     jobs = {key: bind(step, lm, cache) for key, cache in caches.items()}
     for cache in caches.values():
         fill(lm, cache, old)
-    for kind, context in contexts.items():
+    contexts = {(LLAMA[kind], None): Context(llama, kind, length, PIECE, 1 + length // PIECE) for kind in KINDS}
+    for key, context in contexts.items():
         context.fill(old)
-        jobs[LLAMA[kind], None] = bind(context.read, [0])
-    seconds = medians(jobs, steps)
+        jobs[key] = bind(context.read, [0])
+    seconds = medians(jobs, steps, time.process_time)
     held = {key: held_bytes(cache) for key, cache in caches.items()}
-    held |= {(LLAMA[kind], None): context.held() for kind, context in contexts.items()}
+    held |= {key: context.held() for key, context in contexts.items()}
+    for context in contexts.values():
+        context.close()
     return {key: (1 / seconds[key], held[key] / 2**20) for key in jobs}
 
 
@@ -141,26 +153,29 @@ def main(
     bases = kv.KVAdapter.from_pretrained(adapter)
     ids = spread_windows(tokenizer, texts(data)[1], length, windows)
     entrants = [Candidate("bits", share, bind(nested, lm, bases, share, length)) for share in shares]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    job = {"model": Path(model).name, "length": length, "windows": len(ids), "chunk": chunk}
+    store = ResultStore(out.with_suffix(".partial.json"), job)
     with TemporaryDirectory() as folder:
         write_gguf(lm, file := Path(folder) / "model.gguf")
         llama = Model(file)
-        apart = difference(llama, lm, ids[0], chunk)
-        theirs = losses(llama, ids, chunk, 2 * bases.full_elements)
-        full, *ours = compare(lm, tokenizer, ids, entrants, EvalConfig(windows=len(ids), length=length, chunk=chunk))
-        rows = [*theirs, *(full | {"method": name} for name in ("dynamic", "static")), *ours]
+        theirs, apart = losses(llama, lm, ids, chunk, store)
+        config = EvalConfig(windows=len(ids), length=length, chunk=chunk)
+        full, *ours = compare(lm, tokenizer, ids, entrants, config, store=store)
+        rows = [*(full | {"method": name} for name in (LLAMA[REFERENCE], "dynamic", "static")), *theirs, *ours]
+        bf16 = 2 * bases.full_elements
         rows = [{"engine": engine(row["method"])} | {key: row[key] for key in COLUMNS} for row in rows]
-        opened = {kind: Context(llama, kind, lengths[-1], chunk) for kind in LLAMA}
+        rows = [row | {"bytes_share": row.pop("bytes_per_token") / bf16} for row in rows]
+        rows.sort(key=lambda row: row["engine"])
         for n in lengths:
-            add_speeds(rows, speeds(lm, bases, shares, opened, n, steps), n)
-        for context in opened.values():
-            context.close()
+            add_speeds(rows, speeds(lm, bases, shares, llama, n, steps), n)
         llama.close()
     meta = run_meta(time.monotonic() - start)
-    meta["versions"] |= {name: version_of(name) for name in ("llama-cpp-python", "gguf")}
-    meta |= {"model": Path(model).name, "dtype": "float32", "length": length, "windows": len(ids), "chunk": chunk}
-    meta |= {"steps": steps, "llamacpp": system(), "largest_logit_difference": apart}
+    meta["versions"] |= {"llama-cpp-python": VERSION, "gguf": version_of("gguf")}
+    meta |= {**job, "dtype": "float32", "steps": steps, "llamacpp": system(), "largest_logit_difference": apart}
     meta["shared_bases_mib"] = {share: nested(lm, bases, share, length).shared_nbytes / 2**20 for share in shares}
     write_json(out, rows, meta)
+    store.path.unlink(missing_ok=True)
     console = Console()
     console.width = max(console.width, 180)
     console.print(table(rows, title=f"{model}, {length:,} tokens, logits apart by {apart:.2g}"))

@@ -67,7 +67,8 @@ CACHES = {
     **{f"nested-bits-{n}%-unpacked": f"ranks and bits, {n:g} %, unpacked" for n in (25.0, 12.5)},
     **{f"{t}% tokens x {c}% features": f"{t} % of tokens, {c} % of coordinates"
        for t, c in ((100, 50), (50, 100), (100, 25), (50, 50), (25, 100))},
-    **{f"llamacpp-{kind}": f"llama.cpp, {kind}" for kind in ("f32", "f16", "q8_0", "q4_0")},
+    **{f"llamacpp-{kind}": f"llama.cpp, {kind}" for kind in ("f16", "q8_0", "q4_0")},
+    **{f"llamacpp-{kind}": f"llama.cpp, {kind[:3]}, without flash attention" for kind in ("f32", "f16-plain")},
     "bits-shrink": "ranks and bits",
     "ranks-shrink": "ranks only",
 }  # fmt: skip

@@ -3,16 +3,20 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
 
 
-def medians(jobs: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+def medians(
+    jobs: Mapping[Key, Callable[[], Any]], turns: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Key, float]:
     """Median seconds of each job over that many turns, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    seconds: dict[Key, list[float]] = {name: [] for name in jobs}
     for turn in range(turns + 1):
         for name, job in jobs.items():
-            start = time.perf_counter()
+            start = clock()
             job()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(found) for name, found in seconds.items()}

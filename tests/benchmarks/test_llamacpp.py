@@ -9,6 +9,8 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
+from nestling.jobs.results import ResultStore
+
 from ..kv.families import tiny_fit, tiny_model
 
 pytest.importorskip("gguf")
@@ -55,14 +57,16 @@ def test_both_engines_agree(tmp_path, family, llamacpp):
     llama, bench = llamacpp
     lm, ids = tiny_model(family, **LLAMAS[family]), ids_of(256, 2)
     gguf_file.write_gguf(lm, tmp_path / "model.gguf")
-    model = llama.Model(tmp_path / "model.gguf")
-    with torch.no_grad():
-        assert max(bench.difference(model, lm, ids[0], chunk) for chunk in (7, 256)) < 1e-3
-    layers, heads, width = lm.config.num_hidden_layers, lm.config.num_key_value_heads, lm.config.head_dim
-    rows = bench.losses(model, ids, 64, 4 * layers * heads * width)
-    f32, f16, q8, q4 = [row["kl"] for row in rows]
-    assert abs(f32) < 1e-9 and f32 < f16 < q8 < q4 < 1
-    assert [row["bytes_share"] for row in rows] == pytest.approx([2, 1, 34 / 64, 18 / 64], abs=0.03)
+    model, store = llama.Model(tmp_path / "model.gguf"), ResultStore()
+    rows, apart = bench.losses(model, lm, ids, 100, store)
+    plain, f16, q8, q4 = [row["kl"] for row in rows]
+    assert apart < 1e-3 and 0 < max(plain, f16) < q8 < q4 < 1
+    elements = 2 * lm.config.num_hidden_layers * lm.config.num_key_value_heads * lm.config.head_dim
+    assert [row["bytes_per_token"] / elements for row in rows] == pytest.approx([2, 2, 34 / 32, 18 / 32], abs=0.06)
+    assert bench.losses(None, lm, ids, 100, store) == (rows, apart)
+    lm.model.norm.weight.data *= 1.1
+    with pytest.raises(RuntimeError, match="logits of llama.cpp differ by .* from transformers': 0.01 is allowed"):
+        bench.window_losses(model, lm, ids[0], 100)
     model.close()
 
 
@@ -71,17 +75,32 @@ def test_speeds_are_beside_the_own_full_cache(tmp_path, llamacpp):
     lm = tiny_model("llama-gqa", head_dim=64)
     gguf_file.write_gguf(lm, tmp_path / "model.gguf")
     model, adapter = llama.Model(tmp_path / "model.gguf"), tiny_fit(lm, ids_of(64, 8))
-    contexts = {kind: llama.Context(model, kind, 256, 64) for kind in bench.LLAMA}
-    measured = bench.speeds(lm, adapter, [0.5], contexts, 256, 2)
+    measured = bench.speeds(lm, adapter, [0.5], model, 512, 2)
     rows = [{"engine": bench.engine(method), "method": method, "budget": budget} for method, budget in measured]
-    bench.add_speeds(rows, measured, 256)
-    assert {row["engine"] for row in rows} == {"llama.cpp", "transformers"} and len(rows) == 7
+    bench.add_speeds(rows, measured, 512)
+    assert {row["engine"] for row in rows} == {"llama.cpp", "transformers"} and len(rows) == 8
     for name in ("llama.cpp", "transformers"):
         own = [row for row in rows if row["engine"] == name]
-        assert max(row["over_full_256"] for row in own if row["method"] in bench.FULL) == 1
-        assert all(row["tokens_per_s_256"] > 0 and row["mib_256"] > 0 for row in own)
-    with pytest.raises(RuntimeError, match="failed with 1 at 1 tokens after 256"):
-        contexts["f16"].read([0])
-    for context in contexts.values():
+        assert max(row["over_full_512"] for row in own if row["method"] in bench.FULL) == 1
+        assert all(row["tokens_per_s_512"] > 0 and row["mib_512"] > 0 for row in own)
+    model.close()
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q4_0"])
+def test_copies_fill_a_cache(tmp_path, llamacpp, kind):
+    """It holds as many bytes as one that has read as many tokens, and is full at the same one."""
+    llama, _ = llamacpp
+    gguf_file.write_gguf(tiny_model("llama-gqa", head_dim=64), tmp_path / "model.gguf")
+    model = llama.Model(tmp_path / "model.gguf")
+    read, copied = (llama.Context(model, kind, 256, 64, copies) for copies in (1, 5))
+    for part in ids_of(250)[0].split(50):
+        assert read.read(part.tolist()).shape == (50, 97)
+    copied.fill(250)
+    assert copied.held() == read.held()
+    for context in (read, copied):
+        for _ in range(6):
+            assert context.read([5]).isfinite().all()
+        with pytest.raises(RuntimeError, match="failed with 1 at 1 tokens from position"):
+            context.read([5])
         context.close()
     model.close()
