@@ -55,7 +55,7 @@ def read(model: Model, kind: str, ids: Tensor, chunk: int) -> tuple[Tensor, int]
 
 @torch.inference_mode()
 def window_losses(model: Model, lm, ids: Tensor, chunk: int) -> dict[str, list[float]]:
-    """By llama.cpp's caches, of a window ``[T]``: bytes held, tokens with the first choice of `REFERENCE`, and the KL of
+    """By llama.cpp's caches, of a window ``[T]``: bytes held, tokens with `REFERENCE`'s first choice, and the KL of
     each token; of `REFERENCE` itself the largest difference of a logit from transformers' and nothing else.
 
     Raises:
