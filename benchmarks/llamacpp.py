@@ -52,7 +52,7 @@ class Context:
 
     def __init__(self, model: Model, kind: str, tokens: int, chunk: int, copies: int = 1):
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = tokens, chunk, chunk
+        options.n_ctx, options.n_batch, options.n_ubatch = tokens, max(chunk, copies), chunk
         options.n_seq_max, options.kv_unified = copies, True
         options.n_threads = options.n_threads_batch = 1
         options.type_k = options.type_v = getattr(llama_cpp, f"GGML_TYPE_{(FLASH | PLAIN)[kind].upper()}")
