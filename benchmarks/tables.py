@@ -310,6 +310,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_short": cost_tables.short, "kv_cost": partial(cost_tables.budgets, "smollm2"),
     "kv_cost_lengths": cost_tables.lengths,
     "kv_cost_course": cost_tables.course, "kv_cost_rivals": partial(cost_tables.rivals, "smollm2"),
+    "kv_cost_gemma": partial(cost_tables.budgets, "gemma3"),
+    "kv_cost_gemma_rivals": partial(cost_tables.rivals, "gemma3"),
     "kv_quality": partial(kv_by_budget, "kv_quality"), "kv_quantised": kv_quantised,
     "kv_bits_variants": partial(kv_bits, "smollm2"),
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,

@@ -23,7 +23,7 @@ FILES = {
     "pairs.jsonl": "".join(json.dumps({"anchor": f"bird {n}", "positive": f"nest {n}"}) + "\n" for n in range(99))
 }
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
-TOLERANCE = 0.05  # of a number that is shown; other processors round differently, and codes of caches fall so
+TOLERANCE = 0.02  # of a number that is shown; other processors round differently
 
 
 def with_snippets() -> list:
