@@ -213,10 +213,8 @@ def test_more_bits_are_closer(ids):
 
 
 @pytest.mark.parametrize("make", ["quanto_cache", "hqq_cache"])
-def test_transformers_caches_hold_bf16(make, ids, request):
+def test_transformers_caches_hold_bf16(make, ids):
     pytest.importorskip({"quanto_cache": "optimum.quanto", "hqq_cache": "hqq"}[make])
-    if make == "quanto_cache":
-        request.getfixturevalue("quanto")
     model, held = tiny_model("llama-gqa", hidden_size=256), []
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):

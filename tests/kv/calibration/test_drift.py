@@ -61,7 +61,7 @@ def test_a_context_of_one_span_has_none(fitted, ids):
     assert measured(made.model, made.adapter, ids[:3, :32], FitConfig(context=32)) is not None
 
 
-def test_fit_measures_it_and_training_keeps_it(ids):
+def test_fit_measures_it_and_measuring_again_finds_the_same(ids):
     model = tiny_model("llama-gqa")
     adapter = tiny_fit(model, ids, context=64)
     assert adapter.drift is not None and adapter.drift.shape == (3, 2, 4, 16)

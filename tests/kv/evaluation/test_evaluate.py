@@ -136,7 +136,7 @@ def test_other_families(family, ids):
     assert abs(ours["kl"]) < 1e-5 and ours["top1"] == 1
 
 
-def test_bytes_are_those_of_storage(model, adapter, ids, quanto):
+def test_bytes_are_those_of_storage(model, adapter, ids):
     cache = nested_cache(model, adapter, 0.6, window=5)
     stock_cache = DynamicCache(config=model.config)
     quantised = QuantizedCache("quanto", model.config, nbits=4, q_group_size=16, residual_length=64)
@@ -218,7 +218,7 @@ def test_choices_of_one_token(model, stock):
         assert scores == pytest.approx([brute_force(stock, *pair) for pair in pairs], abs=1e-4)
 
 
-def test_caches_that_cannot_be_repeated(model, tokenizer, quanto):
+def test_caches_that_cannot_be_repeated(model, tokenizer):
     """transformers' quantised layers inherit a repeat that forgets what is quantised: each choice gets a new cache."""
     pairs, caches = encode_question(tokenizer, ROWS[0]), []
 

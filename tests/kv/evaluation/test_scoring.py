@@ -65,7 +65,7 @@ def test_a_cache_may_have_read_the_beginning(model, adapter):
     assert [a.total for a in parts] == pytest.approx([b.total for b in whole], abs=1e-3)
 
 
-def test_rows_do_not_share_a_limit_and_quantised_caches_are_not_repeated(model, adapter, quanto):
+def test_rows_do_not_share_a_limit_and_quantised_caches_are_not_repeated(model, adapter):
     def limited():
         return nested_cache(model, adapter, limit="20KiB", quantise=True, exact_prompt=False)
 
