@@ -1,7 +1,6 @@
 """Options that name data, and reading what they name: texts, pairs, and sets to measure on."""
 
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from nestling.cli.terminal import messages
 from nestling.config import Config, option
 from nestling.data.told import Rows, logger, tell_left_out
 from nestling.errors import DataError, OptionError
+from nestling.jobs.processes import rank
 
 KINDS = ".jsonl, .csv, .tsv (or .gz), .parquet, or a data set by its name on the hub"
 COLUMNS = "Names of columns there, such as text=body; commas between several."
@@ -100,7 +100,7 @@ def sentences_from(
     from nestling.jobs.progress import progress_bar
 
     texts = texts_from(text, lines, columns)
-    with progress_bar(os.environ.get("RANK", "0") == "0") as bar:
+    with progress_bar(rank() == 0) as bar:
         task = bar.add_task("splitting texts into sentences", total=None)
         texts.on_text = lambda: bar.advance(task)
         found = sentences(texts, language=language)
@@ -121,5 +121,5 @@ class _OnConsole(logging.Handler):
 def show_what_is_told() -> None:
     """Show what readers take for granted and leave out; under ``torchrun`` the first process speaks for all."""
     if not any(isinstance(handler, _OnConsole) for handler in logger.handlers):
-        logger.addHandler(_OnConsole(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL))
+        logger.addHandler(_OnConsole(logging.INFO if rank() == 0 else logging.CRITICAL))
         logger.setLevel(logging.INFO)

@@ -101,7 +101,7 @@ def train(
 ) -> None:
     """Train the sizes of MODEL, on texts the small ones alone; they never end below their aligned start."""
     from nestling.embed.model.loading import load_encoder
-    from nestling.embed.training.arguments import rank
+    from nestling.jobs.processes import rank
 
     check_outputs(json, html, folder=out, new=not config.resume)
     check_checkpoints(out, config.resume)

@@ -3,7 +3,6 @@
 Commands only parse, call the library and print. Heavy imports happen inside them, so that ``--help`` is quick.
 """
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from nestling.cli.terminal import (
     write_results,
 )
 from nestling.integrations.serve.config import ServeConfig
+from nestling.jobs.processes import rank
 from nestling.kv.cache.config import CacheConfig
 from nestling.kv.calibration.config import FitConfig, SearchConfig
 from nestling.kv.evaluation.config import EvalConfig
@@ -140,7 +140,7 @@ def train(
     check_place(out, expected_bytes(language_model))
     config = replace(config, output_dir=out.with_name(f"{out.name}-checkpoints"))
     trained = kv.train(language_model, tokenizer, texts, start, config, eval_texts=held_out)
-    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
+    if rank() > 0:  # under torchrun the first process speaks for all
         return
     trained = checked(language_model, tokenizer, held_out, trained)
     trained.save_pretrained(out)

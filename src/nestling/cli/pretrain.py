@@ -50,7 +50,7 @@ def pretrain(
 ) -> None:
     """Pre-train MODEL on text alone, so that every size can rebuild what it reads: a start for `embed train`."""
     from nestling import embed
-    from nestling.embed.training.arguments import rank
+    from nestling.jobs.processes import rank
 
     check_outputs(json, html, folder=out, new=not config.resume)
     check_checkpoints(out, config.resume)

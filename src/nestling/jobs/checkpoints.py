@@ -19,6 +19,7 @@ from nestling.errors import FileError, NestlingError, TrainingError
 from nestling.files.checksums import check_manifest, write_manifest
 from nestling.files.reading import read_object, reason, short
 from nestling.files.writing import check_folder, is_full, write_file
+from nestling.jobs.processes import rank
 from nestling.jobs.whole import STATE_FILE, best_of, check_checkpoint, seconds_of, stateful, that_is_read
 
 JOB_FILE = "training.json"
@@ -64,7 +65,7 @@ def begin(folder: Path, job: dict, resume: bool, check: Check = lambda checkpoin
         listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems.items())
         names = ", ".join(sorted(checkpoint.name for checkpoint in found))
         raise TrainingError(f"{folder}: no checkpoint is whole, of {names}: remove them to start again ({listed})")
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         for checkpoint, problem in problems.items():
             if checkpoint == whole:
                 break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nestling.embed.model.parts import Encoder
 from nestling.errors import OptionError
 from nestling.jobs import arguments
 from nestling.jobs.arguments import check_arguments, refused_options, renamed
+from nestling.jobs.processes import processes
 
 OURS = arguments.OURS | {  # under other names, or not at all
     "max_steps": "use steps",
@@ -103,13 +103,3 @@ def trains_unread(encoder: Encoder) -> bool:
     """Whether some weights that are trained are read by nothing: those of BERT's pooler. DDP has to look for them."""
     pooler = getattr(encoder.backbone, "pooler", None)
     return pooler is not None and any(parameter.requires_grad for parameter in pooler.parameters())
-
-
-def processes() -> int:
-    """How many processes train together, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    """The number of this process among them, from 0 on."""
-    return int(os.environ.get("RANK", 0))

@@ -16,13 +16,13 @@ from nestling.embed.model.encode import stored_prompts
 from nestling.embed.model.fingerprint import checksum, fingerprint, reading
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.similarity import Similarity
-from nestling.embed.training.arguments import processes
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples
 from nestling.embed.training.exclude import without
 from nestling.embed.training.held_out import held_out
 from nestling.embed.training.job import ladder_of, teacher_of
 from nestling.errors import ExampleError, OptionError, UnsupportedEncoderError
+from nestling.jobs.processes import processes
 
 OTHERS = ("cascade", "normalize", "mini_batch_size", "projection", "dropout", "gradient_checkpointing", "callbacks",
           "arguments")  # fmt: skip

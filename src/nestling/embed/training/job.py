@@ -20,13 +20,14 @@ from nestling.embed.model.modes import in_eval_mode
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection, check_turns
 from nestling.embed.model.similarity import Similarity
-from nestling.embed.training.arguments import processes, relevant
+from nestling.embed.training.arguments import relevant
 from nestling.embed.training.base_losses import check_labels
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples
 from nestling.embed.training.loss import StarbucksLoss
 from nestling.embed.training.trainer import check_finite
 from nestling.errors import ExampleError, OptionError, TrainingError
+from nestling.jobs.processes import processes
 from nestling.options import shown
 
 

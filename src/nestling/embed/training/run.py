@@ -19,7 +19,6 @@ from nestling.embed.model.dropout import without_dropout
 from nestling.embed.model.folder import PROJECTIONS_FILE, read_projections
 from nestling.embed.model.modes import checkpointed, forward_kept, modes_kept
 from nestling.embed.model.own import remember
-from nestling.embed.training.arguments import processes, rank
 from nestling.embed.training.data import Examples
 from nestling.embed.training.job import TrainingJob
 from nestling.embed.training.loss import StarbucksLoss
@@ -40,6 +39,7 @@ from nestling.files.checksums import damaged, write_manifest
 from nestling.jobs.arguments import remove_printer, stopped
 from nestling.jobs.callbacks import have_stopped, restore
 from nestling.jobs.checkpoints import begin, last_whole, run
+from nestling.jobs.processes import processes, rank
 from nestling.jobs.progress import progress_bar
 from nestling.jobs.undo import Undo, withdrawn
 

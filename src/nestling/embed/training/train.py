@@ -25,7 +25,7 @@ from nestling.embed.model.layers import fit_length
 from nestling.embed.model.parts import Encoder
 from nestling.embed.model.projection import Projection
 from nestling.embed.model.similarity import Similarity
-from nestling.embed.training.arguments import check_changes, processes, training_arguments, trains_unread
+from nestling.embed.training.arguments import check_changes, training_arguments, trains_unread
 from nestling.embed.training.base_losses import made
 from nestling.embed.training.config import TrainConfig
 from nestling.embed.training.data import Examples, order
@@ -41,6 +41,7 @@ from nestling.errors import MissingExtraError, OptionError
 from nestling.files.temporary import private_temporary_folder
 from nestling.jobs.callbacks import made as made_callbacks
 from nestling.jobs.callbacks import stops_early
+from nestling.jobs.processes import processes
 from nestling.jobs.schedule import scheduled
 from nestling.options import shown
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from nestling.errors import OptionError
 from nestling.jobs import arguments
 from nestling.jobs.arguments import check_arguments, refused_options, rehearsed, renamed
+from nestling.jobs.processes import processes
 from nestling.jobs.schedule import scheduled
 from nestling.kv.training.config import TrainConfig
 from nestling.options import whole
@@ -50,8 +50,7 @@ def training_arguments(config: TrainConfig, steps: int, epoch: int, evaluates: b
     own = {"bf16": config.bf16, "gradient_checkpointing": config.gradient_checkpointing}
     changes, batch_size = renamed({**own, **config.arguments}, TrainingArguments), config.batch_size
     whole("max_steps", changes.get("max_steps", steps))
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    parts = processes * changes.get("gradient_accumulation_steps", 1)
+    parts = processes() * changes.get("gradient_accumulation_steps", 1)
     if batch_size % parts:
         raise OptionError(f"batch_size={batch_size} must be a multiple of processes times accumulation steps, {parts}")
     defaults: dict[str, Any] = {
