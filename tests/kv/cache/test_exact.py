@@ -17,6 +17,7 @@ from nestling.kv.cache.exact import ExactStore
 from nestling.kv.cache.packed import Layout
 from nestling.kv.cache.rule import capacity
 from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
+from nestling.kv.quantisation.rows import Units
 
 from .test_cache import one_layer
 
@@ -226,9 +227,10 @@ def test_means_of_keys_are_not_quantised():
     keys, values = (torch.randn(2, 1, 30, 16, generator=generator) for _ in range(2))
     mean = 100 * torch.randn(2, 1, 1, 16, generator=generator)
     lost = {}
-    for name, centre, added in (("plain", None, 0.0), ("raw", None, mean), ("centred", mean, mean)):
+    units = Units.of(mean[:, 0, 0], [torch.ones(2, 16)] * 2)
+    for name, own, added in (("plain", None, 0.0), ("raw", None, mean), ("centred", units, mean)):
         store = ExactStore(4, 8, 2, rows=True)
-        store.centre = centre
+        store.units = own
         gone = [pair for part in (range(20), range(20, 30)) for pair in store.append(
             ((keys + added)[:, :, part], values[:, :, part]), torch.float32
         )]  # fmt: skip
@@ -255,7 +257,7 @@ def test_the_centre_is_the_mean_of_the_adapter_at_every_allocation(fitted, ids, 
             for each in (cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
                 for layer, mean in zip(each.layers, made.adapter.mean["key"], strict=True):
                     if layer.exact is not None:  # something is compressed
-                        centre = layer.exact.centre[:, 0, 0]
+                        centre = layer.exact.units.centre[:, 0, 0]
                         assert torch.equal(centre if layer.order is None else centre[layer.order[1]], mean)
     assert any(layer.exact is not None for layer in cache.layers)
 

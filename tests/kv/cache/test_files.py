@@ -192,7 +192,7 @@ def test_the_file_is_plain(saved):
     made, path = saved
     with safe_open(path, "pt") as file:
         head = json.loads(file.metadata()["nestling"])
-        assert (head["format"], head["kind"]) == (2, "nestling-cache") and head["model"] == made.adapter.fingerprint
+        assert (head["format"], head["kind"]) == (3, "nestling-cache") and head["model"] == made.adapter.fingerprint
         assert sorted({name.split(".")[1] for name in file.keys()}) == ["0", "1", "2"]
     cache = NestedCache.load(path, made.model, made.adapter)
     assert path.stat().st_size < cache.nbytes + 40_000
@@ -257,8 +257,8 @@ HOSTILE = {
     "a budget that is none": (lambda h, t: set_in(h, "x", "budget"), "'budget' must be a finite number"),
     "an unknown option": (lambda h, t: set_in(h, 1, "options", "sink"), "sink"),
     "an option that cannot be": (lambda h, t: set_in(h, -1, "options", "sinks"), "sinks=-1"),
-    "a newer format": (lambda h, t: set_in(h, 3, "format"), "has format 3, this version reads 2"),
-    "an older format": (lambda h, t: set_in(h, 1, "format"), "has format 1, this version reads 2"),
+    "a newer format": (lambda h, t: set_in(h, 4, "format"), "has format 4, this version reads 3"),
+    "an older format": (lambda h, t: set_in(h, 2, "format"), "has format 2, this version reads 3"),
     "another kind": (lambda h, t: set_in(h, "nestling-kv", "kind"), "is not a saved NestedCache"),
     "other bases": (lambda h, t: set_in(h, "0" * 64, "bases"), "its bases are not those"),
     "weights that are none": (lambda h, t: set_in(h, {"q": ["x"]}, "layers", 1, "weights"), "finite numbers"),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestling.kv.quantisation.rows import LARGEST, decode_rows, encode_rows, row_bytes
+from nestling.kv.quantisation.rows import LARGEST, LEAST, Units, decode_rows, encode_rows, row_bytes
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1, 2, 7, 16, 64, 96]), st.floats(-30, 30))
@@ -35,3 +35,29 @@ def test_places_in_a_larger_store_are_read_alike(width):
 def test_zeros_and_nothing():
     assert torch.equal(decode_rows(encode_rows(torch.zeros(2, 8))), torch.zeros(2, 8))
     assert decode_rows(encode_rows(torch.zeros(2, 0, 8))).shape == (2, 0, 8)
+
+
+def units_of(spread: torch.Tensor) -> Units:
+    """For one head whose keys and values vary by ``spread`` ``[D]``."""
+    return Units.of(torch.zeros(1, len(spread)), [spread.square()[None]] * 2)
+
+
+def test_units_keep_small_numbers_beside_large_ones():
+    """As in keys of Gemma 3: what is lost, in proportion to what each number varies by."""
+    spread = torch.cat((torch.full((4,), 100.0), torch.ones(60)))
+    states = torch.randn(1, 1, 500, 64, generator=torch.Generator().manual_seed(0)) * spread
+    units = units_of(spread)
+    for read, unit in zip(units.decode(*units.encode(states, states)), (units.key, units.value), strict=True):
+        lost, plain = ((x - states).square().mean((0, 1, 2)).sqrt() for x in (read, decode_rows(encode_rows(states))))
+        assert unit[0, 0, 0, 0] / unit[0, 0, 0, -1] == pytest.approx(10)
+        assert (lost / spread)[4:].max() < (plain / spread)[4:].max() / 5
+        assert lost[:4].max() < 1.1 * plain[:4].max()
+
+
+@given(st.integers(0, 2**31), st.lists(st.sampled_from([0.0, 1e-30, 1e-8, 1.0, 1e8]), min_size=8, max_size=8))
+def test_units_are_positive_and_what_never_varied_is_read_too(seed, spread):
+    units = units_of(torch.tensor(spread))
+    assert (units.key > 0).all() and units.key.min() >= units.key.max() * LEAST * 0.99
+    states = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(seed))
+    for read in units.decode(*units.encode(states, states)):
+        assert torch.isfinite(read).all() and ((read - states).abs() <= states.abs().amax() / LEAST / 50).all()

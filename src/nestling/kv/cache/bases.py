@@ -17,6 +17,7 @@ from torch import Tensor
 from nestling.kv.cache.packed import Coding, Layout
 from nestling.kv.integration.modes import default_mode, ordinary
 from nestling.kv.quantisation.packing import COORDINATES_PER_BLOCK
+from nestling.kv.quantisation.rows import Units
 
 if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
@@ -90,8 +91,8 @@ class LayerBases:
             their order. It is zero for heads at full width, and None if it is for all of them or there are no means.
         drift: by how much the bias of keys differs in each span of positions, ``[Hkv, spans, D]``, in 16 bits where
             that holds it: of coordinates that are not stored at all; see `nestling.kv.cache.drift`.
-        centre: the means of keys in that order, ``[Hkv, 1, 1, D]`` fp32, of adapters that quantise; see `ExactStore`.
-            It is the same for all allocations, and None where nothing is compressed.
+        units: of recent tokens, in that order, of adapters that quantise; see `ExactStore`. They are the same for all
+            allocations, and None where nothing is compressed.
         device: where they are.
     """
 
@@ -103,11 +104,11 @@ class LayerBases:
         device: torch.device,
         key: Hashable = None,
         *,
-        centre: Tensor | None = None,
+        units: Units | None = None,
         drift: Tensor | None = None,
     ):
         self.sides, self.biases, self.width, self.device, self.key = sides, biases, width, device, key
-        self.centre, self.drift = centre, drift
+        self.units, self.drift = units, drift
 
     @classmethod
     def of(cls, bases: Mapping[str, Tensor], members: Members, half: bool, key: Hashable = None) -> "LayerBases":
@@ -132,14 +133,16 @@ class LayerBases:
                     parts = zip(sides, members, strict=True)
                     rests = [pair[number].rest(mean[h, None], layouts[number]) for pair, (h, layouts) in parts]
                     biases[number] = torch.cat(rests)
-            encode, centre = bases["key_encode"], None
+            encode, units = bases["key_encode"], None
             compressed = any(side.encode is not None for pair in sides for side in pair)
             if compressed and "key_mean" in bases and "key_step" in bases:
-                centre = bases["key_mean"][[head for heads, _ in members for head in heads], None, None]
+                order = [head for heads, _ in members for head in heads]
+                variances = [_variance(bases[f"{name}_decode"], bases[f"{name}_step"])[order] for name in SIDES]
+                units = Units.of(bases["key_mean"][order], variances)
             drift = _unstored(bases.get("key_drift"), sides, members)
             if half and drift is not None and torch.isfinite(narrow := drift.half()).all():
                 drift = narrow
-            return cls(sides, biases, encode.shape[-1], encode.device, key, centre=centre, drift=drift)
+            return cls(sides, biases, encode.shape[-1], encode.device, key, units=units, drift=drift)
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
@@ -147,14 +150,16 @@ class LayerBases:
         codings = [side.coding for side in sides if side.coding is not None]
         tensors = [t for side in sides for t in (side.encode, side.decode)]
         tensors += [t for coding in codings for t in (coding.centre, coding.step, coding.scale, coding.offset)]
-        return [tensor for tensor in (*tensors, *self.biases, self.centre, self.drift) if tensor is not None]
+        tensors += self.units.tensors() if self.units is not None else ()
+        return [tensor for tensor in (*tensors, *self.biases, self.drift) if tensor is not None]
 
     def __deepcopy__(self, memo: dict) -> "LayerBases":
         return self
 
     def __reduce__(self):
         sides = [[_state(side) for side in pair] for pair in self.sides]
-        return _revived, (self.key, sides, self.biases, self.width, self.device, (self.centre, self.drift))
+        units = None if self.units is None else self.units.tensors()
+        return _revived, (self.key, sides, self.biases, self.width, self.device, units, self.drift)
 
 
 def nbytes(bases: Iterable[LayerBases]) -> int:
@@ -207,8 +212,9 @@ def _state(side: SideBasis) -> tuple[Any, ...]:
 
 
 def _revived(
-    key: Hashable, states: list, biases: list, width: int, device: torch.device, means: tuple[Tensor | None, ...]
-) -> LayerBases:
+    key: Hashable, states: list, biases: list, width: int, device: torch.device,
+    units: tuple[Tensor, ...] | None, drift: Tensor | None,
+) -> LayerBases:  # fmt: skip
     """From a file or another process; the same ones as those in use here, if they came from here."""
 
     def tensor(value: Tensor | None) -> Tensor | None:
@@ -219,8 +225,9 @@ def _revived(
 
     sides = [[side(*state) for state in pair] for pair in states]
     device = next((s.encode.device for pair in sides for s in pair if s.encode is not None), device)
-    centre, drift = map(tensor, means)
-    bases = LayerBases(sides, [tensor(bias) for bias in biases], width, device, key, centre=centre, drift=drift)
+    measured = None if units is None else Units(*map(ordinary, units))
+    biases = [tensor(bias) for bias in biases]
+    bases = LayerBases(sides, biases, width, device, key, units=measured, drift=tensor(drift))
     return bases if key is None else _registered(key, device, lambda: bases)
 
 
@@ -229,6 +236,11 @@ def _unstored(drift: Tensor | None, sides: Sequence[Sequence[SideBasis]], member
     if drift is None or all(pair[0].encode is None for pair in sides):
         return None
     return torch.cat([pair[0].unstored(drift[heads]) for pair, (heads, _) in zip(sides, members, strict=True)])
+
+
+def _variance(decode: Tensor, step: Tensor) -> Tensor:
+    """Of keys or values ``[Hkv, D]``, up to a factor: steps are in proportion to what coordinates vary by."""
+    return (decode * step[..., None]).square().sum(1)
 
 
 def _fp16(matrices: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nestling.kv.cache.rule import GROWTH, SHORT, capacity, coded
 from nestling.kv.cache.window import TOKENS_PER_BLOCK, Window
 from nestling.kv.integration.modes import ordinary, traced
-from nestling.kv.quantisation.rows import decode_rows, encode_rows
+from nestling.kv.quantisation.rows import Units, decode_rows, encode_rows
 
 
 class ExactStore:
@@ -38,13 +38,13 @@ class ExactStore:
         length: sinks and recent tokens held.
         left: tokens between them: those that have left.
         spare: how many of the last of those are still here.
-        centre: what keys in rows are counted from, ``[Hkv, 1, 1, D]`` in their order; it belongs to the bases. Keys
-            have large means, and 8 bits of what is left lose a quarter as much.
+        units: what numbers in rows are measured in, in the order of heads here; they belong to the bases. None: in
+            themselves.
         open: 1 once tokens have come that a gradient passes through: what is stored in rows is then rounded alike, but
             stored as fp32 numbers.
     """
 
-    centre: Tensor | None = None
+    units: Units | None = None
 
     def __init__(self, sinks: int, window: Window | int, block: int = TOKENS_PER_BLOCK, *, rows: bool = False):
         self.window = window if isinstance(window, Window) else Window(window)
@@ -175,15 +175,11 @@ class ExactStore:
 
     def _rows(self, states: Sequence[Tensor]) -> list[Tensor]:
         """Keys and values ``[..., D]`` as rows."""
-        keys, values = states
-        return [encode_rows(keys if self.centre is None else keys.float() - self.centre), encode_rows(values)]
+        return [encode_rows(state) for state in states] if self.units is None else self.units.encode(*states)
 
     def _read(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Keys and values of rows, in fp32; none where there are none yet."""
-        if not rows:
-            return []
-        keys, values = (decode_rows(side) for side in rows)
-        return [keys if self.centre is None else keys.add_(self.centre), values]
+        return [decode_rows(side) for side in rows] if self.units is None or not rows else self.units.decode(*rows)
 
     def _parts(self, like: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of keys and of values: sinks, recent and spare tokens; ``like`` those, if there are none yet."""
@@ -266,7 +262,7 @@ class ExactStore:
     def __getstate__(self) -> dict:
         parts = [[part.detach().clone() for part in side] for side in (self._parts(()) if self.data else ())]
         state = {**self.__dict__, "data": parts, "_flat": [], "size": self.size}  # without what lies in free places
-        state.pop("centre", None)  # the layer has it
+        state.pop("units", None)  # the layer has it
         return state
 
     def __setstate__(self, state: dict) -> None:

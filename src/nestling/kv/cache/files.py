@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nestling.kv.adapter import KVAdapter
     from nestling.kv.cache.cache import NestedCache
 
-FORMAT, KIND, KEY = 2, "nestling-cache", "nestling"
+FORMAT, KIND, KEY = 3, "nestling-cache", "nestling"
 SIDES, PARTS = ("key", "value"), ("sinks", "recent", "spare")
 NUMBERS = {Buffer: ("length",), ExactStore: ("length", "left", "spare", "size", "open"), HeavyHitters: ("evicted",)}
 DERIVED = ("dtype", "device")  # attributes of stock layers that their tensors have

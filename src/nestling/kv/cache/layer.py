@@ -70,12 +70,12 @@ class NestedLayer(StoredLayer):
             self.device = device
             if self.bases.device != device:  # those of a layer that nothing is compressed in have no tensors
                 old = self.bases
-                centre = None if old.centre is None else old.centre.to(device)
-                self.bases = LayerBases(old.sides, old.biases, old.width, device, centre=centre)
+                units = None if old.units is None else old.units.to(device)
+                self.bases = LayerBases(old.sides, old.biases, old.width, device, units=units)
         for group, sides in zip(self.groups, self.bases.sides, strict=True):
             group.use(sides)
         if self.exact is not None:
-            self.exact.centre = self.bases.centre
+            self.exact.units = self.bases.units
 
     def _stored_on(self) -> torch.device | None:
         stored = [*(self.exact.data if self.exact is not None else ())]
@@ -97,7 +97,7 @@ class NestedLayer(StoredLayer):
     def _store_in(self, groups: list[RankGroup], exact: ExactStore | None, bases: LayerBases) -> None:
         self.groups, self.exact, self.bases = groups, exact, bases
         if exact is not None:
-            exact.centre = bases.centre
+            exact.units = bases.units
         self.uncompressed = all(rows.dim == 2 for group in groups for rows in group.rows)
         self.quantised = any(layout.widths for group in groups for layout in group.layouts)
         order = self._order()
@@ -248,7 +248,7 @@ class NestedLayer(StoredLayer):
             order = [order_before.index(head) for group in groups for head in group.heads]
             there = None if order == sorted(order) else torch.tensor(order, device=self.device)
             if self.uncompressed and exact is not None:
-                exact.centre = bases.centre
+                exact.units = bases.units
                 exact.left = self.length - self.held  # evicted tokens are between sinks and recent ones
                 keys, values = (_reordered(rows.coordinates(self.dtype), there) for rows in self.groups[0].rows)
                 for gone in exact.append((keys, values), self.dtype):

@@ -20,7 +20,7 @@ from nestling.kv.evaluation.scoring import Pair, forward, read
 from nestling.options import whole
 
 BLANK = re.compile(r"(?<![_\w])_(?![_\w])")
-STATIC = ("encode", "decode", "biases", "order", "centre", "drift", "step", "scale", "offset")  # of a nested cache
+STATIC = ("encode", "decode", "biases", "order", "units", "drift", "step", "scale", "offset")  # of a nested cache
 DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of what is asked for, as shares of a prompt
 FILLER = (
     "The grass is green and the sky is blue.", "A ship leaves the harbour before the sun is up.",

@@ -1,14 +1,20 @@
 """Vectors at 8 bits a number: each is a row of bytes, its codes and one scale, and is read by itself.
 
-Recent tokens are stored so: at 8 bits about a two-hundredth of the largest number is lost, and no statistics are
-needed.
+Recent tokens are stored so: at 8 bits about a two-hundredth of the largest number is lost. That is too much where some
+numbers of a vector are always much larger than others, as in the keys of Gemma 3, so that `Units` even them out.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 LARGEST = 127  # code; codes are symmetric about zero
 SCALE_DTYPE = torch.bfloat16  # reaches as far as fp32
+EVENED = 0.5  # the power of a number's root mean square that is its unit: 0 is none for all, at 1 all are alike
+LEAST = 1e-3  # of the largest unit: what has never varied may do so in another text
+SMALLEST = 1e-12  # unit, where nothing has
 
 
 def row_bytes(width: int) -> int:
@@ -36,3 +42,41 @@ def decode_rows(rows: Tensor) -> Tensor:
     else:
         scale = scale.view(SCALE_DTYPE)
     return rows[..., :width].view(torch.int8) * scale.float()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Units:
+    """What the numbers of keys and of values are measured in before they become rows, for some heads, fp32.
+
+    Attributes:
+        centre: of keys, ``[Hkv, 1, 1, D]``: they have large means, and 8 bits of what is left lose less.
+        key, value: ``[Hkv, 1, 1, D]``, positive.
+    """
+
+    centre: Tensor
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, variances: Sequence[Tensor]) -> "Units":
+        """From means of keys and the variances of keys and of values, up to a factor, ``[Hkv, D]`` each."""
+        units = [variance.clamp_min(0) ** (EVENED / 2) for variance in variances]
+        floors = [(unit.amax(-1, keepdim=True) * LEAST).clamp_min(SMALLEST) for unit in units]
+        return cls(*(part[:, None, None] for part in (mean, *map(torch.maximum, units, floors))))
+
+    def encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """Rows of keys and of values ``[Hkv, B, t, D]``."""
+        return [encode_rows((keys.float() - self.centre) / self.key), encode_rows(values.float() / self.value)]
+
+    def decode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """Keys and values ``[Hkv, B, t, D]`` of rows, fp32."""
+        return [torch.addcmul(self.centre, decode_rows(keys), self.key), decode_rows(values).mul_(self.value)]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.centre, self.key, self.value
+
+    def to(self, device: torch.device) -> "Units":
+        return Units(*(part.to(device) for part in self.tensors()))
+
+    def __deepcopy__(self, memo: dict) -> "Units":
+        return self
