@@ -3,6 +3,8 @@
 from columns import Format, load, percent, pivot, table, times_100, titled
 from names import EXITS, MAPS, POLICIES, QUERIES
 
+PACKAGED = 156_288  # texts that the packaged adapter was distilled on: 2,442 steps of 64
+
 
 def points(value: float) -> str:
     return f"{100 * value:+.1f}"
@@ -42,3 +44,31 @@ def early_exit() -> str:
         columns = {str(n): (f"about {n} layers", points) for n in (2, 3, 4)}
         parts[title] = table(lines, {"policy": ("who says where a text leaves", str), **columns})
     return titled(parts)
+
+
+CURVE = ("1x128", "2x192", "3x256", "4x384")  # sizes that are trained
+KINDS = {"mean_sts": "STS", "mean_ndcg": "nDCG@10"}
+
+
+def curve() -> str:
+    """STS and nDCG@10 of each size by the texts that it was distilled on; the packaged sizes saw the most."""
+    rows = [row for row in load("elastic_curve") if row["way"] == "together"]
+    rows += [{**row, "texts": PACKAGED} for row in load("elastic") if row["method"] == "trained"]
+    rows = sorted((row for row in rows if row["size"] in CURVE), key=lambda row: row["texts"])
+    down = ("texts", "texts", lambda count: f"{count:,}")
+    return titled({title: pivot(rows, down, ("size", str), kind, times_100) for kind, title in KINDS.items()})
+
+
+def alone() -> str:
+    """Sizes that were trained together beside those of a training of their own, on as many texts."""
+    rows = load("elastic_curve")
+    texts = next(row["texts"] for row in rows if row["way"] != "together")
+    lines: dict[str, dict] = {}
+    for row in rows:
+        if row["texts"] == texts and row["size"] in CURVE:
+            way = "together" if row["way"] == "together" else "alone"
+            lines.setdefault(row["size"], {"size": row["size"]}).update({f"{k} {way}": row[k] for k in KINDS})
+    columns: dict[str, tuple[str, Format]] = {"size": ("size", str)}
+    for kind, title in KINDS.items():
+        columns |= {f"{kind} {way}": (f"{title}, {way}", times_100) for way in ("together", "alone")}
+    return table(lines.values(), columns)

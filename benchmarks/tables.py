@@ -317,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_bits_gemma": partial(kv_bits, "gemma3"), "kv_answers": kv_answers, "kv_passkeys": kv_passkeys,
     "elastic": elastic, "embed_search": embed_search,
     "elastic_across": elastic_across, "elastic_fitted": partial(elastic_across, "fitted"),
+    "elastic_curve": elastic_tables.curve, "elastic_alone": elastic_tables.alone,
     "elastic_joined": partial(elastic_tables.joined, "packaged"), "elastic_tried": elastic_tables.tried,
     "elastic_joined_fitted": partial(elastic_tables.joined, "fitted"), "elastic_exit": elastic_tables.early_exit,
     "kv_paper": partial(kv_by_budget, "kv_paper"), "kv_tasks": kv_tasks, "kv_ablate": kv_ablate, "kv_step": kv_step,
