@@ -45,7 +45,7 @@ def main() -> None:
             Path(name).write_text(text, "utf-8")
         for name, page in found.items():
             page.write_text(renewed(page), "utf-8")
-            print(name)
+            sys.stdout.write(f"{name}\n")
 
 
 if __name__ == "__main__":

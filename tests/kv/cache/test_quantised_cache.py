@@ -41,11 +41,22 @@ def at_8_bits(states: torch.Tensor) -> torch.Tensor:
     return (states / scale).round().clamp(-127, 127) * scale
 
 
-def as_stored(states: torch.Tensor, sinks: int, centre: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """What is read back of tokens ``[..., T, D]`` in the exact store, the first of which are sinks; keys are counted
-    from a centre."""
+def units(adapter, side: str, row: int) -> torch.Tensor:
+    """What numbers of recent keys or values are measured in, ``[Hkv, 1, D]``: square roots of what they vary by, as
+    steps of coordinates tell."""
+    decode = torch.linalg.inv(adapter.encode[side][row].double())
+    varies = (adapter.step[side][row].double()[:, None] ** 2 @ decode**2).sqrt()
+    unit = varies.sqrt()
+    return torch.maximum(unit, unit.amax(-1, keepdim=True) / 1000).float()
+
+
+def as_stored(
+    states: torch.Tensor, sinks: int, centre: torch.Tensor | float = 0.0, unit: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """What is read back of tokens ``[..., T, D]`` in the exact store, the first of which are sinks; they are measured
+    in units, and keys from a centre."""
     stored = states.bfloat16().float()
-    read = at_8_bits(stored - centre) + centre
+    read = at_8_bits((stored - centre) / unit) * unit + centre
     rest = at_8_bits(stored - read)
     return torch.cat(((read + rest)[..., :sinks, :], read[..., sinks:, :]), -2)
 
@@ -96,7 +107,7 @@ def test_a_model_is_its_eager_self_with_rounded_keys_and_values(ids, family, sin
         whole, states = [], []
         for side, state, bits in sides:
             centre = 0.0 if side == "value" or row is None else adapter.mean["key"][row][:, None]
-            kept = state if row is None else as_stored(state, sinks, centre)
+            kept = state if row is None else as_stored(state, sinks, centre, units(adapter, side, row))
             read = (
                 kept
                 if row is None

@@ -98,11 +98,8 @@ def corrected(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, *, 
 
 
 def added(model, adapter: KVAdapter, allocation: Allocation, ids: Tensor, config: FitConfig) -> tuple[Tensor, float]:
-    """What the error of each coordinate adds to the KL of a text ``[T]`` at an allocation, fp64 ``[2, L, Hkv, D]``.
-
-    And that KL itself, in nats per token.
-
-    The KL is of some of the tokens where the vocabulary is large."""
+    """What the error of each coordinate adds to the KL of a text ``[T]`` at an allocation, fp64 ``[2, L, Hkv, D]``,
+    and that KL, in nats per token. Both are of some of the tokens where the vocabulary is large."""
     device = input_device(model)
     generator, positions = torch.Generator(device).manual_seed(config.seed), apart(len(ids), longest(model, config))
     tokens = some(len(ids), LOGITS // text_config(model).vocab_size, generator)
