@@ -25,14 +25,14 @@ from .test_cache import recent_after, run
 
 # The description of the format, once more.
 CELLS = {1: 8, 2: 4, 3: 2, 4: 1, 5: 1 / 2, 6: 1 / 2, 7: 1 / 4, 8: 1 / 8}
-SHARE = {1: 0.94, 2: 1.04, 3: 1.03, 4: 1.02, 5: 1.02, 6: 1.0, 7: 1.0, 8: 1.0}
+SHRINK = {1: 0.65, 2: 0.93, 3: 1.0, 4: 1.02, 5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0}
 
 
 def rounded(z: torch.Tensor, step: torch.Tensor, bits: int) -> torch.Tensor:
     """What is read back of a coordinate that was stored with that many bits."""
     cell = CELLS[bits] * step
     place = torch.floor(z / cell).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return (place + 0.5) * cell * SHARE[bits]
+    return (place + 0.5) * cell * SHRINK[bits]
 
 
 def at_8_bits(states: torch.Tensor) -> torch.Tensor:

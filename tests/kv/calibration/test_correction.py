@@ -1,28 +1,16 @@
 """Costs measured again where small caches are: against what scaled errors really do, and what follows from it."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.allocation.allocate import losses_of, predicted
+from nestling.kv.allocation.allocate import losses_of
 from nestling.kv.allocation.table import CHOICES, Allocation, by_coordinate
 from nestling.kv.calibration import correction
 from nestling.kv.calibration.config import FitConfig
-from nestling.kv.calibration.correction import (
-    LEAST,
-    PARTS,
-    RATIO,
-    SHARES,
-    Scaled,
-    added,
-    apart,
-    corrected,
-    levelled,
-    raised,
-)
+from nestling.kv.calibration.correction import LEAST, PARTS, RATIO, SHARES, Scaled, added, apart, corrected, raised
 from nestling.kv.calibration.costs import Coordinates
 from nestling.kv.simulation.student import Student
 
@@ -44,7 +32,7 @@ def test_what_errors_add_is_the_slope_of_the_divergence(fitted, ids, family):
     made, text = fitted(family), ids[:1, :40]
     adapter = made.adapter
     allocation = allocation_of(adapter)
-    found, kl = added(made.model, adapter, allocation, text[0], EXACT)
+    found = added(made.model, adapter, allocation, text[0], EXACT)
     assert found.shape == (2, *adapter.shape)
     student = Student(made.model, adapter, sinks=2, window=4).eval()
     step = torch.stack([adapter.step[side] for side in SIDES])
@@ -55,7 +43,6 @@ def test_what_errors_add_is_the_slope_of_the_divergence(fitted, ids, family):
         cut = Scaled(Coordinates(adapter, torch.device("cpu")), bits, step, scale)
         return float(student.distance(text, student.reading(cut)).double())
 
-    assert kl == pytest.approx(loss(torch.ones(2, *adapter.shape)), rel=1e-4)
     for side in range(2):
         for head in range(adapter.shape[1]):
             change = torch.zeros(2, *adapter.shape)
@@ -68,8 +55,8 @@ def test_nothing_is_added_where_nothing_is_lost(fitted, ids):
     adapter = fitted("llama-gqa").adapter
     layers, heads, width = adapter.shape
     full = torch.full((layers, heads, -(-width // 8)), 16)
-    found, kl = added(fitted("llama-gqa").model, adapter, Allocation(full, full, width), ids[0, :40], EXACT)
-    assert not found.any() and kl == pytest.approx(0, abs=1e-6)
+    found = added(fitted("llama-gqa").model, adapter, Allocation(full, full, width), ids[0, :40], EXACT)
+    assert not found.any()
 
 
 def test_errors_are_those_of_the_cache(fitted, ids):
@@ -88,7 +75,7 @@ def test_errors_are_those_of_the_cache(fitted, ids):
         )
         read = torch.cat([made.model(input_ids=t, past_key_values=cache).logits for t in text.split(1, 1)], 1)
         exact = student.lm(input_ids=text, use_cache=False).logits
-    assert float((ours - read).norm()) < 0.25 * float((ours - exact).norm())  # some codes are rounded the other way
+    assert float((ours - read).norm()) < 0.15 * float((ours - exact).norm())  # some codes are rounded the other way
 
 
 def test_costs_of_dropping_are_raised_where_they_were_too_low(fitted):
@@ -121,25 +108,12 @@ def test_a_block_that_costs_a_hundred_times_as_much_is_kept(fitted, ids, monkeyp
     dropped = (start.stacked == 0).nonzero()[0].tolist()
     cost = torch.zeros(2, *adapter.shape, dtype=torch.float64)
     cost[tuple(dropped[:3])][8 * dropped[3] : 8 * dropped[3] + 8] = 10.0
-    monkeypatch.setattr(correction, "added", lambda model, adapter, allocation, ids, config: (cost, 0.0))
+    monkeypatch.setattr(correction, "added", lambda model, adapter, allocation, ids, config: cost)
     changed = corrected(made.model, adapter, ids, EXACT, progress=False)
     assert changed.allocate(SHARES[-1]).stacked[tuple(dropped)] > 0
-    monkeypatch.setattr(correction, "added", lambda model, adapter, allocation, ids, config: (0 * cost, 0.0))
+    monkeypatch.setattr(correction, "added", lambda model, adapter, allocation, ids, config: 0 * cost)
     same = corrected(made.model, adapter, ids, EXACT, progress=False)
     assert all(torch.equal(same.quantisation_cost[s], adapter.quantisation_cost[s]) for s in SIDES)
-
-
-@pytest.mark.parametrize("off", [(0.5, 0.5), (0.25, 4.0), (3.0, 1.0), (2.0,), ()])
-def test_costs_predict_what_was_measured(fitted, off):
-    """In the geometric mean over allocations; who gets bits stays as it is."""
-    adapter = fitted("llama-gqa").adapter
-    allocations = [allocation_of(adapter, seed) for seed in range(len(off))]
-    measured = [(a, predicted(adapter, a) * factor) for a, factor in zip(allocations, off, strict=True)]
-    level = math.prod(off) ** (1 / max(len(off), 1))
-    new = levelled(adapter, measured)
-    for allocation, _ in measured:
-        assert predicted(new, allocation) == pytest.approx(level * predicted(adapter, allocation), rel=1e-4)
-    assert torch.equal(new.allocate(0.3).stacked, adapter.allocate(0.3).stacked)
 
 
 def test_models_whose_states_are_not_told_keep_their_costs(fitted, ids, monkeypatch):
@@ -165,8 +139,8 @@ def test_what_is_lost_is_measured_at_these_positions(fitted, ids):
     layers, heads, width = adapter.shape
     none = torch.zeros(layers, heads, -(-width // 8), dtype=torch.long)
     allocation = Allocation(none, torch.full_like(none, 16), width)
-    close, _ = added(made.model, adapter, allocation, text[0], replace(EXACT, context=40))
-    far, _ = added(made.model, adapter, allocation, text[0], replace(EXACT, context=500))
+    close = added(made.model, adapter, allocation, text[0], replace(EXACT, context=40))
+    far = added(made.model, adapter, allocation, text[0], replace(EXACT, context=500))
     student = Student(made.model, adapter, sinks=2, window=4).eval()
     step = torch.stack([adapter.step[side] for side in SIDES])
     bits = by_coordinate(allocation.stacked, width)

@@ -19,9 +19,8 @@ from nestling.kv.quantisation.quantiser import (
 
 # Mean squared errors of the best uniform quantisers of a unit Gaussian (Max 1960, table II).
 BEST = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00349, 6: 0.00104, 7: 0.000304, 8: 0.000087}
-# How far off the nested ones may be: steps serve all widths, cells are powers of two apart, and 1 bit is read without a
-# bias, at the price of an error.
-NEAR = {1: 1.35} | dict.fromkeys((2, 3, 4), 1.25) | {5: 2.0, 6: 2.2, 7: 1.9, 8: 1.7}
+# How far off the nested ones may be: steps serve all widths, and cells are powers of two apart.
+NEAR = dict.fromkeys((1, 2, 3, 4), 1.2) | {5: 2.0, 6: 2.2, 7: 1.9, 8: 1.7}
 
 
 @given(seed=st.integers(0, 2**31), bits=st.sampled_from(WIDTHS), fewer=st.sampled_from(WIDTHS))
@@ -52,18 +51,6 @@ def test_errors_on_gaussians_are_near_the_best_of_each_width():
         error = (rounded(samples, steps, bits) - samples).square().mean(0) / samples.square().mean(0)
         assert (error > 0.95 * BEST[bits]).all(), "better than the best: not measured right"
         assert (error < NEAR[bits] * BEST[bits]).all(), bits
-
-
-@pytest.mark.parametrize("distribution", ["normal", "laplace"])
-def test_what_is_read_has_little_bias(distribution):
-    """E[z read] is near E[z^2], where the values with the least error would be 36 % short of it at 1 bit."""
-    uniform = torch.rand(50000, 1, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
-    laws = {"normal": torch.distributions.Normal(0.0, 1.0), "laplace": torch.distributions.Laplace(0.0, 1.0)}
-    samples = laws[distribution].icdf(uniform)
-    steps = chosen_steps(samples)
-    for bits in WIDTHS:
-        slope = (samples * rounded(samples, steps, bits)).mean() / samples.square().mean()
-        assert slope == pytest.approx(1.0, abs=0.1), bits
 
 
 def test_steps_follow_heavy_tails():

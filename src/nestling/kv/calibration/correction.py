@@ -7,13 +7,8 @@ others. One pass with gradients measures it for all coordinates, on the predicti
 
 Costs are raised and never lowered: where a block was dropped, nothing says what it would cost in company that was not
 tried. Other bits than none are left alone as well, since with these corrected, too, caches were measured to be worse.
-
-At last all costs are brought to the level of the KL that was measured: errors of blocks cancel in part, which a sum of
-what each costs by itself does not know. Which blocks get bits does not depend on the level.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +18,7 @@ from nestling.errors import BudgetError
 from nestling.jobs.progress import progress_bar
 from nestling.kv.adapter import KVAdapter
 from nestling.kv.adapter_files import SIDES
-from nestling.kv.allocation.allocate import by_block, losses_of, predicted
+from nestling.kv.allocation.allocate import by_block, losses_of
 from nestling.kv.allocation.table import CHOICES, Allocation, by_coordinate
 from nestling.kv.calibration.choice import can_choose
 from nestling.kv.calibration.config import FitConfig
@@ -67,7 +62,7 @@ class Scaled:
 
 
 def corrected(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, *, progress: bool = True) -> KVAdapter:
-    """The adapter with larger costs of dropping some blocks, and with all costs at the level of what is measured.
+    """The adapter with larger costs of dropping some blocks.
 
     Of models whose decoder does not give its last hidden states they stay as they are.
 
@@ -80,7 +75,7 @@ def corrected(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, *, 
         return adapter
     pieces = torch.cat(spread(windows, config.correction_pieces, min(config.piece_length, longest(model, config)), 1))
     with progress_bar(progress) as bar:
-        task, tried = bar.add_task("costs at small budgets", total=len(SHARES) * len(pieces)), []
+        task = bar.add_task("costs at small budgets", total=len(SHARES) * len(pieces))
         for share in SHARES:
             try:
                 allocation = adapter.allocate(share)
@@ -91,15 +86,14 @@ def corrected(model, adapter: KVAdapter, windows: Tensor, config: FitConfig, *, 
             for ids in pieces:
                 measured.append(added(model, adapter, allocation, ids, config))
                 bar.advance(task)
-            costs, losses = zip(*measured, strict=True)
-            adapter = raised(adapter, allocation, torch.stack(costs).mean(0))
-            tried.append((allocation, sum(losses) / len(losses)))
-    return levelled(adapter, tried)
+            adapter = raised(adapter, allocation, torch.stack(measured).mean(0))
+    return adapter
 
 
-def added(model, adapter: KVAdapter, allocation: Allocation, ids: Tensor, config: FitConfig) -> tuple[Tensor, float]:
-    """What the error of each coordinate adds to the KL of a text ``[T]`` at an allocation, fp64 ``[2, L, Hkv, D]``,
-    and that KL, in nats per token. Both are of some of the tokens where the vocabulary is large."""
+def added(model, adapter: KVAdapter, allocation: Allocation, ids: Tensor, config: FitConfig) -> Tensor:
+    """What the error of each coordinate adds to the KL of a text ``[T]`` at an allocation, fp64 ``[2, L, Hkv, D]``.
+
+    The KL is of some of the tokens where the vocabulary is large."""
     device = input_device(model)
     generator, positions = torch.Generator(device).manual_seed(config.seed), apart(len(ids), longest(model, config))
     tokens = some(len(ids), LOGITS // text_config(model).vocab_size, generator)
@@ -111,7 +105,7 @@ def added(model, adapter: KVAdapter, allocation: Allocation, ids: Tensor, config
         read = Scaled(Coordinates(adapter, device), bits, step, scale)
         loss = student.distance(ids[None].to(device), student.reading(read), tokens, positions.to(device))
         (gradient,) = torch.autograd.grad(loss, scale)
-    return gradient.double().cpu() / 2, float(loss.detach())
+    return gradient.double().cpu() / 2
 
 
 def apart(tokens: int, context: int) -> Tensor:
@@ -143,13 +137,3 @@ def raised(adapter: KVAdapter, allocation: Allocation, measured: Tensor) -> KVAd
     for place, side in enumerate(SIDES):
         costs[side][..., 0] *= factor[place]
     return replace(adapter, quantisation_cost=costs)
-
-
-def levelled(adapter: KVAdapter, measured: Sequence[tuple[Allocation, float]]) -> KVAdapter:
-    """The adapter with all costs of quantisation times one number: such that what it predicts for some allocations is
-    the KL that was measured there, in the geometric mean."""
-    off = [math.log(kl / loss) for allocation, kl in measured if (loss := predicted(adapter, allocation)) > 0 < kl]
-    if not off:
-        return adapter
-    level = math.exp(sum(off) / len(off))
-    return replace(adapter, quantisation_cost={s: level * cost for s, cost in adapter.quantisation_cost.items()})
