@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from columns import budget_percent, digits, load, percent, pivot, table, whole_percent
-from names import CACHES
+from names import CACHES, LEVELS
 
 LENGTH = 2048  # tokens of the main tables
 LONGEST = 4096
@@ -73,6 +73,12 @@ def rivals(model: str) -> str:
     columns = {"bytes_share": ("share of bf16", percent), "kl": ("KL", digits), "kl_99": ("99 %", digits)}
     columns |= {"top1": ("top-1 agreement", percent), "ours": ("nestling's KL at these bytes", digits)}
     return table(rows, {**CACHE, **columns, "ratio": ("nestling's share of the KL", digits)})
+
+
+def levels() -> str:
+    """Other ways to quantise at equal allocations, by the share of the bits that coordinates have."""
+    down = ("way", "codes", LEVELS.__getitem__)
+    return pivot(load("kv_levels"), down, ("share", budget_percent), "kl", digits)
 
 
 def between(points: list[tuple[float, float]], share: float) -> float:

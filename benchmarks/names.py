@@ -13,6 +13,13 @@ MODELS = {
     "random-modernbert-6x256-150": "ModernBERT 6x256 from random weights, 150 steps of fine-tuning",
     "random-6x256": "BERT 6x256",
 }
+LEVELS = {
+    "static": "as in caches",
+    "token-steps": "steps chosen for each token, at this allocation",
+    "token-steps-fixed": "steps chosen for each token, at one allocation",
+    "least-squares": "values with the least error",
+    "unbiased": "values without a bias",
+}
 CACHES = {
     "full": "full cache",
     "control": "full cache, read in chunks",

@@ -47,7 +47,7 @@ def units(adapter, side: str, row: int) -> torch.Tensor:
     decode = torch.linalg.inv(adapter.encode[side][row].double())
     varies = (adapter.step[side][row].double()[:, None] ** 2 @ decode**2).sqrt()
     unit = varies.sqrt()
-    return torch.maximum(unit, unit.amax(-1, keepdim=True) / 1000).float()
+    return (unit / unit.amax(-1, keepdim=True)).clamp_min(0.001).half().float()
 
 
 def as_stored(

@@ -49,7 +49,7 @@ def test_units_keep_small_numbers_beside_large_ones():
     units = units_of(spread)
     for read, unit in zip(units.decode(*units.encode(states, states)), (units.key, units.value), strict=True):
         lost, plain = ((x - states).square().mean((0, 1, 2)).sqrt() for x in (read, decode_rows(encode_rows(states))))
-        assert unit[0, 0, 0, 0] / unit[0, 0, 0, -1] == pytest.approx(10)
+        assert unit[0, 0, 0, 0] / unit[0, 0, 0, -1] == pytest.approx(10, rel=1e-3)
         assert (lost / spread)[4:].max() < (plain / spread)[4:].max() / 5
         assert lost[:4].max() < 1.1 * plain[:4].max()
 
@@ -57,7 +57,7 @@ def test_units_keep_small_numbers_beside_large_ones():
 @given(st.integers(0, 2**31), st.lists(st.sampled_from([0.0, 1e-30, 1e-8, 1.0, 1e8]), min_size=8, max_size=8))
 def test_units_are_positive_and_what_never_varied_is_read_too(seed, spread):
     units = units_of(torch.tensor(spread))
-    assert (units.key > 0).all() and units.key.min() >= units.key.max() * LEAST * 0.99
+    assert (units.key > 0).all() and units.key.min() >= LEAST * 0.99
     states = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(seed))
     for read in units.decode(*units.encode(states, states)):
         assert torch.isfinite(read).all() and ((read - states).abs() <= states.abs().amax() / LEAST / 50).all()

@@ -14,7 +14,6 @@ LARGEST = 127  # code; codes are symmetric about zero
 SCALE_DTYPE = torch.bfloat16  # reaches as far as fp32
 EVENED = 0.5  # the power of a number's root mean square that is its unit: 0 is none for all, at 1 all are alike
 LEAST = 1e-3  # of the largest unit: what has never varied may do so in another text
-SMALLEST = 1e-12  # unit, where nothing has
 
 
 def row_bytes(width: int) -> int:
@@ -46,11 +45,11 @@ def decode_rows(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Units:
-    """What the numbers of keys and of values are measured in before they become rows, for some heads, fp32.
+    """What the numbers of keys and of values are measured in before they become rows, for some heads.
 
     Attributes:
-        centre: of keys, ``[Hkv, 1, 1, D]``: they have large means, and 8 bits of what is left lose less.
-        key, value: ``[Hkv, 1, 1, D]``, positive.
+        centre: of keys, ``[Hkv, 1, 1, D]`` fp32: they have large means, and 8 bits of what is left lose less.
+        key, value: ``[Hkv, 1, 1, D]`` fp16, positive, the largest of a head 1: a row has a scale of its own.
     """
 
     centre: Tensor
@@ -60,9 +59,12 @@ class Units:
     @classmethod
     def of(cls, mean: Tensor, variances: Sequence[Tensor]) -> "Units":
         """From means of keys and the variances of keys and of values, up to a factor, ``[Hkv, D]`` each."""
-        units = [variance.clamp_min(0) ** (EVENED / 2) for variance in variances]
-        floors = [(unit.amax(-1, keepdim=True) * LEAST).clamp_min(SMALLEST) for unit in units]
-        return cls(*(part[:, None, None] for part in (mean, *map(torch.maximum, units, floors))))
+        units = []
+        for variance in variances:
+            unit = variance.clamp_min(0) ** (EVENED / 2)
+            largest = unit.amax(-1, keepdim=True)
+            units.append((unit / torch.where(largest > 0, largest, 1.0)).clamp_min(LEAST).half())
+        return cls(*(part[:, None, None] for part in (mean, *units)))
 
     def encode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
         """Rows of keys and of values ``[Hkv, B, t, D]``."""
@@ -70,7 +72,7 @@ class Units:
 
     def decode(self, keys: Tensor, values: Tensor) -> list[Tensor]:
         """Keys and values ``[Hkv, B, t, D]`` of rows, fp32."""
-        return [torch.addcmul(self.centre, decode_rows(keys), self.key), decode_rows(values).mul_(self.value)]
+        return [decode_rows(keys).mul_(self.key).add_(self.centre), decode_rows(values).mul_(self.value)]
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.centre, self.key, self.value
