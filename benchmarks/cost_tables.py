@@ -37,6 +37,13 @@ def budgets(model: str) -> str:
     return table(rows, {**CACHE, **columns})
 
 
+def fitted() -> str:
+    """An adapter that was not trained."""
+    columns = {"budget": ("budget", budget_percent), "bytes_share": ("share of bf16", percent), "kl": ("KL", digits)}
+    columns |= {"kl_99": ("99 %", digits), "top1": ("top-1 agreement", percent)}
+    return table(load("kv_cost_fit"), columns)
+
+
 def lengths() -> str:
     """KL by budget and length of the text, at the budgets that were measured at every length."""
     rows = [row for row in load("kv_cost") if row["model"] == "smollm2" and row["method"] == "bits"]

@@ -68,7 +68,8 @@ def alone() -> str:
         if row["texts"] == texts and row["size"] in CURVE:
             way = "together" if row["way"] == "together" else "alone"
             lines.setdefault(row["size"], {"size": row["size"]}).update({f"{k} {way}": row[k] for k in KINDS})
+    both = [line for line in lines.values() if f"{next(iter(KINDS))} alone" in line]
     columns: dict[str, tuple[str, Format]] = {"size": ("size", str)}
     for kind, title in KINDS.items():
         columns |= {f"{kind} {way}": (f"{title}, {way}", times_100) for way in ("together", "alone")}
-    return table(lines.values(), columns)
+    return table(both, columns)

@@ -309,6 +309,7 @@ def embed_search() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "kv_short": cost_tables.short, "kv_cost": partial(cost_tables.budgets, "smollm2"),
     "kv_cost_lengths": cost_tables.lengths, "kv_levels": cost_tables.levels,
+    "kv_cost_fit": cost_tables.fitted,
     "kv_cost_course": cost_tables.course, "kv_cost_rivals": partial(cost_tables.rivals, "smollm2"),
     "kv_cost_gemma": partial(cost_tables.budgets, "gemma3"),
     "kv_cost_gemma_rivals": partial(cost_tables.rivals, "gemma3"),
