@@ -4,6 +4,8 @@ from columns import Format, load, percent, pivot, table, times_100, titled
 from names import EXITS, MAPS, POLICIES, QUERIES
 
 PACKAGED = 156_288  # texts that the packaged adapter was distilled on: 2,442 steps of 64
+CURVE = ("1x128", "2x192", "3x256", "4x384")  # sizes that are trained
+KINDS = {"mean_sts": "STS", "mean_ndcg": "nDCG@10"}
 
 
 def points(value: float) -> str:
@@ -46,10 +48,6 @@ def early_exit() -> str:
     return titled(parts)
 
 
-CURVE = ("1x128", "2x192", "3x256", "4x384")  # sizes that are trained
-KINDS = {"mean_sts": "STS", "mean_ndcg": "nDCG@10"}
-
-
 def curve() -> str:
     """STS and nDCG@10 of each size by the texts that it was distilled on; the packaged sizes saw the most."""
     rows = [row for row in load("elastic_curve") if row["way"] == "together"]
@@ -68,8 +66,7 @@ def alone() -> str:
         if row["texts"] == texts and row["size"] in CURVE:
             way = "together" if row["way"] == "together" else "alone"
             lines.setdefault(row["size"], {"size": row["size"]}).update({f"{k} {way}": row[k] for k in KINDS})
-    both = [line for line in lines.values() if f"{next(iter(KINDS))} alone" in line]
     columns: dict[str, tuple[str, Format]] = {"size": ("size", str)}
     for kind, title in KINDS.items():
         columns |= {f"{kind} {way}": (f"{title}, {way}", times_100) for way in ("together", "alone")}
-    return table(both, columns)
+    return table([line for line in lines.values() if line.keys() == columns.keys()], columns)

@@ -1,51 +1,35 @@
-"""Runs the Python snippets of pages and writes what they print under them, after numbers have changed for a reason.
+"""Runs the Python snippets of pages and rewrites the outputs below them, after a change that is meant to alter these.
 
     python -m tests.docs.renew README.md docs/kv.md
 
-Look at the differences before they are committed.
+Look at the differences before you commit them.
 """
 
-import contextlib
-import io
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.docs.pages import ROOT, blocks
-from tests.docs.test_snippets import FILES, SMALLER
+from tests.docs.pages import printed_by
 
 
 def renewed(page: Path) -> str:
     """The text of a page with the outputs of its snippets as they are now."""
-    text, names = page.read_text("utf-8"), {"__name__": "__main__"}
-    for block in blocks(page):
-        if block.language != "python":
-            continue
-        source = block.text
-        for large, small in SMALLER.items():
-            source = source.replace(large, small)
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(source, f"{page.name}:{block.line}", "exec"), names)
+    text = page.read_text("utf-8")
+    for block, printed in printed_by(page):
         if block.output is not None:
-            place = text.index(block.text) + len(block.text)
-            lines = "\n".join(line.rstrip() for line in printed.getvalue().rstrip("\n").split("\n")) + "\n"
-            text = text[:place] + text[place:].replace(block.output, lines, 1)
+            before, found, after = text.partition(block.text)
+            lines = "".join(f"{line.rstrip()}\n" for line in printed.rstrip("\n").split("\n"))
+            text = before + found + after.replace(block.output, lines, 1)
     return text
 
 
 def main() -> None:
-    found = {page: page.resolve() for page in map(Path, sys.argv[1:])}
+    pages = [Path(name).resolve() for name in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        shutil.copy(ROOT / "LICENSE", folder)
-        for name, text in FILES.items():
-            Path(name).write_text(text, "utf-8")
-        for name, page in found.items():
+        for page in pages:
             page.write_text(renewed(page), "utf-8")
-            sys.stdout.write(f"{name}\n")
 
 
 if __name__ == "__main__":

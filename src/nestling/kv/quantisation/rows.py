@@ -1,7 +1,7 @@
 """Vectors at 8 bits a number: each is a row of bytes, its codes and one scale, and is read by itself.
 
 Recent tokens are stored so: at 8 bits about a two-hundredth of the largest number is lost. That is too much where some
-numbers of a vector are always much larger than others, as in the keys of Gemma 3, so that `Units` even them out.
+numbers of a vector are always much larger than others, as in the keys of Gemma 3: `Units` even these out.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 LARGEST = 127  # code; codes are symmetric about zero
 SCALE_DTYPE = torch.bfloat16  # reaches as far as fp32
-EVENED = 0.5  # the power of a number's root mean square that is its unit: 0 is none for all, at 1 all are alike
+EVENED = 0.5  # a number's unit is this power of its standard deviation: 0 leaves numbers as they are, 1 evens them out
 LEAST = 1e-3  # of the largest unit: what has never varied may do so in another text
 
 
@@ -79,6 +79,3 @@ class Units:
 
     def to(self, device: torch.device) -> "Units":
         return Units(*(part.to(device) for part in self.tensors()))
-
-    def __deepcopy__(self, memo: dict) -> "Units":
-        return self
